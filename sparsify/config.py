@@ -1,0 +1,143 @@
+"""What a sparse model is (`SparsityConfig`) and how to make one (`Recipe`).
+
+Both are frozen pydantic models that refuse unknown keys, so a typing error in a recipe is an error and not a default.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from sparsify.errors import UsageError
+
+Keep = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Rank = Annotated[int, Field(ge=1, le=1024)]
+Side = Annotated[int, Field(ge=1, le=64)]
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TokenLowrank(_Frozen):
+    """Knobs of the paper's predictor that the rank does not cover (names as in `docs/glossary.md`)."""
+
+    channels: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="c: size of q' and k' inside a head; null leaves the head as it is (the paper's figure)"
+    )
+    coef_topk: Annotated[int, Field(ge=1)] | None = Field(8, description="coefficients kept in each row; null keeps all")
+    coef_threshold: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="coefficients up to this value become 0; used when coef_topk is null"
+    )
+    basis: Literal["signed", "absolute"] = Field("signed", description="W_up as fitted, or its absolute value")
+    basis_threshold: Annotated[float, Field(ge=0)] = Field(0.0, description="entries of W_up up to this value become 0")
+    shared_projection: bool = Field(False, description="W_up is the transpose of W_down (SHARE_INOUT_PROJ)")
+    shared_heads: bool = Field(False, description="one W_up for all heads, as in the authors' code")
+
+
+class SparsityConfig(_Frozen):
+    """A sparse attention: predictor, budget and tail.
+
+    `keep` is the share of all N keys that each patch query attends to, 0 < keep <= 1; the budget is
+    b = ceil(keep N - 1e-9). A list gives one value for each block.
+    """
+
+    predictor: Literal["head-lowrank", "token-lowrank"] = "head-lowrank"
+    keep: Keep | tuple[Keep, ...] = 0.1
+    rank: Rank | tuple[Rank, ...] = Field(16, description="r: coordinates (head-lowrank) or rows of W_down")
+    tail: Literal["none", "mean", "cells", "clusters"] = "clusters"
+    cells: tuple[Side, Side] = Field((4, 3), description="rows and columns of the grid of cells")
+    granularity: Literal["token", "tile"] = "token"
+    tile: tuple[Side, Side] = Field((4, 4), description="rows and columns of a tile of queries")
+    fold: bool = Field(True, description="fold head-lowrank into qkv where that is exact")
+    token_lowrank: TokenLowrank = TokenLowrank()
+
+    @field_validator("keep", "rank", mode="before")
+    @classmethod
+    def _refuse_bool(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("a number is expected")
+        return value
+
+    def keep_of(self, block: int) -> float:
+        """Keep share of block `block` (counted from 0)."""
+        return self.keep[block] if isinstance(self.keep, tuple) else self.keep
+
+    def rank_of(self, block: int) -> int:
+        """Rank of block `block` (counted from 0)."""
+        return self.rank[block] if isinstance(self.rank, tuple) else self.rank
+
+    def check_depth(self, depth: int) -> None:
+        """Raise `UsageError` where a list does not have one value for each of `depth` blocks."""
+        for name in ("keep", "rank"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != depth:
+                raise UsageError(f"{name} lists {len(value)} values, but the model has {depth} blocks: give one each")
+
+
+class Recipe(_Frozen):
+    """How to make a sparse model: what it is, and how it is calibrated."""
+
+    description: str = ""
+    sparsity: SparsityConfig = SparsityConfig()
+    calib_images: Annotated[int, Field(ge=1)] = 128
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    def override(self, **changes: Any) -> Recipe:
+        """A copy with `changes`; `None` values are left out; keys of `SparsityConfig` reach into `sparsity`.
+
+        Raises:
+            UsageError: a value that is out of range, with its name.
+        """
+        tree = self.model_dump()
+        for key, value in changes.items():
+            if value is not None:
+                (tree if key in type(self).model_fields else tree["sparsity"])[key] = value
+        return validate(Recipe, tree, "option")
+
+
+def validate(model: type[M], tree: Any, source: str) -> M:
+    """`model` built from `tree`; the first thing that is wrong becomes a one-line `UsageError`."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        parts = [str(p) for p in first["loc"] if not str(p).startswith(("constrained", "tuple", "float", "int"))]
+        place = ".".join(parts) or "content"
+        raise UsageError(f"{source} {place}: {first['msg']} (given: {first['input']!r})") from None
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in _recipes().iterdir() if p.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_file: str) -> Recipe:
+    """The built-in recipe of that name, or the one in a YAML file.
+
+    Raises:
+        UsageError: no such recipe, not YAML, an unknown key or a value out of range.
+    """
+    if name_or_file in recipe_names():
+        text = (_recipes() / f"{name_or_file}.yaml").read_text(encoding="utf-8")
+    elif Path(name_or_file).is_file():
+        text = Path(name_or_file).read_text(encoding="utf-8", errors="replace")
+    else:
+        raise UsageError(f"no recipe '{name_or_file}': give a YAML file or one of {', '.join(recipe_names())}")
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"recipe {name_or_file} is not YAML: {' '.join(str(error).split())}") from None
+    return validate(Recipe, tree or {}, f"recipe {name_or_file}:")
+
+
+def _recipes() -> Any:
+    inside = resources.files("sparsify") / "recipes"
+    return inside if inside.is_dir() else Path(__file__).resolve().parent.parent / "recipes"

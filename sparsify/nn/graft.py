@@ -1,0 +1,137 @@
+"""Host adapters: which timm models are understood, and the exchange of their attention for the sparse one.
+
+Understood: `Attention` in `Block` or `ResPostBlock` of timm's `VisionTransformer`, exactly these classes. Everything else
+is refused by its class name before anything is computed; nothing is skipped in silence.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import TYPE_CHECKING, cast
+
+import torch
+from timm.layers import Attention, AttentionPoolLatent
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import nn
+
+from sparsify.errors import UnsupportedModel
+from sparsify.nn.attention import SparseAttention, Sparsity
+from sparsify.nn.predictor import HeadLowrank, TokenLowrank
+
+if TYPE_CHECKING:
+    from sparsify.config import SparsityConfig
+
+MODELS = (VisionTransformer, VisionTransformerDistilled)
+BLOCKS = (Block, ResPostBlock)
+LEFT_DENSE = (AttentionPoolLatent,)  # one query over all tokens: nothing to gain
+
+
+def check(model: nn.Module, name: str = "") -> dict[str, Attention]:
+    """The attention modules that will be exchanged, by module name, in order of the blocks.
+
+    Raises:
+        UnsupportedModel: an attention, block or model class that is not understood, named.
+    """
+    found: dict[str, Attention] = {}
+    subject = name or type(model).__name__
+    strange = _strange_attention(model)
+    if strange:
+        raise UnsupportedModel(f"{subject}: attention class {strange} is not understood (see 'sparsify models')")
+    if type(model) not in MODELS:
+        raise UnsupportedModel(f"{subject}: model class {type(model).__name__} is not understood (see 'sparsify models')")
+    for i, block in enumerate(cast(nn.Sequential, model.blocks)):
+        if type(block) not in BLOCKS:
+            raise UnsupportedModel(f"{subject}: block class {type(block).__name__} (blocks.{i}) is not understood")
+        found[f"blocks.{i}.attn"] = cast(Attention, block.attn)
+    return found
+
+
+def graft(model: nn.Module, config: SparsityConfig) -> nn.Module:
+    """Exchange every block's attention for a sparse one with an unfitted predictor; in place.
+
+    With `config.fold`, head-lowrank predictors are folded where nothing stands between the projection and the product;
+    `qkv` itself is not touched here (`fold`).
+
+    Raises:
+        UnsupportedModel: see `check`; nothing is exchanged then.
+        UsageError: a list in `config` that does not fit the number of blocks.
+    """
+    hosts = check(model)
+    config.check_depth(len(hosts))
+    prefix, grid = num_prefix_tokens(model), patch_grid(model)
+    for i, (name, host) in enumerate(hosts.items()):
+        rank = config.rank_of(i)
+        predictor: HeadLowrank | TokenLowrank
+        if config.predictor == "head-lowrank":
+            if rank > host.head_dim:
+                raise UnsupportedModel(f"rank {rank} is larger than the head size {host.head_dim} of block {i}")
+            predictor = HeadLowrank(host.num_heads, host.head_dim, rank, config.fold and foldable(host))
+        else:
+            tokens = prefix + grid[0] * grid[1]
+            knobs = config.token_lowrank.model_dump()
+            predictor = TokenLowrank(host.num_heads, host.head_dim, tokens, prefix, rank, knobs)
+        tile = config.tile if config.granularity == "tile" else ()
+        sparsity = Sparsity(config.keep_of(i), prefix, config.tail, grid, config.cells, tile)
+        sparse = SparseAttention(host, predictor.to(host.qkv.weight), sparsity).train(host.training)
+        model.set_submodule(name, sparse)
+    return model
+
+
+def sparse_modules(model: nn.Module) -> dict[str, SparseAttention]:
+    """The sparse attention modules of a model, by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseAttention)}
+
+
+def dense_twin(model: nn.Module) -> nn.Module:
+    """The same model without sparsity, sharing every parameter and buffer with `model`."""
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    twin = copy.deepcopy(model, memo=cast(dict, tensors))
+    for name, module in sparse_modules(twin).items():
+        twin.set_submodule(name, module.dense())
+    return twin
+
+
+def foldable(host: Attention) -> bool:
+    """Whether a change of basis of q and k can be folded into `qkv` exactly."""
+    return isinstance(host.q_norm, nn.Identity) and isinstance(host.k_norm, nn.Identity)
+
+
+@torch.no_grad()
+def fold(qkv: nn.Linear, t_q: torch.Tensor, t_k: torch.Tensor) -> None:
+    """Change the basis of every head: q <- T_q' q, k <- T_k' k, in the rows and biases of `qkv`; in place.
+
+    Args:
+        t_q, t_k: [H, d, d] with T_q T_k' = I, so that q.k stays the same; float64 keeps that to rounding.
+    """
+    H, d, _ = t_q.shape
+    weight = qkv.weight.double().reshape(3, H, d, -1)
+    weight = torch.stack([t_q.mT.double() @ weight[0], t_k.mT.double() @ weight[1], weight[2]])  # (3, H, d, C)
+    qkv.weight.copy_(weight.reshape_as(qkv.weight))
+    if qkv.bias is not None:
+        bias = qkv.bias.double().reshape(3, H, d, 1)
+        bias = torch.stack([t_q.mT.double() @ bias[0], t_k.mT.double() @ bias[1], bias[2]])
+        qkv.bias.copy_(bias.reshape_as(qkv.bias))
+
+
+def num_prefix_tokens(model: nn.Module) -> int:
+    """P: cls, distillation and register tokens."""
+    return int(cast(int, model.num_prefix_tokens))
+
+
+def patch_grid(model: nn.Module) -> tuple[int, int]:
+    """Rows and columns of patches at the model's own image size."""
+    h, w = model.patch_embed.grid_size  # type: ignore[union-attr]
+    return int(h), int(w)
+
+
+def _strange_attention(model: nn.Module) -> str:
+    """Class name (and place) of the first attention module that is not understood; '' where there is none."""
+    inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, LEFT_DENSE))
+    for name, module in model.named_modules():
+        if type(module) is Attention or isinstance(module, LEFT_DENSE) or name.startswith(inside):
+            continue
+        if re.search(r"attn|attention|msa$", type(module).__name__, re.IGNORECASE) and any(module.children()):
+            return f"{type(module).__name__} ({name})" if name else type(module).__name__
+    return ""

@@ -1,0 +1,122 @@
+"""Connectivity predictors: cheap scores that choose the keys of each query. One per block, as `attn.predictor`.
+
+A predictor holds parameters and constants; the scores themselves are computed inside the attention op, so that a fast
+path never writes them out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparsify import ops
+
+
+class HeadLowrank(nn.Module):
+    """Scores (q A_q).(k A_k): r coordinates inside the head (`docs/design.md`, equation 2).
+
+    Args:
+        heads: H.
+        head_dim: d.
+        rank: r, 1 <= r <= d.
+        folded: the projections are folded into `qkv`: no parameters, the first r coordinates are the scores'.
+
+    Parameters (unfolded): a_q, a_k, [H, d, r] each.
+    """
+
+    def __init__(self, heads: int, head_dim: int, rank: int, folded: bool) -> None:
+        super().__init__()
+        self.rank, self.folded = rank, folded
+        if folded:
+            self.a_q = self.a_k = None
+        else:  # unfitted: the first r coordinates
+            eye = torch.eye(head_dim, rank).expand(heads, -1, -1)
+            self.a_q, self.a_k = nn.Parameter(eye.clone()), nn.Parameter(eye.clone())
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, budget: int, shape: TailShape
+    ) -> Tensor:
+        """Sparse attention over the predicted keys: [B, H, N, d] x 3 -> [B, N, H*d]."""
+        return ops.head_lowrank_attention(
+            q, k, v, self.a_q, self.a_k, mask, self.rank, scale, budget, *shape
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, folded={self.folded}"
+
+
+class TokenLowrank(nn.Module):
+    """The paper's predictor (Sparsifiner, Fig. 2): scores A~_down W_up over the tokens.
+
+        A_down = softmax(q' (W_down k')' / sqrt(c)), the coef_topk largest kept -> A~_down        [N, r]
+        scores = A~_down W_up                                                                     [N, N]
+
+    Args:
+        heads: H.
+        head_dim: d.
+        tokens: N, prefix tokens included; the parameters are tied to it (`resample`).
+        prefix: P.
+        rank: r.
+        knobs: see `sparsify.config.TokenLowrank`; the same fields as a mapping.
+
+    Parameters: w_down [r, N]; w_up [H or 1, r, N] (absent when shared with w_down); w_q, w_k [c, d] and b_q, b_k [c].
+    """
+
+    def __init__(self, heads: int, head_dim: int, tokens: int, prefix: int, rank: int, knobs: dict) -> None:
+        super().__init__()
+        self.rank, self.prefix, self.knobs = rank, prefix, dict(knobs)
+        self.w_down = nn.Parameter(torch.zeros(rank, tokens))
+        channels = knobs["channels"]
+        self.w_up = None
+        if not knobs["shared_projection"]:
+            self.w_up = nn.Parameter(torch.zeros(1 if knobs["shared_heads"] else heads, rank, tokens))
+        if channels:
+            self.w_q, self.w_k = nn.Parameter(torch.zeros(channels, head_dim)), nn.Parameter(torch.zeros(channels, head_dim))
+            self.b_q, self.b_k = nn.Parameter(torch.zeros(channels)), nn.Parameter(torch.zeros(channels))
+        else:
+            self.w_q = self.w_k = self.b_q = self.b_k = None
+        self.coef_scale = (channels or head_dim) ** -0.5
+
+    def basis(self) -> Tensor:
+        """W_up as it is used: sign and threshold applied, [H or 1, r, N]."""
+        w = self.w_down.unsqueeze(0) if self.w_up is None else self.w_up
+        if self.knobs["basis"] == "absolute":
+            w = w.abs()
+        threshold = self.knobs["basis_threshold"]
+        return w * (w > threshold) if threshold > 0 else w
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, budget: int, shape: TailShape
+    ) -> Tensor:
+        """Sparse attention over the predicted keys: [B, H, N, d] x 3 -> [B, N, H*d]."""
+        if q.shape[2] != self.w_down.shape[1]:
+            raise ValueError(
+                f"token-lowrank predictor was made for {self.w_down.shape[1]} tokens, not {q.shape[2]}: "
+                "load the file with this image size, which resamples it"
+            )
+        return ops.token_lowrank_attention(
+            q, k, v, self.w_down, self.basis(), self.w_q, self.b_q, self.w_k, self.b_k, mask, scale, self.coef_scale,
+            self.knobs["coef_topk"] or 0, self.knobs["coef_threshold"] or 0.0, budget, *shape,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, tokens={self.w_down.shape[1]}"
+
+
+TailShape = tuple[int, str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""prefix P, tail, patch grid, cells, tile: the last arguments of both ops."""
+
+
+def resample(w: Tensor, prefix: int, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Token weights [..., P + h*w] of another patch grid, as position embeddings are resampled.
+
+    Patch weights are shares of a sum over the patches, so they are scaled by old/new count; prefix weights stay.
+    """
+    if old == new:
+        return w
+    head, patch = w[..., :prefix], w[..., prefix:]
+    lead = patch.shape[:-1]
+    image = patch.reshape(-1, 1, *old).float()
+    image = nn.functional.interpolate(image, size=new, mode="bicubic", antialias=True, align_corners=False)
+    image = image * (old[0] * old[1] / (new[0] * new[1]))
+    return torch.cat([head, image.reshape(*lead, -1).to(w.dtype)], dim=-1)

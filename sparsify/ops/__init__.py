@@ -1,0 +1,121 @@
+"""Sparse attention as two torch.library ops: tensors in, tensors out; nothing above this folder is known here.
+
+    sparsify::head_lowrank_attention     scores (q A_q)(k A_k)', `docs/design.md`
+    sparsify::token_lowrank_attention    scores of the paper (Sparsifiner, CVPR 2023, Fig. 2)
+
+Each holds the whole of predictor scores, top-b selection, attention over the kept keys and tail, so that a fast path
+never has to write the scores out. Both have the differentiable reference of `reference.py` (backward recomputes it), a
+fake kernel (shapes for torch.compile and torch.export) and a MACs formula (`macs.py`). Selection breaks ties by the
+lower key index in every backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparsify.ops import reference
+from sparsify.ops.spec import Spec
+
+BACKENDS = ("auto", "reference")  # without a compiled kernel, auto is the reference
+
+
+@torch.library.custom_op("sparsify::head_lowrank_attention", mutates_args=())
+def head_lowrank_attention(
+    q: Tensor, k: Tensor, v: Tensor, a_q: Tensor | None, a_k: Tensor | None, mask: Tensor | None,
+    rank: int, scale: float, budget: int, prefix: int, tail: str, grid: Sequence[int], cells: Sequence[int],
+    tile: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """Attention of every query over the b keys with the highest (q A_q).(k A_k), and a tail for the rest.
+
+    Args:
+        q, k, v: [B, H, N, d], any strides, one floating dtype.
+        a_q, a_k: [H, d, r]; None where they are folded into `qkv` (the first r coordinates of q and k are the scores').
+        mask: bool (True: may attend) or additive, broadcastable to [B, H, N, N]. Masked keys are neither kept nor in
+            the tail; a row that may attend to nothing gives 0.
+        rank: r, 1 <= r <= d.
+        scale: factor of q.k.
+        budget, prefix, tail, grid, cells, tile: see `Spec`.
+
+    Returns:
+        [B, N, H*d], contiguous, dtype of q.
+    """
+    return _head_reference(q, k, v, a_q, a_k, mask, rank, scale, budget, prefix, tail, grid, cells, tile)
+
+
+@torch.library.custom_op("sparsify::token_lowrank_attention", mutates_args=())
+def token_lowrank_attention(
+    q: Tensor, k: Tensor, v: Tensor, w_down: Tensor, w_up: Tensor, w_q: Tensor | None, b_q: Tensor | None,
+    w_k: Tensor | None, b_k: Tensor | None, mask: Tensor | None, scale: float, coef_scale: float, coef_topk: int,
+    coef_threshold: float, budget: int, prefix: int, tail: str, grid: Sequence[int], cells: Sequence[int],
+    tile: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """Attention of every query over the b keys with the highest A~_down W_up (the paper's predictor), and a tail.
+
+    Args:
+        q, k, v: [B, H, N, d].
+        w_down: [r, N], W_down.
+        w_up: [1 or H, r, N], W_up, already thresholded.
+        w_q, b_q, w_k, b_k: channel reduction [c, d] and [c], shared by the heads; None for none.
+        mask, scale: as `head_lowrank_attention`.
+        coef_scale: factor of q' K_down' before its softmax.
+        coef_topk, coef_threshold, budget, prefix, tail, grid, cells, tile: see `Spec`.
+
+    Returns:
+        [B, N, H*d], contiguous, dtype of q.
+    """
+    return _token_reference(
+        q, k, v, w_down, w_up, w_q, b_q, w_k, b_k, mask, scale, coef_scale, coef_topk, coef_threshold, budget, prefix,
+        tail, grid, cells, tile,
+    )  # fmt: skip
+
+
+def _like(q, *_):  # type: ignore[no-untyped-def]
+    B, H, N, d = q.shape
+    return q.new_empty(B, N, H * d)
+
+
+def _register(op, tensors: int, differentiable) -> None:  # type: ignore[no-untyped-def]
+    """Fake kernel and a backward that recomputes the reference; the first `tensors` arguments are tensors or None."""
+    op.register_fake(_like)
+
+    def setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.constants = inputs[tensors:]
+
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        needed = ctx.needs_input_grad
+        saved = [
+            None if t is None else t.detach().requires_grad_(needed[i]) for i, t in enumerate(ctx.saved_tensors)
+        ]
+        with torch.enable_grad():
+            out = differentiable(*saved, *ctx.constants)
+        wanted = [t for t in saved if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
+        grads = [next(found) if t is not None and t.requires_grad else None for t in saved]
+        return (*grads, *[None] * len(ctx.constants))
+
+    op.register_autograd(backward, setup_context=setup)
+
+
+def _head_reference(q, k, v, a_q, a_k, mask, rank, scale, budget, prefix, tail, grid, cells, tile):  # type: ignore[no-untyped-def]
+    spec = Spec(budget, prefix, tail, tuple(grid), tuple(cells), tuple(tile), score_scale=scale)
+    row, col = reference.head_lowrank_scores(q, k, a_q, a_k, rank)  # (B, H, N, r) each
+    return reference.attend(q, k, v, row, col, col, mask, scale, spec)
+
+
+def _token_reference(
+    q, k, v, w_down, w_up, w_q, b_q, w_k, b_k, mask, scale, coef_scale, coef_topk, coef_threshold, budget, prefix, tail,
+    grid, cells, tile,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    spec = Spec(budget, prefix, tail, tuple(grid), tuple(cells), tuple(tile), 1.0, coef_topk, coef_threshold)
+    coef = reference.token_lowrank_coefficients(q, k, (w_down, w_q, b_q, w_k, b_k), coef_scale, spec)  # (B, H, N, r)
+    return reference.attend(q, k, v, coef, w_up.to(coef.dtype).mT, k, mask, scale, spec)
+
+
+_register(head_lowrank_attention, 6, _head_reference)
+_register(token_lowrank_attention, 10, _token_reference)
+
+__all__ = ["BACKENDS", "Spec", "head_lowrank_attention", "token_lowrank_attention"]

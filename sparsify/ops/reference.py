@@ -1,0 +1,177 @@
+"""The specification: predicted sparse attention in plain PyTorch, differentiable, for every device and dtype.
+
+It follows the equations and not the clock: scores are written out in full width, one chunk of query rows at a time, and
+the kept keys are a mask. Half precision inputs are computed in float32. Fast paths keep the same keys and give the same
+outputs to rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsify.ops import tails
+from sparsify.ops.spec import Spec
+
+CHUNK = 1 << 24  # elements of one [B, H, rows, N] tensor: 64 MB in float32
+
+
+def top_b(scores: Tensor, b: int) -> Tensor:
+    """The b highest scores of each row, equal scores by the lower index; NaN is lowest.
+
+    Args:
+        scores: [..., N], float.
+        b: keys kept in each row, 1 <= b <= N.
+
+    Returns:
+        bool [..., N], exactly b True in each row.
+    """
+    s = scores.detach().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    threshold = s.topk(b, dim=-1).values[..., -1:]  # (..., 1)
+    above, tie = s > threshold, s == threshold
+    free = b - above.sum(-1, keepdim=True)  # (..., 1)
+    return above | (tie & (tie.cumsum(-1) <= free))
+
+
+def pool_tiles(scores: Tensor, grid: tuple[int, int], tile: tuple[int, int]) -> Tensor:
+    """Scores shared by each tile of neighbouring queries: the sum of the rows' softmaxes.
+
+    Args:
+        scores: [B, H, n, N] for the n = h*w patch queries of `grid`.
+
+    Returns:
+        [B, H, n, N], equal rows inside a tile.
+    """
+    h, w = grid
+    rows, cols = -(-h // tile[0]), -(-w // tile[1])
+    y = torch.arange(h, device=scores.device) // tile[0]
+    x = torch.arange(w, device=scores.device) // tile[1]
+    t = (y[:, None] * cols + x).flatten()  # (n)
+    p = scores.detach().softmax(-1).nan_to_num()
+    pooled = p.new_zeros(*p.shape[:2], rows * cols, p.shape[-1]).index_add(2, t, p)
+    return pooled[:, :, t]
+
+
+def head_lowrank_scores(q: Tensor, k: Tensor, a_q: Tensor | None, a_k: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+    """The r coordinates whose product ranks the keys: (q A_q) [B, H, N, r] and (k A_k) [B, H, N, r].
+
+    a_q, a_k: [H, d, r]; None where they are folded into `qkv`, so that the first r coordinates are the projections.
+    """
+    if a_q is None or a_k is None:
+        return q[..., :rank], k[..., :rank]
+    return q @ a_q.to(q.dtype), k @ a_k.to(k.dtype)
+
+
+def token_lowrank_coefficients(q: Tensor, k: Tensor, p: tuple[Tensor | None, ...], scale: float, spec: Spec) -> Tensor:
+    """A~_down: sparse basis coefficients of the paper's predictor, [B, H, N, r].
+
+        softmax(q' (W_down k')' scale), then the coef_topk largest (or those above the threshold), not renormalised.
+
+    p: W_down [r, N] or [H, r, N]; W_q', b_q', W_k', b_k' ([c, d] and [c], shared by the heads) or None.
+    """
+    w_down, w_q, b_q, w_k, b_k = p
+    assert w_down is not None
+    if w_q is not None and w_k is not None:
+        q = torch.nn.functional.linear(q, w_q.to(q.dtype), None if b_q is None else b_q.to(q.dtype))  # (B, H, N, c)
+        k = torch.nn.functional.linear(k, w_k.to(k.dtype), None if b_k is None else b_k.to(k.dtype))  # (B, H, N, c)
+    k_down = w_down.to(k.dtype) @ k  # (B, H, r, c)
+    coef = ((q @ k_down.mT) * scale).softmax(-1)  # (B, H, N, r)
+    if 0 < spec.coef_topk < coef.shape[-1]:
+        coef = coef * top_b(coef, spec.coef_topk)
+    elif spec.coef_threshold > 0:
+        coef = coef * (coef > spec.coef_threshold)
+    return coef
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, row: Tensor, col: Tensor, f: Tensor, mask: Tensor | None, scale: float, spec: Spec
+) -> Tensor:
+    """Sparse attention with tail; the scores that rank the keys are row @ col'.
+
+    Args:
+        q, k, v: [B, H, N, d].
+        row, col: [B, H, N, r] and [B, H, N, r] (head-lowrank), or coefficients [B, H, N, r] and W_up' [H, N, r].
+        f: features of the keys for `clusters`, [B, H, N, *].
+        mask: bool (True: may attend) or additive, broadcastable to [B, H, N, N]; None for none.
+        scale: factor of q.k, usually 1/sqrt(d).
+
+    Returns:
+        [B, N, H*d], the layout that `proj` reads, dtype of q.
+    """
+    dtype = q.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        q, k, v, row, col, f = (t.float() for t in (q, k, v, row, col, f))
+    B, H, N, d = q.shape
+    P = min(spec.prefix, N)
+    bias = None if mask is None else _bias(mask, q.dtype).expand(B, H, N, N)
+    alive = None if bias is None else (bias > -torch.inf).any(-2)  # (B, H, N)
+    grid = tails.patch_grid(N - P, (spec.grid[0], spec.grid[1]))
+    a = None
+    if spec.tail != "none":
+        a = tails.assign(spec.tail, f, alive, P, grid, (spec.cells[0], spec.cells[1]))  # (B, H, N)
+    if spec.tile and P < N:
+        scores = _biased((row @ col.mT) * spec.score_scale, bias)[:, :, P:]
+        keep_all = top_b(pool_tiles(scores, grid, (spec.tile[0], spec.tile[1])), spec.budget)
+    step = max(1, CHUNK // (B * H * N))
+    out = []
+    for i in range(0, N, step):
+        rows = slice(i, min(i + step, N))
+        dense = torch.arange(rows.start, rows.stop, device=q.device) < P  # (rows)
+        bias_i = None if bias is None else bias[:, :, rows]
+        if spec.tile and P < N:
+            padded = torch.nn.functional.pad(keep_all, (0, 0, P, 0), value=True)
+            kept = padded[:, :, rows]
+        else:
+            kept = top_b(_biased((row[:, :, rows] @ col.mT) * spec.score_scale, bias_i), spec.budget)
+        kept = kept | dense[:, None]  # prefix rows attend to every key
+        out.append(_rows(q[:, :, rows], k, v, kept, bias_i, a, scale))
+    return torch.cat(out, dim=2).transpose(1, 2).reshape(B, N, H * d).to(dtype)
+
+
+def _rows(
+    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, bias: Tensor | None, a: Tensor | None, scale: float
+) -> Tensor:
+    """Rows of the attention over the kept keys and the cells' means: [B, H, rows, d]."""
+    logits = _biased((q @ k.mT) * scale, bias)  # (B, H, rows, N)
+    kept_logits = logits.masked_fill(~kept, -torch.inf)
+    if a is None:
+        top = kept_logits.amax(-1, keepdim=True).detach()
+        e = (kept_logits - top.masked_fill(top == -torch.inf, 0)).exp()
+        return (e / _nonzero(e.sum(-1, keepdim=True))) @ v
+    m = int(a.max()) + 1
+    member = torch.nn.functional.one_hot(a, m).to(q.dtype)  # (B, H, N, m)
+    if bias is None:
+        size = member.sum(-2, keepdim=True).mT.clamp_min(1)  # (B, H, m, 1)
+        k_mean, v_mean = member.mT @ k / size, member.mT @ v / size  # (B, H, m, d)
+        dropped = (~kept).to(q.dtype) @ member  # (B, H, rows, m)
+        tail_logits = (q @ k_mean.mT) * scale  # (B, H, rows, m)
+    else:  # every row has its own cell means: over the keys it may attend to, weighted with e^bias
+        share = bias.exp()  # (B, H, rows, N)
+        size = (share @ member).clamp_min(torch.finfo(q.dtype).tiny)
+        dropped = share.masked_fill(kept, 0) @ member
+        plain = (q @ k.mT) * scale
+        tail_logits = (share * plain) @ member / size
+    tail_logits = tail_logits.masked_fill(dropped == 0, -torch.inf)
+    top = torch.maximum(kept_logits.amax(-1, keepdim=True), tail_logits.amax(-1, keepdim=True)).detach()
+    top = top.masked_fill(top == -torch.inf, 0)
+    e, t = (kept_logits - top).exp(), dropped * (tail_logits - top).exp()
+    z = _nonzero(e.sum(-1, keepdim=True) + t.sum(-1, keepdim=True))
+    tail = t @ v_mean if bias is None else ((t / size) @ member.mT * share) @ v
+    return (e @ v + tail) / z
+
+
+def _nonzero(z: Tensor) -> Tensor:
+    return z.masked_fill(z == 0, 1)  # a row that may attend to nothing gives 0, as scaled_dot_product_attention does
+
+
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+    return mask.to(dtype)
+
+
+def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias
+
+
+__all__ = ["attend", "head_lowrank_scores", "pool_tiles", "token_lowrank_coefficients", "top_b"]
