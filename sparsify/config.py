@@ -32,6 +32,7 @@ class TokenLowrank(_Frozen):
     channels: Annotated[int, Field(ge=1)] | None = Field(
         None, description="c: size of q' and k' inside a head; null leaves the head as it is (the paper's figure)"
     )
+    scale: Literal["head-size", "heads"] = Field("head-size", description="1/sqrt of it scales q' K_down'; authors' code: heads")
     coef_topk: Annotated[int, Field(ge=1)] | None = Field(8, description="coefficients kept in each row; null keeps all")
     coef_threshold: Annotated[float, Field(ge=0)] | None = Field(
         None, description="coefficients up to this value become 0; used when coef_topk is null"
@@ -54,6 +55,7 @@ class SparsityConfig(_Frozen):
     rank: Rank | tuple[Rank, ...] = Field(16, description="r: coordinates (head-lowrank) or rows of W_down")
     tail: Literal["none", "mean", "cells", "clusters"] = "clusters"
     cells: tuple[Side, Side] = Field((4, 3), description="rows and columns of the grid of cells")
+    spread_rank: bool = Field(True, description="an integer rank is the mean of the blocks' (head-lowrank)")
     granularity: Literal["token", "tile"] = "token"
     tile: tuple[Side, Side] = Field((4, 4), description="rows and columns of a tile of queries")
     fold: bool = Field(True, description="fold head-lowrank into qkv where that is exact")

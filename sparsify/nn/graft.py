@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -16,13 +17,14 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
-from sparsify.errors import UnsupportedModel
+from sparsify.errors import UnsupportedModel, UsageError
 from sparsify.nn.attention import SparseAttention, Sparsity
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
 
 if TYPE_CHECKING:
     from sparsify.config import SparsityConfig
 
+Predictor = HeadLowrank | TokenLowrank
 MODELS = (VisionTransformer, VisionTransformerDistilled)
 BLOCKS = (Block, ResPostBlock)
 LEFT_DENSE = (AttentionPoolLatent,)  # one query over all tokens: nothing to gain
@@ -48,11 +50,11 @@ def check(model: nn.Module, name: str = "") -> dict[str, Attention]:
     return found
 
 
-def graft(model: nn.Module, config: SparsityConfig) -> nn.Module:
-    """Exchange every block's attention for a sparse one with an unfitted predictor; in place.
+def graft(model: nn.Module, config: SparsityConfig, predictors: Sequence[Predictor] | None = None) -> nn.Module:
+    """Exchange every block's attention for a sparse one; in place.
 
-    With `config.fold`, head-lowrank predictors are folded where nothing stands between the projection and the product;
-    `qkv` itself is not touched here (`fold`).
+    Args:
+        predictors: one for each block; None for unfitted ones (`new_predictor`).
 
     Raises:
         UnsupportedModel: see `check`; nothing is exchanged then.
@@ -60,23 +62,63 @@ def graft(model: nn.Module, config: SparsityConfig) -> nn.Module:
     """
     hosts = check(model)
     config.check_depth(len(hosts))
-    prefix, grid = num_prefix_tokens(model), patch_grid(model)
+    if predictors is None:
+        predictors = [new_predictor(model, host, config, i) for i, host in enumerate(hosts.values())]
     for i, (name, host) in enumerate(hosts.items()):
-        rank = config.rank_of(i)
-        predictor: HeadLowrank | TokenLowrank
-        if config.predictor == "head-lowrank":
-            if rank > host.head_dim:
-                raise UnsupportedModel(f"rank {rank} is larger than the head size {host.head_dim} of block {i}")
-            predictor = HeadLowrank(host.num_heads, host.head_dim, rank, config.fold and foldable(host))
-        else:
-            tokens = prefix + grid[0] * grid[1]
-            knobs = config.token_lowrank.model_dump()
-            predictor = TokenLowrank(host.num_heads, host.head_dim, tokens, prefix, rank, knobs)
-        tile = config.tile if config.granularity == "tile" else ()
-        sparsity = Sparsity(config.keep_of(i), prefix, config.tail, grid, config.cells, tile)
-        sparse = SparseAttention(host, predictor.to(host.qkv.weight), sparsity).train(host.training)
-        model.set_submodule(name, sparse)
+        model.set_submodule(name, _sparse(model, host, config, i, predictors[i]))
     return model
+
+
+def new_predictor(model: nn.Module, host: Attention, config: SparsityConfig, block: int) -> Predictor:
+    """An unfitted predictor for one block, dtype and device of the host.
+
+    With `config.fold`, head-lowrank is folded where nothing stands between the projection and the product; `qkv` itself
+    is not touched (`fold`).
+
+    Raises:
+        UsageError: a rank larger than the head.
+    """
+    rank = config.rank_of(block)
+    predictor: Predictor
+    if config.predictor == "head-lowrank":
+        if rank > host.head_dim:
+            raise UsageError(f"rank {rank} is larger than the head size {host.head_dim} of block {block}")
+        predictor = HeadLowrank(host.num_heads, host.head_dim, rank, config.fold and foldable(host))
+    else:
+        prefix, (h, w) = num_prefix_tokens(model), patch_grid(model)
+        knobs = config.token_lowrank.model_dump()
+        predictor = TokenLowrank(host.num_heads, host.head_dim, prefix + h * w, prefix, rank, knobs)
+    return predictor.to(host.qkv.weight)
+
+
+def _sparse(
+    model: nn.Module, host: Attention, config: SparsityConfig, block: int, predictor: Predictor
+) -> SparseAttention:
+    tile = config.tile if config.granularity == "tile" else ()
+    sparsity = Sparsity(
+        config.keep_of(block), num_prefix_tokens(model), config.tail, patch_grid(model), config.cells, tile
+    )
+    return SparseAttention(host, predictor, sparsity).train(host.training)
+
+
+def sparse_block(
+    model: nn.Module, host: Attention, config: SparsityConfig, block: int, basis: tuple[torch.Tensor, torch.Tensor]
+) -> SparseAttention:
+    """A head-lowrank sparse attention over the host's parameters with a basis of its own, not folded: for trials."""
+    predictor = new_predictor(model, host, config.model_copy(update={"fold": False}), block)
+    assert isinstance(predictor, HeadLowrank)
+    set_basis(host.qkv, predictor, *basis)
+    return _sparse(model, host, config, block, predictor)
+
+
+@torch.no_grad()
+def set_basis(qkv: nn.Linear, predictor: HeadLowrank, t_q: torch.Tensor, t_k: torch.Tensor) -> None:
+    """Gives a predictor the basis T_q, T_k [H, d, d]: into `qkv` where it is folded, else its first r columns."""
+    if predictor.a_q is None or predictor.a_k is None:
+        fold(qkv, t_q.to(qkv.weight.device), t_k.to(qkv.weight.device))
+    else:
+        predictor.a_q.copy_(t_q[..., : predictor.rank])
+        predictor.a_k.copy_(t_k[..., : predictor.rank])
 
 
 def sparse_modules(model: nn.Module) -> dict[str, SparseAttention]:

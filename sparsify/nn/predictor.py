@@ -48,7 +48,7 @@ class HeadLowrank(nn.Module):
 class TokenLowrank(nn.Module):
     """The paper's predictor (Sparsifiner, Fig. 2): scores A~_down W_up over the tokens.
 
-        A_down = softmax(q' (W_down k')' / sqrt(c)), the coef_topk largest kept -> A~_down        [N, r]
+        A_down = softmax(q' (W_down k')' / sqrt(d)), the coef_topk largest kept -> A~_down        [N, r]
         scores = A~_down W_up                                                                     [N, N]
 
     Args:
@@ -75,7 +75,7 @@ class TokenLowrank(nn.Module):
             self.b_q, self.b_k = nn.Parameter(torch.zeros(channels)), nn.Parameter(torch.zeros(channels))
         else:
             self.w_q = self.w_k = self.b_q = self.b_k = None
-        self.coef_scale = (channels or head_dim) ** -0.5
+        self.coef_scale = (heads if knobs["scale"] == "heads" else head_dim) ** -0.5
 
     def basis(self) -> Tensor:
         """W_up as it is used: sign and threshold applied, [H or 1, r, N]."""

@@ -1,0 +1,5 @@
+"""Closed-form fits of predictors from unlabelled images: no gradient, no label (`calibrate`)."""
+
+from sparsify.calibration.calibrate import Calibration, calibrate
+
+__all__ = ["Calibration", "calibrate"]

@@ -1,0 +1,180 @@
+"""Dense model and unlabelled images in, sparse model out: no gradient, no label, a few passes over the images.
+
+1. Moments of queries and keys (or Gram matrices of the paper's predictor), summed batch by batch.
+2. Closed-form predictors; head-lowrank is folded into `qkv` where that is exact.
+3. A fixed sum of ranks is spent over the blocks (`ranks.py`), from the first images.
+
+The same images in the same order give the same tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from sparsify import ops
+from sparsify.calibration.lowrank import Moments
+from sparsify.calibration.observe import observe
+from sparsify.calibration.ranks import allocate, candidates
+from sparsify.calibration.tokens import Ridge, pooling
+from sparsify.config import SparsityConfig
+from sparsify.errors import UsageError
+from sparsify.nn import graft
+from sparsify.nn.predictor import HeadLowrank, TokenLowrank
+from sparsify.ops.spec import budget
+
+PROBE_IMAGES = 24  # images that decide the ranks: enough to order the blocks, seconds on two cores
+
+Batches = Callable[[], Iterable[Tensor]]
+"""Gives the calibration images anew at each call: batches [B, C, H, W], float32, normalised as the model expects."""
+Progress = Callable[[str, int], None]
+"""Called with the step's name and the number of images done in it."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A calibrated sparse model.
+
+    Attributes:
+        model: the model that was given, its attention exchanged.
+        config: what was asked, ranks resolved to one for each block.
+        images: calibration images seen.
+    """
+
+    model: nn.Module
+    config: SparsityConfig
+    images: int
+
+
+def calibrate(
+    model: nn.Module, config: SparsityConfig, batches: Batches, progress: Progress = lambda step, done: None
+) -> Calibration:
+    """Grafts sparse attention into `model` (in place) and fits its predictors.
+
+    Args:
+        model: dense, on its device, eval mode.
+        config: an integer rank is a mean that may be spent unevenly over the blocks (head-lowrank with
+            `spread_rank`); a list is taken as it is.
+
+    Raises:
+        UnsupportedModel, UsageError: see `graft.graft`; the model is as it was then.
+    """
+    hosts = graft.check(model)
+    config.check_depth(len(hosts))
+    smallest = min(host.head_dim for host in hosts.values())
+    if config.predictor == "head-lowrank" and max(config.rank_of(i) for i in range(len(hosts))) > smallest:
+        raise UsageError(f"rank is larger than the head size {smallest} of this model: give a smaller --rank")
+    fit = _fit_head_lowrank if config.predictor == "head-lowrank" else _fit_token_lowrank
+    with torch.no_grad():
+        return fit(model, config, batches, progress)
+
+
+def _fit_head_lowrank(model: nn.Module, config: SparsityConfig, batches: Batches, progress: Progress) -> Calibration:
+    hosts = list(graft.check(model).values())
+    prefix = graft.num_prefix_tokens(model)
+    moments = [Moments(host.num_heads, host.head_dim) for host in hosts]
+    seen = observe(
+        model, _counted(batches(), "moments", progress), lambda i, q, k, v: moments[i].add(q, k, prefix)
+    )  # fmt: skip
+    bases = [m.basis()[:2] for m in moments]
+    if isinstance(config.rank, int) and config.spread_rank:
+        probe = torch.cat(list(_first(batches(), PROBE_IMAGES)))
+        config = config.model_copy(update={"rank": _spread(model, config, bases, probe, progress)})
+    graft.graft(model, config)
+    for (t_q, t_k), sparse in zip(bases, graft.sparse_modules(model).values(), strict=True):
+        graft.set_basis(sparse.qkv, cast(HeadLowrank, sparse.predictor), t_q, t_k)
+    return Calibration(model, config, seen)
+
+
+def _spread(
+    model: nn.Module, config: SparsityConfig, bases: list[tuple[Tensor, Tensor]], probe: Tensor, progress: Progress
+) -> tuple[int, ...]:
+    """One rank for each block, their sum depth * config.rank (or a little less)."""
+    hosts = graft.check(model)
+    mean_rank = cast(int, config.rank)
+    ranks = candidates(mean_rank, min(h.head_dim for h in hosts.values()))
+    error = torch.zeros(len(hosts), len(ranks), dtype=torch.float64)
+    shape = (graft.num_prefix_tokens(model), config.tail, graft.patch_grid(model), config.cells, ())
+    attentions = list(hosts.values())
+
+    def compare(i: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        host, (t_q, t_k) = attentions[i], (t.to(q) for t in bases[i])
+        dense = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, H*d)
+        q, k, b = q @ t_q, k @ t_k, budget(config.keep_of(i), q.shape[2])
+        for j, r in enumerate(ranks):
+            out = ops.head_lowrank_attention(q, k, v, None, None, None, r, host.head_dim**-0.5, b, *shape)
+            error[i, j] += float(nn.functional.linear(host.norm(out) - host.norm(dense), host.proj.weight).square().sum())
+
+    observe(model, _counted(probe.split(8), "ranks", progress), compare)
+    return allocate(error * _weights(model, config, bases, probe, error[:, ranks.index(mean_rank)]), ranks, mean_rank)
+
+
+def _weights(
+    model: nn.Module, config: SparsityConfig, bases: list[tuple[Tensor, Tensor]], probe: Tensor, error: Tensor
+) -> Tensor:
+    """How much each block's error moves the output: [depth, 1]."""
+    twin = graft.dense_twin(model)
+    dense = model(probe)
+    weights = []
+    for i, (name, host) in enumerate(graft.check(model).items()):
+        twin.set_submodule(name, graft.sparse_block(model, host, config, i, bases[i]))
+        weights.append(_distance(dense, twin(probe), bool(getattr(model, "num_classes", 0))) / max(float(error[i]), 1e-12))
+        twin.set_submodule(name, host)
+    return torch.tensor(weights, dtype=torch.float64)[:, None]
+
+
+def _distance(dense: Tensor, sparse: Tensor, logits: bool) -> float:
+    """KL(dense || sparse) of class probabilities, or the relative squared error of features."""
+    if not logits:
+        return float((dense - sparse).square().sum() / dense.square().sum())
+    p = dense.float().log_softmax(-1)
+    return float((p.exp() * (p - sparse.float().log_softmax(-1))).sum(-1).mean())
+
+
+def _fit_token_lowrank(model: nn.Module, config: SparsityConfig, batches: Batches, progress: Progress) -> Calibration:
+    hosts = list(graft.check(model).values())
+    prefix, grid = graft.num_prefix_tokens(model), graft.patch_grid(model)
+    channels = config.token_lowrank.channels
+    moments = [Moments(host.num_heads, host.head_dim) for host in hosts] if channels else []
+    if moments:
+        observe(model, _counted(batches(), "moments", progress), lambda i, q, k, v: moments[i].add(q, k, prefix))
+    predictors = [graft.new_predictor(model, host, config, i) for i, host in enumerate(hosts)]
+    for i, predictor in enumerate(predictors):
+        assert isinstance(predictor, TokenLowrank)
+        predictor.w_down.copy_(pooling(predictor.rank, prefix, grid))
+        if moments:
+            t_q, t_k = moments[i].over_heads().basis()[:2]
+            assert predictor.w_q is not None and predictor.w_k is not None
+            predictor.w_q.copy_(t_q[0, :, :channels].T)
+            predictor.w_k.copy_(t_k[0, :, :channels].T)
+    fits = [Ridge(cast(TokenLowrank, p), host.num_heads) for p, host in zip(predictors, hosts, strict=True)]
+    seen = observe(
+        model, _counted(batches(), "attention", progress),
+        lambda i, q, k, v: fits[i].add(q, k, hosts[i].head_dim**-0.5, prefix),
+    )  # fmt: skip
+    for fit in fits:
+        fit.solve()
+    graft.graft(model, config, predictors)
+    return Calibration(model, config, seen)
+
+
+def _first(batches: Iterable[Tensor], n: int) -> Iterator[Tensor]:
+    for x in batches:
+        yield x[:n]
+        n -= len(x[:n])
+        if n <= 0:
+            return
+
+
+def _counted(batches: Iterable[Tensor], step: str, progress: Progress) -> Iterator[Tensor]:
+    done = 0
+    progress(step, 0)
+    for x in batches:
+        yield x
+        done += len(x)
+        progress(step, done)
+

@@ -1,0 +1,74 @@
+"""The paper's token-lowrank predictor in closed form: W_down by pooling, W_up by ridge regression.
+
+W_down averages the patch grid into r cells, so that the coefficients A~_down say how much a query looks at each part of
+the image. With C [rows, r] the coefficients of all patch queries and A [rows, N] the dense attention of the same rows,
+
+    W_up = (C'C + lambda I)^{-1} C'A
+
+per head (or over all heads), both Gram matrices summed batch by batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparsify.nn.predictor import TokenLowrank
+from sparsify.ops import reference
+from sparsify.ops.spec import Spec
+from sparsify.ops.tails import grid_cells
+
+RIDGE = 1e-3  # lambda as a share of the mean diagonal of C'C
+
+
+def pooling(rank: int, prefix: int, grid: tuple[int, int]) -> Tensor:
+    """W_down [rank, P + h*w]: row-wise averages over at most `rank` cells of the patch grid; unused rows are 0."""
+    rows, cols = _split(rank, grid)
+    cell = grid_cells(grid, (rows, cols))  # (n)
+    member = torch.nn.functional.one_hot(cell, rank).float().T  # (rank, n)
+    member = member / member.sum(1, keepdim=True).clamp_min(1)
+    return torch.cat([torch.zeros(rank, prefix), member], dim=1)
+
+
+def _split(rank: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the finest grid of at most `rank` cells, as square as it gets."""
+    options = [(a, min(rank // a, grid[1])) for a in range(1, min(rank, grid[0]) + 1)]
+    return max(options, key=lambda o: (o[0] * o[1], -abs(math.log(o[0] / o[1]))))
+
+
+class Ridge:
+    """Running C'C [H, r, r] and C'A [H, r, N] of one block, float64."""
+
+    def __init__(self, predictor: TokenLowrank, heads: int) -> None:
+        self.predictor = predictor
+        r, n = predictor.w_down.shape
+        self.gram = torch.zeros(heads, r, r, dtype=torch.float64)
+        self.cross = torch.zeros(heads, r, n, dtype=torch.float64)
+
+    def add(self, q: Tensor, k: Tensor, scale: float, prefix: int) -> None:
+        """Adds a batch: q, k [B, H, N, d]."""
+        p = self.predictor
+        spec = Spec(
+            1, prefix, "none", (1, 1), (1, 1),
+            coef_topk=p.knobs["coef_topk"] or 0, coef_threshold=p.knobs["coef_threshold"] or 0.0,
+        )  # fmt: skip
+        weights = (p.w_down, p.w_q, p.b_q, p.w_k, p.b_k)
+        coef = reference.token_lowrank_coefficients(q, k, weights, p.coef_scale, spec)[:, :, prefix:]  # (B, H, n, r)
+        attention = ((q[:, :, prefix:] @ k.mT) * scale).softmax(-1)  # (B, H, n, N)
+        self.gram += torch.einsum("bhnr,bhns->hrs", coef, coef).double().cpu()
+        self.cross += torch.einsum("bhnr,bhnm->hrm", coef, attention).double().cpu()
+
+    @torch.no_grad()
+    def solve(self) -> None:
+        """Writes W_up into the predictor (nothing to do where it is shared with W_down)."""
+        p = self.predictor
+        if p.w_up is None:
+            return
+        gram, cross = self.gram, self.cross
+        if p.knobs["shared_heads"]:
+            gram, cross = gram.sum(0, keepdim=True), cross.sum(0, keepdim=True)
+        diagonal = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(1e-12)
+        w_up = torch.linalg.solve(gram + RIDGE * diagonal * torch.eye(gram.shape[-1], dtype=gram.dtype), cross)
+        p.w_up.copy_(w_up)
