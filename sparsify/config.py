@@ -121,20 +121,27 @@ def recipe_names() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in _recipes().iterdir() if p.name.endswith(".yaml"))
 
 
+def recipe_text(name_or_file: str) -> str:
+    """The YAML of the built-in recipe of that name, or of a file.
+
+    Raises:
+        UsageError: no such recipe.
+    """
+    if name_or_file in recipe_names():
+        return str((_recipes() / f"{name_or_file}.yaml").read_text(encoding="utf-8"))
+    if Path(name_or_file).is_file():
+        return Path(name_or_file).read_text(encoding="utf-8", errors="replace")
+    raise UsageError(f"no recipe '{name_or_file}': give a YAML file or one of {', '.join(recipe_names())}")
+
+
 def load_recipe(name_or_file: str) -> Recipe:
     """The built-in recipe of that name, or the one in a YAML file.
 
     Raises:
         UsageError: no such recipe, not YAML, an unknown key or a value out of range.
     """
-    if name_or_file in recipe_names():
-        text = (_recipes() / f"{name_or_file}.yaml").read_text(encoding="utf-8")
-    elif Path(name_or_file).is_file():
-        text = Path(name_or_file).read_text(encoding="utf-8", errors="replace")
-    else:
-        raise UsageError(f"no recipe '{name_or_file}': give a YAML file or one of {', '.join(recipe_names())}")
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.safe_load(recipe_text(name_or_file))
     except yaml.YAMLError as error:
         raise UsageError(f"recipe {name_or_file} is not YAML: {' '.join(str(error).split())}") from None
     return validate(Recipe, tree or {}, f"recipe {name_or_file}:")

@@ -7,6 +7,7 @@ is refused by its class name before anything is computed; nothing is skipped in 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
@@ -133,6 +134,18 @@ def dense_twin(model: nn.Module) -> nn.Module:
     for name, module in sparse_modules(twin).items():
         twin.set_submodule(name, module.dense())
     return twin
+
+
+@torch.no_grad()
+def resize(model: nn.Module, img_size: int) -> None:
+    """Another square image size, in place: timm resamples the position embedding, predictors tied to tokens follow."""
+    old = patch_grid(model)
+    cast(VisionTransformer, model).set_input_size(img_size=(img_size, img_size))
+    new = patch_grid(model)
+    for module in sparse_modules(model).values():
+        module.sparsity = dataclasses.replace(module.sparsity, grid=new)
+        if isinstance(module.predictor, TokenLowrank):
+            module.predictor.resample(old, new)
 
 
 def foldable(host: Attention) -> bool:

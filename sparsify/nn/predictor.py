@@ -99,6 +99,14 @@ class TokenLowrank(nn.Module):
             self.knobs["coef_topk"] or 0, self.knobs["coef_threshold"] or 0.0, budget, *shape,
         )  # fmt: skip
 
+    @torch.no_grad()
+    def resample(self, old: tuple[int, int], new: tuple[int, int]) -> None:
+        """Parameters for another patch grid, in place."""
+        for name in ("w_down", "w_up"):
+            w = getattr(self, name)
+            if w is not None:
+                setattr(self, name, nn.Parameter(resample(w, self.prefix, old, new), w.requires_grad))
+
     def extra_repr(self) -> str:
         return f"rank={self.rank}, tokens={self.w_down.shape[1]}"
 

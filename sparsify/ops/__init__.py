@@ -111,7 +111,8 @@ def _token_reference(
     grid, cells, tile,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     spec = Spec(budget, prefix, tail, tuple(grid), tuple(cells), tuple(tile), 1.0, coef_topk, coef_threshold)
-    coef = reference.token_lowrank_coefficients(q, k, (w_down, w_q, b_q, w_k, b_k), coef_scale, spec)  # (B, H, N, r)
+    seen = k if mask is None else k * reference.alive(mask, q).unsqueeze(-1)  # hidden keys leave no trace in W_down k
+    coef = reference.token_lowrank_coefficients(q, seen, (w_down, w_q, b_q, w_k, b_k), coef_scale, spec)  # (B, H, N, r)
     return reference.attend(q, k, v, coef, w_up.to(coef.dtype).mT, k, mask, scale, spec)
 
 

@@ -83,6 +83,12 @@ def token_lowrank_coefficients(q: Tensor, k: Tensor, p: tuple[Tensor | None, ...
     return coef
 
 
+def alive(mask: Tensor, q: Tensor) -> Tensor:
+    """1 for keys that some query may attend to, else 0: [B, H, N], dtype of q."""
+    B, H, N, _ = q.shape
+    return (_bias(mask, q.dtype) > -torch.inf).expand(B, H, N, N).any(-2).to(q.dtype)
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, row: Tensor, col: Tensor, f: Tensor, mask: Tensor | None, scale: float, spec: Spec
 ) -> Tensor:
@@ -104,11 +110,11 @@ def attend(
     B, H, N, d = q.shape
     P = min(spec.prefix, N)
     bias = None if mask is None else _bias(mask, q.dtype).expand(B, H, N, N)
-    alive = None if bias is None else (bias > -torch.inf).any(-2)  # (B, H, N)
+    living = None if mask is None else alive(mask, q)  # (B, H, N)
     grid = tails.patch_grid(N - P, (spec.grid[0], spec.grid[1]))
     a = None
     if spec.tail != "none":
-        a = tails.assign(spec.tail, f, alive, P, grid, (spec.cells[0], spec.cells[1]))  # (B, H, N)
+        a = tails.assign(spec.tail, f, living, P, grid, (spec.cells[0], spec.cells[1]))  # (B, H, N)
     if spec.tile and P < N:
         scores = _biased((row @ col.mT) * spec.score_scale, bias)[:, :, P:]
         keep_all = top_b(pool_tiles(scores, grid, (spec.tile[0], spec.tile[1])), spec.budget)
@@ -174,4 +180,4 @@ def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
-__all__ = ["attend", "head_lowrank_scores", "pool_tiles", "token_lowrank_coefficients", "top_b"]
+__all__ = ["alive", "attend", "head_lowrank_scores", "pool_tiles", "token_lowrank_coefficients", "top_b"]

@@ -1,0 +1,35 @@
+"""sparsify: pretrained timm Vision Transformers with learned, per-image sparse attention (Sparsifiner, CVPR 2023).
+
+    import sparsify
+
+    sparsify.convert("deit_small", keep=0.1)          # writes model.safetensors
+    model = sparsify.load("model.safetensors")        # a timm model; model(x) as before
+    sparsify.profile(model).as_dict()                 # MACs and latency, dense beside sparse
+    sparsify.evaluate(model, "imagenet")              # top-1, top-5, agreement with dense
+
+The names are resolved at first use, so that `import sparsify` does not load torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsify.api import convert, evaluate, load, profile
+    from sparsify.config import SparsityConfig
+
+__version__ = "0.1.0"
+__all__ = ["SparsityConfig", "__version__", "convert", "evaluate", "load", "profile"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SparsityConfig":
+        return import_module("sparsify.config").SparsityConfig
+    if name in __all__:
+        return getattr(import_module("sparsify.api"), name)
+    raise AttributeError(f"module 'sparsify' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

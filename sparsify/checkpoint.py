@@ -1,0 +1,216 @@
+"""One safetensors file <-> one sparse model. The header holds everything needed to rebuild it; nothing is unpickled.
+
+Metadata keys (strings; all but `format` hold JSON or plain text):
+
+    format                 "pt", for readers that expect it
+    sparsify.format        version of this layout, an integer
+    sparsify.architecture  architecture, model_args, pretrained_cfg: what timm needs to build the host
+    sparsify.config        SparsityConfig, ranks resolved
+    sparsify.provenance    source, recipe, calibration, seed, library versions, date, whether the backbone changed
+    sparsify.report        headline figures (theoretical MACs)
+    sparsify.licence       licence of the weights that were converted
+    sparsify.sha256        digest of every other key and every tensor
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sparsify import zoo
+from sparsify.config import SparsityConfig, validate
+from sparsify.errors import BadFile, UsageError
+from sparsify.nn import graft
+
+FORMAT = 1
+JSON_KEYS = ("architecture", "config", "provenance", "report")
+
+
+class Header(NamedTuple):
+    """What a file says of itself; mappings are JSON-able."""
+
+    architecture: dict[str, Any]
+    config: SparsityConfig
+    provenance: dict[str, Any]
+    report: dict[str, Any]
+
+
+def save(model: nn.Module, path: Path, header: Header) -> None:
+    """Write `model` atomically: a crash or a full disk leaves an existing file as it was.
+
+    Raises:
+        BadFile: the file cannot be written.
+    """
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    meta = {"format": "pt", "sparsify.format": str(FORMAT)}
+    meta["sparsify.licence"] = str(header.architecture.get("pretrained_cfg", {}).get("license") or "unknown")
+    content = header._replace(config=header.config.model_dump(mode="json"))._asdict()  # type: ignore[arg-type]
+    meta |= {f"sparsify.{key}": json.dumps(content[key], sort_keys=True) for key in JSON_KEYS}
+    meta["sparsify.sha256"] = _digest(meta, tensors)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        save_file(tensors, temporary, metadata=meta)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise BadFile(f"cannot write {path}: {_first_line(error)}; the old file, if any, is unchanged") from None
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def read_header(path: Path) -> Header:
+    """What the file says of itself; tensors are not read.
+
+    Raises:
+        BadFile: missing, not safetensors, not written by sparsify, from a newer version, or damaged.
+    """
+    return _parse(path, _metadata(path))
+
+
+def load(path: str | Path, img_size: int | None = None, device: str | torch.device = "cpu") -> nn.Module:
+    """The sparse model of a file, in eval mode, float32; no network and no other file is needed.
+
+    Args:
+        img_size: side in pixels, when it is not the file's own; position embeddings and predictors are resampled.
+
+    Returns:
+        The timm model with sparse attention; `.to(dtype)` works as usual.
+
+    Raises:
+        BadFile: see `read_header`; also tensors that do not fit the architecture or the digest.
+        UsageError: an image size that the architecture cannot take.
+    """
+    path = Path(path)
+    meta = _metadata(path)
+    header = _parse(path, meta)
+    try:
+        host = zoo.rebuild(
+            header.architecture["architecture"], header.architecture["model_args"], header.architecture["pretrained_cfg"]
+        )
+        model = graft.graft(host, header.config)
+    except Exception as error:
+        raise BadFile(f"{path}: its header does not describe a model: {_first_line(error)}") from None
+    tensors = _tensors(path)
+    _check_tensors(path, model, tensors)
+    if _digest({k: v for k, v in meta.items() if k != "sparsify.sha256"}, tensors) != meta["sparsify.sha256"]:
+        raise BadFile(f"{path} was changed after it was written (its digest differs): convert again or fetch it anew")
+    model.load_state_dict(tensors, assign=False)
+    if img_size is not None:
+        resize(model, img_size)
+    return model.eval().to(device)
+
+
+def resize(model: nn.Module, img_size: int) -> None:
+    """Another image size, in place: position embeddings and predictors are resampled.
+
+    Raises:
+        UsageError: a size that the architecture cannot take.
+    """
+    try:
+        graft.resize(model, img_size)
+    except Exception as error:
+        raise UsageError(f"--img-size {img_size}: {_first_line(error)}") from None
+
+
+def may_overwrite(path: Path, architecture: Mapping[str, Any], force: bool) -> None:
+    """Raise unless `path` is free, or holds a model of the same architecture, or `force` is set.
+
+    Raises:
+        BadFile: another file lies there.
+    """
+    if force or not path.exists():
+        return
+    try:
+        same = read_header(path).architecture == architecture
+    except BadFile:
+        same = False
+    if not same:
+        raise BadFile(f"{path} exists and is not this model: choose another --output or overwrite it with --force")
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    if not path.exists():
+        raise BadFile(f"no file {path}: 'sparsify convert NAME' writes one")
+    if not path.is_file():
+        raise BadFile(f"{path} is a folder: give a .safetensors file that 'sparsify convert' wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise BadFile(f"{path} is not a whole safetensors file ({_first_line(error)}): convert again") from None
+
+
+def _parse(path: Path, meta: Mapping[str, str]) -> Header:
+    version = meta.get("sparsify.format")
+    if version is None:
+        raise BadFile(
+            f"{path} is a plain checkpoint, not a converted model: run 'sparsify convert NAME --weights {path}'"
+        )
+    if not version.isdigit() or int(version) > FORMAT:
+        raise BadFile(f"{path} has format {version}, this version reads up to {FORMAT}: upgrade sparsify-vit")
+    try:
+        content = {key: json.loads(meta[f"sparsify.{key}"]) for key in JSON_KEYS}
+        if not all(isinstance(value, dict) for value in content.values()) or "sparsify.sha256" not in meta:
+            raise ValueError
+        content["config"] = validate(SparsityConfig, content["config"], "config")
+        return Header(**content)
+    except (KeyError, ValueError, TypeError):
+        raise BadFile(f"{path}: its header is damaged: convert again or fetch it anew") from None
+    except UsageError as error:
+        raise BadFile(f"{path}: its header is damaged ({error}): convert again or fetch it anew") from None
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise BadFile(f"{path} is not a whole safetensors file ({_first_line(error)}): convert again") from None
+
+
+def _check_tensors(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    expected = {name: t.shape for name, t in model.state_dict().items()}
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            raise BadFile(f"{path}: tensor {name} is missing: convert again or fetch it anew")
+        if name not in expected:
+            raise BadFile(f"{path}: tensor {name} does not belong to {type(model).__name__}: convert again")
+        if tensors[name].shape != expected[name]:
+            given, wanted = tuple(tensors[name].shape), tuple(expected[name])
+            raise BadFile(f"{path}: tensor {name} has shape {given}, expected {wanted}: convert again")
+
+
+def _digest(meta: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over keys, values, names, dtypes, shapes and bytes, in sorted order."""
+    sha = hashlib.sha256(json.dumps(sorted(meta.items())).encode())
+    for name in sorted(tensors):
+        t = tensors[name]
+        sha.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        sha.update(t.contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

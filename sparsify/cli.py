@@ -1,0 +1,230 @@
+"""The command line: parses, calls one job, renders its result. torch is imported inside the commands only.
+
+Exit codes: 0 done; 1 a bad file, data set or model; 2 a bad option, argument or name; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsify import __version__, options
+from sparsify.errors import SparsifyError, UsageError
+
+app = typer.Typer(
+    name="sparsify",
+    help="Pretrained timm Vision Transformers with per-image sparse attention (Sparsifiner, CVPR 2023).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"sparsify {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Options of every command follow the command."""
+
+
+@app.command()
+def convert(
+    name: Annotated[str, typer.Argument(help="Alias (deit_small), timm name, hf-hub:ORG/NAME, local-dir:DIR or digits.")],
+    keep: Annotated[
+        str | None, typer.Option(help="Share of keys that each query attends to, above 0 and up to 1; or one a block.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = options.MODEL_FILE,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite another model's file.")] = False,
+    recipe: Annotated[str, typer.Option(help="Recipe name ('sparsify recipes' lists them) or YAML file.")] = "calibrate",
+    predictor: Annotated[str | None, typer.Option(help="head-lowrank or token-lowrank (the paper's).")] = None,
+    rank: Annotated[
+        str | None, typer.Option(help="Coordinates of the predictor: a mean over the blocks, or one for each.")
+    ] = None,
+    tail: Annotated[str | None, typer.Option(help="What stands for dropped keys: none, mean, cells or clusters.")] = None,
+    cells: Annotated[str | None, typer.Option(help="Grid of cells of the tail, ROWSxCOLUMNS.")] = None,
+    granularity: Annotated[
+        str | None, typer.Option(help="token: a key set for each query; tile: one for 4x4 neighbours.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Folder or timm data set of images to calibrate on; labels are not used.")
+    ] = None,
+    calib_images: Annotated[int | None, typer.Option(min=1, help="Images to calibrate on.")] = None,
+    calibrate_only: Annotated[
+        bool, typer.Option("--calibrate-only", help="Closed form only, no training (all that there is so far).")
+    ] = False,
+    weights: Annotated[Path | None, typer.Option(help="Your own checkpoint of that architecture.")] = None,
+    num_classes: Annotated[int | None, typer.Option(min=0, help="Classes of that checkpoint.")] = None,
+    img_size: options.ImgSize = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the choice of images.")] = None,
+    device: options.Device = "cpu",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images computed together.")] = 16,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Turn a pretrained model into a sparse one and write it with its MACs report."""
+    from sparsify.config import load_recipe
+
+    chosen = load_recipe(recipe).override(
+        keep=options.numbers(keep, "--keep"), predictor=predictor, rank=options.whole_numbers(rank, "--rank"), tail=tail,
+        cells=options.rectangle(cells, "--cells"), granularity=granularity, calib_images=calib_images, seed=seed,
+    )  # fmt: skip
+    from sparsify import conversion
+    from sparsify.report import tables
+    from sparsify.report.progress import Reporter
+
+    with Reporter(quiet) as reporter:
+        made = conversion.convert(
+            name, chosen, output, weights=weights, num_classes=num_classes, img_size=img_size, images=data, force=force,
+            device=options.torch_device(device), batch_size=batch_size, say=_say(quiet), progress=reporter.update,
+        )  # fmt: skip
+    if not quiet:
+        tables.show(tables.profile_table(made.profile))
+    print(f"wrote {made.path}, {made.report_json.name} and {made.report_md.name} in {made.seconds:.0f} s")
+
+
+@app.command()
+def profile(
+    file: options.Model = options.MODEL_FILE,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one measured forward pass.")] = 1,
+    img_size: options.ImgSize = None,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
+    backend: options.Backend = "auto",
+    tree: Annotated[bool, typer.Option("--tree", help="Show MACs by module.")] = False,
+    markdown: Annotated[Path | None, typer.Option(help="Write the report as Markdown.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write every figure as JSON.")] = None,
+    no_measure: Annotated[bool, typer.Option("--no-measure", help="Theoretical figures only.")] = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """MACs by module and measured latency, dense beside sparse."""
+    options.torch_dtype(dtype)
+    options.backend(backend)
+    options.torch_device(device)
+    from sparsify import checkpoint, profiling
+    from sparsify.report import files, tables
+
+    model = checkpoint.load(file, img_size)
+    result = profiling.profile(model, batch_size=batch_size, dtype=dtype, device=device, measure=not no_measure)
+    if not quiet:
+        tables.show(tables.profile_table(result))
+        if tree:
+            tables.show(tables.module_tree(result))
+    if markdown:
+        files.write_text(markdown, files.to_markdown(result))
+    if json:
+        files.write_json(json, result.as_dict())
+
+
+@app.command("eval")
+def eval_(
+    file: options.Model = options.MODEL_FILE,
+    imagenet: Annotated[
+        str | None, typer.Option(help="ImageNet root with val/, its val folder, or any folder of class folders.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Another labelled set: folder, timm data set name, or digits.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images computed together.")] = 32,
+    img_size: options.ImgSize = None,
+    workers: options.Workers = 0,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
+    backend: options.Backend = "auto",
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")] = False,
+    results_file: Annotated[Path | None, typer.Option(help="Write the results as .csv or .json.")] = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Top-1, top-5 and agreement of the sparse model beside its dense original."""
+    if (imagenet is None) == (data is None):
+        raise UsageError("give the labelled images: either --imagenet PATH or --data NAME")
+    if results_file is not None and results_file.suffix not in (".csv", ".json"):
+        raise UsageError(f"--results-file {results_file}: a name that ends in .csv or .json is expected")
+    options.backend(backend)
+    kind, where = options.torch_dtype(dtype), options.torch_device(device)
+    from sparsify import checkpoint, evaluation
+    from sparsify.report import files, tables
+    from sparsify.report.progress import Reporter
+
+    model = checkpoint.load(file, img_size)
+    with Reporter(quiet) as reporter:
+        result = evaluation.evaluate_images(
+            model, str(imagenet or data), name=file.stem, batch_size=batch_size, workers=workers, dtype=kind,
+            device=where, strict=strict, progress=lambda done, total: reporter.update("eval", done, total),
+        )  # fmt: skip
+    if not quiet:
+        tables.show(tables.eval_table(result.as_dict()))
+    if results_file is not None:
+        files.write_results(results_file, result.as_dict())
+
+
+@app.command()
+def models(pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern with *.")] = "") -> None:
+    """List the models that can be converted."""
+    from sparsify import zoo
+
+    found = zoo.listing(pattern)
+    if not found:
+        raise UsageError(f"no model matches '{pattern}': 'sparsify models' lists all")
+    for name, note in found:
+        print(f"{name}  {note}".rstrip())
+
+
+@app.command()
+def recipes(
+    action: Annotated[str, typer.Argument(metavar="[show]", help="'show' prints one recipe.")] = "",
+    name: Annotated[str, typer.Argument(help="Recipe to show.")] = "",
+) -> None:
+    """List the recipes, or print one."""
+    from sparsify.config import load_recipe, recipe_names, recipe_text
+
+    if action not in ("", "show") or bool(action) != bool(name):
+        raise UsageError("'sparsify recipes' lists the recipes, 'sparsify recipes show NAME' prints one")
+    if action:
+        print(recipe_text(name), end="")
+        return
+    for each in recipe_names():
+        print(f"{each}  {load_recipe(each).description}")
+
+
+def _say(quiet: bool) -> Any:
+    return (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: every expected error is one line on stderr and an exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(args=given, prog_name="sparsify", standalone_mode=False)
+    except SparsifyError as error:
+        code = _fail(str(error), error.exit_code, "--debug" in given)
+    except typer.TyperException as error:
+        code = _fail(getattr(error, "format_message", lambda: str(error))(), 2, False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail("interrupted; nothing half-written is left", 130, False)
+    except BrokenPipeError:
+        code = 0
+    except Exception as error:
+        code = _fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1, "--debug" in given)
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code

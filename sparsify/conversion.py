@@ -1,0 +1,137 @@
+"""The job behind `sparsify convert`: a name in, a calibrated sparse model in one file out, with its report."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify import __version__, checkpoint, data, digits, zoo
+from sparsify.calibration import calibrate
+from sparsify.config import Recipe
+from sparsify.nn import graft
+from sparsify.profiling import Profile, profile
+from sparsify.report import files
+
+CALIBRATION_BATCH = 16  # images; bounds the memory of the widest step, the reference attention at four ranks
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` made.
+
+    Attributes:
+        path: the model's file; `report_json` and `report_md` lie beside it.
+        model: the sparse model, eval mode.
+        header: what the file says of itself.
+        profile: theoretical MACs, nothing measured.
+        calibration: which images were used, in words.
+        seconds: wall time from the dense model to the written file.
+    """
+
+    path: Path
+    report_json: Path
+    report_md: Path
+    model: nn.Module
+    header: checkpoint.Header
+    profile: Profile
+    calibration: str
+    seconds: float
+
+
+def convert(
+    name: str,
+    recipe: Recipe,
+    output: Path,
+    *,
+    weights: Path | None = None,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    images: str | None = None,
+    force: bool = False,
+    device: str = "cpu",
+    batch_size: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[str, int, int], None] = lambda step, done, total: None,
+) -> Conversion:
+    """Converts the model `name` by `recipe` and writes `output`.
+
+    Args:
+        images: folder or data set to calibrate on (labels are not used); None for the built-in set.
+        say: called with lines for the person at the terminal.
+        progress: called with step, images done and images in all.
+
+    Raises:
+        SparsifyError: see `zoo`, `data`, `graft` and `checkpoint`; nothing is written then.
+    """
+    source = zoo.resolve(name)
+    if source.note:
+        say(source.note)
+    hosts = graft.check(zoo.skeleton(source, num_classes, img_size), source.asked)  # before anything is loaded
+    recipe.sparsity.check_depth(len(hosts))
+    model = zoo.load(source, weights, num_classes, img_size).to(device)
+    architecture = zoo.describe(model, source)
+    checkpoint.may_overwrite(output, architecture, force)
+    start = time.perf_counter()
+    batches, calibration = _batches(model, source, recipe, images, device, batch_size or CALIBRATION_BATCH)
+    say(f"calibrating on {calibration}")
+    result = calibrate(
+        model, recipe.sparsity, batches, lambda step, done: progress(step, done, recipe.calib_images)
+    )  # fmt: skip
+    sparse = result.model.to("cpu")
+    figures = profile(sparse, measure=False)
+    header = checkpoint.Header(
+        architecture=architecture,
+        config=result.config,
+        provenance=_provenance(source.asked, weights, recipe, calibration, result.images),
+        report={k: v for k, v in figures.as_dict().items() if "macs" in k and isinstance(v, int)},
+    )
+    checkpoint.save(sparse, output, header)
+    stem = output.name.removesuffix(".safetensors")
+    report_json, report_md = output.with_name(f"{stem}.report.json"), output.with_name(f"{stem}.report.md")
+    files.write_json(report_json, figures.as_dict())
+    files.write_text(report_md, files.to_markdown(figures))
+    seconds = time.perf_counter() - start
+    return Conversion(output, report_json, report_md, sparse, header, figures, calibration, seconds)
+
+
+def _batches(
+    model: nn.Module, source: zoo.Source, recipe: Recipe, images: str | None, device: str, size: int
+) -> tuple[Callable[[], Iterator[Tensor]], str]:
+    """The calibration images, read anew at each pass, and what they are in words."""
+    transform = data.transform(data.data_config(model))
+    n, seed = recipe.calib_images, recipe.seed
+    built_in_digits = source.architecture == digits.ARCHITECTURE
+    if images is not None:
+        found = data.unlabelled(images, n, seed, transform, size)
+        words = f"up to {n} images of {images} (labels are not used)"
+    else:
+        found = data.builtin_calibration(built_in_digits, n, seed, transform, size)
+        words = f"{n} {'digits of the training split' if built_in_digits else 'built-in pictures'}: no --data was given"
+    return lambda: (x.to(device) for x in found), words
+
+
+def _provenance(asked: str, weights: Path | None, recipe: Recipe, calibration: str, images: int) -> dict[str, Any]:
+    libraries = {"sparsify-vit": __version__, "python": platform.python_version()}
+    for library in ("torch", "timm", "safetensors"):
+        with contextlib.suppress(Exception):
+            libraries[library] = version(library)
+    return {
+        "source": asked,
+        "weights": weights.name if weights else None,
+        "recipe": recipe.model_dump(mode="json"),
+        "calibration": {"images": images, "set": "user" if "labels" in calibration else "built-in"},
+        "backbone_changed": False,
+        "versions": libraries,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,133 @@
+"""Running sums over a pass: logits of classifiers, features of models without a head."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NEIGHBOURS = 10  # k of the nearest-neighbour classifier for models without a head
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results; None where a figure does not apply (`docs/glossary.md` has the words).
+
+    Attributes:
+        model, param_count, img_size, crop_pct, interpolation: what was evaluated, in timm's words.
+        images: images counted; broken: images that could not be read.
+        top1, top5, dense_top1, dense_top5: percent.
+        agreement: percent of images with the same top-1 class as dense.
+        images_lost, images_gained: dense right and sparse wrong, and the reverse.
+        kl: KL(dense || sparse) of class probabilities, nats, mean per image.
+        cosine_pooled, cosine_patch: mean cosine similarity of features; rel_error_*: |sparse - dense| / |dense|.
+        knn_top1, dense_knn_top1: leave-one-out nearest-neighbour accuracy over the pooled features, percent.
+        throughput_sparse, throughput_dense: images/s, measured in this pass.
+    """
+
+    model: str = ""
+    param_count: int | None = None
+    img_size: int | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+    images: int = 0
+    broken: int = 0
+    top1: float | None = None
+    top5: float | None = None
+    dense_top1: float | None = None
+    dense_top5: float | None = None
+    agreement: float | None = None
+    images_lost: int | None = None
+    images_gained: int | None = None
+    kl: float | None = None
+    cosine_pooled: float | None = None
+    cosine_patch: float | None = None
+    rel_error_pooled: float | None = None
+    rel_error_patch: float | None = None
+    knn_top1: float | None = None
+    dense_knn_top1: float | None = None
+    throughput_sparse: float | None = None
+    throughput_dense: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Logits:
+    """Sums over logits [B, classes]."""
+
+    def __init__(self) -> None:
+        self.hits = torch.zeros(4, dtype=torch.int64)  # top-1 sparse, top-5 sparse, top-1 dense, top-5 dense
+        self.lost = self.gained = self.agree = 0
+        self.kl = 0.0
+
+    def add(self, dense: Tensor, sparse: Tensor, y: Tensor) -> None:
+        dense, sparse = dense.float().cpu(), sparse.float().cpu()
+        k = min(5, dense.shape[1])
+        right_s, right_d = ((o.topk(k).indices == y[:, None]).cumsum(1).bool() for o in (sparse, dense))  # (B, k)
+        s, d = right_s[:, 0], right_d[:, 0]
+        self.hits += torch.stack([s.sum(), right_s[:, -1].sum(), d.sum(), right_d[:, -1].sum()])
+        self.lost += int((d & ~s).sum())
+        self.gained += int((s & ~d).sum())
+        self.agree += int((dense.argmax(1) == sparse.argmax(1)).sum())
+        p = dense.log_softmax(1)
+        self.kl += float((p.exp() * (p - sparse.log_softmax(1))).sum())
+
+    def result(self, n: int) -> Evaluation:
+        top1, top5, dense_top1, dense_top5 = (100 * h / n for h in self.hits.tolist())
+        return Evaluation(
+            top1=top1, top5=top5, dense_top1=dense_top1, dense_top5=dense_top5, agreement=100 * self.agree / n,
+            images_lost=self.lost, images_gained=self.gained, kl=self.kl / n,
+        )  # fmt: skip
+
+
+class Features:
+    """Pooled features [B, C] and tokens [B, N, C] of models without a classifier."""
+
+    def __init__(self, prefix: int) -> None:
+        self.prefix = prefix
+        self.sums = torch.zeros(4, dtype=torch.float64)
+        self.pooled: dict[str, list[Tensor]] = {"dense": [], "sparse": []}
+        self.labels: list[Tensor] = []
+
+    def add(self, dense: tuple[Tensor, Tensor], sparse: tuple[Tensor, Tensor], y: Tensor) -> None:
+        pairs = [(dense[0][:, None], sparse[0][:, None]), (dense[1][:, self.prefix :], sparse[1][:, self.prefix :])]
+        for i, (d, s) in enumerate(pairs):
+            d, s = d.float().cpu(), s.float().cpu()  # (B, 1, C), (B, n, C)
+            self.sums[2 * i] += torch.cosine_similarity(d, s, dim=-1).mean(1).sum()
+            self.sums[2 * i + 1] += ((d - s).norm(dim=(1, 2)) / d.norm(dim=(1, 2)).clamp_min(1e-12)).sum()
+        self.pooled["dense"].append(dense[0].float().cpu())
+        self.pooled["sparse"].append(sparse[0].float().cpu())
+        self.labels.append(y)
+
+    def result(self, n: int) -> Evaluation:
+        cos_pooled, err_pooled, cos_patch, err_patch = (self.sums / n).tolist()
+        y = torch.cat(self.labels)
+        return Evaluation(
+            cosine_pooled=cos_pooled, rel_error_pooled=err_pooled, cosine_patch=cos_patch, rel_error_patch=err_patch,
+            knn_top1=knn(torch.cat(self.pooled["sparse"]), y), dense_knn_top1=knn(torch.cat(self.pooled["dense"]), y),
+        )  # fmt: skip
+
+
+def knn(features: Tensor, labels: Tensor, k: int = NEIGHBOURS) -> float | None:
+    """Leave-one-out accuracy (percent) of a vote of the k nearest by cosine, each weighted by its similarity.
+
+    Args:
+        features: [n, C]; labels: [n]. None for fewer than two images.
+    """
+    n = len(features)
+    if n < 2:
+        return None
+    f = torch.nn.functional.normalize(features, dim=1)
+    classes, index = labels.unique(return_inverse=True)
+    right = 0
+    for start in range(0, n, 1024):
+        rows = torch.arange(start, min(start + 1024, n))
+        similarity = f[rows] @ f.T  # (rows, n)
+        similarity[torch.arange(len(rows)), rows] = -torch.inf
+        best = similarity.topk(min(k, n - 1))
+        votes = torch.zeros(len(rows), len(classes)).scatter_add_(1, index[best.indices], best.values.clamp_min(0))
+        right += int((votes.argmax(1) == index[rows]).sum())
+    return 100 * right / n

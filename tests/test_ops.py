@@ -1,0 +1,233 @@
+"""The ops against loops written from the equations, over drawn shapes, masks and ties."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsify import ops
+from sparsify.ops import reference, tails
+from sparsify.ops.spec import budget
+
+TAILS = ["none", "mean", "cells", "clusters"]
+
+
+@st.composite
+def problems(draw):
+    """Small inputs of `head_lowrank_attention`; a third of them with coarse values, so that scores tie."""
+    B, H = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    grid = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    prefix = draw(st.integers(0, 3))
+    N, d = prefix + grid[0] * grid[1], draw(st.integers(1, 6))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    q, k, v = torch.randn(3, B, H, N, d, generator=generator, dtype=torch.float64)
+    if draw(st.integers(0, 2)) == 0:
+        q, k = q.round(), k.round()
+    tile = draw(st.sampled_from([(), (2, 2)]))
+    return dict(
+        q=q, k=k, v=v, rank=draw(st.integers(1, d)), budget=draw(st.integers(1, N)), prefix=prefix,
+        tail=draw(st.sampled_from(TAILS)), grid=grid, cells=draw(st.tuples(st.integers(1, 3), st.integers(1, 3))), tile=tile,
+    )  # fmt: skip
+
+
+def attend(p, mask=None, a_q=None, a_k=None):
+    return ops.head_lowrank_attention(
+        p["q"], p["k"], p["v"], a_q, a_k, mask, p["rank"], p["q"].shape[-1] ** -0.5, p["budget"], p["prefix"], p["tail"],
+        p["grid"], p["cells"], p["tile"],
+    )  # fmt: skip
+
+
+def by_hand(p, mask=None):
+    """The docstring of `tails.py`, one row at a time: [B, N, H*d]."""
+    q, k, v = p["q"], p["k"], p["v"]
+    B, H, N, d = q.shape
+    P, r, scale = p["prefix"], p["rank"], d**-0.5
+    out = torch.zeros(B, N, H, d, dtype=q.dtype)
+    alive = torch.ones(B, H, N) if mask is None else mask.expand(B, H, N, N).any(-2).double()
+    cell = None
+    if p["tail"] != "none":
+        cell = tails.assign(p["tail"], k[..., :r], alive, P, p["grid"], p["cells"])
+    for b in range(B):
+        for h in range(H):
+            for i in range(N):
+                allowed = [j for j in range(N) if mask is None or bool(mask.expand(B, H, N, N)[b, h, i, j])]
+                scores = [float(q[b, h, i, :r] @ k[b, h, j, :r]) * scale for j in range(N)]
+                order = sorted(range(N), key=lambda j: (-scores[j] if j in allowed else math.inf, j))
+                kept = list(range(N)) if i < P else order[: p["budget"]]
+                kept = [j for j in kept if j in allowed]
+                terms = [(1, float(q[b, h, i] @ k[b, h, j]) * scale, v[b, h, j]) for j in kept]
+                for c in set() if cell is None else set(cell[b, h].tolist()):
+                    members = [j for j in allowed if cell[b, h, j] == c]
+                    dropped = [j for j in members if j not in kept]
+                    if dropped:
+                        logit = float(q[b, h, i] @ k[b, h, members].mean(0)) * scale
+                        terms.append((len(dropped), logit, v[b, h, members].mean(0)))
+                z = sum(m * math.exp(s) for m, s, _ in terms)
+                for m, s, value in terms:
+                    out[b, i, h] += m * math.exp(s) / z * value
+    return out.flatten(2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_reference_equals_the_equation(p):
+    p["tile"] = ()
+    torch.testing.assert_close(attend(p), by_hand(p))
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(), st.integers(0, 10_000))
+def test_masked_keys_are_neither_kept_nor_in_the_tail(p, seed):
+    p["tile"] = ()
+    B, H, N, _ = p["q"].shape
+    mask = torch.rand(B, 1, N, N, generator=torch.Generator().manual_seed(seed)) < 0.7
+    torch.testing.assert_close(attend(p, mask), by_hand(p, mask))
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems())
+def test_budget_n_equals_dense_attention(p):
+    p["budget"] = p["q"].shape[2]
+    dense = torch.nn.functional.scaled_dot_product_attention(p["q"], p["k"], p["v"]).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attend(p), dense)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems())
+def test_budget_one_less_drops_the_lowest_scored_key(p):
+    N = p["q"].shape[2]
+    if N < 2 or N == p["prefix"]:
+        return
+    p |= dict(budget=N - 1, tail="none", tile=())
+    d, P, r = p["q"].shape[-1], p["prefix"], p["rank"]
+    scores = p["q"][..., :r] @ p["k"][..., :r].mT
+    lowest = N - 1 - scores.flip(-1).argmin(-1)  # of equal scores the higher index goes
+    logits = (p["q"] @ p["k"].mT) * d**-0.5
+    logits[:, :, P:] = logits[:, :, P:].scatter(-1, lowest[:, :, P:, None], -torch.inf)
+    torch.testing.assert_close(attend(p), (logits.softmax(-1) @ p["v"]).transpose(1, 2).flatten(2))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 30), st.integers(0, 10_000), st.data())
+def test_top_b_keeps_exactly_b_and_breaks_ties_by_the_lower_index(n, seed, data):
+    b = data.draw(st.integers(1, n))
+    s = torch.randint(-2, 3, (4, n), generator=torch.Generator().manual_seed(seed)).float()
+    s[0, : n // 2], s[1] = -torch.inf, torch.nan
+    kept = reference.top_b(s, b)
+    for row, chosen in zip(s.nan_to_num(nan=-torch.inf, neginf=-torch.inf).tolist(), kept, strict=True):
+        assert chosen.nonzero().flatten().tolist() == sorted(sorted(range(n), key=lambda j: (-row[j], j))[:b])
+
+
+def test_queries_of_a_tile_share_their_keys():
+    torch.manual_seed(0)
+    scores = torch.randn(1, 2, 16, 17)
+    pooled = reference.pool_tiles(scores, (4, 4), (2, 2))
+    assert torch.equal(pooled[:, :, 0], pooled[:, :, 5]) and not torch.equal(pooled[:, :, 0], pooled[:, :, 2])
+    torch.testing.assert_close(pooled[:, :, 0], scores.softmax(-1)[:, :, [0, 1, 4, 5]].sum(2))
+
+
+def test_a_row_that_may_attend_to_nothing_gives_zero():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, 5, 4)
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    mask[3] = False
+    for tail in TAILS:
+        out = ops.head_lowrank_attention(q, k, v, None, None, mask, 2, 0.5, 2, 1, tail, (2, 2), (2, 2), ())
+        assert out.isfinite().all() and not out[0, 3].any() and out[0, 2].any()
+
+
+def test_a_nan_key_reaches_the_rows_that_see_it_and_not_silently_fewer_keys():
+    q, k, v = torch.randn(3, 1, 1, 6, 4, generator=torch.Generator().manual_seed(0))
+    k[0, 0, 2] = torch.nan
+    kept = reference.top_b(q @ k.mT, 2)
+    assert not kept[..., 2].any() and (kept.sum(-1) == 2).all()
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_chunks_of_rows_do_not_change_the_result(tail, monkeypatch):
+    q, k, v = torch.randn(3, 2, 2, 17, 8, generator=torch.Generator().manual_seed(1))
+    arguments = (None, None, None, 4, 0.3, 3, 1, tail, (4, 4), (2, 2), (2, 2))
+    whole = ops.head_lowrank_attention(q, k, v, *arguments)
+    monkeypatch.setattr(reference, "CHUNK", 100)
+    torch.testing.assert_close(ops.head_lowrank_attention(q, k, v, *arguments), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    q, k, v = torch.randn(3, 1, 2, 17, 8, generator=torch.Generator().manual_seed(2)).to(dtype)
+    arguments = (None, None, None, 4, 0.3, 3, 1, "clusters", (4, 4), (2, 2), ())
+    half = ops.head_lowrank_attention(q, k, v, *arguments)
+    full = ops.head_lowrank_attention(q.float(), k.float(), v.float(), *arguments)
+    assert half.dtype == dtype and torch.equal(half, full.to(dtype))
+
+
+def test_gradients_are_those_of_the_reference():
+    torch.manual_seed(0)
+    q, k, v, a = (torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(4))
+    a_q = torch.randn(2, 4, 2, dtype=torch.float64, requires_grad=True)
+
+    def f(q, k, v, a_q):
+        return ops.head_lowrank_attention(q, k, v, a_q, a_q, None, 2, 0.5, 3, 1, "mean", (2, 2), (1, 1), ())
+
+    assert torch.autograd.gradcheck(f, (q, k, v, a_q), atol=1e-6)
+
+
+def token_inputs(dtype=torch.float64, B=2, H=2, grid=(3, 3), P=1, d=4, r=5, c=None):
+    g = torch.Generator().manual_seed(3)
+    N = P + grid[0] * grid[1]
+    q, k, v = torch.randn(3, B, H, N, d, generator=g, dtype=dtype)
+    w_down, w_up = torch.rand(r, N, generator=g, dtype=dtype), torch.randn(H, r, N, generator=g, dtype=dtype)
+    reduce = [torch.randn(*s, generator=g, dtype=dtype) for s in ((c, d), (c,), (c, d), (c,))] if c else [None] * 4
+    return q, k, v, w_down, w_up, *reduce
+
+
+@pytest.mark.parametrize("c", [None, 3])
+@pytest.mark.parametrize("topk,threshold", [(2, 0.0), (0, 0.15), (0, 0.0)])
+def test_token_lowrank_scores_are_the_papers(c, topk, threshold):
+    q, k, v, w_down, w_up, *reduce = token_inputs(c=c)
+    out = ops.token_lowrank_attention(
+        q, k, v, w_down, w_up, *reduce, None, 0.5, 0.4, topk, threshold, 3, 1, "none", (3, 3), (1, 1), ()
+    )
+    w_q, b_q, w_k, b_k = reduce
+    small_q, small_k = (q, k) if c is None else (q @ w_q.T + b_q, k @ w_k.T + b_k)
+    a_down = ((small_q @ (w_down @ small_k).mT) * 0.4).softmax(-1)  # (B, H, N, r)
+    if topk:
+        a_down = a_down * (a_down >= a_down.sort(-1, descending=True).values[..., topk - 1 : topk])
+    elif threshold:
+        a_down = torch.nn.functional.threshold(a_down, threshold, 0.0)
+    scores = a_down @ w_up  # (B, H, N, N)
+    kept = scores >= scores.sort(-1, descending=True).values[..., 2:3]
+    kept[:, :, 0] = True
+    expected = ((q @ k.mT) * 0.5).masked_fill(~kept, -torch.inf).softmax(-1) @ v
+    torch.testing.assert_close(out, expected.transpose(1, 2).flatten(2))
+
+
+def test_registered_ops_pass_torch_library_opcheck():
+    q, k, v, w_down, w_up, *reduce = token_inputs(torch.float32)
+    head = (q, k, v, None, None, None, 2, 0.5, 3, 1, "clusters", [3, 3], [2, 2], [])
+    token = (
+        q, k, v, w_down, w_up, *reduce, None, 0.5, 0.4, 2, 0.0, 3, 1, "cells", [3, 3], [2, 2], [2, 2],
+    )  # fmt: skip
+    for op, arguments in ((ops.head_lowrank_attention, head), (ops.token_lowrank_attention, token)):
+        torch.library.opcheck(
+            op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+        )
+
+
+def test_similar_keys_share_a_cluster():
+    f = torch.tensor([0.0, 10.0, 0.1, 10.1, 0.2, 9.9, 0.0, 10.0, 0.1]).view(1, 1, 9, 1)
+    a = tails.assign("clusters", f, None, 0, (3, 3), (1, 2))[0, 0]
+    assert len(set(a[[0, 2, 4, 6, 8]].tolist())) == 1 and len(set(a[[1, 3, 5, 7]].tolist())) == 1
+    assert a[0] != a[1]
+
+
+@given(st.floats(1e-6, 1.0), st.integers(1, 5000))
+def test_budget_is_the_ceiling_of_keep_n(keep, n):
+    b = budget(keep, n)
+    assert 1 <= b <= n and b >= keep * n - 1e-6 and (b == 1 or b - 1 < keep * n)
+
+
+def test_budget_of_a_product_that_is_whole_up_to_rounding():
+    assert budget(0.1, 197) == 20 and budget(0.25, 197) == 50 and budget(0.3, 10) == 3 and budget(1.0, 197) == 197
