@@ -1,0 +1,141 @@
+"""MACs counted a second time, apart from fvcore and from the ops' formulas: from weights' shapes and the mask's size.
+
+Linear, convolution and norm layers are counted where they are called, from the shape of their input and of their
+weight. Attention is counted from the number of non-zeros of its mask, which for a budget of b keys is
+
+    nnz = P N + (N - P) b        for each head of each image: prefix rows in full, b keys for each patch row
+
+Nothing here reads `sparsify.ops.macs`; a difference between the two counts is a bug in one of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import Attention, AttentionPoolLatent
+from torch import Tensor, nn
+
+from sparsify.nn.attention import SparseAttention
+from sparsify.nn.predictor import HeadLowrank, TokenLowrank
+from sparsify.ops.tails import LLOYD_STEPS
+
+
+@dataclass(frozen=True)
+class Analytic:
+    """MACs of one call.
+
+    Attributes:
+        total: the whole model.
+        by_module: what each counted module does itself (not its children), by name.
+        pairs: query-key pairs inside the blocks' attention: kept pairs and prefix rows, or all pairs where it is dense.
+        predictor, tail: as in `sparsify.profiling.Profile`.
+    """
+
+    total: int
+    by_module: Mapping[str, int]
+    pairs: int
+    predictor: int
+    tail: int
+
+
+def count(model: nn.Module, images: Tensor) -> Analytic:
+    """Count the MACs of `model(images)` by running it once (meta tensors will do).
+
+    Args:
+        model: a timm VisionTransformer, dense or sparse, in eval mode.
+        images: [B, C, H, W]; all counts are for the B images together.
+    """
+    macs: Counter[str] = Counter()
+    parts: Counter[str] = Counter()
+
+    def hook(name: str) -> Any:
+        def called(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if isinstance(module, (SparseAttention, Attention)):
+                found = attention(module, args[0].shape[1])
+                parts.update({part: args[0].shape[0] * m for part, m in found.items()})
+                macs[name] += args[0].shape[0] * sum(found.values())
+            else:
+                macs[name] += layer(module, args[0], output)
+
+        return called
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Analytic(macs.total(), +macs, parts["pairs"], parts["predictor"], parts["tail"])
+
+
+def layer(module: nn.Module, x: Tensor, y: Tensor) -> int:
+    """MACs of a layer that is not a block's attention: input x, output y; 0 for what is elementwise or a container."""
+    if isinstance(module, nn.Linear):  # rows [.., in] times weight [out, in]
+        return x.numel() * module.weight.shape[0]
+    if isinstance(module, nn.Conv2d):  # weight [out, in/groups, kh, kw] once for every output position
+        positions = y.shape[-2] * y.shape[-1]
+        standardised = 4 * module.weight.numel() if "StdConv" in type(module).__name__ else 0  # a norm of the weight
+        return y.shape[0] * positions * module.weight.numel() + standardised
+    if isinstance(module, nn.BatchNorm2d):
+        return x.numel() * (1 if module.weight is None else 2)
+    if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)) or "RmsNorm" in type(module).__name__:
+        return x.numel() * (4 if module.weight is None else 5)  # fvcore's estimate for a norm
+    if isinstance(module, AttentionPoolLatent):  # latent queries over all tokens: logits and values
+        return x.shape[0] * module.latent.shape[1] * x.shape[1] * module.kv.weight.shape[0]
+    return 0
+
+
+def attention(module: Attention | SparseAttention, N: int) -> dict[str, int]:
+    """MACs of a block's attention over N tokens of one image, projections excluded: pairs, predictor, tail."""
+    H = module.num_heads
+    d = module.qkv.weight.shape[0] // 3 // H
+    if isinstance(module, Attention):
+        return {"pairs": H * N * N * 2 * d}
+    s = module.sparsity
+    P = min(s.prefix, N)
+    b = min(N, max(1, math.ceil(s.keep * N - 1e-9)))
+    nnz = P * N + (N - P) * b
+    predictor, known, features = _predictor(module.predictor, H, N, P, d)
+    pairs = H * nnz * 2 * d - H * (N - P) * b * known  # `known`: products of a kept logit that the predictor has done
+    return {"pairs": pairs, "predictor": predictor, "tail": _tail(s, H, N - P, P, d, features)}
+
+
+def _predictor(p: HeadLowrank | TokenLowrank, H: int, N: int, P: int, d: int) -> tuple[int, int, int]:
+    """MACs of the scores of every patch query, products shared with a kept logit, and size of a key's features."""
+    scores = H * (N - P) * N  # score entries
+    if isinstance(p, HeadLowrank):
+        if p.a_q is None or p.a_k is None:
+            return scores * p.rank, p.rank, p.rank
+        return scores * p.a_q.shape[2] + N * (p.a_q.numel() + p.a_k.numel()), 0, p.a_q.shape[2]
+    r, tokens = p.w_down.shape
+    c, macs = d, 0
+    if p.w_q is not None and p.w_k is not None:
+        c = p.w_q.shape[0]
+        macs += H * N * (p.w_q.numel() + p.w_k.numel())
+    macs += H * r * tokens * c  # W_down k'
+    macs += H * (N - P) * r * c  # q' K_down'
+    return macs + scores * min(r, p.knobs["coef_topk"] or r), 0, d
+
+
+def _tail(s: Any, H: int, n: int, P: int, d: int, features: int) -> int:
+    """Every patch row meets the mean key and mean value of every cell; `clusters` first finds the cells."""
+    if s.tail == "none":
+        return 0
+    cells = 1
+    if s.tail != "mean":
+        rows, columns = s.grid if s.grid[0] * s.grid[1] == n else _other_grid(n)
+        cells = min(s.cells[0], rows) * min(s.cells[1], columns)
+    search = LLOYD_STEPS * cells * features if s.tail == "clusters" else 0
+    return H * n * ((cells + P) * 2 * d + search)
+
+
+def _other_grid(n: int) -> tuple[int, int]:
+    """An image of another size than the model's own: square if it can be, else one row of patches."""
+    side = math.isqrt(n)
+    return (side, side) if side * side == n else (1, n)

@@ -1,0 +1,123 @@
+"""Measured time and memory: candidates timed in turns on the machine at hand, so that drift hits all of them alike."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+BUDGET_S = 10.0  # of measuring, all candidates together
+MIN_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall-clock times of one candidate, in ms per batch.
+
+    Attributes:
+        median, p10, p90: of all runs.
+        runs: how many.
+    """
+
+    median: float
+    p10: float
+    p90: float
+    runs: int
+
+    def throughput(self, batch_size: int) -> float:
+        """Images per second at the median."""
+        return 1000 * batch_size / self.median
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int | None = None,
+    budget_s: float = BUDGET_S,
+    warmup: int = 2,
+    synchronize: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Time every candidate once in each round, in turns forwards and backwards (ABC CBA ABC ...), after a warm-up.
+
+    Args:
+        candidates: name -> what to time.
+        rounds: how many; None: at least `MIN_ROUNDS`, then until `budget_s` seconds have passed.
+        warmup: untimed runs of each candidate before the first round.
+        synchronize: called before each reading of the clock (waits for an accelerator).
+        clock: seconds.
+    """
+    names = list(candidates)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    with torch.inference_mode():
+        for _ in range(warmup):
+            for name in names:
+                candidates[name]()
+        start, done = clock(), 0
+        while done < rounds if rounds else done < MIN_ROUNDS or clock() - start < budget_s:
+            for name in names if done % 2 == 0 else reversed(names):
+                synchronize()
+                begin = clock()
+                candidates[name]()
+                synchronize()
+                times[name].append(1000 * (clock() - begin))
+            done += 1
+    return {name: timing(times[name]) for name in names}
+
+
+def timing(ms: list[float]) -> Timing:
+    """Median and 10th and 90th percentile of run times in ms (linear interpolation)."""
+    if len(ms) == 1:
+        return Timing(ms[0], ms[0], ms[0], 1)
+    tenths = statistics.quantiles(ms, n=10, method="inclusive")
+    return Timing(statistics.median(ms), tenths[0], tenths[-1], len(ms))
+
+
+def peak_memory(model: nn.Module, images: torch.Tensor) -> int:
+    """Bytes of the model's own tensors plus the peak of what the allocator hands out during one forward pass.
+
+    The peak counts the input and all live tensors, the ops' scratch tensors included; not counted is what libraries
+    take past torch's allocator (oneDNN, cuDNN handles) nor what the allocator holds in reserve. The same on
+    every device.
+    """
+    own = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+    fixed = sum(own.values()) + images.nbytes
+    with torch.inference_mode():
+        model(images)
+        if images.device.type == "cuda":
+            torch.cuda.synchronize(images.device)
+            torch.cuda.reset_peak_memory_stats(images.device)
+            before = torch.cuda.memory_allocated(images.device)
+            model(images)
+            torch.cuda.synchronize(images.device)
+            return fixed + torch.cuda.max_memory_allocated(images.device) - before
+        with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+            model(images)
+    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()  # negative: freed
+        peak = max(peak, live)
+    return fixed + peak
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on the process's stderr: torch's profiler library writes its own log lines there, at any log level."""
+    sys.stderr.flush()
+    saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(sink)

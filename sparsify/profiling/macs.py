@@ -1,0 +1,146 @@
+"""MACs of a model by fvcore, with a handle for every op that it meets.
+
+fvcore traces one real forward pass of one image (under tracing, meta tensors fail in torch's own convolution).
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from fvcore.nn import FlopCountAnalysis
+from fvcore.nn.jit_handles import norm_flop_counter
+from torch import nn
+
+from sparsify.nn.graft import sparse_modules
+from sparsify.ops.macs import HANDLES, PARTS
+
+ELEMENTWISE = frozenset({
+    "aten::add", "aten::add_", "aten::sub", "aten::rsub", "aten::mul", "aten::mul_", "aten::div", "aten::div_",
+    "aten::neg", "aten::pow", "aten::square", "aten::sqrt", "aten::rsqrt", "aten::exp", "aten::log", "aten::mean",
+    "aten::sum", "aten::amax", "aten::ceil", "aten::where", "aten::softmax", "aten::sigmoid", "aten::sigmoid_",
+    "aten::tanh", "aten::gelu", "aten::gelu_", "aten::silu", "aten::silu_", "aten::mish", "aten::relu6",
+    "aten::hardtanh", "aten::hardtanh_", "aten::hardswish", "aten::hardswish_", "aten::leaky_relu", "aten::elu",
+    "aten::softplus", "aten::max_pool2d", "aten::masked_fill_", "aten::pad", "aten::clone", "aten::alias",
+    "aten::lift_fresh", "aten::repeat", "aten::expand_as", "aten::view_as", "aten::reshape_as",
+})  # fmt: skip
+"""Ops of sums, activations, pooling by comparison and copies: 0 MACs, as in fvcore's convention. Any other op that has
+no handle is reported in `Counts.unsupported`."""
+
+DENSE_OPS = ("scaled_dot_product_attention", "matmul")  # matmul: timm with TIMM_FUSED_ATTN=0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """MACs of one image.
+
+    Attributes:
+        total: the whole model.
+        by_module: inclusive count of every module, by name; '' is the model.
+        attention: for every module named in `count`, what its attention op counts, by part: `dense`, or kept, prefix,
+            predictor and tail.
+        unsupported: ops without a handle that are not known to be elementwise, and how often they occur; they count 0.
+    """
+
+    total: int
+    by_module: Mapping[str, int]
+    attention: Mapping[str, Mapping[str, int]]
+    unsupported: Mapping[str, int]
+
+    def part(self, name: str) -> int:
+        """Sum of one part over all attention modules."""
+        return sum(parts.get(name, 0) for parts in self.attention.values())
+
+    @property
+    def mhsa(self) -> int:
+        """The paper's 'MHSA': QK', AV, predictor and tail of all blocks, without qkv and output projections."""
+        return sum(sum(parts.values()) for parts in self.attention.values())
+
+
+def count(model: nn.Module, image: tuple[int, int, int], attention: list[str]) -> Counts:
+    """Count the MACs of `model` for one image.
+
+    Args:
+        model: on any device; in eval mode.
+        image: channels, height and width.
+        attention: names of the modules whose attention is the blocks' own (`Counts.attention`).
+    """
+    parameter = next(model.parameters())
+    analysis = FlopCountAnalysis(model, torch.zeros(1, *image, device=parameter.device, dtype=parameter.dtype))
+    analysis.set_op_handle(**HANDLES, **{"aten::rms_norm": norm_flop_counter(2)})  # as fvcore counts layer_norm
+    analysis.set_op_handle(**dict.fromkeys(ELEMENTWISE))
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        operators = analysis.by_module_and_operator()
+    return Counts(
+        total=int(analysis.total()),
+        by_module={name: int(macs) for name, macs in analysis.by_module().items()},
+        attention={name: _parts(operators[name]) for name in attention},
+        unsupported=dict(analysis.unsupported_ops()),
+    )
+
+
+def _parts(operators: Counter[str]) -> dict[str, int]:
+    if "kept" in operators:
+        return {part: int(operators[part]) for part in PARTS}
+    return {"dense": sum(int(operators[op]) for op in DENSE_OPS)}
+
+
+def replica(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy in eval mode whose tensors are on `device` and of `dtype`; `model` stays as it is.
+
+    Tensors that already are where they should be are shared, not copied. No parameter requires a gradient.
+    """
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(p.detach().to(device, dtype or p.dtype), requires_grad=False)
+    for b in model.buffers():
+        memo[id(b)] = b.detach().to(device, dtype if dtype and b.is_floating_point() else b.dtype)
+    return copy.deepcopy(model, memo).eval()
+
+
+def image_shape(model: nn.Module, img_size: tuple[int, int] | None = None) -> tuple[int, int, int]:
+    """Channels, height and width of the image that `model` takes; `img_size` (height, width) overrides its own."""
+    embed = cast(Any, model.patch_embed)
+    convolution = next((m for m in embed.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = 3 if convolution is None else convolution.in_channels
+    height, width = img_size or embed.img_size
+    return channels, int(height), int(width)
+
+
+def tree(sparse: nn.Module, counts: Counts, dense: nn.Module, dense_counts: Counts) -> list[dict[str, Any]]:
+    """Rows of the module tree in order of the modules, parents before children; see `Profile` for the keys.
+
+    Left out are leaves that have neither parameters nor MACs (activations, dropout, identities), predictors excepted.
+    """
+    dense_modules = dict(dense.named_modules())
+    predictors = {f"{name}.predictor": name for name in sparse_modules(sparse)}
+    rows: list[dict[str, Any]] = []
+    for name, module in sparse.named_modules():
+        params = sum(p.numel() for p in module.parameters())
+        macs_sparse, macs_dense = counts.by_module.get(name, 0), dense_counts.by_module.get(name, 0)
+        if name in predictors:  # its scores are computed inside the attention op, so fvcore credits the parent
+            macs_sparse += counts.attention[predictors[name]]["predictor"]
+        elif not params and not macs_sparse and not macs_dense:
+            continue
+        row = {
+            "name": name,
+            "depth": name.count(".") + 1 if name else 0,
+            "type": type(module).__name__,
+            "type_dense": type(dense_modules[name]).__name__ if name in dense_modules else None,
+            "params": params,
+            "macs_dense": macs_dense,
+            "macs_sparse": macs_sparse,
+        }
+        if name in counts.attention:
+            row |= {f"{part}_macs": macs for part, macs in counts.attention[name].items()}
+            row["mhsa_macs_sparse"] = sum(counts.attention[name].values())
+            row["mhsa_macs_dense"] = sum(dense_counts.attention[name].values())
+        rows.append(row)
+    return rows

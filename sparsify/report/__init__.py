@@ -1,0 +1,119 @@
+"""How results are shown: `tables` on a terminal, `files` as Markdown and JSON. The words they share are here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparsify.profiling import Profile
+from sparsify.profiling.latency import Timing
+
+THEORETICAL = "Theoretical: MACs per image"
+NOT_SPEED = "Fewer MACs are no promise of speed: the measured part says what this machine makes of them."
+
+
+def human(count: float) -> str:
+    """A count with 4 significant digits and its unit: 4608338304 -> '4.608 G', 357663744 -> '357.7 M', 12 -> '12'."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(count) >= size * 0.99995:
+            digits = max(0, 4 - len(f"{abs(count) / size:.0f}"))
+            return f"{count / size:.{digits}f} {unit}"
+    return f"{count:.4g}"
+
+
+def plain(value: float) -> str:
+    """A measured value with 4 significant digits and no exponent: 12345.6 -> '12346', 0.012345 -> '0.01234'."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def memory(size: float) -> str:
+    """Bytes as MB or GB (powers of ten): 24871312 -> '24.87 MB'."""
+    text = human(size)
+    return text.replace(" k", " kB").replace(" M", " MB").replace(" G", " GB") if " " in text else f"{text} B"
+
+
+def change(dense: float, sparse: float) -> str:
+    """Relative change from dense to sparse: '-70.1 %'; a change too small for that keeps its sign: '-0.04 %'."""
+    if not dense:
+        return ""
+    percent = 100 * (sparse - dense) / dense
+    if percent == 0:
+        return "0 %"
+    return f"{percent:+.1f} %" if abs(percent) >= 0.1 else f"{percent:+.2g} %"
+
+
+def headline(p: Profile) -> list[tuple[str, str, str, str]]:
+    """Rows of the theoretical table: what, dense, sparse, change."""
+    rows = (
+        ("whole model", p.macs_dense, p.macs_sparse),
+        ("MHSA (the paper's)", p.mhsa_macs_dense, p.mhsa_macs_sparse),
+        ("parameters", p.param_count_dense, p.param_count),
+    )
+    return [(what, human(dense), human(sparse), change(dense, sparse)) for what, dense, sparse in rows]
+
+
+def breakdown(p: Profile) -> str:
+    """One line: what the sparse MHSA is made of."""
+    return (
+        f"sparse MHSA = kept pairs {human(p.kept_macs)} + prefix rows {human(p.prefix_macs)}"
+        f" + predictor {human(p.predictor_macs)} + tail {human(p.tail_macs)}"
+    )
+
+
+def measured(p: Profile) -> list[tuple[str, str, str, str]]:
+    """Rows of the measured table: what, dense, sparse, change; empty where nothing was measured."""
+    m = p.measured
+    if m is None:
+        return []
+    dense, sparse = m.dense, m.sparse
+    rate = dense.throughput(p.batch_size), sparse.throughput(p.batch_size)
+    peak = m.peak_memory_dense, m.peak_memory_sparse
+    return [
+        ("latency, ms/batch (median)", plain(dense.median), plain(sparse.median), change(dense.median, sparse.median)),
+        ("  its spread, p10-p90", _spread(dense), _spread(sparse), ""),
+        ("throughput, images/s", plain(rate[0]), plain(rate[1]), change(*rate)),
+        ("peak memory", memory(peak[0]), memory(peak[1]), change(*peak)),
+    ]
+
+
+def verdict(p: Profile) -> str:
+    """One plain sentence on speed, from the interleaved runs; '' where nothing was measured."""
+    if p.measured is None:
+        return ""
+    dense, sparse = p.measured.dense, p.measured.sparse
+    ratio = dense.median / sparse.median
+    if dense.p10 <= sparse.p90 and sparse.p10 <= dense.p90:
+        return f"Sparse and dense are equally fast here, within the spread of the runs (ratio of medians {ratio:.2f})."
+    if ratio < 1:
+        return f"Sparse is {_times(1 / ratio)} slower than dense here: it saves MACs, not time, on this machine."
+    return f"Sparse is {_times(ratio)} faster than dense here."
+
+
+def conditions(p: Profile) -> str:
+    """Where and how it was measured, in one line."""
+    c = p.conditions
+    height, width = c["img_size"]
+    if p.measured is None:
+        return f"{height}x{width} pixels"
+    threads = "1 thread" if c["threads"] == 1 else f"{c['threads']} threads"
+    place = c["device_name"] if c["device"] == "cpu" else f"{c['device_name']} ({c['device']})"
+    return (
+        f"{place}, {threads}, {c['dtype']}, batch {c['batch_size']}, {height}x{width}, {c['runs']} interleaved runs, "
+        f"backend {p.backend}, torch {c['torch']}, timm {c['timm']}"
+    )
+
+
+def uncounted(unsupported: Mapping[str, Any]) -> str:
+    """A warning where ops were left out of the MACs; '' where none was."""
+    if not unsupported:
+        return ""
+    found = ", ".join(f"{name} ({times}x)" for name, times in sorted(unsupported.items()))
+    return f"NOT COUNTED in the MACs above, and so not checked: {found}. Please report this with the model's name."
+
+
+def _spread(t: Timing) -> str:
+    return f"{plain(t.p10)}-{plain(t.p90)}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}x" if ratio >= 1.1 else f"{100 * (ratio - 1):.0f} %"

@@ -1,0 +1,108 @@
+"""Results as files: Markdown for people, JSON for programs; written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsify import report
+from sparsify.profiling import Profile
+
+TIMM_COLUMNS = (
+    "model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation",
+)  # fmt: skip
+"""Columns of timm's results files."""
+
+
+def to_markdown(profile: Profile, title: str = "Profile") -> str:
+    """The whole profile as GitHub Markdown: headline, breakdown, what was measured, and the module tree in full."""
+    height, width = profile.conditions["img_size"]
+    lines = [f"# {title}", "", f"## {report.THEORETICAL}", "", f"Image size {height}x{width}.", ""]
+    lines += [*_table(("", "dense", "sparse", "change"), report.headline(profile)), "", report.breakdown(profile) + "."]
+    warning = report.uncounted(profile.unsupported)
+    if warning:
+        lines += ["", f"**{warning}**"]
+    if profile.measured is not None:
+        lines += ["", "## Measured", ""]
+        lines += _table(("", "dense", "sparse", "change"), report.measured(profile))
+        lines += ["", f"{report.conditions(profile)}.", "", f"**{report.verdict(profile)}**", "", report.NOT_SPEED]
+    else:
+        lines += ["", "Nothing was measured: fewer MACs are no promise of speed (`sparsify profile` measures)."]
+    rows = [
+        (
+            "&nbsp;" * 2 * row["depth"] + (row["name"].rpartition(".")[2] or "(model)"),
+            row["type"],
+            f"{row['params']:,}",
+            f"{row['macs_dense']:,}" if row["type_dense"] else "",
+            f"{row['macs_sparse']:,}",
+            report.change(row["macs_dense"], row["macs_sparse"]) if row["macs_dense"] != row["macs_sparse"] else "",
+        )
+        for row in profile.modules
+    ]
+    lines += ["", "## By module (theoretical, MACs per image)", ""]
+    lines += _table(("module", "type", "parameters", "dense", "sparse", "change"), rows, left=2)
+    return "\n".join(lines) + "\n"
+
+
+def write_json(path: str | Path, tree: Mapping[str, Any]) -> None:
+    """Write a report as JSON, exact numbers; see `write_text`."""
+    write_text(path, json.dumps(tree, indent=2) + "\n")
+
+
+def write_results(path: str | Path, result: Mapping[str, Any]) -> None:
+    """Write results of `eval` as one CSV row, or as JSON, by the ending of `path`: timm's columns first.
+
+    top1_err and top5_err are added (100 - top1, as timm has them). What was not measured (None) is an empty cell in CSV
+    and null in JSON.
+    """
+    row: dict[str, Any] = {**dict.fromkeys(TIMM_COLUMNS), **result}
+    for name in ("top1", "top5"):
+        row[f"{name}_err"] = None if row[name] is None else 100 - row[name]
+    if Path(path).suffix == ".json":
+        write_json(path, row)
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(row), lineterminator="\n")
+    writer.writeheader()
+    writer.writerow(row)
+    write_text(path, text.getvalue())
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8 in one step: a crash or a full disk leaves the old file as it was.
+
+    Raises:
+        OSError: the folder is missing, or cannot be written.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp gives 0600
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _table(headings: tuple[str, ...], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """A Markdown table; all but the first `left` columns are aligned to the right."""
+    rule = ["---" if i < left else "---:" for i in range(len(headings))]
+    return [f"| {' | '.join(cells)} |" for cells in (headings, tuple(rule), *rows)]
