@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from sparsify import zoo
 from sparsify.config import SparsityConfig, validate
-from sparsify.errors import BadFile, UsageError
+from sparsify.errors import BadFile, UsageError, one_line
 from sparsify.nn import graft
 
 FORMAT = 1
@@ -68,7 +68,7 @@ def save(model: nn.Module, path: Path, header: Header) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise BadFile(f"cannot write {path}: {_first_line(error)}; the old file, if any, is unchanged") from None
+        raise BadFile(f"cannot write {path}: {one_line(error)}; the old file, if any, is unchanged") from None
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
@@ -101,11 +101,13 @@ def load(path: str | Path, img_size: int | None = None, device: str | torch.devi
     header = _parse(path, meta)
     try:
         host = zoo.rebuild(
-            header.architecture["architecture"], header.architecture["model_args"], header.architecture["pretrained_cfg"]
+            header.architecture["architecture"],
+            header.architecture["model_args"],
+            header.architecture["pretrained_cfg"],
         )
         model = graft.graft(host, header.config)
     except Exception as error:
-        raise BadFile(f"{path}: its header does not describe a model: {_first_line(error)}") from None
+        raise BadFile(f"{path}: its header does not describe a model: {one_line(error)}") from None
     tensors = _tensors(path)
     _check_tensors(path, model, tensors)
     if _digest({k: v for k, v in meta.items() if k != "sparsify.sha256"}, tensors) != meta["sparsify.sha256"]:
@@ -125,7 +127,7 @@ def resize(model: nn.Module, img_size: int) -> None:
     try:
         graft.resize(model, img_size)
     except Exception as error:
-        raise UsageError(f"--img-size {img_size}: {_first_line(error)}") from None
+        raise UsageError(f"--img-size {img_size}: {one_line(error)}") from None
 
 
 def may_overwrite(path: Path, architecture: Mapping[str, Any], force: bool) -> None:
@@ -153,7 +155,7 @@ def _metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise BadFile(f"{path} is not a whole safetensors file ({_first_line(error)}): convert again") from None
+        raise BadFile(f"{path} is not a whole safetensors file ({one_line(error)}): convert again") from None
 
 
 def _parse(path: Path, meta: Mapping[str, str]) -> Header:
@@ -181,7 +183,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise BadFile(f"{path} is not a whole safetensors file ({_first_line(error)}): convert again") from None
+        raise BadFile(f"{path} is not a whole safetensors file ({one_line(error)}): convert again") from None
 
 
 def _check_tensors(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -204,10 +206,6 @@ def _digest(meta: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
         sha.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
         sha.update(t.contiguous().flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _umask() -> int:

@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 a bad file, data set or model; 2 a bad option, argument or
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ import typer
 
 from sparsify import __version__, options
 from sparsify.errors import SparsifyError, UsageError
+from sparsify.preflight import preflight
 
 app = typer.Typer(
     name="sparsify",
@@ -41,18 +43,24 @@ def root(
 
 @app.command()
 def convert(
-    name: Annotated[str, typer.Argument(help="Alias (deit_small), timm name, hf-hub:ORG/NAME, local-dir:DIR or digits.")],
+    name: Annotated[
+        str, typer.Argument(help="Alias (deit_small), timm name, hf-hub:ORG/NAME, local-dir:DIR or digits.")
+    ],
     keep: Annotated[
         str | None, typer.Option(help="Share of keys that each query attends to, above 0 and up to 1; or one a block.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = options.MODEL_FILE,
     force: Annotated[bool, typer.Option("--force", help="Overwrite another model's file.")] = False,
-    recipe: Annotated[str, typer.Option(help="Recipe name ('sparsify recipes' lists them) or YAML file.")] = "calibrate",
+    recipe: Annotated[
+        str, typer.Option(help="Recipe name ('sparsify recipes' lists them) or YAML file.")
+    ] = "calibrate",
     predictor: Annotated[str | None, typer.Option(help="head-lowrank or token-lowrank (the paper's).")] = None,
     rank: Annotated[
         str | None, typer.Option(help="Coordinates of the predictor: a mean over the blocks, or one for each.")
     ] = None,
-    tail: Annotated[str | None, typer.Option(help="What stands for dropped keys: none, mean, cells or clusters.")] = None,
+    tail: Annotated[
+        str | None, typer.Option(help="What stands for dropped keys: none, mean, cells or clusters.")
+    ] = None,
     cells: Annotated[str | None, typer.Option(help="Grid of cells of the tail, ROWSxCOLUMNS.")] = None,
     granularity: Annotated[
         str | None, typer.Option(help="token: a key set for each query; tile: one for 4x4 neighbours.")
@@ -69,7 +77,10 @@ def convert(
     img_size: options.ImgSize = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the choice of images.")] = None,
     device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
+    backend: options.Backend = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images computed together.")] = 16,
+    workers: options.Workers = 0,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
@@ -80,6 +91,8 @@ def convert(
         keep=options.numbers(keep, "--keep"), predictor=predictor, rank=options.whole_numbers(rank, "--rank"), tail=tail,
         cells=options.rectangle(cells, "--cells"), granularity=granularity, calib_images=calib_images, seed=seed,
     )  # fmt: skip
+    options.backend(backend)
+    preflight()
     from sparsify import conversion
     from sparsify.report import tables
     from sparsify.report.progress import Reporter
@@ -87,7 +100,8 @@ def convert(
     with Reporter(quiet) as reporter:
         made = conversion.convert(
             name, chosen, output, weights=weights, num_classes=num_classes, img_size=img_size, images=data, force=force,
-            device=options.torch_device(device), batch_size=batch_size, say=_say(quiet), progress=reporter.update,
+            device=options.torch_device(device), dtype=options.torch_dtype(dtype), batch_size=batch_size,
+            workers=workers, say=_say(quiet), progress=reporter.update,
         )  # fmt: skip
     if not quiet:
         tables.show(tables.profile_table(made.profile))
@@ -105,6 +119,7 @@ def profile(
     tree: Annotated[bool, typer.Option("--tree", help="Show MACs by module.")] = False,
     markdown: Annotated[Path | None, typer.Option(help="Write the report as Markdown.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write every figure as JSON.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="No effect: profile reads no images.")] = 0,
     no_measure: Annotated[bool, typer.Option("--no-measure", help="Theoretical figures only.")] = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -113,11 +128,14 @@ def profile(
     options.torch_dtype(dtype)
     options.backend(backend)
     options.torch_device(device)
+    preflight()
     from sparsify import checkpoint, profiling
     from sparsify.report import files, tables
 
     model = checkpoint.load(file, img_size)
-    result = profiling.profile(model, batch_size=batch_size, dtype=dtype, device=device, measure=not no_measure)
+    result = profiling.profile(
+        model, batch_size=batch_size, dtype=dtype, device=device, backend=backend, measure=not no_measure
+    )
     if not quiet:
         tables.show(tables.profile_table(result))
         if tree:
@@ -134,7 +152,9 @@ def eval_(
     imagenet: Annotated[
         str | None, typer.Option(help="ImageNet root with val/, its val folder, or any folder of class folders.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Another labelled set: folder, timm data set name, or digits.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Another labelled set: folder, timm data set name, or digits.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images computed together.")] = 32,
     img_size: options.ImgSize = None,
     workers: options.Workers = 0,
@@ -153,6 +173,7 @@ def eval_(
         raise UsageError(f"--results-file {results_file}: a name that ends in .csv or .json is expected")
     options.backend(backend)
     kind, where = options.torch_dtype(dtype), options.torch_device(device)
+    preflight()
     from sparsify import checkpoint, evaluation
     from sparsify.report import files, tables
     from sparsify.report.progress import Reporter
@@ -161,7 +182,7 @@ def eval_(
     with Reporter(quiet) as reporter:
         result = evaluation.evaluate_images(
             model, str(imagenet or data), name=file.stem, batch_size=batch_size, workers=workers, dtype=kind,
-            device=where, strict=strict, progress=lambda done, total: reporter.update("eval", done, total),
+            device=where, strict=strict, say=_say(quiet), progress=lambda done, total: reporter.update("eval", done, total),
         )  # fmt: skip
     if not quiet:
         tables.show(tables.eval_table(result.as_dict()))
@@ -172,6 +193,7 @@ def eval_(
 @app.command()
 def models(pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern with *.")] = "") -> None:
     """List the models that can be converted."""
+    preflight()
     from sparsify import zoo
 
     found = zoo.listing(pattern)
@@ -205,13 +227,15 @@ def _say(quiet: bool) -> Any:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: every expected error is one line on stderr and an exit code."""
     given = sys.argv[1:] if arguments is None else arguments
+    warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)  # fvcore traces with it
     command = typer.main.get_command(app)
     try:
         code = command.main(args=given, prog_name="sparsify", standalone_mode=False)
     except SparsifyError as error:
         code = _fail(str(error), error.exit_code, "--debug" in given)
     except typer.TyperException as error:
-        code = _fail(getattr(error, "format_message", lambda: str(error))(), 2, False)
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        code = _fail(message, 2, False)
     except (KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted; nothing half-written is left", 130, False)
     except BrokenPipeError:

@@ -32,8 +32,12 @@ class TokenLowrank(_Frozen):
     channels: Annotated[int, Field(ge=1)] | None = Field(
         None, description="c: size of q' and k' inside a head; null leaves the head as it is (the paper's figure)"
     )
-    scale: Literal["head-size", "heads"] = Field("head-size", description="1/sqrt of it scales q' K_down'; authors' code: heads")
-    coef_topk: Annotated[int, Field(ge=1)] | None = Field(8, description="coefficients kept in each row; null keeps all")
+    scale: Literal["head-size", "heads"] = Field(
+        "head-size", description="1/sqrt of it scales q' K_down'; authors' code: heads"
+    )
+    coef_topk: Annotated[int, Field(ge=1)] | None = Field(
+        8, description="coefficients kept in each row; null keeps all"
+    )
     coef_threshold: Annotated[float, Field(ge=0)] | None = Field(
         None, description="coefficients up to this value become 0; used when coef_topk is null"
     )
@@ -54,7 +58,9 @@ class SparsityConfig(_Frozen):
     keep: Keep | tuple[Keep, ...] = 0.1
     rank: Rank | tuple[Rank, ...] = Field(16, description="r: coordinates (head-lowrank) or rows of W_down")
     tail: Literal["none", "mean", "cells", "clusters"] = "clusters"
-    cells: tuple[Side, Side] = Field((4, 3), description="rows and columns of the grid of cells")
+    cells: tuple[Side, Side] | None = Field(
+        None, description="rows and columns of the grid of cells; null: by N and keep"
+    )
     spread_rank: bool = Field(True, description="an integer rank is the mean of the blocks' (head-lowrank)")
     granularity: Literal["token", "tile"] = "token"
     tile: tuple[Side, Side] = Field((4, 4), description="rows and columns of a tile of queries")
@@ -75,6 +81,19 @@ class SparsityConfig(_Frozen):
     def rank_of(self, block: int) -> int:
         """Rank of block `block` (counted from 0)."""
         return self.rank[block] if isinstance(self.rank, tuple) else self.rank
+
+    def with_cells(self, tokens: int) -> SparsityConfig:
+        """The same with `cells` resolved for N = `tokens`.
+
+        M is the product nearest to max(1/16, 0.1 - 0.4 keep) N: 4x3 of 197 tokens at keep 0.1, 4x4 at 0.05. A cell costs
+        a row about as much as 1.4 kept keys, so MHSA MACs still fall with keep (docs/frontier.md).
+        """
+        if self.cells is not None:
+            return self
+        keep = sum(self.keep) / len(self.keep) if isinstance(self.keep, tuple) else self.keep
+        wanted = max(1 / 16, 0.1 - 0.4 * keep) * tokens
+        grids = [(side + extra, side) for side in range(1, 64) for extra in (0, 1)]
+        return self.model_copy(update={"cells": min(grids, key=lambda g: (abs(g[0] * g[1] - wanted), g))})
 
     def check_depth(self, depth: int) -> None:
         """Raise `UsageError` where a list does not have one value for each of `depth` blocks."""

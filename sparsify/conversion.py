@@ -59,7 +59,9 @@ def convert(
     images: str | None = None,
     force: bool = False,
     device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
+    workers: int = 0,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[str, int, int], None] = lambda step, done, total: None,
 ) -> Conversion:
@@ -67,6 +69,8 @@ def convert(
 
     Args:
         images: folder or data set to calibrate on (labels are not used); None for the built-in set.
+        dtype: of the forward passes of the calibration (autocast); moments are float64, the file is float32.
+        workers: processes that read images.
         say: called with lines for the person at the terminal.
         progress: called with step, images done and images in all.
 
@@ -80,13 +84,19 @@ def convert(
     recipe.sparsity.check_depth(len(hosts))
     model = zoo.load(source, weights, num_classes, img_size).to(device)
     architecture = zoo.describe(model, source)
+    if differs := zoo.note(model, source):
+        say(differs)
     checkpoint.may_overwrite(output, architecture, force)
     start = time.perf_counter()
-    batches, calibration = _batches(model, source, recipe, images, device, batch_size or CALIBRATION_BATCH)
+    batches, calibration = _batches(model, source, recipe, images, device, batch_size or CALIBRATION_BATCH, workers)
     say(f"calibrating on {calibration}")
-    result = calibrate(
-        model, recipe.sparsity, batches, lambda step, done: progress(step, done, recipe.calib_images)
-    )  # fmt: skip
+    with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+        result = calibrate(
+            model,
+            recipe.sparsity,
+            batches,
+            lambda step, done, total: progress(step, done, total or recipe.calib_images),
+        )
     sparse = result.model.to("cpu")
     figures = profile(sparse, measure=False)
     header = checkpoint.Header(
@@ -105,17 +115,17 @@ def convert(
 
 
 def _batches(
-    model: nn.Module, source: zoo.Source, recipe: Recipe, images: str | None, device: str, size: int
+    model: nn.Module, source: zoo.Source, recipe: Recipe, images: str | None, device: str, size: int, workers: int
 ) -> tuple[Callable[[], Iterator[Tensor]], str]:
     """The calibration images, read anew at each pass, and what they are in words."""
     transform = data.transform(data.data_config(model))
     n, seed = recipe.calib_images, recipe.seed
     built_in_digits = source.architecture == digits.ARCHITECTURE
     if images is not None:
-        found = data.unlabelled(images, n, seed, transform, size)
+        found = data.unlabelled(images, n, seed, transform, size, workers)
         words = f"up to {n} images of {images} (labels are not used)"
     else:
-        found = data.builtin_calibration(built_in_digits, n, seed, transform, size)
+        found = data.builtin_calibration(built_in_digits, n, seed, transform, size, workers)
         words = f"{n} {'digits of the training split' if built_in_digits else 'built-in pictures'}: no --data was given"
     return lambda: (x.to(device) for x in found), words
 

@@ -23,3 +23,9 @@ class BadFile(SparsifyError):
 
 class BadData(SparsifyError):
     """A folder or data set that holds no usable images or labels (exit code 1)."""
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """The message of `error` on one line of at most `limit` characters; its class name where it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

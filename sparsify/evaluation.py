@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import data
-from sparsify.errors import BadData
 from sparsify.metrics import Evaluation, Features, Logits
 from sparsify.nn import graft
 
@@ -56,8 +55,8 @@ def evaluate(
         progress(done)
     if not done:
         return Evaluation()
-    speed = {f"throughput_{name}": done / seconds for name, seconds in clock.items()}
-    return replace(measure.result(done), images=done, **speed)
+    rate = {name: done / seconds for name, seconds in clock.items()}
+    return replace(measure.result(done), images=done, throughput_dense=rate["dense"], throughput_sparse=rate["sparse"])
 
 
 def evaluate_images(
@@ -70,6 +69,7 @@ def evaluate_images(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     strict: bool = False,
+    say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> Evaluation:
     """Evaluates a sparse model and the same weights without sparsity on a labelled folder or data set.
@@ -86,11 +86,13 @@ def evaluate_images(
     config = data.data_config(model)
     classes = int(getattr(model, "num_classes", 0))
     loader = data.labelled(images, classes, data.transform(config), batch_size, workers, strict=strict)
+    if loader.note:
+        say(loader.note)
     sparse = model.to(device, dtype).eval()
     dense = graft.dense_twin(sparse)
     result = evaluate(sparse, dense, loader, device, dtype, lambda done: progress(done, loader.total))
-    if not result.images:
-        raise BadData(f"{images}: none of its {loader.broken} images could be read")
+    if loader.broken:
+        say(f"{loader.broken} images could not be read and are left out; the first: {loader.first_broken}")
     return replace(
         result, model=name, broken=loader.broken, param_count=sum(p.numel() for p in model.parameters()),
         img_size=int(config["input_size"][-1]), crop_pct=float(config["crop_pct"]), interpolation=config["interpolation"],

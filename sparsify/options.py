@@ -16,7 +16,9 @@ Device = Annotated[str, typer.Option(help="Device of torch: cpu, cuda, cuda:1, m
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Backend = Annotated[str, typer.Option(help="Implementation of sparse attention: auto or reference.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read images; 0 reads in this one.")]
-ImgSize = Annotated[int | None, typer.Option(min=1, help="Side of the image in pixels.", show_default="the model's own")]
+ImgSize = Annotated[
+    int | None, typer.Option(min=1, help="Side of the image in pixels.", show_default="the model's own")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but results' files and errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -47,7 +49,9 @@ def whole_numbers(text: str | None, name: str) -> int | tuple[int, ...] | None:
     try:
         values = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"{name} {text}: a whole number, or one for each block separated by commas, is expected") from None
+        raise UsageError(
+            f"{name} {text}: a whole number, or one for each block separated by commas, is expected"
+        ) from None
     return values if "," in text else values[0]
 
 

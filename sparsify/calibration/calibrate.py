@@ -31,8 +31,8 @@ PROBE_IMAGES = 24  # images that decide the ranks: enough to order the blocks, s
 
 Batches = Callable[[], Iterable[Tensor]]
 """Gives the calibration images anew at each call: batches [B, C, H, W], float32, normalised as the model expects."""
-Progress = Callable[[str, int], None]
-"""Called with the step's name and the number of images done in it."""
+Progress = Callable[[str, int, int | None], None]
+"""Called with the step's name, the images done in it, and how many there are (None: unknown)."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Calibration:
 
 
 def calibrate(
-    model: nn.Module, config: SparsityConfig, batches: Batches, progress: Progress = lambda step, done: None
+    model: nn.Module, config: SparsityConfig, batches: Batches, progress: Progress = lambda step, done, total: None
 ) -> Calibration:
     """Grafts sparse attention into `model` (in place) and fits its predictors.
 
@@ -65,6 +65,7 @@ def calibrate(
     """
     hosts = graft.check(model)
     config.check_depth(len(hosts))
+    config = config.with_cells(graft.num_tokens(model))
     smallest = min(host.head_dim for host in hosts.values())
     if config.predictor == "head-lowrank" and max(config.rank_of(i) for i in range(len(hosts))) > smallest:
         raise UsageError(f"rank is larger than the head size {smallest} of this model: give a smaller --rank")
@@ -98,6 +99,7 @@ def _spread(
     mean_rank = cast(int, config.rank)
     ranks = candidates(mean_rank, min(h.head_dim for h in hosts.values()))
     error = torch.zeros(len(hosts), len(ranks), dtype=torch.float64)
+    assert config.cells is not None  # resolved by `with_cells`
     shape = (graft.num_prefix_tokens(model), config.tail, graft.patch_grid(model), config.cells, ())
     attentions = list(hosts.values())
 
@@ -107,9 +109,11 @@ def _spread(
         q, k, b = q @ t_q, k @ t_k, budget(config.keep_of(i), q.shape[2])
         for j, r in enumerate(ranks):
             out = ops.head_lowrank_attention(q, k, v, None, None, None, r, host.head_dim**-0.5, b, *shape)
-            error[i, j] += float(nn.functional.linear(host.norm(out) - host.norm(dense), host.proj.weight).square().sum())
+            error[i, j] += float(
+                nn.functional.linear(host.norm(out) - host.norm(dense), host.proj.weight).square().sum()
+            )
 
-    observe(model, _counted(probe.split(8), "ranks", progress), compare)
+    observe(model, _counted(probe.split(8), "ranks", progress, len(probe)), compare)
     return allocate(error * _weights(model, config, bases, probe, error[:, ranks.index(mean_rank)]), ranks, mean_rank)
 
 
@@ -122,7 +126,9 @@ def _weights(
     weights = []
     for i, (name, host) in enumerate(graft.check(model).items()):
         twin.set_submodule(name, graft.sparse_block(model, host, config, i, bases[i]))
-        weights.append(_distance(dense, twin(probe), bool(getattr(model, "num_classes", 0))) / max(float(error[i]), 1e-12))
+        weights.append(
+            _distance(dense, twin(probe), bool(getattr(model, "num_classes", 0))) / max(float(error[i]), 1e-12)
+        )
         twin.set_submodule(name, host)
     return torch.tensor(weights, dtype=torch.float64)[:, None]
 
@@ -170,11 +176,10 @@ def _first(batches: Iterable[Tensor], n: int) -> Iterator[Tensor]:
             return
 
 
-def _counted(batches: Iterable[Tensor], step: str, progress: Progress) -> Iterator[Tensor]:
+def _counted(batches: Iterable[Tensor], step: str, progress: Progress, total: int | None = None) -> Iterator[Tensor]:
     done = 0
-    progress(step, 0)
+    progress(step, 0, total)
     for x in batches:
         yield x
         done += len(x)
-        progress(step, done)
-
+        progress(step, done, total)

@@ -43,7 +43,9 @@ def check(model: nn.Module, name: str = "") -> dict[str, Attention]:
     if strange:
         raise UnsupportedModel(f"{subject}: attention class {strange} is not understood (see 'sparsify models')")
     if type(model) not in MODELS:
-        raise UnsupportedModel(f"{subject}: model class {type(model).__name__} is not understood (see 'sparsify models')")
+        raise UnsupportedModel(
+            f"{subject}: model class {type(model).__name__} is not understood (see 'sparsify models')"
+        )
     for i, block in enumerate(cast(nn.Sequential, model.blocks)):
         if type(block) not in BLOCKS:
             raise UnsupportedModel(f"{subject}: block class {type(block).__name__} (blocks.{i}) is not understood")
@@ -63,6 +65,7 @@ def graft(model: nn.Module, config: SparsityConfig, predictors: Sequence[Predict
     """
     hosts = check(model)
     config.check_depth(len(hosts))
+    config = config.with_cells(num_tokens(model))
     if predictors is None:
         predictors = [new_predictor(model, host, config, i) for i, host in enumerate(hosts.values())]
     for i, (name, host) in enumerate(hosts.items()):
@@ -86,9 +89,9 @@ def new_predictor(model: nn.Module, host: Attention, config: SparsityConfig, blo
             raise UsageError(f"rank {rank} is larger than the head size {host.head_dim} of block {block}")
         predictor = HeadLowrank(host.num_heads, host.head_dim, rank, config.fold and foldable(host))
     else:
-        prefix, (h, w) = num_prefix_tokens(model), patch_grid(model)
         knobs = config.token_lowrank.model_dump()
-        predictor = TokenLowrank(host.num_heads, host.head_dim, prefix + h * w, prefix, rank, knobs)
+        prefix, tokens = num_prefix_tokens(model), num_tokens(model)
+        predictor = TokenLowrank(host.num_heads, host.head_dim, tokens, prefix, rank, knobs)
     return predictor.to(host.qkv.weight)
 
 
@@ -96,6 +99,7 @@ def _sparse(
     model: nn.Module, host: Attention, config: SparsityConfig, block: int, predictor: Predictor
 ) -> SparseAttention:
     tile = config.tile if config.granularity == "tile" else ()
+    assert config.cells is not None  # resolved by `with_cells`
     sparsity = Sparsity(
         config.keep_of(block), num_prefix_tokens(model), config.tail, patch_grid(model), config.cells, tile
     )
@@ -177,8 +181,14 @@ def num_prefix_tokens(model: nn.Module) -> int:
 
 def patch_grid(model: nn.Module) -> tuple[int, int]:
     """Rows and columns of patches at the model's own image size."""
-    h, w = model.patch_embed.grid_size  # type: ignore[union-attr]
+    h, w = cast(VisionTransformer, model).patch_embed.grid_size
     return int(h), int(w)
+
+
+def num_tokens(model: nn.Module) -> int:
+    """N, prefix tokens included, at the model's own image size."""
+    h, w = patch_grid(model)
+    return num_prefix_tokens(model) + h * w
 
 
 def _strange_attention(model: nn.Module) -> str:

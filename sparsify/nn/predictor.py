@@ -62,19 +62,22 @@ class TokenLowrank(nn.Module):
     Parameters: w_down [r, N]; w_up [H or 1, r, N] (absent when shared with w_down); w_q, w_k [c, d] and b_q, b_k [c].
     """
 
+    w_q: nn.Parameter | None
+    w_k: nn.Parameter | None
+    b_q: nn.Parameter | None
+    b_k: nn.Parameter | None
+
     def __init__(self, heads: int, head_dim: int, tokens: int, prefix: int, rank: int, knobs: dict) -> None:
         super().__init__()
         self.rank, self.prefix, self.knobs = rank, prefix, dict(knobs)
         self.w_down = nn.Parameter(torch.zeros(rank, tokens))
         channels = knobs["channels"]
-        self.w_up = None
+        self.w_up: nn.Parameter | None = None
         if not knobs["shared_projection"]:
             self.w_up = nn.Parameter(torch.zeros(1 if knobs["shared_heads"] else heads, rank, tokens))
-        if channels:
-            self.w_q, self.w_k = nn.Parameter(torch.zeros(channels, head_dim)), nn.Parameter(torch.zeros(channels, head_dim))
-            self.b_q, self.b_k = nn.Parameter(torch.zeros(channels)), nn.Parameter(torch.zeros(channels))
-        else:
-            self.w_q = self.w_k = self.b_q = self.b_k = None
+        for name in ("w_q", "w_k", "b_q", "b_k"):
+            shape = (channels, head_dim) if name.startswith("w") else (channels,)
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)) if channels else None)
         self.coef_scale = (heads if knobs["scale"] == "heads" else head_dim) ** -0.5
 
     def basis(self) -> Tensor:

@@ -87,9 +87,7 @@ def _register(op, tensors: int, differentiable) -> None:  # type: ignore[no-unty
 
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         needed = ctx.needs_input_grad
-        saved = [
-            None if t is None else t.detach().requires_grad_(needed[i]) for i, t in enumerate(ctx.saved_tensors)
-        ]
+        saved = [None if t is None else t.detach().requires_grad_(needed[i]) for i, t in enumerate(ctx.saved_tensors)]
         with torch.enable_grad():
             out = differentiable(*saved, *ctx.constants)
         wanted = [t for t in saved if t is not None and t.requires_grad]
@@ -106,10 +104,10 @@ def _head_reference(q, k, v, a_q, a_k, mask, rank, scale, budget, prefix, tail, 
     return reference.attend(q, k, v, row, col, col, mask, scale, spec)
 
 
-def _token_reference(
+def _token_reference(  # type: ignore[no-untyped-def]
     q, k, v, w_down, w_up, w_q, b_q, w_k, b_k, mask, scale, coef_scale, coef_topk, coef_threshold, budget, prefix, tail,
     grid, cells, tile,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     spec = Spec(budget, prefix, tail, tuple(grid), tuple(cells), tuple(tile), 1.0, coef_topk, coef_threshold)
     seen = k if mask is None else k * reference.alive(mask, q).unsqueeze(-1)  # hidden keys leave no trace in W_down k
     coef = reference.token_lowrank_coefficients(q, seen, (w_down, w_q, b_q, w_k, b_k), coef_scale, spec)  # (B, H, N, r)

@@ -52,7 +52,9 @@ def pool_tiles(scores: Tensor, grid: tuple[int, int], tile: tuple[int, int]) -> 
     return pooled[:, :, t]
 
 
-def head_lowrank_scores(q: Tensor, k: Tensor, a_q: Tensor | None, a_k: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+def head_lowrank_scores(
+    q: Tensor, k: Tensor, a_q: Tensor | None, a_k: Tensor | None, rank: int
+) -> tuple[Tensor, Tensor]:
     """The r coordinates whose product ranks the keys: (q A_q) [B, H, N, r] and (k A_k) [B, H, N, r].
 
     a_q, a_k: [H, d, r]; None where they are folded into `qkv`, so that the first r coordinates are the projections.
@@ -134,9 +136,7 @@ def attend(
     return torch.cat(out, dim=2).transpose(1, 2).reshape(B, N, H * d).to(dtype)
 
 
-def _rows(
-    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, bias: Tensor | None, a: Tensor | None, scale: float
-) -> Tensor:
+def _rows(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, bias: Tensor | None, a: Tensor | None, scale: float) -> Tensor:
     """Rows of the attention over the kept keys and the cells' means: [B, H, rows, d]."""
     logits = _biased((q @ k.mT) * scale, bias)  # (B, H, rows, N)
     kept_logits = logits.masked_fill(~kept, -torch.inf)

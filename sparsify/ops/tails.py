@@ -57,7 +57,7 @@ def assign(
     """
     B, H, N, _ = f.shape
     own = torch.arange(prefix, device=f.device).expand(B, H, prefix)
-    if N == prefix:
+    if prefix == N:
         return own
     if tail == "mean":
         a = f.new_zeros(B, H, N - prefix, dtype=torch.int64)

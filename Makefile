@@ -1,0 +1,51 @@
+# `make demo` and `make test` need Python 3.11 or newer, pip and a package index; nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OLDEST_TIMM := 1.0.26
+
+.PHONY: venv demo test test-oldest lint format bench-accuracy frontier clean
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+demo: venv
+	mkdir -p demo
+	$(BIN)/sparsify convert digits --keep 0.1 --force -o demo/model.safetensors
+	$(BIN)/sparsify profile demo/model.safetensors --batch-size 8 --tree --markdown demo/profile.md --json demo/profile.json
+	$(BIN)/sparsify eval demo/model.safetensors --data digits --results-file demo/eval.json
+	@echo "demo: tables above, files in demo/"
+
+test: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The oldest timm that pyproject.toml claims, over the rest of the environment.
+test-oldest: venv
+	rm -rf .venv-oldest
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv-oldest timm==$(OLDEST_TIMM)
+	PYTHONPATH=.venv-oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Accuracy and MACs of the README, from real weights and photographs (SPARSIFY_TEST_DATA, default ../shared/data).
+bench-accuracy: venv
+	$(BIN)/python benchmarks/accuracy.py
+
+# MHSA MACs against agreement over rank, tail and keep: docs/frontier.md and docs/frontier.png.
+frontier: venv
+	$(BIN)/python benchmarks/frontier.py
+
+clean:
+	rm -rf $(VENV) .venv-oldest demo build dist *.egg-info

@@ -1,0 +1,104 @@
+"""The built-in calibration pictures, used where the user gives no images: crops of seven free photographs and collages.
+
+Calibration needs second moments of queries and keys, not labels: what matters is that the pictures together show the
+textures, edges, objects and backgrounds of photographs.  A few photographs alone repeat themselves; so part of the
+pictures are 'dead leaves' collages (overlapping discs with power-law radii, the model of natural images of Lee, Mumford
+and Huang 2001) whose leaves are cut from the photographs.  Credits and licences: NOTICE.md in this folder.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib import resources
+from typing import overload
+
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+
+__all__ = ["LEAF_SHARE", "PHOTOGRAPHS", "SIDE", "CalibrationImages", "calibration_images"]
+
+PHOTOGRAPHS = ("astronaut", "chelsea", "china", "coffee", "flower", "raccoon", "rocket")
+SIDE = 288  # pixels, both sides of every picture
+LEAF_SHARE = 0.5  # share of collages; the measured trade is in the docstring of `CalibrationImages`
+
+
+class CalibrationImages(Sequence[Image.Image]):
+    """`n` RGB pictures of `SIDE` x `SIDE` pixels, each made when it is asked for.
+
+    Picture i depends on `seed` and i alone, so a longer list begins with the shorter one.
+
+    Why half collages: DeiT-Tiny at keep 0.1, moments of 128 pictures, judged on 200 other photographs (agreement with
+    the dense model in %, standard error 1.6; KL). Photographs of ImageNet's classes, two sets: 94.0, 0.0138 and 94.5,
+    0.0135. Built in, seeds 0, 1, 2: half collages 94.0, 95.0, 94.5 and 0.0143, 0.0144, 0.0150; crops alone 95.0, 95.0,
+    94.5 and 0.0147, 0.0142, 0.0149; collages alone (seed 0) 94.0, 0.0151. The mix does not matter much; half keeps
+    both kinds. More pictures bring nothing (256: 0.0146), 32 do nearly as well (0.0144).
+    """
+
+    def __init__(self, n: int, seed: int = 0, leaf_share: float = LEAF_SHARE) -> None:
+        self.n, self.seed, self.leaf_share = n, seed, leaf_share
+
+    def __len__(self) -> int:
+        return self.n
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Image.Image]: ...
+
+    def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.n))]
+        if not -self.n <= index < self.n:
+            raise IndexError(f"picture {index} of {self.n}")
+        index %= self.n
+        draw = random.Random(f"{self.seed}/{index}")
+        # the golden ratio spreads collages evenly over any range of indices
+        if (index * 0.6180339887498949) % 1 < self.leaf_share:
+            return _collage(draw)
+        return _crop(PHOTOGRAPHS[index % len(PHOTOGRAPHS)], draw, SIDE, (0.2, 1.0))
+
+
+def calibration_images(n: int, seed: int = 0) -> CalibrationImages:
+    """`n` built-in RGB pictures, the same ones for the same `seed`."""
+    return CalibrationImages(n, seed)
+
+
+@lru_cache(maxsize=len(PHOTOGRAPHS))
+def _photograph(name: str) -> Image.Image:
+    with (resources.files(__name__) / f"{name}.jpg").open("rb") as file:
+        return Image.open(file).convert("RGB")
+
+
+def _crop(name: str, draw: random.Random, side: int, scale: tuple[float, float]) -> Image.Image:
+    """A square of `side` pixels from a random rectangle that covers `scale` (a range) of a photograph's area."""
+    photo = _photograph(name)
+    area = photo.width * photo.height * draw.uniform(*scale)
+    aspect = math.exp(draw.uniform(-math.log(4 / 3), math.log(4 / 3)))
+    width = min(photo.width, round(math.sqrt(area * aspect)))
+    height = min(photo.height, round(math.sqrt(area / aspect)))
+    left, top = draw.randint(0, photo.width - width), draw.randint(0, photo.height - height)
+    picture = photo.resize((side, side), Image.Resampling.BICUBIC, (left, top, left + width, top + height))
+    if draw.random() < 0.5:
+        picture = ImageOps.mirror(picture)
+    picture = ImageEnhance.Brightness(picture).enhance(draw.uniform(0.7, 1.3))
+    return ImageEnhance.Color(picture).enhance(draw.uniform(0.5, 1.4))
+
+
+def _collage(draw: random.Random) -> Image.Image:
+    """Discs cut from photographs, dropped one on another over a photograph; radii r with density ~ r^-3."""
+    picture = _crop(draw.choice(PHOTOGRAPHS), draw, SIDE, (0.05, 0.6))
+    smallest, largest = SIDE / 16, SIDE / 2.2
+    for _ in range(draw.randint(3, 24)):
+        share = draw.random()
+        radius = (smallest**-2 + share * (largest**-2 - smallest**-2)) ** -0.5
+        width, height = round(2 * radius * draw.uniform(0.7, 1.3)), round(2 * radius * draw.uniform(0.7, 1.3))
+        leaf = _crop(draw.choice(PHOTOGRAPHS), draw, SIDE, (0.05, 0.6)).crop((0, 0, width, height))
+        mask = Image.new("L", (width * 2, height * 2))
+        ImageDraw.Draw(mask).ellipse((0, 0, width * 2 - 1, height * 2 - 1), fill=255)
+        mask = mask.resize((width, height), Image.Resampling.BILINEAR)  # a soft edge of one pixel
+        corner = (draw.randint(-width // 2, SIDE - width // 2), draw.randint(-height // 2, SIDE - height // 2))
+        picture.paste(leaf, corner, mask)
+    return picture

@@ -1,0 +1,100 @@
+"""Tensors of a local checkpoint: read without unpickling anything else, unwrapped, held against a model."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors
+import timm
+import torch
+from torch import nn
+
+from sparsify import digits
+from sparsify.errors import BadFile, one_line
+from sparsify.nn import graft
+
+
+def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a local checkpoint, on the CPU; nothing is unpickled but tensors and plain containers.
+
+    Wrappers (`state_dict_ema`, `model_ema`, `state_dict`, `model`: the first that is there) and prefixes (`module.`,
+    `_orig_mod.`) are stripped.
+
+    Raises:
+        BadFile: missing, not a checkpoint, truncated, with other objects than tensors, or made by sparsify.
+    """
+    if not path.is_file():
+        raise BadFile(f"weights file {path} " + ("is a folder" if path.is_dir() else "does not exist"))
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, "pt") as file:
+                if "sparsify.format" in (file.metadata() or {}):
+                    raise BadFile(f"{path} is already converted by sparsify: give it to profile or eval")
+                content: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own training checkpoints hold one
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except BadFile:
+        raise
+    except Exception as error:
+        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+            raise BadFile(f"{path} is not a checkpoint of tensors only; nothing else is unpickled") from error
+        raise BadFile(f"{path} cannot be read as a checkpoint: {one_line(error, 120)}") from error
+    for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise BadFile(f"{path} holds no state dict: a mapping from names to tensors is expected")
+    return {_strip(str(name)): tensor for name, tensor in content.items()}
+
+
+def _strip(name: str) -> str:
+    while name.startswith(("module.", "_orig_mod.")):
+        name = name.partition(".")[2]
+    return name
+
+
+def original_format(architecture: str) -> Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor]]:
+    """timm's reader of original formats and other image sizes for `architecture`; the identity where it has none."""
+    if architecture == digits.ARCHITECTURE:
+        architecture = "vit_tiny_patch16_224"
+    module = sys.modules[timm.model_entrypoint(architecture).__module__]
+    found = getattr(module, "checkpoint_filter_fn", None)
+    if found is None:
+        return lambda state, model: state
+    if timm.model_entrypoint(architecture).__module__.endswith(".deit"):
+        return lambda state, model: found(state, model, adapt_layer_scale=True)
+    return found
+
+
+def image_side(pos_embed: torch.Tensor | None, frame: nn.Module) -> int | None:
+    """Image size (px) that a file's position embedding was made for; None where it is the model's or not square."""
+    if pos_embed is None or pos_embed.ndim != 3:
+        return None
+    patches = pos_embed.shape[1] - (0 if frame.no_embed_class else graft.num_prefix_tokens(frame))
+    grid = graft.patch_grid(frame)
+    side = math.isqrt(max(patches, 0))
+    if side * side != patches or not patches or patches == grid[0] * grid[1]:
+        return None
+    return side * int(cast(Any, frame).patch_embed.patch_size[0])
+
+
+def check_keys(state: dict[str, torch.Tensor], model: nn.Module, path: Path, architecture: str, headless: bool) -> None:
+    own = model.state_dict()
+    differ = [k for k, v in own.items() if k in state and state[k].shape != v.shape]
+    shapes = [f"{k} {list(state[k].shape)} (expected {list(own[k].shape)})" for k in differ]
+    parts = [("missing", [k for k in own if k not in state]), ("unexpected", [k for k in state if k not in own])]
+    told = [f"{what} {_some(keys)}" for what, keys in [*parts, ("other shape:", shapes)] if keys]
+    if told:
+        hint = " (no head in the file: --num-classes 0 takes it for features)" if headless else ""
+        raise BadFile(f"{path} does not fit {architecture}: {'; '.join(told)}{hint}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
