@@ -16,6 +16,10 @@ in far fewer epochs than AdamW, from timm's `jax` initial weights and a sine-cos
 `--holdout N` trains without N of the train images and reports on those instead of the test images: the settings were
 chosen that way.
 
+The files in the package come from the first command above: 12 minutes on one thread of a shared 2-core AMD EPYC with
+AVX-512 BF16 (torch 2.15, timm 1.0.31), 99.66 % of the test images right (595 of 597).  The defaults but with 30
+epochs and `--holdout 240` had 238 of 240 right.
+
 The outcome repeats for the same `--seed` on the same machine, torch version and number of threads; on another it
 may differ in the last bits of the arithmetic and from there in the weights.
 """

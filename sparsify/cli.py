@@ -221,7 +221,7 @@ def recipes(
 
 
 def _say(quiet: bool) -> Any:
-    return (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+    return (lambda line: None) if quiet else (lambda line: print(line, flush=True))
 
 
 def main(arguments: list[str] | None = None) -> None:

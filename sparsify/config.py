@@ -95,12 +95,17 @@ class SparsityConfig(_Frozen):
         grids = [(side + extra, side) for side in range(1, 64) for extra in (0, 1)]
         return self.model_copy(update={"cells": min(grids, key=lambda g: (abs(g[0] * g[1] - wanted), g))})
 
-    def check_depth(self, depth: int) -> None:
-        """Raise `UsageError` where a list does not have one value for each of `depth` blocks."""
+    def check(self, depth: int, head_dim: int) -> None:
+        """Raise `UsageError` where this does not fit a model of `depth` blocks with heads of `head_dim` (the smallest)."""
         for name in ("keep", "rank"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != depth:
                 raise UsageError(f"{name} lists {len(value)} values, but the model has {depth} blocks: give one each")
+        largest = max(self.rank_of(i) for i in range(depth))
+        if self.predictor == "head-lowrank" and largest > head_dim:
+            raise UsageError(
+                f"rank {largest} is larger than the head size {head_dim} of this model: give a smaller --rank"
+            )
 
 
 class Recipe(_Frozen):

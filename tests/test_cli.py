@@ -48,7 +48,7 @@ def picture_folder(root, classes, images=1):
 def test_convert_writes_model_and_reports(run, tmp_path):
     code, out, err = run("convert", "digits", "--calib-images", 8, "--keep", 0.1)
     assert code == 0 and "wrote model.safetensors" in out and "theoretical" in out.lower()
-    assert "built-in" in err or "digits of the training split" in err
+    assert "digits of the training split: no --data was given" in out and not err
     report = json.loads((tmp_path / "model.report.json").read_text())
     assert report["mhsa_macs_sparse"] == sum(report[f"{p}_macs"] for p in ("kept", "prefix", "predictor", "tail"))
     assert "MHSA" in (tmp_path / "model.report.md").read_text()
@@ -58,8 +58,8 @@ def test_convert_writes_model_and_reports(run, tmp_path):
 def test_alias_says_what_it_resolved_to(run, tmp_path):
     tiny = timm.create_model("deit_tiny_patch16_224", num_classes=10)
     save_file(tiny.state_dict(), tmp_path / "own.safetensors")
-    code, _, err = run("convert", "deit_tiny", "--weights", "own.safetensors", "--num-classes", 10, "--calib-images", 2)
-    assert code == 0 and "deit_tiny_patch16_224" in err
+    code, out, _ = run("convert", "deit_tiny", "--weights", "own.safetensors", "--calib-images", 2)
+    assert code == 0 and "deit_tiny_patch16_224" in out and "10 classes instead of 1000" in out
 
 
 def test_profile_prints_dense_beside_sparse_and_says_which_is_faster(run, converted):
@@ -134,7 +134,7 @@ BAD = {  # arguments, exit code, words of the one line
     "eval: results file": (["eval", "MODEL", "--data", "digits", "--results-file", "r.txt"], 2, ".csv or .json"),
     "unknown option": (["convert", "digits", "--kepe", "0.1"], 2, "--kepe"),
     "unknown command": (["convrt"], 2, "convrt"),
-    "no name": (["convert"], 2, "NAME"),
+    "no name": (["convert"], 2, "name"),
     "no such listing": (["models", "no_such_model"], 2, "no_such_model"),
 }
 
@@ -151,12 +151,9 @@ def test_bad_input_is_one_line_and_an_exit_code(kind, run, converted, tmp_path):
     before = sorted(p.name for p in tmp_path.iterdir())
     arguments, expected, words = BAD[kind]
     code, out, err = run(*[str(converted) if a == "MODEL" else a for a in arguments])
-    lines = [line for line in err.splitlines() if line]
     assert code == expected, err
-    errors = [line for line in lines if line.startswith("error: ")]
-    assert len(errors) == 1 and lines[-1] == errors[0] and words in errors[0], err
-    assert all("->" in line for line in lines[:-1]) and "Traceback" not in err  # an alias' note may come first
-    assert sorted(p.name for p in tmp_path.iterdir()) == before and not out
+    assert err.count("\n") == 1 and err.startswith("error: ") and words in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
 def test_another_models_file_is_kept_without_force(run, converted, tmp_path):

@@ -22,7 +22,6 @@ from sparsify.calibration.observe import observe
 from sparsify.calibration.ranks import allocate, candidates
 from sparsify.calibration.tokens import Ridge, pooling
 from sparsify.config import SparsityConfig
-from sparsify.errors import UsageError
 from sparsify.nn import graft
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
 from sparsify.ops.spec import budget
@@ -64,11 +63,8 @@ def calibrate(
         UnsupportedModel, UsageError: see `graft.graft`; the model is as it was then.
     """
     hosts = graft.check(model)
-    config.check_depth(len(hosts))
+    config.check(len(hosts), min(host.head_dim for host in hosts.values()))
     config = config.with_cells(graft.num_tokens(model))
-    smallest = min(host.head_dim for host in hosts.values())
-    if config.predictor == "head-lowrank" and max(config.rank_of(i) for i in range(len(hosts))) > smallest:
-        raise UsageError(f"rank is larger than the head size {smallest} of this model: give a smaller --rank")
     fit = _fit_head_lowrank if config.predictor == "head-lowrank" else _fit_token_lowrank
     with torch.no_grad():
         return fit(model, config, batches, progress)

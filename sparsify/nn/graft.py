@@ -18,7 +18,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
-from sparsify.errors import UnsupportedModel, UsageError
+from sparsify.errors import UnsupportedModel
 from sparsify.nn.attention import SparseAttention, Sparsity
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
 
@@ -61,10 +61,10 @@ def graft(model: nn.Module, config: SparsityConfig, predictors: Sequence[Predict
 
     Raises:
         UnsupportedModel: see `check`; nothing is exchanged then.
-        UsageError: a list in `config` that does not fit the number of blocks.
+        UsageError: a list or a rank in `config` that does not fit the model.
     """
     hosts = check(model)
-    config.check_depth(len(hosts))
+    config.check(len(hosts), min(host.head_dim for host in hosts.values()))
     config = config.with_cells(num_tokens(model))
     if predictors is None:
         predictors = [new_predictor(model, host, config, i) for i, host in enumerate(hosts.values())]
@@ -78,15 +78,10 @@ def new_predictor(model: nn.Module, host: Attention, config: SparsityConfig, blo
 
     With `config.fold`, head-lowrank is folded where nothing stands between the projection and the product; `qkv` itself
     is not touched (`fold`).
-
-    Raises:
-        UsageError: a rank larger than the head.
     """
     rank = config.rank_of(block)
     predictor: Predictor
     if config.predictor == "head-lowrank":
-        if rank > host.head_dim:
-            raise UsageError(f"rank {rank} is larger than the head size {host.head_dim} of block {block}")
         predictor = HeadLowrank(host.num_heads, host.head_dim, rank, config.fold and foldable(host))
     else:
         knobs = config.token_lowrank.model_dump()

@@ -28,6 +28,9 @@ def top_b(scores: Tensor, b: int) -> Tensor:
     """
     s = scores.detach().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     threshold = s.topk(b, dim=-1).values[..., -1:]  # (..., 1)
+    kept = s >= threshold
+    if bool((kept.sum(-1) == b).all()):  # no ties at the threshold: the usual case
+        return kept
     above, tie = s > threshold, s == threshold
     free = b - above.sum(-1, keepdim=True)  # (..., 1)
     return above | (tie & (tie.cumsum(-1) <= free))
