@@ -44,38 +44,70 @@ def root(
 @app.command()
 def convert(
     name: Annotated[
-        str, typer.Argument(help="Alias (deit_small), timm name, hf-hub:ORG/NAME, local-dir:DIR or digits.")
+        str,
+        typer.Argument(metavar="NAME", help="Alias (deit_small), timm name, hf-hub:ORG/NAME, local-dir:DIR or digits."),
     ],
     keep: Annotated[
-        str | None, typer.Option(help="Share of keys that each query attends to, above 0 and up to 1; or one a block.")
+        str | None,
+        typer.Option(
+            help="Share of keys that each query attends to, above 0 and up to 1; or one a block, 0.2,0.1,...",
+            show_default="the recipe's, 0.1",
+        ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = options.MODEL_FILE,
     force: Annotated[bool, typer.Option("--force", help="Overwrite another model's file.")] = False,
     recipe: Annotated[
         str, typer.Option(help="Recipe name ('sparsify recipes' lists them) or YAML file.")
     ] = "calibrate",
-    predictor: Annotated[str | None, typer.Option(help="head-lowrank or token-lowrank (the paper's).")] = None,
+    predictor: Annotated[
+        str | None,
+        typer.Option(help="head-lowrank or token-lowrank (the paper's).", show_default="the recipe's, head-lowrank"),
+    ] = None,
     rank: Annotated[
-        str | None, typer.Option(help="Coordinates of the predictor: a mean over the blocks, or one for each.")
+        str | None,
+        typer.Option(
+            help="Coordinates of the predictor: a mean over the blocks, or one for each.",
+            show_default="the recipe's, 16",
+        ),
     ] = None,
     tail: Annotated[
-        str | None, typer.Option(help="What stands for dropped keys: none, mean, cells or clusters.")
+        str | None,
+        typer.Option(
+            help="What stands for dropped keys: none, mean, cells or clusters.", show_default="the recipe's, clusters"
+        ),
     ] = None,
-    cells: Annotated[str | None, typer.Option(help="Grid of cells of the tail, ROWSxCOLUMNS.")] = None,
+    cells: Annotated[
+        str | None,
+        typer.Option(help="Grid of cells of the tail, ROWSxCOLUMNS.", show_default="by tokens and keep: 4x3 of 197"),
+    ] = None,
     granularity: Annotated[
-        str | None, typer.Option(help="token: a key set for each query; tile: one for 4x4 neighbours.")
+        str | None,
+        typer.Option(help="token: a key set for each query; tile: one for 4x4 neighbours.", show_default="token"),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Folder or timm data set of images to calibrate on; labels are not used.")
+        str | None,
+        typer.Option(
+            help="Folder or timm data set of images to calibrate on; labels are not used.",
+            show_default="built-in pictures",
+        ),
     ] = None,
-    calib_images: Annotated[int | None, typer.Option(min=1, help="Images to calibrate on.")] = None,
+    calib_images: Annotated[
+        int | None, typer.Option(min=1, help="Images to calibrate on.", show_default="the recipe's, 128")
+    ] = None,
     calibrate_only: Annotated[
         bool, typer.Option("--calibrate-only", help="Closed form only, no training (all that there is so far).")
     ] = False,
-    weights: Annotated[Path | None, typer.Option(help="Your own checkpoint of that architecture.")] = None,
-    num_classes: Annotated[int | None, typer.Option(min=0, help="Classes of that checkpoint.")] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Your own checkpoint of that architecture, .safetensors or .pth.", show_default="timm's"),
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=0, help="Classes of that checkpoint.", show_default="read off the file")
+    ] = None,
     img_size: options.ImgSize = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the choice of images.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of the choice of images.", show_default="the recipe's, 0")
+    ] = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     backend: options.Backend = "auto",

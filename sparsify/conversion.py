@@ -102,7 +102,7 @@ def convert(
     header = checkpoint.Header(
         architecture=architecture,
         config=result.config,
-        provenance=_provenance(source.asked, weights, recipe, calibration, result.images),
+        provenance=_provenance(source.asked, weights, recipe, images is not None, result.images),
         report={k: v for k, v in figures.as_dict().items() if "macs" in k and isinstance(v, int)},
     )
     checkpoint.save(sparse, output, header)
@@ -130,7 +130,7 @@ def _batches(
     return lambda: (x.to(device) for x in found), words
 
 
-def _provenance(asked: str, weights: Path | None, recipe: Recipe, calibration: str, images: int) -> dict[str, Any]:
+def _provenance(asked: str, weights: Path | None, recipe: Recipe, own_images: bool, images: int) -> dict[str, Any]:
     libraries = {"sparsify-vit": __version__, "python": platform.python_version()}
     for library in ("torch", "timm", "safetensors"):
         with contextlib.suppress(Exception):
@@ -139,7 +139,7 @@ def _provenance(asked: str, weights: Path | None, recipe: Recipe, calibration: s
         "source": asked,
         "weights": weights.name if weights else None,
         "recipe": recipe.model_dump(mode="json"),
-        "calibration": {"images": images, "set": "user" if "labels" in calibration else "built-in"},
+        "calibration": {"images": images, "set": "user" if own_images else "built-in"},
         "backbone_changed": False,
         "versions": libraries,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

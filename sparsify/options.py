@@ -11,7 +11,7 @@ from sparsify.errors import UsageError
 
 MODEL_FILE = Path("model.safetensors")
 
-Model = Annotated[Path, typer.Argument(metavar="[FILE]", help="File that 'convert' wrote.")]
+Model = Annotated[Path, typer.Argument(metavar="FILE", help="File that 'convert' wrote.")]
 Device = Annotated[str, typer.Option(help="Device of torch: cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Backend = Annotated[str, typer.Option(help="Implementation of sparse attention: auto or reference.")]
