@@ -34,9 +34,12 @@ Transform = Callable[[Image.Image], Tensor]
 def data_config(model: nn.Module, img_size: int | None = None) -> dict[str, Any]:
     """The model's preprocessing: input_size (C, H, W), mean, std, interpolation, crop_pct (0 to 1), crop_mode.
 
-    `img_size` (pixels, square) overrides the size.
+    The size is the model's own; `img_size` (pixels, square) overrides it.
     """
     config = resolve_model_data_config(model)
+    own = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if own is not None:
+        config["input_size"] = (config["input_size"][0], *own)
     if img_size is not None:
         config["input_size"] = (config["input_size"][0], img_size, img_size)
     return config
