@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsify import zoo
+from sparsify.atomic import whole
 from sparsify.config import SparsityConfig, validate
 from sparsify.errors import BadFile, UsageError, one_line
 from sparsify.nn import graft
@@ -57,21 +56,8 @@ def save(model: nn.Module, path: Path, header: Header) -> None:
     content = header._replace(config=header.config.model_dump(mode="json"))._asdict()  # type: ignore[arg-type]
     meta |= {f"sparsify.{key}": json.dumps(content[key], sort_keys=True) for key in JSON_KEYS}
     meta["sparsify.sha256"] = _digest(meta, tensors)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
+    with whole(path) as temporary:
         save_file(tensors, temporary, metadata=meta)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise BadFile(f"cannot write {path}: {one_line(error)}; the old file, if any, is unchanged") from None
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 def read_header(path: Path) -> Header:
@@ -206,9 +192,3 @@ def _digest(meta: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
         sha.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
         sha.update(t.contiguous().flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -16,6 +16,8 @@ from sparsify import __version__, options
 from sparsify.errors import SparsifyError, UsageError
 from sparsify.preflight import preflight
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="sparsify",
     help="Pretrained timm Vision Transformers with per-image sparse attention (Sparsifiner, CVPR 2023).",
@@ -269,11 +271,13 @@ def main(arguments: list[str] | None = None) -> None:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         code = _fail(message, 2, False)
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted; nothing half-written is left", 130, False)
+        code = INTERRUPTED
     except BrokenPipeError:
         code = 0
     except Exception as error:
         code = _fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1, "--debug" in given)
+    if code == INTERRUPTED:  # typer turns Ctrl-C into this code
+        _fail("interrupted; nothing half-written is left", INTERRUPTED, False)
     raise SystemExit(code if isinstance(code, int) else 0)
 
 

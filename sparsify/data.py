@@ -240,7 +240,7 @@ def unlabelled(
     strict: bool = False,
     split: str = "train",
 ) -> ImageBatches:
-    """Up to `n` images, labels ignored: drawn without replacement for `seed`, in order of their names.
+    """Up to `n` images, labels ignored: drawn without replacement for `seed`, in random order.
 
     Args:
         path: folder (images at any depth), .tar, timm data set (`hfds/...`), or `digits` (its train split).
@@ -315,7 +315,8 @@ def builtin_calibration(
 
 
 def _draw(total: int, n: int, seed: int) -> list[int]:
-    return list(range(total)) if total <= n else sorted(random.Random(seed).sample(range(total), n))
+    """In random order: the first images, which decide the ranks, stand for all classes and not for the first names."""
+    return random.Random(seed).sample(range(total), min(n, total))
 
 
 def _digits_split(spec: str, default: str) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 import subprocess
 import sys
 
@@ -132,6 +133,11 @@ BAD = {  # arguments, exit code, words of the one line
     "eval: no class folders": (["eval", "MODEL", "--imagenet", "flat"], 1, "class folders"),
     "eval: other classes": (["eval", "MODEL", "--imagenet", "three"], 1, "3 classes"),
     "eval: results file": (["eval", "MODEL", "--data", "digits", "--results-file", "r.txt"], 2, ".csv or .json"),
+    "output folder": (
+        ["convert", "digits", "--calib-images", "2", "-o", "none/m.safetensors"],
+        1,
+        "none/m.safetensors",
+    ),
     "unknown option": (["convert", "digits", "--kepe", "0.1"], 2, "--kepe"),
     "unknown command": (["convrt"], 2, "convrt"),
     "no name": (["convert"], 2, "name"),
@@ -165,6 +171,16 @@ def test_another_models_file_is_kept_without_force(run, converted, tmp_path):
 def test_debug_shows_the_traceback(run):
     code, _, err = run("profile", "none.safetensors", "--debug")
     assert code == 1 and "Traceback" in err and err.splitlines()[-1].startswith("error: ")
+
+
+def test_ctrl_c_leaves_nothing_and_says_so(tmp_path):
+    how = [sys.executable, "-m", "sparsify", "convert", "digits"]
+    process = subprocess.Popen(how, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("calibrating")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.strip() == "error: interrupted; nothing half-written is left"
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_does_not_import_torch_and_the_three_entry_points_agree():

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparsify import report
+from sparsify.atomic import whole
 from sparsify.profiling import Profile
 
 TIMM_COLUMNS = (
@@ -76,30 +74,9 @@ def write_results(path: str | Path, result: Mapping[str, Any]) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8 in one step: a crash or a full disk leaves the old file as it was.
-
-    Raises:
-        OSError: the folder is missing, or cannot be written.
-    """
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp gives 0600
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    """Write `text` as UTF-8, whole or not at all; see `sparsify.atomic.whole`."""
+    with whole(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
 
 
 def _table(headings: tuple[str, ...], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
