@@ -56,12 +56,14 @@ class SparsityConfig(_Frozen):
 
     predictor: Literal["head-lowrank", "token-lowrank"] = "head-lowrank"
     keep: Keep | tuple[Keep, ...] = 0.1
-    rank: Rank | tuple[Rank, ...] = Field(16, description="r: coordinates (head-lowrank) or rows of W_down")
+    rank: Rank | tuple[Rank, ...] | tuple[tuple[Rank, ...], ...] = Field(
+        16, description="r: coordinates of the head (head-lowrank) or rows of W_down; one, one a block, or one a head"
+    )
     tail: Literal["none", "mean", "cells", "clusters"] = "clusters"
     cells: tuple[Side, Side] | None = Field(
         None, description="rows and columns of the grid of cells; null: by N and keep"
     )
-    spread_rank: bool = Field(True, description="an integer rank is the mean of the blocks' (head-lowrank)")
+    spread_rank: bool = Field(True, description="an integer rank is the mean over heads (head-lowrank)")
     granularity: Literal["token", "tile"] = "token"
     tile: tuple[Side, Side] = Field((4, 4), description="rows and columns of a tile of queries")
     fold: bool = Field(True, description="fold head-lowrank into qkv where that is exact")
@@ -78,30 +80,39 @@ class SparsityConfig(_Frozen):
         """Keep share of block `block` (counted from 0)."""
         return self.keep[block] if isinstance(self.keep, tuple) else self.keep
 
-    def rank_of(self, block: int) -> int:
-        """Rank of block `block` (counted from 0)."""
-        return self.rank[block] if isinstance(self.rank, tuple) else self.rank
+    def ranks_of(self, block: int, heads: int) -> tuple[int, ...]:
+        """Rank of each head of block `block` (counted from 0)."""
+        rank = self.rank[block] if isinstance(self.rank, tuple) else self.rank
+        return rank if isinstance(rank, tuple) else (rank,) * heads
 
     def with_cells(self, tokens: int) -> SparsityConfig:
         """The same with `cells` resolved for N = `tokens`.
 
-        M is the product nearest to max(1/16, 0.1 - 0.4 keep) N: 4x3 of 197 tokens at keep 0.1, 4x4 at 0.05. A cell costs
-        a row about as much as 1.4 kept keys, so MHSA MACs still fall with keep (docs/frontier.md).
+        M is the product nearest to min(1/8, max(0.6 keep, 0.1 - 0.4 keep)) N: of 197 tokens 4x4 at keep 0.05, 4x3 at
+        0.1, 5x5 at 0.25. A cell costs a row about as much as 1.4 kept keys: from keep 0.1 on, cells and kept keys share
+        the cost; below it the tail carries most of the mass and needs more of them.
         """
         if self.cells is not None:
             return self
         keep = sum(self.keep) / len(self.keep) if isinstance(self.keep, tuple) else self.keep
-        wanted = max(1 / 16, 0.1 - 0.4 * keep) * tokens
+        wanted = min(1 / 8, max(0.6 * keep, 0.1 - 0.4 * keep)) * tokens
         grids = [(side + extra, side) for side in range(1, 64) for extra in (0, 1)]
         return self.model_copy(update={"cells": min(grids, key=lambda g: (abs(g[0] * g[1] - wanted), g))})
 
-    def check(self, depth: int, head_dim: int) -> None:
-        """Raise `UsageError` where this does not fit a model of `depth` blocks with heads of `head_dim` (the smallest)."""
+    def check(self, depth: int, heads: int, head_dim: int) -> None:
+        """Raise `UsageError` where this does not fit `depth` blocks with `heads` heads of size `head_dim`."""
         for name in ("keep", "rank"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != depth:
                 raise UsageError(f"{name} lists {len(value)} values, but the model has {depth} blocks: give one each")
-        largest = max(self.rank_of(i) for i in range(depth))
+        ranks = [self.ranks_of(i, heads) for i in range(depth)]
+        if any(len(r) != heads for r in ranks):
+            raise UsageError(
+                f"rank lists {min(map(len, ranks))} values for a block, but it has {heads} heads: give one each"
+            )
+        if self.predictor == "token-lowrank" and any(len(set(r)) > 1 for r in ranks):
+            raise UsageError("token-lowrank has one rank for all heads of a block")
+        largest = max(map(max, ranks))
         if self.predictor == "head-lowrank" and largest > head_dim:
             raise UsageError(
                 f"rank {largest} is larger than the head size {head_dim} of this model: give a smaller --rank"

@@ -81,7 +81,7 @@ def convert(
     if source.note:
         say(source.note)
     hosts = graft.check(zoo.skeleton(source, num_classes, img_size), source.asked)  # before anything is loaded
-    recipe.sparsity.check(len(hosts), min(host.head_dim for host in hosts.values()))
+    recipe.sparsity.check(*graft.shape(hosts))
     model = zoo.load(source, weights, num_classes, img_size).to(device)
     architecture = zoo.describe(model, source)
     if differs := zoo.note(model, source):

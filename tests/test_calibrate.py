@@ -121,6 +121,17 @@ def test_a_list_of_ranks_is_taken_as_it_is():
     assert result.config.rank == (4, 12) and result.images == 4
 
 
+def test_spread_ranks_are_one_for_each_head_with_the_asked_mean():
+    ranks = fitted(rank=8).config.rank
+    assert len(ranks) == 2 and all(len(r) == 3 for r in ranks) and sum(map(sum, ranks)) <= 6 * 8
+
+
+def test_ranks_by_head_are_used():
+    model = fitted(rank=((4, 8, 16), (8, 8, 8)), fold=False).model
+    a_q = graft.sparse_modules(model)["blocks.0.attn"].predictor.a_q
+    assert a_q.shape == (3, 64, 16) and not a_q[0, :, 4:].any() and a_q[0, :, 3].any() and a_q[2, :, 15].any()
+
+
 def test_memory_of_moments_does_not_grow_with_images():
     m = Moments(2, 4)
     sizes = set()

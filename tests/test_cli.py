@@ -112,7 +112,7 @@ BAD = {  # arguments, exit code, words of the one line
     "keep -1": (["convert", "digits", "--keep", "-1"], 2, "keep"),
     "keep word": (["convert", "digits", "--keep", "few"], 2, "--keep few"),
     "keep list": (["convert", "digits", "--keep", "0.1,0.2"], 2, "4 blocks"),
-    "rank": (["convert", "digits", "--rank", "65"], 2, "rank"),
+    "rank": (["convert", "digits", "--rank", "65"], 2, "head size 64"),
     "rank word": (["convert", "digits", "--rank", "x"], 2, "--rank x"),
     "tail": (["convert", "digits", "--tail", "cell"], 2, "tail"),
     "cells": (["convert", "digits", "--cells", "4by4"], 2, "--cells 4by4"),
@@ -140,7 +140,7 @@ BAD = {  # arguments, exit code, words of the one line
     ),
     "unknown option": (["convert", "digits", "--kepe", "0.1"], 2, "--kepe"),
     "unknown command": (["convrt"], 2, "convrt"),
-    "no name": (["convert"], 2, "name"),
+    "no name": (["convert"], 2, "NAME"),
     "no such listing": (["models", "no_such_model"], 2, "no_such_model"),
 }
 

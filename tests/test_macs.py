@@ -97,7 +97,7 @@ def test_deit_small_macs_per_kept_key(kind):
         rest = (b, 1, "none", (14, 14), (1, 1))
         if kind == "token-lowrank":
             return 12 * token_lowrank_macs((1, 6, 197, 64), 32, None, 8, *rest)["kept"]
-        return 12 * head_lowrank_macs((1, 6, 197, 64), 16, kind == "folded", *rest)["kept"]
+        return 12 * head_lowrank_macs((1, 6, 197, 64), [16] * 6, kind == "folded", *rest)["kept"]
 
     slope = 12 * 6 * 196 * (128 - 16) if kind == "folded" else 1_806_336
     assert [kept(b) - kept(b - 1) for b in (2, 20, 197)] == [slope] * 3
@@ -111,8 +111,8 @@ def test_paper_table_is_a_line_over_the_budget():
 
 
 def test_counts_grow_with_the_batch():
-    one = head_lowrank_macs((1, 2, 5, 4), 2, True, 2, 1, "clusters", (2, 2), (2, 1))
-    assert head_lowrank_macs((3, 2, 5, 4), 2, True, 2, 1, "clusters", (2, 2), (2, 1)) == {
+    one = head_lowrank_macs((1, 2, 5, 4), [2, 2], True, 2, 1, "clusters", (2, 2), (2, 1))
+    assert head_lowrank_macs((3, 2, 5, 4), [2, 2], True, 2, 1, "clusters", (2, 2), (2, 1)) == {
         k: 3 * v for k, v in one.items()
     }
     assert dense_macs((3, 2, 5, 4), (3, 2, 5, 4), (3, 2, 5, 4)) == 3 * 2 * 5 * 5 * 8
@@ -248,3 +248,13 @@ def test_disagreement_is_an_error(what):
     verify("sparse", counts, other)
     with pytest.raises(SparsifyError, match="report it"):
         verify("sparse", counts, dataclasses.replace(other, **{what: getattr(other, what) + 1}))
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_ranks_by_head_are_counted_head_by_head(fold):
+    """N=5, P=1, n=4, d=4, b=2; heads of rank 1 and 3: the sum R=4 counts."""
+    counts, found = both(tiny(SparsityConfig(keep=0.4, rank=((1, 3),), fold=fold, tail="clusters", cells=(2, 1))))[0]
+    assert counts.part("predictor") == found.predictor == 4 * 5 * 4 + (0 if fold else 2 * 5 * 4 * 4)
+    assert counts.part("kept") == 4 * 2 * (2 * 2 * 4 - (4 if fold else 0))
+    assert counts.part("tail") == found.tail == 2 * 4 * (2 + 1) * 2 * 4 + 2 * 4 * 2 * 4
+    assert counts.total == found.total

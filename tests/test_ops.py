@@ -26,15 +26,16 @@ def problems(draw):
     if draw(st.integers(0, 2)) == 0:
         q, k = q.round(), k.round()
     tile = draw(st.sampled_from([(), (2, 2)]))
+    cells = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
     return dict(
-        q=q, k=k, v=v, rank=draw(st.integers(1, d)), budget=draw(st.integers(1, N)), prefix=prefix,
-        tail=draw(st.sampled_from(TAILS)), grid=grid, cells=draw(st.tuples(st.integers(1, 3), st.integers(1, 3))), tile=tile,
+        q=q, k=k, v=v, ranks=draw(st.lists(st.integers(1, d), min_size=H, max_size=H)), budget=draw(st.integers(1, N)),
+        prefix=prefix, tail=draw(st.sampled_from(TAILS)), grid=grid, cells=cells, tile=tile,
     )  # fmt: skip
 
 
 def attend(p, mask=None, a_q=None, a_k=None):
     return ops.head_lowrank_attention(
-        p["q"], p["k"], p["v"], a_q, a_k, mask, p["rank"], p["q"].shape[-1] ** -0.5, p["budget"], p["prefix"], p["tail"],
+        p["q"], p["k"], p["v"], a_q, a_k, mask, p["ranks"], p["q"].shape[-1] ** -0.5, p["budget"], p["prefix"], p["tail"],
         p["grid"], p["cells"], p["tile"],
     )  # fmt: skip
 
@@ -43,16 +44,19 @@ def by_hand(p, mask=None):
     """The docstring of `tails.py`, one row at a time: [B, N, H*d]."""
     q, k, v = p["q"], p["k"], p["v"]
     B, H, N, d = q.shape
-    P, r, scale = p["prefix"], p["rank"], d**-0.5
+    P, scale = p["prefix"], d**-0.5
     out = torch.zeros(B, N, H, d, dtype=q.dtype)
     alive = torch.ones(B, H, N) if mask is None else mask.expand(B, H, N, N).any(-2).double()
     cell = None
     if p["tail"] != "none":
-        cell = tails.assign(p["tail"], k[..., :r], alive, P, p["grid"], p["cells"])
+        cell = tails.assign(
+            p["tail"], k * reference.rank_mask([*p["ranks"], d], k)[:-1], alive, P, p["grid"], p["cells"]
+        )
     for b in range(B):
         for h in range(H):
             for i in range(N):
                 allowed = [j for j in range(N) if mask is None or bool(mask.expand(B, H, N, N)[b, h, i, j])]
+                r = p["ranks"][h]
                 scores = [float(q[b, h, i, :r] @ k[b, h, j, :r]) * scale for j in range(N)]
                 order = sorted(range(N), key=lambda j: (-scores[j] if j in allowed else math.inf, j))
                 kept = list(range(N)) if i < P else order[: p["budget"]]
@@ -101,8 +105,8 @@ def test_budget_one_less_drops_the_lowest_scored_key(p):
     if N < 2 or p["prefix"] == N:
         return
     p |= dict(budget=N - 1, tail="none", tile=())
-    d, P, r = p["q"].shape[-1], p["prefix"], p["rank"]
-    scores = p["q"][..., :r] @ p["k"][..., :r].mT
+    d, P = p["q"].shape[-1], p["prefix"]
+    scores = p["q"] @ (p["k"] * reference.rank_mask([*p["ranks"], d], p["k"])[:-1]).mT
     lowest = N - 1 - scores.flip(-1).argmin(-1)  # of equal scores the higher index goes
     logits = (p["q"] @ p["k"].mT) * d**-0.5
     logits[:, :, P:] = logits[:, :, P:].scatter(-1, lowest[:, :, P:, None], -torch.inf)
@@ -134,7 +138,7 @@ def test_a_row_that_may_attend_to_nothing_gives_zero():
     mask = torch.ones(5, 5, dtype=torch.bool)
     mask[3] = False
     for tail in TAILS:
-        out = ops.head_lowrank_attention(q, k, v, None, None, mask, 2, 0.5, 2, 1, tail, (2, 2), (2, 2), ())
+        out = ops.head_lowrank_attention(q, k, v, None, None, mask, [2], 0.5, 2, 1, tail, (2, 2), (2, 2), ())
         assert out.isfinite().all() and not out[0, 3].any() and out[0, 2].any()
 
 
@@ -148,7 +152,7 @@ def test_a_nan_key_reaches_the_rows_that_see_it_and_not_silently_fewer_keys():
 @pytest.mark.parametrize("tail", TAILS)
 def test_chunks_of_rows_do_not_change_the_result(tail, monkeypatch):
     q, k, v = torch.randn(3, 2, 2, 17, 8, generator=torch.Generator().manual_seed(1))
-    arguments = (None, None, None, 4, 0.3, 3, 1, tail, (4, 4), (2, 2), (2, 2))
+    arguments = (None, None, None, [4, 2], 0.3, 3, 1, tail, (4, 4), (2, 2), (2, 2))
     whole = ops.head_lowrank_attention(q, k, v, *arguments)
     monkeypatch.setattr(reference, "CHUNK", 100)
     torch.testing.assert_close(ops.head_lowrank_attention(q, k, v, *arguments), whole)
@@ -157,7 +161,7 @@ def test_chunks_of_rows_do_not_change_the_result(tail, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype):
     q, k, v = torch.randn(3, 1, 2, 17, 8, generator=torch.Generator().manual_seed(2)).to(dtype)
-    arguments = (None, None, None, 4, 0.3, 3, 1, "clusters", (4, 4), (2, 2), ())
+    arguments = (None, None, None, [4, 2], 0.3, 3, 1, "clusters", (4, 4), (2, 2), ())
     half = ops.head_lowrank_attention(q, k, v, *arguments)
     full = ops.head_lowrank_attention(q.float(), k.float(), v.float(), *arguments)
     assert half.dtype == dtype and torch.equal(half, full.to(dtype))
@@ -169,7 +173,7 @@ def test_gradients_are_those_of_the_reference():
     a_q = torch.randn(2, 4, 2, dtype=torch.float64, requires_grad=True)
 
     def f(q, k, v, a_q):
-        return ops.head_lowrank_attention(q, k, v, a_q, a_q, None, 2, 0.5, 3, 1, "mean", (2, 2), (1, 1), ())
+        return ops.head_lowrank_attention(q, k, v, a_q, a_q, None, [2, 2], 0.5, 3, 1, "mean", (2, 2), (1, 1), ())
 
     assert torch.autograd.gradcheck(f, (q, k, v, a_q), atol=1e-6)
 
@@ -206,7 +210,7 @@ def test_token_lowrank_scores_are_the_papers(c, topk, threshold):
 
 def test_registered_ops_pass_torch_library_opcheck():
     q, k, v, w_down, w_up, *reduce = token_inputs(torch.float32)
-    head = (q, k, v, None, None, None, 2, 0.5, 3, 1, "clusters", [3, 3], [2, 2], [])
+    head = (q, k, v, None, None, None, [2, 1], 0.5, 3, 1, "clusters", [3, 3], [2, 2], [])
     token = (
         q, k, v, w_down, w_up, *reduce, None, 0.5, 0.4, 2, 0.0, 3, 1, "cells", [3, 3], [2, 2], [2, 2],
     )  # fmt: skip

@@ -14,7 +14,7 @@ from torch import nn
 
 from sparsify import report
 from sparsify.config import SparsityConfig, TokenLowrank
-from sparsify.errors import SparsifyError, UsageError
+from sparsify.errors import BadFile, SparsifyError, UsageError
 from sparsify.nn import graft
 from sparsify.profiling import Profile, latency, profile
 from sparsify.profiling.latency import Timing
@@ -353,7 +353,7 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(BadFile, match="No space"):
         files.write_text(path, "new")
     assert path.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -2,7 +2,7 @@
 
 1. Moments of queries and keys (or Gram matrices of the paper's predictor), summed batch by batch.
 2. Closed-form predictors; head-lowrank is folded into `qkv` where that is exact.
-3. A fixed sum of ranks is spent over the blocks (`ranks.py`), from the first images.
+3. A fixed sum of ranks is spent over the heads (`ranks.py`), from the first images.
 
 The same images in the same order give the same tensors.
 """
@@ -40,7 +40,7 @@ class Calibration:
 
     Attributes:
         model: the model that was given, its attention exchanged.
-        config: what was asked, ranks resolved to one for each block.
+        config: what was asked, ranks resolved to one for each head.
         images: calibration images seen.
     """
 
@@ -56,14 +56,14 @@ def calibrate(
 
     Args:
         model: dense, on its device, eval mode.
-        config: an integer rank is a mean that may be spent unevenly over the blocks (head-lowrank with
+        config: an integer rank is a mean that may be spent unevenly over the heads (head-lowrank with
             `spread_rank`); a list is taken as it is.
 
     Raises:
         UnsupportedModel, UsageError: see `graft.graft`; the model is as it was then.
     """
     hosts = graft.check(model)
-    config.check(len(hosts), min(host.head_dim for host in hosts.values()))
+    config.check(*graft.shape(hosts))
     config = config.with_cells(graft.num_tokens(model))
     fit = _fit_head_lowrank if config.predictor == "head-lowrank" else _fit_token_lowrank
     with torch.no_grad():
@@ -89,34 +89,38 @@ def _fit_head_lowrank(model: nn.Module, config: SparsityConfig, batches: Batches
 
 def _spread(
     model: nn.Module, config: SparsityConfig, bases: list[tuple[Tensor, Tensor]], probe: Tensor, progress: Progress
-) -> tuple[int, ...]:
-    """One rank for each block, their sum depth * config.rank (or a little less)."""
+) -> tuple[tuple[int, ...], ...]:
+    """One rank for each head of each block, their sum at most depth * H * config.rank."""
     hosts = graft.check(model)
+    depth, heads, head_dim = graft.shape(hosts)
     mean_rank = cast(int, config.rank)
-    ranks = candidates(mean_rank, min(h.head_dim for h in hosts.values()))
-    error = torch.zeros(len(hosts), len(ranks), dtype=torch.float64)
+    ranks = candidates(mean_rank, head_dim)
+    error = torch.zeros(depth, heads, len(ranks), dtype=torch.float64)
     assert config.cells is not None  # resolved by `with_cells`
     shape = (graft.num_prefix_tokens(model), config.tail, graft.patch_grid(model), config.cells, ())
     attentions = list(hosts.values())
 
     def compare(i: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         host, (t_q, t_k) = attentions[i], (t.to(q) for t in bases[i])
-        dense = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, H*d)
+        dense = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # (B, N, H, d)
         q, k, b = q @ t_q, k @ t_k, budget(config.keep_of(i), q.shape[2])
+        w = host.proj.weight.unflatten(1, (heads, -1))  # (C, H, d)
+        gram = torch.einsum("chd,che->hde", w, w)
         for j, r in enumerate(ranks):
-            out = ops.head_lowrank_attention(q, k, v, None, None, None, r, host.head_dim**-0.5, b, *shape)
-            error[i, j] += float(
-                nn.functional.linear(host.norm(out) - host.norm(dense), host.proj.weight).square().sum()
-            )
+            out = ops.head_lowrank_attention(q, k, v, None, None, None, [r] * heads, host.head_dim**-0.5, b, *shape)
+            differ = out.view_as(dense) - dense
+            error[i, :, j] += torch.einsum("bnhd,hde,bnhe->h", differ, gram.to(differ), differ).double().cpu()
 
     observe(model, _counted(probe.split(8), "ranks", progress, len(probe)), compare)
-    return allocate(error * _weights(model, config, bases, probe, error[:, ranks.index(mean_rank)]), ranks, mean_rank)
+    weights = _weights(model, config, bases, probe, error[:, :, ranks.index(mean_rank)].sum(1))
+    found = allocate((error * weights).flatten(0, 1), ranks, mean_rank)
+    return tuple(found[i : i + heads] for i in range(0, len(found), heads))
 
 
 def _weights(
     model: nn.Module, config: SparsityConfig, bases: list[tuple[Tensor, Tensor]], probe: Tensor, error: Tensor
 ) -> Tensor:
-    """How much each block's error moves the output: [depth, 1]."""
+    """How much each block's error moves the output: [depth, 1, 1]."""
     twin = graft.dense_twin(model)
     dense = model(probe)
     weights = []
@@ -126,7 +130,7 @@ def _weights(
             _distance(dense, twin(probe), bool(getattr(model, "num_classes", 0))) / max(float(error[i]), 1e-12)
         )
         twin.set_submodule(name, host)
-    return torch.tensor(weights, dtype=torch.float64)[:, None]
+    return torch.tensor(weights, dtype=torch.float64)[:, None, None]
 
 
 def _distance(dense: Tensor, sparse: Tensor, logits: bool) -> float:

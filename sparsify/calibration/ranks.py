@@ -1,50 +1,51 @@
-"""Spends a fixed sum of ranks over the blocks where the calibration images need them.
+"""Spends a fixed sum of ranks over the heads where the calibration images need them.
 
-Error of block l at rank r: mean squared difference between its sparse and its dense output (after `proj`), measured on
-dense activations for every rank at once. Its weight: the KL divergence of the model's output when block l alone is
-sparse, divided by its error at the same rank. Their product adds up over blocks to within the noise of the measurement
-(docs/design.md), so ranks are moved, four at a time, to where they lower the sum most.
+Error of a head at rank r: squared difference between its sparse and its dense output as `proj` maps it, measured on dense
+activations for every rank at once. Weight of its block: the KL divergence of the model's output when that block alone is
+sparse, divided by its error at the same rank. Their products add up over heads to within the noise of the measurement
+(docs/design.md), so the sum is minimised at a given sum of ranks.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 STEP = 4  # ranks move four at a time: a multiple of every vector width's share of a row of scores
 
 
 def candidates(rank: int, head_dim: int) -> list[int]:
-    """Ranks that a block may get around a mean of `rank`: multiples of 4 from rank/2 to 4 rank, at most d."""
+    """Ranks that a head may get around a mean of `rank`: multiples of 4 from rank/2 to 4 rank, at most d."""
     low, high = max(STEP, rank // 2 // STEP * STEP), min(head_dim, 4 * rank)
     ranks = {r for r in (low, 12, 16, 20, 24, 32, 48, 64, 96, 128) if low <= r <= high}
     return sorted(ranks | {min(head_dim, rank)})
 
 
 def allocate(error: Tensor, ranks: list[int], mean_rank: int) -> tuple[int, ...]:
-    """Rank of each block that minimises the sum of errors with sum of ranks <= depth * mean_rank.
+    """Ranks that minimise the sum of errors with sum of ranks <= items * mean_rank, by dynamic programming.
 
     Args:
-        error: [depth, len(ranks)], weighted error of each block at each candidate, >= 0.
+        error: [items, len(ranks)], weighted error of each head at each candidate, >= 0.
         ranks: candidates, ascending.
 
     Returns:
-        depth ranks, exact by dynamic programming over the sum of ranks.
+        One rank for each item.
     """
-    depth = error.shape[0]
     error = error.flip(1).cummax(1).values.flip(1)  # more rank never counts as worse: measurement noise
-    total = depth * mean_rank
-    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
-    for block in range(depth):
-        grown: dict[int, tuple[float, tuple[int, ...]]] = {}
-        for spent, (value, chosen) in best.items():
-            for j, r in enumerate(ranks):
-                s = spent + r
-                if s > total:
-                    break
-                v = value + float(error[block, j])
-                if s not in grown or v < grown[s][0]:
-                    grown[s] = (v, (*chosen, r))
-        best = grown
-    if not best:
-        return (mean_rank,) * depth
-    return min(best.items(), key=lambda item: (item[1][0], item[0]))[1][1]
+    total = len(error) * mean_rank
+    best = torch.zeros(total + 1, dtype=torch.float64)  # least error of the items so far with at most that sum
+    choices = []
+    for item in error:
+        options = torch.full((len(ranks), total + 1), torch.inf, dtype=torch.float64)
+        for j, r in enumerate(ranks):
+            if r <= total:
+                options[j, r:] = best[: total + 1 - r] + item[j]
+        best, choice = options.min(0)
+        choices.append(choice)
+    if not torch.isfinite(best[total]):
+        return (mean_rank,) * len(error)
+    found = []
+    for choice in reversed(choices):
+        found.append(ranks[int(choice[total])])
+        total -= found[-1]
+    return tuple(reversed(found))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -21,6 +21,7 @@ from torch import nn
 from sparsify.errors import UnsupportedModel
 from sparsify.nn.attention import SparseAttention, Sparsity
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
+from sparsify.ops import reference
 
 if TYPE_CHECKING:
     from sparsify.config import SparsityConfig
@@ -64,7 +65,7 @@ def graft(model: nn.Module, config: SparsityConfig, predictors: Sequence[Predict
         UsageError: a list or a rank in `config` that does not fit the model.
     """
     hosts = check(model)
-    config.check(len(hosts), min(host.head_dim for host in hosts.values()))
+    config.check(*shape(hosts))
     config = config.with_cells(num_tokens(model))
     if predictors is None:
         predictors = [new_predictor(model, host, config, i) for i, host in enumerate(hosts.values())]
@@ -79,14 +80,14 @@ def new_predictor(model: nn.Module, host: Attention, config: SparsityConfig, blo
     With `config.fold`, head-lowrank is folded where nothing stands between the projection and the product; `qkv` itself
     is not touched (`fold`).
     """
-    rank = config.rank_of(block)
+    ranks = config.ranks_of(block, host.num_heads)
     predictor: Predictor
     if config.predictor == "head-lowrank":
-        predictor = HeadLowrank(host.num_heads, host.head_dim, rank, config.fold and foldable(host))
+        predictor = HeadLowrank(host.head_dim, ranks, config.fold and foldable(host))
     else:
         knobs = config.token_lowrank.model_dump()
         prefix, tokens = num_prefix_tokens(model), num_tokens(model)
-        predictor = TokenLowrank(host.num_heads, host.head_dim, tokens, prefix, rank, knobs)
+        predictor = TokenLowrank(host.num_heads, host.head_dim, tokens, prefix, ranks[0], knobs)
     return predictor.to(host.qkv.weight)
 
 
@@ -117,8 +118,9 @@ def set_basis(qkv: nn.Linear, predictor: HeadLowrank, t_q: torch.Tensor, t_k: to
     if predictor.a_q is None or predictor.a_k is None:
         fold(qkv, t_q.to(qkv.weight.device), t_k.to(qkv.weight.device))
     else:
-        predictor.a_q.copy_(t_q[..., : predictor.rank])
-        predictor.a_k.copy_(t_k[..., : predictor.rank])
+        used = reference.rank_mask(predictor.ranks, predictor.a_q)  # (H, 1, r)
+        predictor.a_q.copy_(t_q[..., : used.shape[-1]] * used)
+        predictor.a_k.copy_(t_k[..., : used.shape[-1]] * used)
 
 
 def sparse_modules(model: nn.Module) -> dict[str, SparseAttention]:
@@ -167,6 +169,12 @@ def fold(qkv: nn.Linear, t_q: torch.Tensor, t_k: torch.Tensor) -> None:
         bias = qkv.bias.double().reshape(3, H, d, 1)
         bias = torch.stack([t_q.mT.double() @ bias[0], t_k.mT.double() @ bias[1], bias[2]])
         qkv.bias.copy_(bias.reshape_as(qkv.bias))
+
+
+def shape(hosts: Mapping[str, Attention]) -> tuple[int, int, int]:
+    """Blocks, heads of a block, and size of a head (the smallest of all blocks)."""
+    attentions = list(hosts.values())
+    return len(attentions), attentions[0].num_heads, min(host.head_dim for host in attentions)
 
 
 def num_prefix_tokens(model: nn.Module) -> int:

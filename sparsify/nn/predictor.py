@@ -10,27 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import ops
+from sparsify.ops import reference
 
 
 class HeadLowrank(nn.Module):
     """Scores (q A_q).(k A_k): r coordinates inside the head (`docs/design.md`, equation 2).
 
     Args:
-        heads: H.
         head_dim: d.
-        rank: r, 1 <= r <= d.
+        ranks: r of each of the H heads, 1 <= r <= d.
         folded: the projections are folded into `qkv`: no parameters, the first r coordinates are the scores'.
 
-    Parameters (unfolded): a_q, a_k, [H, d, r] each.
+    Parameters (unfolded): a_q, a_k, [H, d, max r] each; columns past a head's r are 0.
     """
 
-    def __init__(self, heads: int, head_dim: int, rank: int, folded: bool) -> None:
+    def __init__(self, head_dim: int, ranks: tuple[int, ...], folded: bool) -> None:
         super().__init__()
-        self.rank, self.folded = rank, folded
+        self.ranks, self.folded = ranks, folded
         if folded:
             self.a_q = self.a_k = None
         else:  # unfitted: the first r coordinates
-            eye = torch.eye(head_dim, rank).expand(heads, -1, -1)
+            eye = torch.eye(head_dim, max(ranks)) * reference.rank_mask(ranks, torch.empty(0))  # (H, d, r)
             self.a_q, self.a_k = nn.Parameter(eye.clone()), nn.Parameter(eye.clone())
 
     def attend(
@@ -38,11 +38,11 @@ class HeadLowrank(nn.Module):
     ) -> Tensor:
         """Sparse attention over the predicted keys: [B, H, N, d] x 3 -> [B, N, H*d]."""
         return ops.head_lowrank_attention(
-            q, k, v, self.a_q, self.a_k, mask, self.rank, scale, budget, *shape
+            q, k, v, self.a_q, self.a_k, mask, self.ranks, scale, budget, *shape
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, folded={self.folded}"
+        return f"ranks={','.join(map(str, self.ranks))}, folded={self.folded}"
 
 
 class TokenLowrank(nn.Module):

@@ -25,7 +25,7 @@ BACKENDS = ("auto", "reference")  # without a compiled kernel, auto is the refer
 @torch.library.custom_op("sparsify::head_lowrank_attention", mutates_args=())
 def head_lowrank_attention(
     q: Tensor, k: Tensor, v: Tensor, a_q: Tensor | None, a_k: Tensor | None, mask: Tensor | None,
-    rank: int, scale: float, budget: int, prefix: int, tail: str, grid: Sequence[int], cells: Sequence[int],
+    ranks: Sequence[int], scale: float, budget: int, prefix: int, tail: str, grid: Sequence[int], cells: Sequence[int],
     tile: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """Attention of every query over the b keys with the highest (q A_q).(k A_k), and a tail for the rest.
@@ -35,14 +35,14 @@ def head_lowrank_attention(
         a_q, a_k: [H, d, r]; None where they are folded into `qkv` (the first r coordinates of q and k are the scores').
         mask: bool (True: may attend) or additive, broadcastable to [B, H, N, N]. Masked keys are neither kept nor in
             the tail; a row that may attend to nothing gives 0.
-        rank: r, 1 <= r <= d.
+        ranks: r of each of the H heads, 1 <= r <= d.
         scale: factor of q.k.
         budget, prefix, tail, grid, cells, tile: see `Spec`.
 
     Returns:
         [B, N, H*d], contiguous, dtype of q.
     """
-    return _head_reference(q, k, v, a_q, a_k, mask, rank, scale, budget, prefix, tail, grid, cells, tile)
+    return _head_reference(q, k, v, a_q, a_k, mask, ranks, scale, budget, prefix, tail, grid, cells, tile)
 
 
 @torch.library.custom_op("sparsify::token_lowrank_attention", mutates_args=())
@@ -98,9 +98,9 @@ def _register(op, tensors: int, differentiable) -> None:  # type: ignore[no-unty
     op.register_autograd(backward, setup_context=setup)
 
 
-def _head_reference(q, k, v, a_q, a_k, mask, rank, scale, budget, prefix, tail, grid, cells, tile):  # type: ignore[no-untyped-def]
+def _head_reference(q, k, v, a_q, a_k, mask, ranks, scale, budget, prefix, tail, grid, cells, tile):  # type: ignore[no-untyped-def]
     spec = Spec(budget, prefix, tail, tuple(grid), tuple(cells), tuple(tile), score_scale=scale)
-    row, col = reference.head_lowrank_scores(q, k, a_q, a_k, rank)  # (B, H, N, r) each
+    row, col = reference.head_lowrank_scores(q, k, a_q, a_k, ranks)  # (B, H, N, r) each
     return reference.attend(q, k, v, row, col, col, mask, scale, spec)
 
 

@@ -30,7 +30,7 @@ def dense_macs(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> int:
 
 
 def head_lowrank_macs(
-    shape: Sequence[int], rank: int, folded: bool, budget: int, prefix: int, tail: str, grid: Sequence[int],
+    shape: Sequence[int], ranks: Sequence[int], folded: bool, budget: int, prefix: int, tail: str, grid: Sequence[int],
     cells: Sequence[int],
 ) -> Counter[str]:  # fmt: skip
     """MACs of one `head_lowrank_attention` by part.
@@ -39,18 +39,18 @@ def head_lowrank_macs(
 
     Args:
         shape: [B, H, N, d] of q.
-        rank: r.
+        ranks: r of each head.
         folded: the projections are part of `qkv`; else they are computed here.
         budget, prefix, tail, grid, cells: see `Spec`.
     """
     B, H, N, d = shape
     P = min(prefix, N)
-    n = N - P
+    n, R = N - P, sum(ranks)
     macs = Counter(
         prefix=H * P * N * 2 * d,
-        predictor=H * n * N * rank + (0 if folded else H * 2 * N * d * rank),
-        kept=H * n * budget * (2 * d - rank if folded else 2 * d),
-        tail=_tail(H, n, P, d, rank, tail, grid, cells),
+        predictor=n * N * R + (0 if folded else 2 * N * d * R),
+        kept=n * budget * (H * 2 * d - (R if folded else 0)),
+        tail=_tail(H, n, P, d, R, tail, grid, cells),
     )
     return Counter({part: B * count for part, count in macs.items()})
 
@@ -84,7 +84,7 @@ def token_lowrank_macs(
         prefix=H * P * N * 2 * d,
         predictor=reduction + down + coefficients + up,
         kept=H * n * budget * 2 * d,
-        tail=_tail(H, n, P, d, d, tail, grid, cells),
+        tail=_tail(H, n, P, d, H * d, tail, grid, cells),
     )
     return Counter({part: B * count for part, count in macs.items()})
 
@@ -92,11 +92,14 @@ def token_lowrank_macs(
 def _tail(
     H: int, n: int, P: int, d: int, features: int, tail: str, grid: Sequence[int], cells: Sequence[int]
 ) -> int:  # fmt: skip
-    """Logits and values of M cells and P prefix keys for each patch row; `clusters`: distances to M centres too."""
+    """Logits and values of M cells and P prefix keys for each patch row; `clusters`: distances to M centres too.
+
+    features: size of the keys that `clusters` compares, summed over the heads.
+    """
     if tail == "none":
         return 0
     M = tails.cell_count(tail, P, tails.patch_grid(n, (grid[0], grid[1])), (cells[0], cells[1]))
-    assignments = tails.LLOYD_STEPS * H * n * M * features if tail == "clusters" else 0
+    assignments = tails.LLOYD_STEPS * n * M * features if tail == "clusters" else 0
     return H * n * (M + P) * 2 * d + assignments
 
 
@@ -107,9 +110,9 @@ def _dense_handle(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
 
 def _head_handle(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     a_q = inputs[3]
-    rank, _, budget, prefix, tail, grid, cells, _ = (_constant(v) for v in inputs[6:14])
+    ranks, _, budget, prefix, tail, grid, cells, _ = (_constant(v) for v in inputs[6:14])
     return head_lowrank_macs(
-        inputs[0].type().sizes(), rank, not a_q.isCompleteTensor(), budget, prefix, tail, grid, cells
+        inputs[0].type().sizes(), ranks, not a_q.isCompleteTensor(), budget, prefix, tail, grid, cells
     )
 
 

@@ -7,6 +7,8 @@ outputs to rounding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -55,15 +57,23 @@ def pool_tiles(scores: Tensor, grid: tuple[int, int], tile: tuple[int, int]) -> 
     return pooled[:, :, t]
 
 
+def rank_mask(ranks: Sequence[int], like: Tensor) -> Tensor:
+    """1 for the first ranks[h] coordinates of head h, else 0: [H, 1, max(ranks)], dtype and device of `like`."""
+    r = torch.tensor(tuple(ranks), device=like.device)[:, None, None]  # (H, 1, 1)
+    return (torch.arange(max(ranks), device=like.device) < r).to(like.dtype)
+
+
 def head_lowrank_scores(
-    q: Tensor, k: Tensor, a_q: Tensor | None, a_k: Tensor | None, rank: int
+    q: Tensor, k: Tensor, a_q: Tensor | None, a_k: Tensor | None, ranks: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """The r coordinates whose product ranks the keys: (q A_q) [B, H, N, r] and (k A_k) [B, H, N, r].
 
     a_q, a_k: [H, d, r]; None where they are folded into `qkv`, so that the first r coordinates are the projections.
+    ranks: r of each head; r above is the largest, the keys' coordinates past a head's own are 0.
     """
     if a_q is None or a_k is None:
-        return q[..., :rank], k[..., :rank]
+        r = max(ranks)
+        return q[..., :r], k[..., :r] * rank_mask(ranks, k)
     return q @ a_q.to(q.dtype), k @ a_k.to(k.dtype)
 
 
@@ -183,4 +193,4 @@ def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
-__all__ = ["alive", "attend", "head_lowrank_scores", "pool_tiles", "token_lowrank_coefficients", "top_b"]
+__all__ = ["alive", "attend", "head_lowrank_scores", "pool_tiles", "rank_mask", "token_lowrank_coefficients", "top_b"]

@@ -102,17 +102,18 @@ def attention(module: Attention | SparseAttention, N: int) -> dict[str, int]:
     b = min(N, max(1, math.ceil(s.keep * N - 1e-9)))
     nnz = P * N + (N - P) * b
     predictor, known, features = _predictor(module.predictor, H, N, P, d)
-    pairs = H * nnz * 2 * d - H * (N - P) * b * known  # `known`: products of a kept logit that the predictor has done
+    pairs = H * nnz * 2 * d - (N - P) * b * known  # `known`: products of a kept logit that the predictor has done
     return {"pairs": pairs, "predictor": predictor, "tail": _tail(s, H, N - P, P, d, features)}
 
 
 def _predictor(p: HeadLowrank | TokenLowrank, H: int, N: int, P: int, d: int) -> tuple[int, int, int]:
-    """MACs of the scores of every patch query, products shared with a kept logit, and size of a key's features."""
+    """MACs of the scores of every patch query; products shared with a kept logit and features of a key, over all heads."""
     scores = H * (N - P) * N  # score entries
     if isinstance(p, HeadLowrank):
+        coordinates = sum(p.ranks)
         if p.a_q is None or p.a_k is None:
-            return scores * p.rank, p.rank, p.rank
-        return scores * p.a_q.shape[2] + N * (p.a_q.numel() + p.a_k.numel()), 0, p.a_q.shape[2]
+            return (N - P) * N * coordinates, coordinates, coordinates
+        return (N - P) * N * coordinates + 2 * N * d * coordinates, 0, coordinates
     r, tokens = p.w_down.shape
     c, macs = d, 0
     if p.w_q is not None and p.w_k is not None:
@@ -120,7 +121,7 @@ def _predictor(p: HeadLowrank | TokenLowrank, H: int, N: int, P: int, d: int) ->
         macs += H * N * (p.w_q.numel() + p.w_k.numel())
     macs += H * r * tokens * c  # W_down k'
     macs += H * (N - P) * r * c  # q' K_down'
-    return macs + scores * min(r, p.knobs["coef_topk"] or r), 0, d
+    return macs + scores * min(r, p.knobs["coef_topk"] or r), 0, H * d
 
 
 def _tail(s: Any, H: int, n: int, P: int, d: int, features: int) -> int:
@@ -131,8 +132,8 @@ def _tail(s: Any, H: int, n: int, P: int, d: int, features: int) -> int:
     if s.tail != "mean":
         rows, columns = s.grid if s.grid[0] * s.grid[1] == n else _other_grid(n)
         cells = min(s.cells[0], rows) * min(s.cells[1], columns)
-    search = LLOYD_STEPS * cells * features if s.tail == "clusters" else 0
-    return H * n * ((cells + P) * 2 * d + search)
+    search = LLOYD_STEPS * n * cells * features if s.tail == "clusters" else 0
+    return H * n * (cells + P) * 2 * d + search
 
 
 def _other_grid(n: int) -> tuple[int, int]:
