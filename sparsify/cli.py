@@ -68,7 +68,7 @@ def convert(
     rank: Annotated[
         str | None,
         typer.Option(
-            help="Coordinates of the predictor: a mean over the blocks, or one for each.",
+            help="Coordinates of the predictor: a mean over all heads, or one for each block.",
             show_default="the recipe's, 16",
         ),
     ] = None,

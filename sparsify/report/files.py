@@ -57,10 +57,12 @@ def write_json(path: str | Path, tree: Mapping[str, Any]) -> None:
 def write_results(path: str | Path, result: Mapping[str, Any]) -> None:
     """Write results of `eval` as one CSV row, or as JSON, by the ending of `path`: timm's columns first.
 
-    top1_err and top5_err are added (100 - top1, as timm has them). What was not measured (None) is an empty cell in CSV
-    and null in JSON.
+    As timm has them, top1_err and top5_err are added (100 - top1) and param_count is in millions. What was not measured
+    (None) is an empty cell in CSV and null in JSON.
     """
     row: dict[str, Any] = {**dict.fromkeys(TIMM_COLUMNS), **result}
+    if row["param_count"] is not None:
+        row["param_count"] = round(row["param_count"] / 1e6, 2)
     for name in ("top1", "top5"):
         row[f"{name}_err"] = None if row[name] is None else 100 - row[name]
     if Path(path).suffix == ".json":
