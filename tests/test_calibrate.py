@@ -162,3 +162,10 @@ def test_unfolded_basis_scores_like_the_folded_one():
     with torch.inference_mode():
         torch.testing.assert_close(folded(x), unfolded(x), atol=1e-4, rtol=1e-4)
     assert ops.BACKENDS[0] == "auto"
+
+
+@pytest.mark.parametrize("keep,cells", [(0.02, (5, 4)), (0.05, (4, 4)), (0.1, (4, 3)), (0.25, (6, 5)), (1.0, (6, 5))])
+def test_cells_follow_tokens_and_keep(keep, cells):
+    """Of 197 tokens: 0.092, 0.08, 0.06, 0.15 and 1/6 of them, to the nearest grid."""
+    assert SparsityConfig(keep=keep).with_cells(197).cells == cells
+    assert SparsityConfig(keep=keep, cells=(2, 1)).with_cells(197).cells == (2, 1)
