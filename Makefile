@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-OLDEST_TIMM := 1.0.26
+OLDEST_TIMM := 1.0.28
 
 .PHONY: venv demo test test-oldest lint format bench-accuracy frontier clean
 
