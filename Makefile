@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST_TIMM := 1.0.28
 
-.PHONY: venv demo test test-oldest lint format bench-accuracy frontier clean
+.PHONY: venv demo test test-oldest lint format bench-accuracy bench-equality frontier clean
 
 venv: $(VENV)/.installed
 
@@ -42,6 +42,10 @@ format: venv
 # Accuracy and MACs of the README, from real weights and photographs (SPARSIFY_TEST_DATA, default ../shared/data).
 bench-accuracy: venv
 	$(BIN)/python benchmarks/accuracy.py
+
+# keep=1 equals dense, one model of each kind at its own image size and depth.
+bench-equality: venv
+	$(BIN)/python benchmarks/equality.py
 
 # MHSA MACs against agreement over rank, tail and keep: docs/frontier.md and docs/frontier.png.
 frontier: venv

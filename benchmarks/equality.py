@@ -1,0 +1,46 @@
+"""keep=1 equals dense for one model of each kind at its own image size and depth, as a Markdown table.
+
+    python benchmarks/equality.py
+
+The small versions of this are in `tests/test_graft.py`. Weights are random (attention made uneven), predictors are fitted on
+two random images; logits go through predictor, selection and sparse op with b = N. About three minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+
+from sparsify.calibration import calibrate
+from sparsify.config import SparsityConfig
+from sparsify.nn import graft
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from families import FAMILIES, build, images
+
+
+def main() -> None:
+    print("| kind | timm name | N | blocks | largest difference of an output | largest output |\n" + "|---" * 6 + "|")
+    worst = 0.0
+    for family, (name, _) in FAMILIES.items():
+        dense = build(family, patches=None, depth=None)
+        model, x = copy.deepcopy(dense), images(dense, 1)
+        calibrate(model, SparsityConfig(keep=1.0, spread_rank=False), lambda x=x: [x])
+        with torch.inference_mode():
+            expected = dense(x)
+            difference = float((model(x) - expected).abs().max())
+        tokens, blocks = graft.num_tokens(dense), len(graft.sparse_modules(model))
+        print(
+            f"| {family} | {name} | {tokens} | {blocks} | {difference:.1e} | {float(expected.abs().max()):.2f} |",
+            flush=True,
+        )
+        assert blocks == len(dense.blocks)
+        worst = max(worst, difference)
+    print(f"\nworst: {worst:.1e}; {'within' if worst <= 1e-4 else 'NOT WITHIN'} 1e-4")
+
+
+if __name__ == "__main__":
+    main()
