@@ -46,7 +46,7 @@ def build(family: str, patches: int | None = 6, depth: int | None = 2) -> nn.Mod
             if "gamma" in parameter_name or (family == "res-post-norm" and "norm" in parameter_name):
                 parameter.fill_(0.5)  # these start at 1e-5, which would hide the attention
             elif "qkv.weight" in parameter_name:
-                parameter.mul_(100 * parameter.shape[1] ** -0.5)  # logits of a few units, as trained models have
+                parameter.normal_(std=2 * parameter.shape[1] ** -0.5)  # logits of a few units, as trained models have
     return model
 
 
