@@ -8,27 +8,23 @@ from __future__ import annotations
 
 import random
 import re
-import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
-import torch
-from PIL import Image
 from timm.data import ImageNetInfo, create_dataset, create_transform, infer_imagenet_subset, resolve_model_data_config
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch import nn
+from torch.utils.data import IterableDataset
 
 from sparsify import digits
 from sparsify.errors import BadData, SparsifyError
+from sparsify.loading import Decoded, ImageBatches, Items, LabelledBatches, Mapped, Reader, Stream, Transform
 from sparsify.pictures import CalibrationImages
 
 PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")  # timm's data set prefixes
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 _LAYOUT = "labels are taken from folders, PATH/<class>/<image>"
 _VAL = ("val", "valid", "validation", "eval", "evaluation")  # timm's names of the split
-
-Transform = Callable[[Image.Image], Tensor]
 
 
 def data_config(model: nn.Module, img_size: int | None = None) -> dict[str, Any]:
@@ -48,186 +44,6 @@ def data_config(model: nn.Module, img_size: int | None = None) -> dict[str, Any]
 def transform(config: dict[str, Any]) -> Transform:
     """timm's evaluation transform: an RGB PIL image to a float32 tensor [C, H, W], normalised."""
     return create_transform(**config, is_training=False)
-
-
-# what is read
-
-
-class _Items(Protocol):
-    """Images by index: an open file, a path or a PIL image; the label, -1 where there is none; a name for messages."""
-
-    def __len__(self) -> int: ...
-
-    def fetch(self, index: int) -> tuple[Any, int]: ...
-
-    def name(self, index: int) -> str: ...
-
-
-class _Reader:
-    """timm's folder, tar and hub readers; `indices` picks images, `classes` maps their class index to the model's."""
-
-    def __init__(self, reader: Any, indices: list[int], classes: dict[int, int] | None = None) -> None:
-        self.reader, self.indices, self.classes = reader, indices, classes
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def fetch(self, index: int) -> tuple[Any, int]:
-        image, label = self.reader[self.indices[index]][:2]
-        label = -1 if label is None else int(label)
-        return image, label if self.classes is None else self.classes[label]
-
-    def name(self, index: int) -> str:
-        try:
-            return str(self.reader.filename(self.indices[index]))
-        except Exception:  # hub readers have no file names
-            return f"image {self.indices[index]}"
-
-
-class _Mapped:
-    """Any map-style data set of (PIL image, label), or a sequence of PIL images."""
-
-    def __init__(self, source: Any, indices: list[int] | None = None) -> None:
-        self.source, self.indices = source, list(range(len(source))) if indices is None else indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def fetch(self, index: int) -> tuple[Any, int]:
-        item = self.source[self.indices[index]]
-        return (item[0], int(item[1])) if isinstance(item, tuple) else (item, -1)
-
-    def name(self, index: int) -> str:
-        return f"image {self.indices[index]}"
-
-
-class _Decoded(Dataset):
-    """(tensor, label), or the name and reason of an image that cannot be read."""
-
-    def __init__(self, items: _Items, transform: Transform) -> None:
-        self.items, self.transform = items, transform
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
-        try:
-            file, label = self.items.fetch(index)
-            image = file if isinstance(file, Image.Image) else Image.open(file)
-            image = image.convert("RGB")  # decodes; PIL's decoders raise a dozen kinds of exception on damaged files
-        except Exception as error:
-            return f"{self.items.name(index)} ({' '.join(str(error).split())[:80] or type(error).__name__})"
-        return self.transform(image), label
-
-
-class _Stream(IterableDataset):
-    """timm's iterable data sets (tfds, wds, hfids), which decode by themselves; at most `limit` images."""
-
-    def __init__(self, source: Iterable, transform: Transform, limit: int | None = None) -> None:
-        self.source, self.transform, self.limit = source, transform, limit
-
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
-        for count, (image, label, *_) in enumerate(self.source):
-            if self.limit is not None and count >= self.limit:
-                return
-            yield self.transform(image.convert("RGB")), int(label)
-
-
-# loaders
-
-
-class _Loader:
-    """Batches in a fixed order. After an iteration `broken` counts the images left out, `first_broken` names one.
-
-    Attributes:
-        total: images that will be tried; None for streams.
-        note: one line for the user (what was left out or mapped), or ''.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        batch_size: int = 32,
-        workers: int = 0,
-        strict: bool = False,
-        note: str = "",
-        place: str = "",
-        num_classes: int | None = None,
-    ) -> None:
-        self.dataset, self.batch_size, self.workers, self.strict = dataset, batch_size, workers, strict
-        self.note, self.place, self.num_classes = note, place, num_classes
-        self.total = None if isinstance(dataset, IterableDataset) else len(cast(Any, dataset))
-        self.broken = 0
-        self.first_broken = ""
-
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.broken, self.first_broken, good = 0, "", 0
-        loader = DataLoader(
-            self.dataset,
-            self.batch_size,
-            num_workers=self.workers,
-            collate_fn=_collate,
-            worker_init_fn=_ignore_interrupt if self.workers else None,
-        )
-        batches = iter(loader)
-        try:
-            for images, labels, failures in batches:
-                self.broken += len(failures)
-                self.first_broken = self.first_broken or next(iter(failures), "")
-                if failures and self.strict:
-                    raise BadData(f"{self.place}: cannot read {failures[0]}")
-                good += len(labels)
-                if len(labels):
-                    yield images, labels
-        finally:  # also on Ctrl-C and where the caller stops early: ends the workers now, not at the next collection
-            shutdown = getattr(batches, "_shutdown_workers", None)
-            if shutdown is not None:
-                shutdown()
-        if not good:
-            first = f"; the first: {self.first_broken}" if self.first_broken else ""
-            raise BadData(f"{self.place}: none of the {self.broken} images could be read{first}")
-
-
-class ImageBatches(_Loader):
-    """Yields images, float32 [B, C, H, W].
-
-    Raises while iterating:
-        BadData: no image can be read; with `strict`, the first that cannot be.
-    """
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (images for images, _ in self._batches())
-
-
-class LabelledBatches(_Loader):
-    """Yields images, float32 [B, C, H, W], and labels, int64 [B].
-
-    Raises while iterating:
-        BadData: as `ImageBatches`; also a label that the model, of `num_classes` outputs, cannot give.
-    """
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in self._batches():
-            low, high = int(labels.min()), int(labels.max())
-            if low < 0:
-                raise BadData(f"{self.place} has images without labels")
-            if self.num_classes and high >= self.num_classes:
-                raise BadData(f"{self.place} has a label {high}, but the model has {self.num_classes:,} classes")
-            yield images, labels
-
-
-def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor, list[str]]:
-    good = [item for item in items if not isinstance(item, str)]
-    broken = [item for item in items if isinstance(item, str)]
-    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
-    return images, torch.tensor([label for _, label in good], dtype=torch.int64), broken
-
-
-def _ignore_interrupt(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
-
-
-# what the user names
 
 
 def unlabelled(
@@ -251,16 +67,16 @@ def unlabelled(
     spec = str(path)
     if spec.partition(":")[0] == "digits":
         source = digits.dataset(_digits_split(spec, "train"))
-        items: _Items = _Mapped(source, _draw(len(source), n, seed))
+        items: Items = Mapped(source, _draw(len(source), n, seed))
     elif _prefixed(spec):
         dataset = _timm_dataset(spec, split)
         if isinstance(dataset, IterableDataset):
-            return ImageBatches(_Stream(dataset, transform, n), batch_size, 0, strict, place=spec)
+            return ImageBatches(Stream(dataset, transform, n), batch_size, 0, strict, place=spec)
         items = _of(dataset, lambda total: _draw(total, n, seed))
     else:
         reader = _reader(Path(path))
-        items = _Reader(reader, _draw(len(reader), n, seed))
-    return ImageBatches(_Decoded(items, transform), batch_size, workers, strict, place=spec)
+        items = Reader(reader, _draw(len(reader), n, seed))
+    return ImageBatches(Decoded(items, transform), batch_size, workers, strict, place=spec)
 
 
 def labelled(
@@ -288,12 +104,12 @@ def labelled(
     spec, note = str(path), ""
     if spec.partition(":")[0] == "digits":
         _same_count(spec, len(digits.Digits.classes), num_classes)
-        items: _Items = _Mapped(digits.dataset(_digits_split(spec, "test")))
+        items: Items = Mapped(digits.dataset(_digits_split(spec, "test")))
     elif _prefixed(spec):
         dataset = _timm_dataset(spec, split)
         if isinstance(dataset, IterableDataset):
             return LabelledBatches(
-                _Stream(dataset, transform), batch_size, 0, strict, place=spec, num_classes=num_classes
+                Stream(dataset, transform), batch_size, 0, strict, place=spec, num_classes=num_classes
             )
         classes = getattr(dataset, "classes", None)
         if classes is not None:
@@ -301,7 +117,7 @@ def labelled(
         items = _of(dataset, lambda total: list(range(total)))
     else:
         items, note = _folder_items(_val_folder(Path(path)), num_classes)
-    return LabelledBatches(_Decoded(items, transform), batch_size, workers, strict, note, spec, num_classes)
+    return LabelledBatches(Decoded(items, transform), batch_size, workers, strict, note, spec, num_classes)
 
 
 def builtin_calibration(
@@ -310,8 +126,8 @@ def builtin_calibration(
     """Calibration images for a user who gives none: train digits for the built-in `digits`, else built-in pictures."""
     if model_is_digits:
         return unlabelled("digits:train", n, seed, transform, batch_size, workers)
-    pictures = _Mapped(CalibrationImages(n, seed))
-    return ImageBatches(_Decoded(pictures, transform), batch_size, workers, place="built-in pictures")
+    pictures = Mapped(CalibrationImages(n, seed))
+    return ImageBatches(Decoded(pictures, transform), batch_size, workers, place="built-in pictures")
 
 
 def _draw(total: int, n: int, seed: int) -> list[int]:
@@ -346,7 +162,7 @@ def _val_folder(path: Path) -> Path:
     return next((path / name for name in _VAL if (path / name).is_dir()), path)
 
 
-def _folder_items(path: Path, num_classes: int | None) -> tuple[_Reader, str]:
+def _folder_items(path: Path, num_classes: int | None) -> tuple[Reader, str]:
     reader = _reader(path)
     names: dict[str, int] = getattr(reader, "class_to_idx", None) or reader.class_name_to_idx
     labels = [int(t) for t in (reader.targets if hasattr(reader, "targets") else [t for _, t in reader.samples])]
@@ -373,7 +189,7 @@ def _folder_items(path: Path, num_classes: int | None) -> tuple[_Reader, str]:
         _same_count(str(path), len(names), num_classes)
         classes = {index: place for place, index in enumerate(sorted(names.values()))}  # timm's order, without loose
     keep = [i for i, label in enumerate(labels) if label != loose]
-    return _Reader(reader, keep, classes), "; ".join(notes)
+    return Reader(reader, keep, classes), "; ".join(notes)
 
 
 def _same_count(place: str, found: int, num_classes: int | None) -> None:
@@ -385,11 +201,11 @@ def _prefixed(spec: str) -> bool:
     return spec.partition("/")[0].lower() in PREFIXES and "/" in spec and not Path(spec).exists()
 
 
-def _of(dataset: Any, choose: Callable[[int], list[int]]) -> _Items:
+def _of(dataset: Any, choose: Callable[[int], list[int]]) -> Items:
     """timm's own data sets replace a broken image by the next, so their reader is used; torchvision's as they are."""
     if hasattr(dataset, "reader"):
-        return _Reader(dataset.reader, choose(len(dataset.reader)))
-    return _Mapped(dataset, choose(len(dataset)))
+        return Reader(dataset.reader, choose(len(dataset.reader)))
+    return Mapped(dataset, choose(len(dataset)))
 
 
 def _timm_dataset(spec: str, split: str) -> Any:
