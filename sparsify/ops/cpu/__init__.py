@@ -1,0 +1,136 @@
+"""The C++ kernels as Python functions: whether they can be used here, and calls that match the ops' references.
+
+Built on first use (`build.py`); after that every call is one torch op on torch's own threads. Float32 tensors are computed
+in float32 with the keys of the reference; with `precision="bf16"` (and for bfloat16 tensors) queries, keys and values are
+stored as bfloat16, products accumulate in float32, and predictor scores are rounded to bfloat16, so that keys whose scores
+differ by less than that may change places. Without bfloat16 instructions bfloat16 tensors are computed in float32.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sparsify.ops import reference, tails
+from sparsify.ops.cpu import build
+from sparsify.ops.spec import Spec
+
+ISAS = ("none", "avx2", "avx512", "avx512bf16")
+TAILS = {"none": 0, "mean": 1, "cells": 2, "clusters": 3}
+MOST_TOKENS, LARGEST_HEAD = 1 << 15, 1024
+
+
+def available() -> str | None:
+    """None where the kernels can be used (they are built now if they were not); else the reason, in one line."""
+    return _load()[1]
+
+
+def isa() -> str:
+    """Instruction set in use: avx512bf16, avx512 or avx2; SPARSIFY_ISA names a smaller one than the processor's."""
+    level, reason = _load()
+    return reason if reason else ISAS[level]
+
+
+def supports(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether a call on this tensor [B, H, N, d] can be computed by the kernels, which `available` told are there."""
+    return (
+        q.device.type == "cpu"
+        and q.dtype in (torch.float32, torch.bfloat16)
+        and mask is None
+        and q.shape[2] <= MOST_TOKENS
+        and q.shape[3] <= LARGEST_HEAD
+        and q.numel() > 0
+    )
+
+
+@cache
+def _load() -> tuple[int, str | None]:
+    """Level of the instruction set (index into `ISAS`) and why there is none."""
+    wanted = os.environ.get("SPARSIFY_ISA", "")
+    if wanted and wanted not in ISAS:
+        return 0, f"SPARSIFY_ISA={wanted}: expected one of {', '.join(ISAS[1:])}"
+    built = build.build(say=lambda line: print(line, file=sys.stderr))
+    if built.path is None:
+        return 0, built.reason
+    try:
+        torch.ops.load_library(str(built.path))
+        best = int(torch.ops.sparsify_cpu.best_isa())
+    except (OSError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        return 0, f"the CPU kernels do not load ({why}): try 'sparsify build-kernels --force'"
+    if best == 0:
+        return 0, "this processor has no AVX2, which the CPU kernels need"
+    return (min(best, ISAS.index(wanted)) if wanted else best), None
+
+
+def _bf16(q: Tensor, precision: str) -> bool:
+    return q.dtype == torch.bfloat16 or precision == "bf16"
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _call(
+    op: object, q: Tensor, k: Tensor, v: Tensor, row: Tensor, col: Tensor, feature: Tensor | None, ranks: list[int],
+    scale: float, spec: Spec, precision: str,
+) -> Tensor:  # fmt: skip
+    N = q.shape[2]
+    P = min(spec.prefix, N)
+    grid = tails.patch_grid(N - P, (spec.grid[0], spec.grid[1]))
+    return op(  # type: ignore[operator]
+        _flat(q), _flat(k), _flat(v), _flat(row), _flat(col), feature, ranks, scale, spec.budget, P,
+        TAILS[spec.tail], grid, spec.cells[:2], spec.tile, _bf16(q, precision), _load()[0],
+    )  # fmt: skip
+
+
+def head_lowrank(
+    q: Tensor, k: Tensor, v: Tensor, a_q: Tensor | None, a_k: Tensor | None, ranks: list[int], scale: float, spec: Spec,
+    precision: str = "input", op: object = None,
+) -> Tensor:  # fmt: skip
+    """`sparsify::head_lowrank_attention` on the CPU: [B, H, N, d] x 3 -> [B, N, H*d]. `op`: another op of the library."""
+    row, col = (q, k) if a_q is None or a_k is None else (q @ a_q.to(q.dtype), k @ a_k.to(k.dtype))
+    return _call(
+        op or torch.ops.sparsify_cpu.sparse_attention.default, q, k, v, row, col, None, ranks, scale, spec, precision
+    )
+
+
+def token_lowrank(
+    q: Tensor, k: Tensor, v: Tensor, w_down: Tensor, w_up: Tensor, w_q: Tensor | None, b_q: Tensor | None,
+    w_k: Tensor | None, b_k: Tensor | None, scale: float, coef_scale: float, spec: Spec, precision: str = "input",
+    op: object = None,
+) -> Tensor:  # fmt: skip
+    """`sparsify::token_lowrank_attention` on the CPU. The coefficients are the reference's: linear in N."""
+    H = q.shape[1]
+    coef = reference.token_lowrank_coefficients(q.float(), k.float(), (w_down, w_q, b_q, w_k, b_k), coef_scale, spec)
+    col = w_up.to(coef.dtype).mT.contiguous().expand(q.shape[0], H, -1, -1)  # (B, H, N, r)
+    feature = _flat(k) if spec.tail == "clusters" else None
+    ranks = [coef.shape[-1]] * H
+    return _call(
+        op or torch.ops.sparsify_cpu.sparse_attention.default,
+        q,
+        k,
+        v,
+        coef,
+        col,
+        feature,
+        ranks,
+        scale,
+        spec,
+        precision,
+    )
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, scale: float, precision: str = "input") -> Tensor:
+    """Dense attention with the same inner loops as the sparse kernels: [B, H, N, d] x 3 -> [B, N, H*d]."""
+    level, _ = _load()
+    return torch.ops.sparsify_cpu.dense_attention.default(
+        _flat(q), _flat(k), _flat(v), scale, _bf16(q, precision), level
+    )
+
+
+__all__ = ["ISAS", "available", "dense", "head_lowrank", "isa", "supports", "token_lowrank"]

@@ -1,0 +1,286 @@
+"""The CPU kernels: compiled by the C++ compiler of the machine when first asked for, and kept in a cache folder.
+
+    cache_dir()/kernels/<made from>-<compiler>/sparsify_cpu.so     or failed.txt: the reason, then all that was printed
+
+<made from> is a hash of the sources, the flags and torch (version and folder), <compiler> one of its path and version. One
+process builds at a time, in a folder of its own; the library takes its place when it is whole. The cache can be deleted
+at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from sparsify.errors import one_line
+
+SOURCES = Path(__file__).parent / "src"
+LIBRARY = "sparsify_cpu.so"
+FAILED = "failed.txt"
+TEMPORARY = ".building-"
+
+COMMON = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-DNDEBUG")
+AVX2 = ("-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt", "-mf16c")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+AVX512BF16 = (*AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni", "-mavx512bf16")
+FLAGS_OF = {"kernel_avx2": AVX2, "kernel_avx512": AVX512, "kernel_avx512bf16": AVX512BF16}
+NEEDS_TORCH = "binding"
+
+MORE = "'sparsify build-kernels --verbose' shows all, --force tries again"
+
+
+@dataclass(frozen=True)
+class Built:
+    """What came of a build: the library, or one line that says why there is none."""
+
+    path: Path | None
+    reason: str = ""  # empty when there is a library
+    seconds: float = 0.0  # 0 when nothing had to be compiled
+
+
+class _Failed(Exception):
+    """A compiler that failed: one line, all that was printed, and whether it would fail again."""
+
+    def __init__(self, reason: str, printed: str = "", lasting: bool = False) -> None:
+        super().__init__(reason)
+        self.printed, self.lasting = printed, lasting
+
+
+def cache_dir() -> Path:
+    """$SPARSIFY_CACHE, else $XDG_CACHE_HOME/sparsify, else ~/.cache/sparsify; it need not exist.
+
+    Raises:
+        RuntimeError: none of them is set and the user has no home folder.
+    """
+    if own := os.environ.get("SPARSIFY_CACHE"):
+        return Path(own).expanduser().absolute()
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "sparsify"
+
+
+def find_compiler() -> list[str]:
+    """$CXX (a command, arguments after it), else the first of c++, g++ and clang++; empty when there is none."""
+    given = os.environ.get("CXX", "").split()
+    for words in [given] if given else [["c++"], ["g++"], ["clang++"]]:
+        if found := shutil.which(words[0]):
+            return [found, *words[1:]]
+    return []
+
+
+def commands(
+    sources: Iterable[Path], out_dir: Path, extra_flags: Sequence[str] = (), compiler: Sequence[str] = ()
+) -> list[list[str]]:
+    """A command for each source, in any order or together; the last one links their objects to out_dir/sparsify_cpu.so.
+
+    Args:
+        sources: *.cpp; the name decides the instruction set, and who sees torch's headers.
+        out_dir: folder of the objects and of the library.
+        extra_flags: come last, for compiling and for linking: -fsanitize=address.
+        compiler: first words of every command.
+    """
+    import torch
+
+    # torch.utils.cpp_extension knows these folders too, but imports setuptools and warns of a missing GPU.
+    folder, abi = Path(torch.__file__).parent, int(torch.compiled_with_cxx11_abi())
+    with_torch = [f"-D_GLIBCXX_USE_CXX11_ABI={abi}", "-DAT_PARALLEL_OPENMP=1", f"-isystem{folder / 'include'}"]
+    compiling, objects = [], []
+    for source in sources:
+        own = with_torch if source.stem == NEEDS_TORCH else FLAGS_OF.get(source.stem, ())
+        objects.append(str(out_dir / f"{source.stem}.o"))
+        compiling.append([*compiler, *COMMON, *own, *extra_flags, "-c", str(source), "-o", objects[-1]])
+    library = ["-shared", "-fopenmp", *extra_flags, *objects, "-o", str(out_dir / LIBRARY)]
+    torch_library = [f"-L{folder / 'lib'}", f"-Wl,-rpath,{folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    return [*compiling, [*compiler, *library, *torch_library]]
+
+
+def build(
+    *,
+    force: bool = False,
+    verbose: bool = False,
+    say: Callable[[str], None] | None = None,
+    sources: Path = SOURCES,
+) -> Built:
+    """The library of the kernels, compiled if this machine has not done so before. Ctrl-C leaves nothing behind.
+
+    Args:
+        force: compile again, also what is there and what failed.
+        verbose: tell `say` (or print) every command and all that it printed, of a failure remembered too.
+        say: told in one line that a build begins; not called when there is nothing to compile.
+        sources: folder of *.cpp and *.h.
+
+    Returns:
+        Never raises for a machine, compiler or folder that will not do: `reason` says it in one line.
+    """
+    if reason := _unsupported(sources):
+        return Built(None, reason)
+    show = (say or print) if verbose else (lambda line: None)
+    try:
+        kernels = cache_dir() / "kernels"
+    except RuntimeError:
+        return Built(None, "no home folder for the cache of the CPU kernels: set SPARSIFY_CACHE to a folder")
+    made_from, words = _made_from(sources), find_compiler()
+    try:
+        if not words:  # built where there was a compiler, used where there is none
+            found = None if force else next(iter(sorted(kernels.glob(f"{made_from}-*/{LIBRARY}"))), None)
+            return Built(found, "" if found else _no_compiler())
+        place = kernels / f"{made_from}-{_digest([*words, _version(words)])[:8]}"
+        if not force and (known := _known(place, show)):
+            return known
+        kernels.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(kernels / "lock")):
+            for dead in kernels.glob(f"{TEMPORARY}*"):  # nobody else builds while this process holds the lock
+                shutil.rmtree(dead, ignore_errors=True)
+            if not force and (known := _known(place, show)):
+                return known
+            if say:
+                say(f"building the CPU kernels with {Path(words[0]).name} (once, under a minute) ...")
+            return _build(words, sources, place, show)
+    except _Failed as error:
+        return Built(None, str(error))
+    except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
+        advice = "set SPARSIFY_CACHE to a folder that can be written"
+        return Built(None, f"cannot write {kernels} ({one_line(error)}): {advice}")
+
+
+def _build(words: list[str], sources: Path, place: Path, show: Callable[[str], None]) -> Built:
+    """Compile beside `place` and put the library, or the failure if it will last, into it. The lock is held."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=place.parent, ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        *compiling, linking = commands(sorted(sources.glob("*.cpp")), folder, compiler=words)
+        try:
+            show(_run(compiling, folder) + _run([linking], folder))
+        except _Failed as error:
+            show(error.printed)
+            if error.lasting:
+                (folder / FAILED).write_text(f"{error}\n{error.printed}")
+                _put(folder / FAILED, place)
+            raise
+        _put(folder / LIBRARY, place)
+        (place / FAILED).unlink(missing_ok=True)
+    return Built(place / LIBRARY, seconds=time.perf_counter() - began)
+
+
+def _run(todo: list[list[str]], folder: Path) -> str:
+    """Run the commands, at most one for each processor at a time; what they printed, each below its command.
+
+    Raises:
+        _Failed: one of them failed. Then, and when interrupted, the others are stopped.
+    """
+    waiting, printed = todo[::-1], ""
+    running: dict[subprocess.Popen[bytes], tuple[list[str], Path]] = {}
+    environment = os.environ | {"LC_ALL": "C", "TMPDIR": str(folder)}  # 'error' in English; no litter in /tmp
+    try:
+        while waiting or running:
+            while waiting and len(running) < len(os.sched_getaffinity(0)):
+                command, log = waiting.pop(), folder / f"{len(waiting)}.log"
+                with open(log, "wb") as out:
+                    process = subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, process_group=0
+                    )
+                running[process] = command, log
+            time.sleep(0.01)
+            for process in [each for each in running if each.poll() is not None]:
+                command, log = running.pop(process)
+                text = log.read_text(errors="replace")
+                printed += f"{' '.join(command)}\n{text}"
+                if process.returncode:
+                    # Killed by the system, or a full disk: another time it may work.
+                    passing = process.returncode < 0 or "Killed" in text or "No space left" in text
+                    raise _Failed(_reason(command, text, process.returncode), printed, lasting=not passing)
+        return printed
+    finally:
+        _stop(list(running))
+
+
+def _stop(running: list[subprocess.Popen[bytes]]) -> None:
+    """End the compilers that still run with the processes that they started: each leads a group of its own."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        for process in running:
+            if process.poll() is None:
+                os.killpg(process.pid, how)
+        until = time.monotonic() + 2
+        while time.monotonic() < until and any(process.poll() is None for process in running):
+            time.sleep(0.01)
+
+
+def _put(file: Path, place: Path) -> None:
+    """Move `file` into the folder `place` once all of it is on the disk."""
+    with open(file, "rb+") as written:
+        os.fsync(written.fileno())
+    place.mkdir(exist_ok=True)
+    os.replace(file, place / file.name)
+
+
+def _known(place: Path, show: Callable[[str], None]) -> Built | None:
+    """What an earlier build left in `place`, if anything."""
+    if (place / LIBRARY).is_file():
+        return Built(place / LIBRARY)
+    if (place / FAILED).is_file():
+        reason, _, printed = (place / FAILED).read_text().partition("\n")
+        show(printed)
+        return Built(None, reason)
+    return None
+
+
+def _reason(command: list[str], text: str, code: int) -> str:
+    """One line: the compiler, what it was at, and its first line with 'error'."""
+    source = next((word for word in command if word.endswith(".cpp")), "")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if "ld returned" not in line and "linker command failed" not in line]
+    first = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else f"exit code {code}")
+    first = " ".join(first.split())
+    if source:  # the folder of the sources says nothing
+        first = first.replace(f"{Path(source).parent}/", "")
+    return f"{Path(command[0]).name} cannot {'compile' if source else 'link'} the CPU kernels: {first[:200]}; {MORE}"
+
+
+def _unsupported(sources: Path) -> str:
+    if sys.platform != "linux":
+        return f"the CPU kernels are for Linux so far, this is {sys.platform}"
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"the CPU kernels are for x86-64 processors so far, this is {platform.machine()}"
+    if not any(sources.glob("*.cpp")):
+        return f"no sources of the CPU kernels in {sources}: install sparsify again"
+    return ""
+
+
+def _no_compiler() -> str:
+    if given := os.environ.get("CXX", "").strip():
+        return f"CXX={given} is not a command: set CXX to a C++ compiler, or unset it"
+    return "no C++ compiler was found for the CPU kernels: install g++ 10 or newer, or set CXX"
+
+
+def _version(words: list[str]) -> str:
+    try:
+        return subprocess.run([*words, "--version"], stdin=subprocess.DEVNULL, capture_output=True).stdout.decode(
+            "utf-8", "replace"
+        )
+    except OSError as error:
+        raise _Failed(f"cannot run {words[0]}: {one_line(error)}") from error
+
+
+def _made_from(sources: Path) -> str:
+    """Hash of all that the library is made from, the compiler apart."""
+    import torch
+
+    files = sorted(each for each in sources.iterdir() if each.suffix in (".cpp", ".h"))
+    flags = commands([Path(each.name) for each in files if each.suffix == ".cpp"], Path())
+    contents = [word for each in files for word in (each.name, hashlib.sha256(each.read_bytes()).hexdigest())]
+    return _digest([torch.__version__, *contents, *[word for command in flags for word in command]])[:16]
+
+
+def _digest(words: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()

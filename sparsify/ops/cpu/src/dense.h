@@ -1,0 +1,48 @@
+// Dense attention with the same inner loops: the fallback where sparsity does not pay, and the control of every benchmark.
+#pragma once
+#include "head.h"
+#include "tile.h"
+
+namespace {
+
+template <class T> static size_t dense_head_bytes(const Problem& p) {
+  int64_t dp = padded<T>(p.d);
+  return panels_bytes<T>(p.N, dp) + 2 * round_up(p.N, 2) * dp * sizeof(T) + 192;
+}
+template <class T> static size_t dense_scratch_bytes(const Problem& p) {
+  return tile_scratch<T>(padded<T>(p.d), nullptr, nullptr);
+}
+static int64_t dense_blocks(const Problem& p) { return (p.N + TILE - 1) / TILE; }
+
+template <class T> static void dense_prepare(const Problem& p, int64_t b, int64_t h, void* base, void*) {
+  const int64_t dp = padded<T>(p.d);
+  Panels panels = panels_at<T>(base, p.N, dp);
+  T* K = (T*)((char*)base + round_up(panels_bytes<T>(p.N, dp), 64));
+  T* V = K + round_up(p.N, 2) * dp;
+  for (int64_t i = 0; i < p.N; i++) {
+    int64_t ahead = min_of(i + 8, p.N - 1);
+    prefetch_row(p.k, b, h, ahead, p.d), prefetch_row(p.v, b, h, ahead, p.d);
+    read_row_as(p.k, b, h, i, p.d, dp, K + i * dp), read_row_as(p.v, b, h, i, p.d, dp, V + i * dp);
+  }
+  pack_list(K, V, dp, nullptr, p.N, panels);
+}
+
+template <class T>
+static void dense_block(const Problem& p, int64_t b, int64_t h, int64_t which, const void* base, void* scratch, const Probe*) {
+  const int64_t dp = padded<T>(p.d), first = which * TILE;
+  const int rows = int(min_of<int64_t>(TILE, p.N - first));
+  Panels panels = panels_at<T>(const_cast<void*>(base), p.N, dp);
+  TileScratch<T> x;
+  tile_scratch(dp, scratch, &x);
+  alignas(64) float by[TILE];
+  for (int i = 0; i < rows; i++) read_row_as(p.q, b, h, first + i, p.d, dp, x.q + i * dp), prefetch_out(p, b, h, first + i);
+  attend_tile(panels, p.N, nullptr, dp, rows, p.scale * LOG2E, x, by);
+  for (int i = 0; i < rows; i++) write_out(p, b, h, first + i, x.out + i * panels.columns * PANEL, by[i]);
+}
+
+template <class T> static const Kernels* dense_kernels() {
+  static const Kernels k = {dense_head_bytes<T>, dense_scratch_bytes<T>, dense_blocks, dense_prepare<T>, dense_block<T>};
+  return &k;
+}
+
+}  // namespace

@@ -1,0 +1,325 @@
+// Exact top-b of a row of scores: the b highest, equal scores by the lower key, NaN lowest.
+//
+// From the bytes of scores.h: a search for the level of the b-th highest (3 to 5 counts), keys that are surely in go out
+// with compress instructions, the few around the threshold are scored again in float32. Where a window missed, or
+// numbers are not finite, all scores are computed in float32 and their order-preserving integers bisected.
+//
+// Limit: a count reads N bytes, 64 an instruction; emission the same once: 0.1 and 0.15 cycles a pair at 4 counts.
+#pragma once
+#include "scores.h"
+
+namespace {
+
+constexpr int CANDIDATES = 512;
+
+INLINE int64_t count_at_least(const uint8_t* x, int64_t n, int level) {
+#if defined(__AVX512BW__)
+  __m512i g = _mm512_set1_epi8(char(level));
+  int64_t a = 0, b = 0, i = 0;
+  for (; i + 64 < n; i += 128) {
+    a += _mm_popcnt_u64(_mm512_cmpge_epu8_mask(_mm512_loadu_si512(x + i), g));
+    b += _mm_popcnt_u64(_mm512_cmpge_epu8_mask(_mm512_loadu_si512(x + i + 64), g));
+  }
+  if (i < n) a += _mm_popcnt_u64(_mm512_cmpge_epu8_mask(_mm512_loadu_si512(x + i), g));
+  return a + b;
+#else
+  __m256i g = _mm256_set1_epi8(char(level)), total = _mm256_setzero_si256();
+  for (int64_t i = 0; i < n;) {
+    __m256i part = _mm256_setzero_si256();
+    for (int64_t end = min_of<int64_t>(n, i + 32 * 255); i < end; i += 32) {
+      __m256i v = _mm256_loadu_si256((const __m256i*)(x + i));
+      part = _mm256_sub_epi8(part, _mm256_cmpeq_epi8(_mm256_max_epu8(v, g), v));
+    }
+    total = _mm256_add_epi64(total, _mm256_sad_epu8(part, _mm256_setzero_si256()));
+  }
+  alignas(32) int64_t t[4];
+  _mm256_store_si256((__m256i*)t, total);
+  return t[0] + t[1] + t[2] + t[3];
+#endif
+}
+
+struct Emitted {
+  int64_t sure, candidates;
+};
+
+#if defined(__AVX512VBMI2__)
+// Positions of the bits of `yes` plus `base`, at `out`; writes up to 64 places. Few bits are the usual case.
+INLINE int64_t put(uint64_t yes, __m512i lanes, int64_t base, uint16_t* out) {
+  __m512i at = _mm512_maskz_compress_epi8(yes, lanes);
+  int64_t k = _mm_popcnt_u64(yes);
+  __m256i first = _mm256_cvtepu8_epi16(_mm512_castsi512_si128(at));
+  _mm256_storeu_si256((__m256i*)out, _mm256_add_epi16(first, _mm256_set1_epi16(short(base))));
+  if (__builtin_expect(k > 16, 0)) {
+    __m512i by = _mm512_set1_epi16(short(base));
+    _mm512_storeu_si512(out, _mm512_add_epi16(_mm512_cvtepu8_epi16(_mm512_castsi512_si256(at)), by));
+    _mm512_storeu_si512(out + 32, _mm512_add_epi16(_mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(at, 1)), by));
+  }
+  return k;
+}
+#endif
+
+// Keys with level >= high to `out`, keys with low <= level < high to `candidates`, both ascending; -1 candidates: too many.
+INLINE Emitted emit(const uint8_t* x, int64_t n, int low, int high, uint16_t* out, uint16_t* candidates) {
+  int64_t sure = 0, found = 0;
+#if defined(__AVX512BW__)
+  __m512i top = _mm512_set1_epi8(char(high)), bottom = _mm512_set1_epi8(char(low));
+#if defined(__AVX512VBMI2__)
+  alignas(64) static const uint8_t iota[64] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                               16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
+                                               32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47,
+                                               48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+  __m512i lanes = _mm512_load_si512(iota);
+#endif
+  for (int64_t i = 0; i < n; i += 64) {
+    __m512i v = _mm512_loadu_si512(x + i);
+    uint64_t yes = _mm512_cmpge_epu8_mask(v, top), maybe = _mm512_cmpge_epu8_mask(v, bottom) & ~yes;
+    if (__builtin_expect(found > CANDIDATES - 64, 0)) return {sure, -1};
+#if defined(__AVX512VBMI2__)
+    sure += put(yes, lanes, i, out + sure);
+    found += put(maybe, lanes, i, candidates + found);
+#else
+    for (; yes; yes &= yes - 1) out[sure++] = uint16_t(i + __builtin_ctzll(yes));
+    for (; maybe; maybe &= maybe - 1) candidates[found++] = uint16_t(i + __builtin_ctzll(maybe));
+#endif
+  }
+#else
+  __m256i top = _mm256_set1_epi8(char(high)), bottom = _mm256_set1_epi8(char(low));
+  for (int64_t i = 0; i < n; i += 32) {
+    __m256i v = _mm256_loadu_si256((const __m256i*)(x + i));
+    uint32_t yes = uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(v, top), v)));
+    uint32_t maybe = uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(v, bottom), v))) & ~yes;
+    if (__builtin_expect(found > CANDIDATES - 64, 0)) return {sure, -1};
+    for (; yes; yes &= yes - 1) out[sure++] = uint16_t(i + __builtin_ctz(yes));
+    for (; maybe; maybe &= maybe - 1) candidates[found++] = uint16_t(i + __builtin_ctz(maybe));
+  }
+#endif
+  return {sure, found};
+}
+
+// Scores of the rows keys[0..n) of col (of rows 0..n where keys is null), 8 at a time; `s` has room for n + 7.
+ROUTINE void score_keys(const float* row, const float* col, int64_t rp, const uint16_t* keys, int64_t n, float* s) {
+  for (int64_t at = 0; at < n; at += 8) {
+    f8 acc[8];
+    const float* from[8];
+    for (int i = 0; i < 8; i++) {
+      int64_t key = min_of(at + i, n - 1);
+      from[i] = col + (keys ? int64_t(keys[key]) : key) * rp;
+      acc[i] = _mm256_mul_ps(load8(row), load8(from[i]));
+    }
+    for (int64_t j = 8; j < rp; j += 8) {
+      f8 x = load8(row + j);
+      for (int i = 0; i < 8; i++) acc[i] = _mm256_fmadd_ps(load8(from[i] + j), x, acc[i]);
+    }
+    store8(s + at, reduce8(acc));
+  }
+}
+
+INLINE int64_t count_at_least(const float* s, int64_t n, float level) {
+  int64_t count = 0;
+#if defined(__AVX512F__)
+  vf g = set1(level);
+  for (int64_t j = 0; j < n; j += 16) {
+    __mmask16 lanes = n - j >= 16 ? __mmask16(0xffff) : __mmask16((1u << (n - j)) - 1);
+    count += __builtin_popcount(_mm512_mask_cmp_ps_mask(lanes, load(s + j), g, _CMP_GE_OQ));
+  }
+#else
+  int64_t j = 0;
+  f8 g = set1(level);
+  for (; j + 8 <= n; j += 8) count += __builtin_popcount(_mm256_movemask_ps(_mm256_cmp_ps(load8(s + j), g, _CMP_GE_OQ)));
+  for (; j < n; j++) count += s[j] >= level;
+#endif
+  return count;
+}
+
+// Integers in the order of the scores, and back.
+INLINE int64_t to_ordered(float x) {
+  int32_t u;
+  memcpy(&u, &x, 4);
+  return u ^ ((u >> 31) & 0x7fffffff);
+}
+INLINE float from_ordered(int64_t i) {
+  int32_t u = int32_t(i);
+  u ^= (u >> 31) & 0x7fffffff;
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
+
+// The `need` highest of n scores, equal ones by the lower position, NaN lowest, appended to `out` as keys[position] (as the
+// position where keys is null; nowhere where `out` is null), ascending. A search for the threshold between the lowest and the highest score: by the
+// share of scores wanted, then by halves of the order-preserving integers, so that it ends on any numbers. Returns it.
+ROUTINE float take_highest(float* s, const uint16_t* keys, int64_t n, int64_t need, uint16_t* out) {
+  vf least_of = set1(__builtin_inff()), most_of = set1(-__builtin_inff()), lowest = most_of;
+  int64_t whole = n / W * W;
+  for (int64_t j = 0; j < whole; j += W) {
+    vf x = add(max_ps(load(s + j), lowest), set1(0));  // the second operand where either is NaN; -0 becomes 0
+    store(s + j, x), least_of = min_ps(x, least_of), most_of = max_ps(x, most_of);
+  }
+  float least = -max_lane(sub(set1(0), least_of)), most = max_lane(most_of);
+  for (int64_t j = whole; j < n; j++) {
+    float x = s[j] != s[j] ? -__builtin_inff() : s[j] + 0.f;
+    s[j] = x, least = min_of(least, x), most = max_of(most, x);
+  }
+  int64_t low = to_ordered(least), high = to_ordered(most) + 1, count_low = n, count_high = 0;
+  for (int step = 0; count_low > need && high - low > 1; step++) {  // count(s >= low) >= need > count(s >= high)
+    float bottom = from_ordered(low), top = from_ordered(high - 1);
+    int64_t at = low + (high - low) / 2;
+    if (step % 3 != 2) {
+      float share = float(count_low - need) / float(max_of<int64_t>(count_low - count_high, 1));
+      float guess = bottom + share * (top - bottom);
+      if (guess > bottom && guess < top) at = to_ordered(guess);
+    }
+    int64_t c = count_at_least(s, n, from_ordered(at));
+    if (c >= need) low = at, count_low = c;
+    else high = at, count_high = c;
+  }
+  float threshold = from_ordered(low);
+  if (!out) return threshold;
+  int64_t at = 0;
+  if (count_low == need) {
+    for (int64_t j = 0; j < n; j++) out[at] = keys ? keys[j] : uint16_t(j), at += s[j] >= threshold;
+  } else {  // equal scores at the threshold
+    int64_t ties = need - count_at_least(s, n, from_ordered(low + 1));
+    for (int64_t j = 0; j < n; j++) {
+      bool tie = s[j] == threshold && ties > 0;
+      if (s[j] > threshold || tie) out[at++] = keys ? keys[j] : uint16_t(j);
+      ties -= tie;
+    }
+  }
+  return threshold;
+}
+
+#if defined(__AVX512VBMI2__)
+// The same for at most 32 scores, without a branch: every score's rank is how many are ahead of it.
+ROUTINE void take_highest32(const float* s, const uint16_t* keys, int64_t n, int64_t need, uint16_t* out) {
+  const uint32_t real = n < 32 ? (1u << n) - 1 : 0xffffffffu;
+  vf low = set1(-__builtin_inff());
+  vf a = _mm512_mask_loadu_ps(low, __mmask16(real), s), b = _mm512_mask_loadu_ps(low, __mmask16(real >> 16), s + 16);
+  a = _mm512_mask_mov_ps(a, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), low);
+  b = _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q), low);
+  alignas(64) float clean[32];
+  store(clean, a), store(clean + 16, b);
+  vi rank_a = set1i(0), rank_b = set1i(0), one = set1i(1);
+  for (int64_t j = 0; j < n; j++) {
+    vf x = set1(clean[j]);
+    const uint32_t later = ~0u << j << 1;  // positions after j: an equal score there ranks behind
+    __mmask16 la = __mmask16(later), lb = __mmask16(later >> 16);
+    __mmask16 ma = _mm512_mask_cmp_ps_mask(la, a, x, _CMP_LE_OQ) | _mm512_mask_cmp_ps_mask(__mmask16(~la), a, x, _CMP_LT_OQ);
+    rank_a = _mm512_mask_add_epi32(rank_a, ma, rank_a, one);
+    if (n > 16) {
+      __mmask16 mb = _mm512_mask_cmp_ps_mask(lb, b, x, _CMP_LE_OQ) | _mm512_mask_cmp_ps_mask(__mmask16(~lb), b, x, _CMP_LT_OQ);
+      rank_b = _mm512_mask_add_epi32(rank_b, mb, rank_b, one);
+    }
+  }
+  vi limit = set1i(int(need));
+  uint32_t won = _mm512_cmplt_epi32_mask(rank_a, limit) | uint32_t(_mm512_cmplt_epi32_mask(rank_b, limit)) << 16;
+  _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(won & real, _mm512_loadu_si512(keys)));
+}
+#endif
+
+// The scores of one query row (Scorer of select_levels and select_exact).
+struct RowScorer {
+  const float *row, *col;
+  int64_t rp;
+  void operator()(const uint16_t* keys, int64_t n, float* s) const { score_keys(row, col, rp, keys, n, s); }
+};
+
+// All scores in float32, then the b highest.
+template <class Scorer> static void select_exact(const Scorer& score, int64_t N, int64_t b, float* s, uint16_t* out) {
+  score(nullptr, N, s);
+  take_highest(s, nullptr, N, b, out);
+}
+
+// Where the next row's threshold is looked for first: near those of the rows before it.
+struct Guess {
+  float level = 128, density = 0.5f;  // keys of one level
+};
+
+// Levels around the threshold: count(x >= low) >= b > count(x >= high).
+struct Bracket {
+  int low, high;
+  int64_t count_low, count_high;
+  bool wide(int64_t enough) const {
+    return high - low > 1 && (low == 0 || high == 256 || count_low - count_high > enough);
+  }
+  int middle(int64_t b) const {
+    int at = low + int(float(high - low) * float(count_low - b) / float(max_of<int64_t>(count_low - count_high, 1)));
+    return max_of(low + 1, min_of(high - 1, at));
+  }
+  Bracket with(int level, int64_t count, int64_t b) const {
+    if (level <= low || level >= high) return *this;
+    return count >= b ? Bracket{level, high, count, count_high} : Bracket{low, level, count_low, count};
+  }
+};
+
+#if defined(__AVX512BW__)
+// Four levels, ascending, counted in one pass.
+INLINE Bracket count4(const uint8_t* x, int64_t n, int64_t b, Bracket found, int l0, int l1, int l2, int l3) {
+  __m512i g0 = _mm512_set1_epi8(char(l0)), g1 = _mm512_set1_epi8(char(l1)), g2 = _mm512_set1_epi8(char(l2)), g3 = _mm512_set1_epi8(char(l3));
+  int64_t c0 = 0, c1 = 0, c2 = 0, c3 = 0;
+  for (int64_t i = 0; i < n; i += 64) {
+    __m512i v = _mm512_loadu_si512(x + i);
+    c0 += _mm_popcnt_u64(_mm512_cmpge_epu8_mask(v, g0)), c1 += _mm_popcnt_u64(_mm512_cmpge_epu8_mask(v, g1));
+    c2 += _mm_popcnt_u64(_mm512_cmpge_epu8_mask(v, g2)), c3 += _mm_popcnt_u64(_mm512_cmpge_epu8_mask(v, g3));
+  }
+  return found.with(l0, c0, b).with(l1, c1, b).with(l2, c2, b).with(l3, c3, b);
+}
+#endif
+
+// The b keys with the highest scores from their levels x; false where the window missed. `error`: see Window.
+template <class Scorer>
+ROUTINE bool select_levels(const Scorer& score, int64_t N, int64_t b, const uint8_t* x, int error, Guess* guess, float* s,
+                           uint16_t* out) {
+  if (error < 0) return false;
+  Bracket found{0, 256, N, 0};
+  const int64_t enough = 18;
+  int at = max_of(32, min_of(224, int(guess->level)));
+#if defined(__AVX512BW__)
+  if (N <= 1024) {  // few bytes: four counts at once cost less than one after another
+    found = count4(x, N, b, found, at - 21, at - 7, at + 7, at + 21);
+    if (found.wide(enough)) {
+      if (found.low > 0 && found.high < 256) {
+        int step = max_of((found.high - found.low) / 5, 1), from = found.low;
+        found = count4(x, N, b, found, from + step, from + 2 * step, from + 3 * step, from + 4 * step);
+      } else if (found.low > 0) {
+        found = count4(x, N, b, found, at + 35, at + 55, at + 80, 250);
+      } else {
+        found = count4(x, N, b, found, 6, at - 80, at - 55, at - 35);
+      }
+    }
+    at = found.middle(b);
+  }
+#endif
+  while (found.wide(enough)) {
+    int64_t c = count_at_least(x, N, at);
+    if (c >= b) found.low = at, found.count_low = c;
+    else found.high = at, found.count_high = c;
+    if (found.low > 0 && found.high < 256) {
+      guess->density = 0.75f * guess->density + 0.25f * float(found.count_low - found.count_high) / float(found.high - found.low);
+      at = found.middle(b);
+    } else {
+      int next = at + int(float(c - b) / max_of(guess->density, 0.01f)) + (c >= b ? 3 : -3);
+      at = next <= found.low || next >= found.high ? (found.low + found.high) / 2 : next;
+    }
+  }
+  guess->level += 0.4f * (0.5f * float(found.low + found.high) - guess->level);
+  const int low = found.low, high = found.high;
+  int first = low - error, sure = high + error;
+  if (first < 1 || sure > 254) return false;
+  alignas(64) uint16_t candidates[CANDIDATES + 64];
+  Emitted e = emit(x, N, first, sure, out, candidates);
+  int64_t need = b - e.sure;
+  if (e.candidates < 0 || need < 0 || need > e.candidates) return false;
+  if (need == 0) return true;
+  score(candidates, e.candidates, s);
+#if defined(__AVX512VBMI2__)
+  if (e.candidates <= 32) {
+    take_highest32(s, candidates, e.candidates, need, out + e.sure);
+    return true;
+  }
+#endif
+  take_highest(s, candidates, e.candidates, need, out + e.sure);
+  return true;
+}
+
+}  // namespace

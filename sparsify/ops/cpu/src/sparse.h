@@ -1,0 +1,233 @@
+// The sparse op, a key set for each query: blocks of query rows go through scores, selection, logits, values.
+#pragma once
+#include "cells.h"
+#include "rows.h"
+#include "select.h"
+
+namespace {
+
+constexpr int SAMPLE = 4;   // rows whose exact thresholds tell where the others' are
+
+template <class T> struct Scratch {
+  float* row;          // [BLOCK or a tile's rows, rp]
+  float* sigma;        // [the same]
+  Packed packed;       // [BLOCK, words]
+  uint8_t* level;      // [BLOCK, level_stride]
+  uint16_t* keys;      // [BLOCK, capacity]
+  T* p;                // [BLOCK, capacity]
+  float* s;            // [BLOCK, capacity] logits
+  float* order;        // [N] scores of an exact selection
+  float* count;        // [BLOCK, M] dropped keys of each cell
+  uint16_t* seen;      // [4, M + P] kept keys of each cell
+  float* floats;       // what `prepare` needs
+  int64_t capacity;
+};
+
+template <class T> static size_t scratch_layout(const Problem& p, void* base, Scratch<T>* scratch) {
+  int64_t r = 1, f = 1;
+  for (int64_t h = 0; h < p.H; h++) r = max_of(r, p.ranks[h]), f = max_of(f, p.feature_dims[h]);
+  Scratch<T> x;
+  char* at = (char*)base;
+  auto take = [&](int64_t bytes) {
+    char* got = at;
+    at += round_up(bytes, 64);
+    return got;
+  };
+  x.capacity = round_up(p.budget + p.M + p.P, 16) + 64;
+  int64_t longest = max_of(x.capacity, round_up(p.N, 16) + 64);
+  int64_t rows = BLOCK;
+  for (int64_t i = 0; i < p.tiles; i++) rows = max_of<int64_t>(rows, p.tile_start[i + 1] - p.tile_start[i]);
+  x.row = (float*)take(round_up(rows, BLOCK) * round_up(r, W) * 4);
+  x.sigma = (float*)take((round_up(rows, BLOCK) + W) * 4);
+  x.packed = {(Word*)take((BLOCK * r + 16) * 4), (float*)take(BLOCK * 4), 0};
+  x.level = (uint8_t*)take(BLOCK * level_stride(p.N));
+  x.keys = (uint16_t*)take(max_of(BLOCK * x.capacity, longest) * 2);
+  x.p = (T*)take(max_of(BLOCK * x.capacity, longest) * sizeof(T));
+  x.s = (float*)take(max_of(BLOCK * x.capacity, longest) * 4);
+  x.order = (float*)take(longest * 4);
+  x.count = (float*)take(BLOCK * round_up(p.M, 16) * 4 + 64);
+  x.seen = (uint16_t*)take(4 * round_up(p.M + p.P, 16) * 2 + 64);
+  x.floats = (float*)take(max_of(cells_scratch<T>(p, f) * 4, p.N * round_up(r, W)));
+  if (scratch) *scratch = x;
+  return at - (char*)base;
+}
+
+// The pooled scores of a tile: the highest of its rows' scores in standard deviations (Scorer of select.h).
+template <class T> struct TileScorer {
+  const Head<T>& head;
+  const float *rows, *sigma;
+  int64_t n;
+  float* spare;  // [keys + 8]
+  void operator()(const uint16_t* keys, int64_t count, float* s) const {
+    for (int64_t i = 0; i < n; i++) {
+      const float by = sigma[i] > 0 ? 1 / sigma[i] : 0;
+      score_keys(rows + i * head.rp, head.col, head.rp, keys, count, i ? spare : s);
+      if (i) for (int64_t j = 0; j < count; j++) s[j] = max_of(s[j], spare[j] * by);
+      else for (int64_t j = 0; j < count; j++) s[j] *= by;
+    }
+  }
+};
+
+// Where the thresholds of a head's rows (or tiles) lie, in standard deviations of a row's scores: those of a few, over a
+// sample of the keys.
+template <class T>
+static void expect_thresholds(const Problem& p, int64_t b, int64_t h, const Head<T>& head, const Scratch<T>& x) {
+  const int64_t n = p.tiles ? p.tiles : p.N - p.P, samples = min_of<int64_t>(p.tiles ? 2 : SAMPLE, n);
+  const int64_t keys = min_of<int64_t>(p.N, p.tiles && p.N < 1024 ? 64 : 128);
+  const int64_t need = max_of<int64_t>(1, min_of(keys, (p.budget * keys + p.N / 2) / p.N));
+  float mean = 0, square = 0, found = 0;
+  for (int64_t j = 0; j < keys; j++) x.keys[j] = uint16_t(j * p.N / keys);
+  for (int64_t i = 0; i < samples; i++) {
+    const int64_t at = (2 * i + 1) * n / (2 * samples);
+    const int32_t first = p.tiles ? p.tile_start[at] : 0;
+    const int rows = p.tiles ? int(min_of<int32_t>(16, p.tile_start[at + 1] - first)) : 1;
+    for (int j = 0; j < rows; j++)
+      read_row(p.row, b, h, p.tiles ? p.tile_token[first + j] : p.P + at, head.r, head.rp, x.row + j * head.rp);
+    deviations(head, x.row, rows, p.tiles > 0, x.sigma);
+    TileScorer<T>{head, x.row, x.sigma, rows, x.s}(x.keys, keys, x.order);
+    float z = take_highest(x.order, nullptr, keys, need, nullptr);
+    if (finite(z)) mean += z, square += z * z, found += 1;
+  }
+  mean = found > 0 ? mean / found : 0, square = found > 0 ? square / found - mean * mean : 16;
+  head.state[THRESHOLD] = mean;
+  head.state[SPREAD] = min_of(8.f, 0.75f + 2.f * sqrt_of(max_of(square, 0.f)));
+}
+
+#ifndef CYC
+#define CYC(i)
+#define CYC_BEGIN
+#endif
+template <class T> static void prepare(const Problem& p, int64_t b, int64_t h, void* base, void* scratch) {
+  CYC_BEGIN
+  Head<T> head;
+  Scratch<T> x;
+  layout<T>(p, h, base, &head), scratch_layout<T>(p, scratch, &x);
+  pack_rows(p, b, h, head);CYC(0)
+  pack_coordinates(p, b, h, head, (uint8_t*)x.floats);CYC(1)
+  make_cells(p, b, h, head, x.floats);CYC(2)
+  if (p.tiles) pack_covariance(p, head);
+  if (p.budget < p.N) expect_thresholds(p, b, h, head, x);CYC(3)
+}
+
+// Of the list of one row's keys, [M cells, kept keys, dropped prefix keys (each its own cell), zero rows up to a multiple of
+// 16], all but the kept keys; and how many keys of every cell were dropped. Returns its length before the padding.
+template <class T>
+ROUTINE int64_t complete(const Problem& p, const Head<T>& head, uint16_t* list, float* count, uint16_t* seen) {
+  uint16_t* keys = list + p.M;
+  int64_t b = p.budget, length = p.M + b;
+  if (p.tail != TAIL_NONE) {
+    const int64_t cells = p.M + p.P;
+    const int64_t wide = round_up(cells, 16);
+    memset(seen, 0, 4 * wide * 2);
+    int64_t j = 0;
+    for (; j + 4 <= b; j += 4)  // four counters of every cell: neighbours in the list are often of one cell
+      for (int e = 0; e < 4; e++) seen[e * wide + head.cell[keys[j + e]]]++;
+    for (; j < b; j++) seen[head.cell[keys[j]]]++;
+    for (int64_t c = 0; c < cells; c += 16) {
+      auto at = [&](int e) { return _mm256_loadu_si256((__m256i*)(seen + e * wide + c)); };
+      _mm256_storeu_si256((__m256i*)(seen + c), _mm256_add_epi16(_mm256_add_epi16(at(0), at(1)), _mm256_add_epi16(at(2), at(3))));
+    }
+    for (int64_t i = 0; i < p.P; i++)
+      if (!seen[p.M + i]) list[length++] = uint16_t(i);
+    for (int64_t c = 0; c < p.M; c += 8) {
+      __m128i kept = _mm_loadu_si128((__m128i*)(seen + c));
+      store8(count + c, _mm256_sub_ps(load8(head.size + c), _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(kept))));
+    }
+    for (int64_t c = p.M; c < round_up(p.M, 16); c++) count[c] = 1;
+    for (int64_t c = 0; c < p.M; c++) list[c] = uint16_t(p.N + c);
+  }
+  for (int64_t j = length; j < round_up(length, 16); j++) list[j] = uint16_t(p.N + p.M);
+  return length;
+}
+
+template <class T>
+INLINE void row_scores(const Problem& p, const Head<T>& head, int64_t b, int64_t h, int64_t i, const uint16_t* list,
+                       int64_t length, float* s) {
+  alignas(64) T q[1024];
+  read_row_as(p.q, b, h, i, p.d, head.dp, q);
+  row_logits(q, head.K, head.dp, list, round_up(length, 8), s);
+  for (int64_t j = length; j < round_up(length, 16); j++) s[j] = -__builtin_inff();
+}
+
+template <class T>
+INLINE float row_weights(const Problem& p, float* s, int64_t length, int64_t cells, const float* count, T* weight) {
+  return weights(s, round_up(length, 16), p.scale * LOG2E, cells, count, weight);
+}
+
+// A prefix token: all keys, no tail.
+template <class T>
+static void dense_row(const Problem& p, int64_t b, int64_t h, int64_t i, const Head<T>& head, const Scratch<T>& x) {
+  alignas(64) float out[1024];
+  for (int64_t j = 0; j < p.N; j++) x.keys[j] = uint16_t(j);
+  for (int64_t j = p.N; j < round_up(p.N, 16); j++) x.keys[j] = uint16_t(p.N + p.M);
+  row_scores(p, head, b, h, i, x.keys, p.N, x.s);
+  float by = row_weights(p, x.s, p.N, 0, x.count, x.p);
+  weigh(x.p, head.V, head.dp, x.keys, round_up(p.N, 4), out);
+  write_out(p, b, h, i, out, by);
+}
+
+static int64_t blocks(const Problem& p) { return p.P + (p.N - p.P + BLOCK - 1) / BLOCK; }
+
+template <class T>
+static void block(const Problem& p, int64_t b, int64_t h, int64_t which, const void* base, void* scratch, const Probe* probe) {
+  Head<T> head;
+  Scratch<T> x;
+  layout<T>(p, h, const_cast<void*>(base), &head), scratch_layout<T>(p, scratch, &x);
+  CYC_BEGIN
+  if (which < p.P) {dense_row(p, b, h, which, head, x);CYC(10) return;}
+  int64_t first = p.P + (which - p.P) * BLOCK;
+  int n = int(min_of<int64_t>(BLOCK, p.N - first));
+  int error[BLOCK];
+  Guess guess;
+  alignas(64) float by[BLOCK];
+  int64_t length[BLOCK];
+  const int64_t stride = level_stride(p.N);
+  bool all = p.budget >= p.N;
+  for (int i = 0; i < n; i++) prefetch_row(p.row, b, h, first + i, head.r);
+  if (!all) {
+    for (int i = 0; i < n; i++) read_row(p.row, b, h, first + i, head.r, head.rp, x.row + i * head.rp);
+    deviations(head, x.row, n, false, x.sigma);
+    make_windows(head, x.row, x.sigma, n, error, &x.packed);
+    CYC(4)
+    score_levels<false>(head, p.N, x.packed, n, x.level);CYC(5)
+  }
+  for (int i = 0; i < n; i++) {
+    uint16_t* keys = x.keys + i * x.capacity + p.M;
+    const RowScorer score{x.row + i * head.rp, head.col, head.rp};
+    if (all)
+      for (int64_t j = 0; j < p.N; j++) keys[j] = uint16_t(j);
+    else if (!select_levels(score, p.N, p.budget, x.level + i * stride, error[i], &guess, x.order, keys))
+      select_exact(score, p.N, p.budget, x.order, keys);
+    if (probe) {
+      int64_t at = (b * p.H + h) * p.N + first + i;
+      for (int64_t j = 0; j < p.budget; j++) probe->kept[at * p.budget + j] = keys[j];
+      probe->cells[at] = head.cell[first + i];
+    }
+    CYC(6)
+  }
+  const int64_t wide = x.capacity, counts = round_up(p.M, 16);
+  for (int i = 0; i < n; i++) length[i] = complete(p, head, x.keys + i * wide, x.count + i * counts, x.seen);
+  CYC(7)
+  for (int i = 0; i < n; i++) row_scores(p, head, b, h, first + i, x.keys + i * wide, length[i], x.s + i * wide);
+  CYC(8)
+  for (int i = 0; i < n; i++) {
+    prefetch_out(p, b, h, first + i);
+    by[i] = row_weights(p, x.s + i * wide, length[i], p.M, x.count + i * counts, x.p + i * wide);
+  }
+  CYC(12)
+  alignas(64) float out[1024];
+  for (int i = 0; i < n; i++) {
+    weigh(x.p + i * wide, head.V, head.dp, x.keys + i * wide, round_up(length[i], 4), out);
+    write_out(p, b, h, first + i, out, by[i]);
+  }
+  CYC(9)
+}
+
+template <class T> static size_t head_bytes(const Problem& p) {
+  size_t most = 0;
+  for (int64_t h = 0; h < p.H; h++) most = max_of(most, layout<T>(p, h, nullptr, (Head<T>*)nullptr));
+  return most;
+}
+template <class T> static size_t scratch_bytes(const Problem& p) { return scratch_layout<T>(p, nullptr, (Scratch<T>*)nullptr); }
+
+}  // namespace
