@@ -88,14 +88,15 @@ class SparsityConfig(_Frozen):
     def with_cells(self, tokens: int) -> SparsityConfig:
         """The same with `cells` resolved for N = `tokens`.
 
-        M is the product nearest to min(1/6, max(0.6 keep, 0.1 - 0.4 keep)) N: of 197 tokens 4x4 at keep 0.05, 4x3 at
-        0.1, 6x5 at 0.25. A cell costs a row about as much as 1.4 kept keys: from keep 0.1 on, cells and kept keys share
-        the cost; below it the tail carries most of the mass and needs more of them.
+        M is the product nearest to min(1/6, max(0.6 keep, 0.1 - 0.4 keep)) N up to N = 197, and grows with the root of N
+        from there: of 197 tokens 4x4 at keep 0.05, 4x3 at 0.1, 6x5 at 0.25; of 577 5x4 at 0.1. A cell costs a row about
+        as much as 1.4 kept keys: from keep 0.1 on, cells and kept keys share the cost; below it the tail carries most
+        of the mass and needs more of them. Larger grids need more cells for the same error, but not in proportion.
         """
         if self.cells is not None:
             return self
         keep = sum(self.keep) / len(self.keep) if isinstance(self.keep, tuple) else self.keep
-        wanted = min(1 / 6, max(0.6 * keep, 0.1 - 0.4 * keep)) * tokens
+        wanted = min(1 / 6, max(0.6 * keep, 0.1 - 0.4 * keep)) * min(tokens, (197 * tokens) ** 0.5)
         grids = [(side + extra, side) for side in range(1, 64) for extra in (0, 1)]
         return self.model_copy(update={"cells": min(grids, key=lambda g: (abs(g[0] * g[1] - wanted), g))})
 

@@ -93,10 +93,8 @@ def test_fitted_predictors_keep_more_attention_mass_than_a_random_choice():
         one_hot = torch.eye(37).expand(4, 3, -1, -1)  # as values: the output is the attention itself
         with torch.inference_mode():
             sq, sk, _ = attn.qkv_heads(h)
-            s = attn.sparsity
-            got = attn.predictor.attend(
-                sq, sk, torch.nn.functional.pad(one_hot, (0, 27)), None, attn.scale, 8, (1, "none", s.grid, s.cells, ())
-            )
+            values = torch.nn.functional.pad(one_hot, (0, 27))
+            got = attn.predictor.attend(sq, sk, values, None, attn.scale, attn.spec(37), "reference", "input")
         kept = got.reshape(4, 37, 3, 64)[..., :37].transpose(1, 2)[:, :, 1:] > 0
         assert (mass * kept).sum(-1).mean() > 1.2 * 8 / 37
 
@@ -169,3 +167,8 @@ def test_cells_follow_tokens_and_keep(keep, cells):
     """Of 197 tokens: 0.092, 0.08, 0.06, 0.15 and 1/6 of them, to the nearest grid."""
     assert SparsityConfig(keep=keep).with_cells(197).cells == cells
     assert SparsityConfig(keep=keep, cells=(2, 1)).with_cells(197).cells == (2, 1)
+
+
+@pytest.mark.parametrize("tokens,cells", [(65, (2, 2)), (577, (5, 4)), (1370, (6, 5)), (4097, (8, 7))])
+def test_cells_grow_with_the_root_of_the_tokens_beyond_197(tokens, cells):
+    assert SparsityConfig(keep=0.1).with_cells(tokens).cells == cells

@@ -129,7 +129,21 @@ def test_queries_of_a_tile_share_their_keys():
     scores = torch.randn(1, 2, 16, 17)
     pooled = reference.pool_tiles(scores, (4, 4), (2, 2))
     assert torch.equal(pooled[:, :, 0], pooled[:, :, 5]) and not torch.equal(pooled[:, :, 0], pooled[:, :, 2])
-    torch.testing.assert_close(pooled[:, :, 0], scores.softmax(-1)[:, :, [0, 1, 4, 5]].sum(2))
+    z = (scores - scores.mean(-1, keepdim=True)) / scores.std(-1, keepdim=True, correction=0)
+    torch.testing.assert_close(pooled[:, :, 0], z[:, :, [0, 1, 4, 5]].amax(2))
+
+
+def test_a_tile_does_not_see_the_scale_of_its_rows_nor_keys_that_none_may_attend_to():
+    torch.manual_seed(0)
+    scores = torch.randn(1, 1, 4, 5)
+    scaled = scores * torch.tensor([1.0, 10.0, 0.1, 5.0])[:, None] + torch.tensor([0.0, 3.0, -2.0, 9.0])[:, None]
+    torch.testing.assert_close(
+        *(reference.pool_tiles(s, (2, 2), (2, 2)) for s in (scores, scaled)), atol=1e-5, rtol=1e-4
+    )
+    scores[..., 3] = -torch.inf
+    pooled = reference.pool_tiles(scores, (2, 2), (2, 2))
+    assert (pooled[..., 3] == -torch.inf).all() and pooled[..., :3].isfinite().all()
+    assert not reference.pool_tiles(torch.ones(1, 1, 4, 5), (2, 2), (2, 2)).any()  # equal scores: no key ahead
 
 
 def test_a_row_that_may_attend_to_nothing_gives_zero():

@@ -39,21 +39,32 @@ def top_b(scores: Tensor, b: int) -> Tensor:
 
 
 def pool_tiles(scores: Tensor, grid: tuple[int, int], tile: tuple[int, int]) -> Tensor:
-    """Scores shared by each tile of neighbouring queries: the sum of the rows' softmaxes.
+    """Scores shared by each tile of neighbouring queries: the highest, over its rows, of the score in standard deviations.
+
+        z_ij = (s_ij - mean_j s_ij) / sd_j s_ij            over the keys that row i may attend to (finite scores)
+
+    The maximum keeps what matters to any one of the rows, which their mean or the sum of their softmaxes does not
+    (docs/tiles.md), and needs no exponentials.
 
     Args:
         scores: [B, H, n, N] for the n = h*w patch queries of `grid`.
 
     Returns:
-        [B, H, n, N], equal rows inside a tile.
+        [B, H, n, N], equal rows inside a tile; keys that no row of the tile may attend to have -inf.
     """
     h, w = grid
-    rows, cols = -(-h // tile[0]), -(-w // tile[1])
+    cols = -(-w // tile[1])
     y = torch.arange(h, device=scores.device) // tile[0]
     x = torch.arange(w, device=scores.device) // tile[1]
     t = (y[:, None] * cols + x).flatten()  # (n)
-    p = scores.detach().softmax(-1).nan_to_num()
-    pooled = p.new_zeros(*p.shape[:2], rows * cols, p.shape[-1]).index_add(2, t, p)
+    s = scores.detach()
+    seen = s.isfinite()
+    count = seen.sum(-1, keepdim=True).clamp_min(1)
+    centred = (s - s.masked_fill(~seen, 0).sum(-1, keepdim=True) / count).masked_fill(~seen, 0)
+    sd = (centred.square().sum(-1, keepdim=True) / count).sqrt()
+    z = (centred / sd.masked_fill(sd == 0, 1)).masked_fill(~seen, -torch.inf)
+    pooled = z.new_full((*z.shape[:2], int(t.max()) + 1, z.shape[-1]), -torch.inf)
+    pooled = pooled.scatter_reduce(2, t[:, None].expand_as(z), z, "amax")
     return pooled[:, :, t]
 
 
@@ -131,7 +142,7 @@ def attend(
     if spec.tail != "none":
         a = tails.assign(spec.tail, f, living, P, grid, (spec.cells[0], spec.cells[1]))  # (B, H, N)
     if spec.tile and P < N:
-        scores = _biased((row @ col.mT) * spec.score_scale, bias)[:, :, P:]
+        scores = _biased(row @ col.mT, bias)[:, :, P:]
         keep_all = top_b(pool_tiles(scores, grid, (spec.tile[0], spec.tile[1])), spec.budget)
     step = max(1, CHUNK // (B * H * N))
     out = []
@@ -143,7 +154,7 @@ def attend(
             padded = torch.nn.functional.pad(keep_all, (0, 0, P, 0), value=True)
             kept = padded[:, :, rows]
         else:
-            kept = top_b(_biased((row[:, :, rows] @ col.mT) * spec.score_scale, bias_i), spec.budget)
+            kept = top_b(_biased(row[:, :, rows] @ col.mT, bias_i), spec.budget)
         kept = kept | dense[:, None]  # prefix rows attend to every key
         out.append(_rows(q[:, :, rows], k, v, kept, bias_i, a, scale))
     return torch.cat(out, dim=2).transpose(1, 2).reshape(B, N, H * d).to(dtype)
