@@ -15,6 +15,9 @@ from sparsify import evaluation as _evaluation
 from sparsify import profiling as _profiling
 from sparsify.config import Recipe, load_recipe
 from sparsify.metrics import Evaluation
+from sparsify.nn import graft
+from sparsify.ops.auto import Chooser
+from sparsify.ops.spec import Execution
 
 
 def convert(
@@ -53,20 +56,49 @@ def convert(
     )  # fmt: skip
 
 
-def load(path: str | Path, img_size: int | None = None, device: str | torch.device = "cpu") -> nn.Module:
-    """The sparse model of a file, eval mode; see `sparsify.checkpoint.load`."""
-    return checkpoint.load(path, img_size, device)
+def load(
+    path: str | Path,
+    img_size: int | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    backend: str = "auto",
+    kernel_precision: str = "input",
+) -> nn.Module:
+    """The sparse model of a file, eval mode, for inference; see `sparsify.checkpoint.load`.
+
+    Call it under `torch.inference_mode()` or `no_grad()`: where a gradient may be asked for, the slow differentiable
+    reference computes.
+
+    Args:
+        backend: cpu or reference computes the sparse form always. auto: per attention shape whatever was measured fastest
+            on this machine (about 0.3 s at the first call of a shape, then remembered on disk): the CPU kernels, or
+            dense attention, unless the file's backbone was changed.
+        kernel_precision: input, or bf16: queries, keys and values of float32 models are stored in bfloat16 by the kernels.
+
+    Raises:
+        BadFile: see `sparsify.checkpoint.load`.
+        UsageError: an unknown backend or precision, or backend cpu where the kernels cannot be used.
+    """
+    changed = checkpoint.read_header(Path(path)).backbone_changed
+    model = checkpoint.load(path, img_size, device)
+    fallback = backend == "auto" and not changed
+    graft.set_execution(model, Execution(backend, kernel_precision, fallback, Chooser() if fallback else None))
+    return model
 
 
 def profile(model: nn.Module | str | Path, **options: Any) -> _profiling.Profile:
     """MACs and latency of a sparse model (or its file) beside its dense original; see `sparsify.profiling.profile`."""
-    return _profiling.profile(model if isinstance(model, nn.Module) else load(model), **options)
+    if not isinstance(model, nn.Module):
+        changed = checkpoint.read_header(Path(model)).backbone_changed
+        model, options = checkpoint.load(model), {"backbone_changed": changed} | options
+    return _profiling.profile(model, **options)
 
 
 def evaluate(model: nn.Module | str | Path, images: str | Path, **options: Any) -> Evaluation:
     """Accuracy of a sparse model beside its dense original on a labelled folder, timm data set or `digits`.
 
-    See `sparsify.evaluation.evaluate_images` for the options (batch_size, workers, device, dtype, strict).
+    The sparse form is computed, whatever `load` chose. See `sparsify.evaluation.evaluate_images` for the options
+    (batch_size, workers, device, dtype, strict, backend, kernel_precision).
     """
-    sparse = model if isinstance(model, nn.Module) else load(model)
+    sparse = model if isinstance(model, nn.Module) else checkpoint.load(model)
     return _evaluation.evaluate_images(sparse, str(images), **options)

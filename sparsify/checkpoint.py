@@ -43,6 +43,11 @@ class Header(NamedTuple):
     provenance: dict[str, Any]
     report: dict[str, Any]
 
+    @property
+    def backbone_changed(self) -> bool:
+        """Whether the weights are not the dense original's any more; a file that does not say so may have changed."""
+        return self.provenance.get("backbone_changed") is not False
+
 
 def save(model: nn.Module, path: Path, header: Header) -> None:
     """Write `model` atomically: a crash or a full disk leaves an existing file as it was.

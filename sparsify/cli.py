@@ -135,7 +135,7 @@ def convert(
         made = conversion.convert(
             name, chosen, output, weights=weights, num_classes=num_classes, img_size=img_size, images=data, force=force,
             device=options.torch_device(device), dtype=options.torch_dtype(dtype), batch_size=batch_size,
-            workers=workers, say=_say(quiet), progress=reporter.update,
+            workers=workers, backend=backend, say=_say(quiet), progress=reporter.update,
         )  # fmt: skip
     if not quiet:
         tables.show(tables.profile_table(made.profile))
@@ -150,6 +150,7 @@ def profile(
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     backend: options.Backend = "auto",
+    kernel_precision: options.KernelPrecision = "input",
     tree: Annotated[bool, typer.Option("--tree", help="Show MACs by module.")] = False,
     markdown: Annotated[Path | None, typer.Option(help="Write the report as Markdown.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write every figure as JSON.")] = None,
@@ -161,6 +162,7 @@ def profile(
     """MACs by module and measured latency, dense beside sparse."""
     options.torch_dtype(dtype)
     options.backend(backend)
+    options.kernel_precision(kernel_precision)
     options.torch_device(device)
     preflight()
     from sparsify import checkpoint, profiling
@@ -168,8 +170,9 @@ def profile(
 
     model = checkpoint.load(file, img_size)
     result = profiling.profile(
-        model, batch_size=batch_size, dtype=dtype, device=device, backend=backend, measure=not no_measure
-    )
+        model, batch_size=batch_size, dtype=dtype, device=device, backend=backend, kernel_precision=kernel_precision,
+        backbone_changed=checkpoint.read_header(file).backbone_changed, measure=not no_measure,
+    )  # fmt: skip
     if not quiet:
         tables.show(tables.profile_table(result))
         if tree:
@@ -195,6 +198,7 @@ def eval_(
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     backend: options.Backend = "auto",
+    kernel_precision: options.KernelPrecision = "input",
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")] = False,
     results_file: Annotated[Path | None, typer.Option(help="Write the results as .csv or .json.")] = None,
     quiet: options.Quiet = False,
@@ -206,6 +210,7 @@ def eval_(
     if results_file is not None and results_file.suffix not in (".csv", ".json"):
         raise UsageError(f"--results-file {results_file}: a name that ends in .csv or .json is expected")
     options.backend(backend)
+    options.kernel_precision(kernel_precision)
     kind, where = options.torch_dtype(dtype), options.torch_device(device)
     preflight()
     from sparsify import checkpoint, evaluation
@@ -216,7 +221,8 @@ def eval_(
     with Reporter(quiet) as reporter:
         result = evaluation.evaluate_images(
             model, str(imagenet or data), name=file.stem, batch_size=batch_size, workers=workers, dtype=kind,
-            device=where, strict=strict, say=_say(quiet), progress=lambda done, total: reporter.update("eval", done, total),
+            device=where, strict=strict, backend=backend, kernel_precision=kernel_precision, say=_say(quiet),
+            progress=lambda done, total: reporter.update("eval", done, total),
         )  # fmt: skip
     if not quiet:
         tables.show(tables.eval_table(result.as_dict()))
@@ -252,6 +258,24 @@ def recipes(
         return
     for each in recipe_names():
         print(f"{each}  {load_recipe(each).description}")
+
+
+@app.command("build-kernels")
+def build_kernels(
+    force: Annotated[bool, typer.Option("--force", help="Compile again, also what failed before.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the compiler's commands and all it said.")] = False,
+) -> None:
+    """Compile the CPU kernels now instead of at their first use."""
+    preflight()
+    from sparsify.ops import cpu
+    from sparsify.ops.cpu.build import build
+
+    built = build(force=force, verbose=verbose, say=_say(False))
+    if reason := built.reason or cpu.available():
+        raise SparsifyError(f"the CPU kernels cannot be used, the reference is: {reason}")
+    print(f"library: {built.path}")
+    print(f"instruction set of this machine: {cpu.isa()}")
+    print(f"built in {built.seconds:.0f} s" if built.seconds else "already built")
 
 
 def _say(quiet: bool) -> Any:

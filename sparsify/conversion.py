@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import __version__, checkpoint, data, digits, zoo
-from sparsify.calibration import calibrate
+from sparsify.calibration import calibrate, spends_ranks
 from sparsify.config import Recipe
 from sparsify.nn import graft
+from sparsify.ops import backends
+from sparsify.ops.spec import Execution
 from sparsify.profiling import Profile, profile
 from sparsify.report import files
 
@@ -62,6 +64,7 @@ def convert(
     dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
     workers: int = 0,
+    backend: str = "auto",
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[str, int, int], None] = lambda step, done, total: None,
 ) -> Conversion:
@@ -71,6 +74,7 @@ def convert(
         images: folder or data set to calibrate on (labels are not used); None for the built-in set.
         dtype: of the forward passes of the calibration (autocast); moments are float64, the file is float32.
         workers: processes that read images.
+        backend: what computes the sparse trials of the calibration (`sparsify.ops.BACKENDS`).
         say: called with lines for the person at the terminal.
         progress: called with step, images done and images in all.
 
@@ -80,6 +84,8 @@ def convert(
     source = zoo.resolve(name)
     if source.note:
         say(source.note)
+    execution = Execution(backend)
+    graft.check_execution(execution, torch.device(device), dtype)
     hosts = graft.check(zoo.skeleton(source, num_classes, img_size), source.asked)  # before anything is loaded
     recipe.sparsity.check(*graft.shape(hosts))
     model = zoo.load(source, weights, num_classes, img_size).to(device)
@@ -90,12 +96,15 @@ def convert(
     start = time.perf_counter()
     batches, calibration = _batches(model, source, recipe, images, device, batch_size or CALIBRATION_BATCH, workers)
     say(f"calibrating on {calibration}")
+    if spends_ranks(recipe.sparsity) and (note := backends.note(backend, torch.device(device), dtype)):
+        say(note)
     with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
         result = calibrate(
             model,
             recipe.sparsity,
             batches,
             lambda step, done, total: progress(step, done, total or recipe.calib_images),
+            execution,
         )
     sparse = result.model.to("cpu")
     figures = profile(sparse, measure=False)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from sparsify import data
 from sparsify.metrics import Evaluation, Features, Logits
 from sparsify.nn import graft
+from sparsify.ops import backends
+from sparsify.ops.spec import Execution
 
 
 @torch.inference_mode()
@@ -25,13 +27,24 @@ def evaluate(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Callable[[int], None] = lambda done: None,
+    backend: str | None = None,
+    kernel_precision: str | None = None,
 ) -> Evaluation:
     """Runs both models over `batches` of images [B, C, H, W] and labels [B].
 
     Args:
         sparse, dense: on `device` and in `dtype` already, eval mode.
         progress: called with the number of images done.
+        backend, kernel_precision: see `sparsify.ops.spec.Execution`; None: the model's own. Never a dense fallback.
     """
+    with graft.sparse_form(sparse, backend, kernel_precision):
+        return _evaluate(sparse, dense, batches, device, dtype, progress)
+
+
+def _evaluate(
+    sparse: nn.Module, dense: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: str | torch.device,
+    dtype: torch.dtype, progress: Callable[[int], None],
+) -> Evaluation:  # fmt: skip
     classifier = bool(getattr(dense, "num_classes", 0))
     measure = Logits() if classifier else Features(int(getattr(dense, "num_prefix_tokens", 0)))
     clock = {"sparse": 0.0, "dense": 0.0}
@@ -69,6 +82,8 @@ def evaluate_images(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     strict: bool = False,
+    backend: str | None = None,
+    kernel_precision: str | None = None,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> Evaluation:
@@ -79,18 +94,26 @@ def evaluate_images(
         images: see `sparsify.data.labelled`.
         name: name of the model in the results.
         strict: an image that cannot be read is an error.
+        backend, kernel_precision: see `evaluate`.
 
     Raises:
+        UsageError: an unknown backend or precision, or a backend that cannot be used here.
         BadData: no images, no labels, or classes that do not fit the model's.
     """
+    execution = Execution(backend or "auto", kernel_precision or "input")
+    graft.check_execution(execution, torch.device(device), dtype)  # before anything is read
     config = data.data_config(model)
     classes = int(getattr(model, "num_classes", 0))
     loader = data.labelled(images, classes, data.transform(config), batch_size, workers, strict=strict)
     if loader.note:
         say(loader.note)
+    if note := backends.note(backend or "auto", torch.device(device), dtype):
+        say(note)
     sparse = model.to(device, dtype).eval()
     dense = graft.dense_twin(sparse)
-    result = evaluate(sparse, dense, loader, device, dtype, lambda done: progress(done, loader.total))
+    result = evaluate(
+        sparse, dense, loader, device, dtype, lambda done: progress(done, loader.total), backend, kernel_precision
+    )
     if loader.broken:
         say(f"{loader.broken} images could not be read and are left out; the first: {loader.first_broken}")
     return replace(

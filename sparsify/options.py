@@ -14,7 +14,13 @@ MODEL_FILE = Path("model.safetensors")
 Model = Annotated[Path, typer.Argument(metavar="FILE", help="File that 'convert' wrote.")]
 Device = Annotated[str, typer.Option(help="Device of torch: cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Backend = Annotated[str, typer.Option(help="Implementation of sparse attention: auto or reference.")]
+Backend = Annotated[
+    str,
+    typer.Option(help="Implementation of sparse attention: auto (the CPU kernels if they can run), cpu, reference."),
+]
+KernelPrecision = Annotated[
+    str, typer.Option(help="What the CPU kernels store: input (the model's dtype), or bf16 for float32 models too.")
+]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read images; 0 reads in this one.")]
 ImgSize = Annotated[
     int | None, typer.Option(min=1, help="Side of the image in pixels.", show_default="the model's own")
@@ -99,7 +105,7 @@ def torch_device(name: str) -> str:
 
 
 def backend(name: str) -> str:
-    """`name` if it is a backend.
+    """`name` if it is a backend; whether it can be used here is the job's question.
 
     Raises:
         UsageError: another name.
@@ -108,4 +114,17 @@ def backend(name: str) -> str:
 
     if name not in BACKENDS:
         raise UsageError(f"--backend {name}: expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+def kernel_precision(name: str) -> str:
+    """`name` if it is a precision of the kernels.
+
+    Raises:
+        UsageError: another name.
+    """
+    from sparsify.ops import PRECISIONS
+
+    if name not in PRECISIONS:
+        raise UsageError(f"--kernel-precision {name}: expected one of {', '.join(PRECISIONS)}")
     return name

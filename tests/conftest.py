@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from sparsify.ops import cpu
+from sparsify.ops.cpu import build
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of the tests' own, but for the compiled kernels, which are those of the user: built once for all."""
+    kernels, folder = build.cache_dir() / "kernels", tmp_path_factory.mktemp("cache")
+    with contextlib.suppress(OSError):
+        kernels.mkdir(parents=True, exist_ok=True)
+        (folder / "kernels").symlink_to(kernels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSIFY_CACHE", str(folder))
+        cpu.available()  # built now, where it is not: no test meets the message or the wait
+        yield folder
 
 
 @pytest.fixture(scope="session")

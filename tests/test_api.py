@@ -4,8 +4,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import sparsify
+from sparsify import checkpoint
+from sparsify.errors import UsageError
+from sparsify.nn import graft
+from sparsify.ops.auto import Choice, Chooser
+from sparsify.ops.spec import Execution
 
 
 def test_convert_load_profile_evaluate(tmp_path):
@@ -19,6 +25,38 @@ def test_convert_load_profile_evaluate(tmp_path):
     assert result.images == 597 and result.agreement > 98
     with pytest.raises(Exception, match="keep"):
         sparsify.convert("digits", keep=2, output=path)
+
+
+def executions(model):
+    return {module.execution for module in graft.sparse_modules(model).values()}
+
+
+def test_load_chooses_how_to_compute_and_evaluate_never_takes_the_dense_way(tmp_path, monkeypatch):
+    path = tmp_path / "digits.safetensors"
+    made = sparsify.convert("digits", output=path, calib_images=2, spread_rank=False)
+    assert executions(made.model) == {Execution()}
+    model = sparsify.load(path)
+    (execution,) = executions(model)
+    assert (execution.backend, execution.precision, execution.dense_fallback) == ("auto", "input", True)
+    assert isinstance(execution.choose, Chooser)
+    (other,) = executions(sparsify.load(path, backend="reference", kernel_precision="bf16"))
+    assert other == Execution("reference", "bf16")
+    with pytest.raises(UsageError, match="magic"):
+        sparsify.load(path, backend="magic")
+
+    seen = []
+    monkeypatch.setattr(Chooser, "choose", lambda self, shape: seen.append(shape) or Choice("sdpa", {}, 0, ""))
+    x = torch.zeros(1, *model.default_cfg["input_size"])
+    with torch.inference_mode():
+        dense, chosen = graft.dense_twin(model)(x), model(x)
+    assert len(seen) == 4 and torch.equal(chosen, dense)
+    assert sparsify.evaluate(model, "digits", batch_size=64).kl > 0 and len(seen) == 4
+    assert executions(model) == {execution}
+
+    changed = made.header._replace(provenance=made.header.provenance | {"backbone_changed": True})
+    checkpoint.save(made.model, path, changed)
+    assert executions(sparsify.load(path)) == {Execution()}
+    assert {choice["taken"] for choice in sparsify.profile(path, repeats=1).choices} <= {"cpu", "reference"}
 
 
 def test_importing_the_package_does_not_import_torch():

@@ -12,6 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sparsify.cli import main
+from sparsify.ops import backends
+from sparsify.profiling import latency
 
 
 @pytest.fixture
@@ -67,7 +69,8 @@ def test_profile_prints_dense_beside_sparse_and_says_which_is_faster(run, conver
     code, out, _ = run("profile", converted, "--json", "p.json", "--markdown", "p.md", "--tree")
     assert code == 0 and "theoretical" in out.lower() and "measured" in out.lower() and "predictor" in out
     figures = json.loads(open("p.json").read())
-    assert figures["latency_ms_dense"] > 0 and figures["backend"] == "reference"
+    assert figures["latency_ms_dense"] > 0 and figures["backend"].startswith(("cpu (", "reference ("))
+    assert sum(len(choice["blocks"]) for choice in figures["choices"]) == 4 and "backend=auto" in out
     slower = figures["latency_ms_sparse_p10"] > figures["latency_ms_dense_p90"]
     assert ("slower" in out) or not slower
     assert open("p.md").read().startswith("#")
@@ -92,6 +95,37 @@ def test_eval_on_digits_writes_timms_columns(run, converted):
     assert float(row["top1"]) + float(row["top1_err"]) == pytest.approx(100)
     assert float(row["dense_top1"]) > 95 and float(row["agreement"]) > 95
     assert int(row["images"]) >= 500 and {"kl", "images_lost", "images_gained", "dense_top5"} <= row.keys()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Profiles of two rounds."""
+    whole = latency.interleaved
+    monkeypatch.setattr(latency, "interleaved", lambda runs, **how: whole(runs, **how | {"rounds": 2}))
+
+
+def test_without_kernels_one_line_says_why_and_the_reference_computes(run, converted, quick, monkeypatch):
+    monkeypatch.setattr(backends, "not_built", lambda: "no C++ compiler was found")
+    for command, how in (("profile", ["--batch-size", 1]), ("eval", ["--data", "digits"])):
+        code, out, err = run(command, converted, *how)
+        assert code == 0 and "error" not in err and " ".join(out.split()).count("no C++ compiler was found") == 1
+        code, out, err = run(command, converted, *how, "--backend", "cpu")
+        assert code == 2 and err.count("\n") == 1 and not out
+        assert "'cpu'" in err and "no C++ compiler was found" in err and "'auto' or 'reference'" in err
+    code, out, _ = run("convert", "digits", "--calib-images", 2)
+    assert code == 0 and out.count("no C++ compiler was found") == 1
+    code, out, _ = run("convert", "digits", "--calib-images", 2, "--force", "--backend", "reference")
+    assert code == 0 and "compiler" not in out
+    code, _, err = run("convert", "digits", "--calib-images", 2, "--force", "--backend", "cpu")
+    assert code == 2 and "no C++ compiler was found" in err
+
+
+def test_backend_and_precision_reach_the_job(run, converted, quick):
+    code, out, _ = run("profile", converted, "--backend", "reference", "--json", "p.json")
+    assert code == 0 and json.loads(open("p.json").read())["backend"] == "reference"
+    code, out, _ = run("profile", converted, "--kernel-precision", "bf16", "--json", "p.json")
+    choices = json.loads(open("p.json").read())["choices"]
+    assert code == 0 and {choice["shape"]["precision"] for choice in choices} == {"bf16"}
 
 
 def test_models_and_recipes_are_listed(run):
@@ -126,6 +160,8 @@ BAD = {  # arguments, exit code, words of the one line
     "profile: plain checkpoint": (["profile", "vit.safetensors"], 1, "--weights"),
     "profile: dtype": (["profile", "--dtype", "int3"], 2, "int3"),
     "profile: backend": (["profile", "--backend", "magic"], 2, "magic"),
+    "profile: precision": (["profile", "--kernel-precision", "int4"], 2, "int4"),
+    "eval: precision": (["eval", "MODEL", "--data", "digits", "--kernel-precision", "int4"], 2, "int4"),
     "profile: device": (["profile", "--device", "abacus"], 2, "abacus"),
     "eval: nothing given": (["eval", "MODEL"], 2, "--imagenet"),
     "eval: no folder": (["eval", "MODEL", "--imagenet", "none"], 1, "none"),

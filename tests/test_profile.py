@@ -16,6 +16,7 @@ from sparsify import report
 from sparsify.config import SparsityConfig, TokenLowrank
 from sparsify.errors import BadFile, SparsifyError, UsageError
 from sparsify.nn import graft
+from sparsify.ops import auto, backends, remembered
 from sparsify.profiling import Profile, latency, profile
 from sparsify.profiling.latency import Timing
 from sparsify.report import files, tables
@@ -27,7 +28,7 @@ THEORETICAL = {
 MEASURED = {
     "latency_ms_dense", "latency_ms_dense_p10", "latency_ms_dense_p90", "latency_ms_sparse", "latency_ms_sparse_p10",
     "latency_ms_sparse_p90", "latency_ms_auto", "latency_ms_auto_p10", "latency_ms_auto_p90", "throughput_dense",
-    "throughput_sparse", "throughput_auto", "speedup_sparse", "peak_memory_dense", "peak_memory_sparse",
+    "throughput_sparse", "throughput_auto", "speedup_sparse", "peak_memory_dense", "peak_memory_sparse", "choices",
 }  # fmt: skip
 
 
@@ -73,9 +74,9 @@ def test_figures_fit_together(found):
     assert tree["mhsa_macs_sparse"] == sum(tree[part] for part in parts)
     assert tree["throughput_sparse"] == pytest.approx(3000 / tree["latency_ms_sparse"])
     assert tree["speedup_sparse"] == pytest.approx(tree["latency_ms_dense"] / tree["latency_ms_sparse"])
-    assert tree["latency_ms_auto"] == tree["latency_ms_sparse"]  # no compiled kernel: auto is the reference
+    assert tree["throughput_auto"] == pytest.approx(3000 / tree["latency_ms_auto"])
     assert tree["latency_ms_sparse_p10"] <= tree["latency_ms_sparse"] <= tree["latency_ms_sparse_p90"]
-    assert tree["backend"] == "reference"
+    assert tree["backend"] == backends.describe("auto", "input", torch.device("cpu"), torch.float32)
     conditions = tree["conditions"]
     assert (conditions["runs"], conditions["batch_size"], conditions["img_size"]) == (3, 3, [32, 32])
     assert {"threads", "device", "device_name", "dtype", "torch", "timm", "sparsify"} <= set(conditions)
@@ -153,6 +154,8 @@ def test_profile_changes_nothing():
         ({"batch_size": 0}, "batch size 0"),
         ({"repeats": 0}, "repeats 0"),
         ({"backend": "magic"}, "magic.*reference"),
+        ({"backend": "cpu", "dtype": "float16"}, "cpu.*float16.*reference"),
+        ({"kernel_precision": "int4"}, "int4.*bf16"),
         ({"device": "warp"}, "warp"),
         ({"img_size": 40}, "40x40.*32x32"),
     ],
@@ -243,8 +246,56 @@ def test_peak_memory_by_hand(capfd):
 
 def test_peak_memory_sees_inside_the_op():
     model = small(img_size=128)  # N = 257: the reference writes all scores, 2 heads of 257 x 257
-    found = profile(model, repeats=1).measured
+    found = profile(model, repeats=1, backend="reference").measured
     assert found.peak_memory_sparse - found.peak_memory_dense > 4 * 2 * 257 * 257
+
+
+# ---- what auto takes ----
+
+
+def fake_race(monkeypatch, **ms: float) -> None:
+    """Every decision is made from these times, whatever the machine; no kernels."""
+    monkeypatch.setattr(auto, "race", lambda runs, *rest: ({name: ms[name] for name in runs}, 9))
+    monkeypatch.setattr(backends, "not_built", lambda: "no compiler")
+    monkeypatch.setattr(remembered, "read", lambda path: {})
+    monkeypatch.setattr(remembered, "add", lambda *arguments: None)
+
+
+def test_auto_takes_dense_attention_where_it_is_faster_and_says_so(monkeypatch):
+    fake_race(monkeypatch, reference=0.42, sdpa=0.31)
+    found = profile(small(SparsityConfig(keep=(0.25, 0.5, 0.25), rank=4, cells=(2, 2))), repeats=9, batch_size=2)
+    assert found.backend == "reference (no compiler)"
+    assert [choice["blocks"] for choice in found.choices] == [[0, 2], [1]]
+    first = found.as_dict()["choices"][0]
+    assert first["taken"] == "sdpa" and first["ms"] == {"reference": 0.42, "sdpa": 0.31} and first["reason"]
+    assert first["shape"]["batch"] == 2 and first["shape"]["tokens"] == 17 and first["shape"]["sparse"] == "reference"
+    assert found.measured.auto.median < found.measured.sparse.median  # the reference is the slower one by far
+    line = "auto: blocks 0-2 torch's dense SDPA (0.31 ms; sparse reference 0.42)"
+    assert line in report.auto(found) and line in files.to_markdown(found)
+    assert line in " ".join(shown(tables.profile_table(found)).split())
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_no_dense_fallback_where_the_backbone_was_changed(changed, monkeypatch):
+    fake_race(monkeypatch, reference=0.42, sdpa=0.31)
+    found = profile(small(), repeats=1, backbone_changed=changed)
+    assert [choice["taken"] for choice in found.choices] == ["reference" if changed else "sdpa"]
+    if changed:
+        assert found.choices[0]["ms"] == {}
+        assert report.auto(found)[1] == "auto: blocks 0-2 sparse reference (no dense fallback for this model)"
+
+
+def test_blocks_that_differ_have_lines_of_their_own(found):
+    def choice(blocks, taken, sparse, sdpa):
+        return {"blocks": blocks, "shape": {}, "taken": taken, "ms": {"cpu": sparse, "sdpa": sdpa}, "reason": ""}
+
+    p = dataclasses.replace(
+        found, choices=(choice([0, 3], "cpu", 1, 2), choice([1, 2, 5], "sdpa", 3, 2), choice([4], "sdpa", 7, 2))
+    )
+    assert report.auto(p)[1:] == [
+        "auto: blocks 0, 3 sparse kernels (1 ms; torch's dense SDPA 2)",
+        "auto: blocks 1-2, 4-5 torch's dense SDPA (2 ms; sparse kernels 4)",
+    ]
 
 
 # ---- words ----
@@ -289,7 +340,7 @@ def test_nothing_measured_says_so():
     p = profile(small(), measure=False)
     assert "Measured" not in shown(tables.profile_table(p))
     assert "latency" not in files.to_markdown(p)
-    assert report.verdict(p) == ""
+    assert report.verdict(p) == "" and report.auto(p) == []
 
 
 def test_uncounted_ops_are_said_loudly(found):

@@ -1,5 +1,5 @@
 """Closed-form fits of predictors from unlabelled images: no gradient, no label (`calibrate`)."""
 
-from sparsify.calibration.calibrate import Calibration, calibrate
+from sparsify.calibration.calibrate import Calibration, calibrate, spends_ranks
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "calibrate", "spends_ranks"]

@@ -24,7 +24,8 @@ from sparsify.calibration.tokens import Ridge, pooling
 from sparsify.config import SparsityConfig
 from sparsify.nn import graft
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
-from sparsify.ops.spec import budget
+from sparsify.ops.backends import resolve
+from sparsify.ops.spec import Execution, Spec, budget
 
 PROBE_IMAGES = 24  # images that decide the ranks: enough to order the blocks, seconds on two cores
 
@@ -50,7 +51,11 @@ class Calibration:
 
 
 def calibrate(
-    model: nn.Module, config: SparsityConfig, batches: Batches, progress: Progress = lambda step, done, total: None
+    model: nn.Module,
+    config: SparsityConfig,
+    batches: Batches,
+    progress: Progress = lambda step, done, total: None,
+    execution: Execution = Execution(),
 ) -> Calibration:
     """Grafts sparse attention into `model` (in place) and fits its predictors.
 
@@ -58,6 +63,7 @@ def calibrate(
         model: dense, on its device, eval mode.
         config: an integer rank is a mean that may be spent unevenly over the heads (head-lowrank with
             `spread_rank`); a list is taken as it is.
+        execution: how sparse attention is computed in the trials that spend the ranks.
 
     Raises:
         UnsupportedModel, UsageError: see `graft.graft`; the model is as it was then.
@@ -65,12 +71,20 @@ def calibrate(
     hosts = graft.check(model)
     config.check(*graft.shape(hosts))
     config = config.with_cells(graft.num_tokens(model))
-    fit = _fit_head_lowrank if config.predictor == "head-lowrank" else _fit_token_lowrank
     with torch.no_grad():
-        return fit(model, config, batches, progress)
+        if config.predictor == "head-lowrank":
+            return _fit_head_lowrank(model, config, batches, progress, execution)
+        return _fit_token_lowrank(model, config, batches, progress)
 
 
-def _fit_head_lowrank(model: nn.Module, config: SparsityConfig, batches: Batches, progress: Progress) -> Calibration:
+def spends_ranks(config: SparsityConfig) -> bool:
+    """Whether a calibration spends the ranks over the heads, for which it tries sparse attention at several ranks."""
+    return config.predictor == "head-lowrank" and isinstance(config.rank, int) and config.spread_rank
+
+
+def _fit_head_lowrank(
+    model: nn.Module, config: SparsityConfig, batches: Batches, progress: Progress, execution: Execution
+) -> Calibration:
     hosts = list(graft.check(model).values())
     prefix = graft.num_prefix_tokens(model)
     moments = [Moments(host.num_heads, host.head_dim) for host in hosts]
@@ -78,9 +92,9 @@ def _fit_head_lowrank(model: nn.Module, config: SparsityConfig, batches: Batches
         model, _counted(batches(), "moments", progress), lambda i, q, k, v: moments[i].add(q, k, prefix)
     )  # fmt: skip
     bases = [m.basis()[:2] for m in moments]
-    if isinstance(config.rank, int) and config.spread_rank:
+    if spends_ranks(config):
         probe = torch.cat(list(_first(batches(), PROBE_IMAGES)))
-        config = config.model_copy(update={"rank": _spread(model, config, bases, probe, progress)})
+        config = config.model_copy(update={"rank": _spread(model, config, bases, probe, progress, execution)})
     graft.graft(model, config)
     for (t_q, t_k), sparse in zip(bases, graft.sparse_modules(model).values(), strict=True):
         graft.set_basis(sparse.qkv, cast(HeadLowrank, sparse.predictor), t_q, t_k)
@@ -88,8 +102,9 @@ def _fit_head_lowrank(model: nn.Module, config: SparsityConfig, batches: Batches
 
 
 def _spread(
-    model: nn.Module, config: SparsityConfig, bases: list[tuple[Tensor, Tensor]], probe: Tensor, progress: Progress
-) -> tuple[tuple[int, ...], ...]:
+    model: nn.Module, config: SparsityConfig, bases: list[tuple[Tensor, Tensor]], probe: Tensor, progress: Progress,
+    execution: Execution,
+) -> tuple[tuple[int, ...], ...]:  # fmt: skip
     """One rank for each head of each block, their sum at most depth * H * config.rank."""
     hosts = graft.check(model)
     depth, heads, head_dim = graft.shape(hosts)
@@ -103,29 +118,36 @@ def _spread(
     def compare(i: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         host, (t_q, t_k) = attentions[i], (t.to(q) for t in bases[i])
         dense = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # (B, N, H, d)
-        q, k, b = q @ t_q, k @ t_k, budget(config.keep_of(i), q.shape[2])
+        q, k = q @ t_q, k @ t_k
+        spec = Spec(budget(config.keep_of(i), q.shape[2]), *shape)
+        path = resolve(execution.backend, q)
         w = host.proj.weight.unflatten(1, (heads, -1))  # (C, H, d)
         gram = torch.einsum("chd,che->hde", w, w)
         for j, r in enumerate(ranks):
-            out = ops.head_lowrank_attention(q, k, v, None, None, None, [r] * heads, host.head_dim**-0.5, b, *shape)
+            out = ops.head_lowrank(
+                q, k, v, None, None, None, (r,) * heads, host.head_dim**-0.5, spec, path, execution.precision
+            )
             differ = out.view_as(dense) - dense
             error[i, :, j] += torch.einsum("bnhd,hde,bnhe->h", differ, gram.to(differ), differ).double().cpu()
 
     observe(model, _counted(probe.split(8), "ranks", progress, len(probe)), compare)
-    weights = _weights(model, config, bases, probe, error[:, :, ranks.index(mean_rank)].sum(1))
+    weights = _weights(model, config, bases, probe, error[:, :, ranks.index(mean_rank)].sum(1), execution)
     found = allocate((error * weights).flatten(0, 1), ranks, mean_rank)
     return tuple(found[i : i + heads] for i in range(0, len(found), heads))
 
 
 def _weights(
-    model: nn.Module, config: SparsityConfig, bases: list[tuple[Tensor, Tensor]], probe: Tensor, error: Tensor
-) -> Tensor:
+    model: nn.Module, config: SparsityConfig, bases: list[tuple[Tensor, Tensor]], probe: Tensor, error: Tensor,
+    execution: Execution,
+) -> Tensor:  # fmt: skip
     """How much each block's error moves the output: [depth, 1, 1]."""
     twin = graft.dense_twin(model)
     dense = model(probe)
     weights = []
     for i, (name, host) in enumerate(graft.check(model).items()):
-        twin.set_submodule(name, graft.sparse_block(model, host, config, i, bases[i]))
+        sparse = graft.sparse_block(model, host, config, i, bases[i])
+        sparse.execution = execution
+        twin.set_submodule(name, sparse)
         weights.append(
             _distance(dense, twin(probe), bool(getattr(model, "num_classes", 0))) / max(float(error[i]), 1e-12)
         )

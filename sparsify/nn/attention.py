@@ -8,8 +8,10 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
+from sparsify import ops
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
-from sparsify.ops.spec import budget
+from sparsify.ops import auto, backends
+from sparsify.ops.spec import Execution, Spec, budget
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class SparseAttention(nn.Module):
         host: the dense attention.
         predictor: see `sparsify.nn.predictor`.
         sparsity: keep share, prefix tokens, tail.
+
+    Attributes:
+        execution: backend, precision and whether dense attention may stand in; `graft.set_execution` sets it.
     """
 
     def __init__(self, host: Attention, predictor: HeadLowrank | TokenLowrank, sparsity: Sparsity) -> None:
@@ -42,6 +47,7 @@ class SparseAttention(nn.Module):
         self.num_heads, self.head_dim, self.attn_dim = host.num_heads, host.head_dim, host.attn_dim
         self.scale = host.head_dim**-0.5  # scaled_dot_product_attention's, which the host uses
         self.sparsity = sparsity
+        self.execution = Execution()
         self.qkv, self.q_norm, self.k_norm = host.qkv, host.q_norm, host.k_norm
         self.predictor = predictor
         self.attn_drop, self.norm, self.gate = host.attn_drop, host.norm, host.gate
@@ -55,21 +61,44 @@ class SparseAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x [B, N, C] -> [B, N, C]. attn_mask: bool (True: may attend) or additive, broadcastable to [B, H, N, N]."""
-        N, s = x.shape[1], self.sparsity
         if self.training and self.attn_drop.p > 0:
             raise NotImplementedError("attention dropout is not defined for sparse attention: set attn_drop_rate=0")
         if is_causal:
-            attn_mask = torch.ones(N, N, dtype=torch.bool, device=x.device).tril()
+            attn_mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         gate = self.gate(x).sigmoid() if self.gate is not None else None
         q, k, v = self.qkv_heads(x)  # (B, H, N, d)
         q, k = q.to(v.dtype), k.to(v.dtype)  # q/k norms of some hosts return float32
-        out = self.predictor.attend(
-            q, k, v, attn_mask, self.scale, budget(s.keep, N), (s.prefix, s.tail, s.grid, s.cells, s.tile)
-        )  # (B, N, H*d)
-        out = self.norm(out)
+        out = self.norm(self.attend(q, k, v, attn_mask))  # (B, N, H*d)
         if gate is not None:
             out = out * gate
         return self.proj_drop(self.proj(out))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, H, N, d] x 3 -> [B, N, H*d], by the path that `execution` leads to."""
+        e, predictor, spec = self.execution, self.predictor, self.spec(q.shape[2])
+        needs_grad = torch.is_grad_enabled() and (
+            q.requires_grad or k.requires_grad or v.requires_grad or backends.needs_grad(*predictor.parameters())
+        )
+        path = "reference" if needs_grad else backends.resolve(e.backend, q, mask)
+        if e.dense_fallback and e.choose and not needs_grad and not self.training and backends.eager(q):
+            path = e.choose.choose(self.call(q, mask, path, spec)).taken
+        if path in auto.DENSE:
+            return ops.dense(path, q, k, v, mask, self.scale, e.precision)
+        return predictor.attend(q, k, v, mask, self.scale, spec, path, e.precision)
+
+    def spec(self, N: int) -> Spec:
+        """The constants of a call with N tokens."""
+        s = self.sparsity
+        return self.predictor.spec(self.scale, budget(s.keep, N), (s.prefix, s.tail, s.grid, s.cells, s.tile))
+
+    def call(self, q: Tensor, mask: Tensor | None, sparse: str, spec: Spec) -> auto.Shape:
+        """What decides how long the call takes: the key of `auto.Chooser`."""
+        B, H, N, d = q.shape
+        threads, masked = torch.get_num_threads(), mask is not None
+        return auto.Shape(
+            B, H, N, d, q.dtype, q.device.type, threads, masked, self.execution.precision, sparse,
+            self.predictor.kind(), spec,
+        )  # fmt: skip
 
     def dense(self) -> Attention:
         """The host again: timm's `Attention` over the same parameters."""

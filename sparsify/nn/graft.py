@@ -6,10 +6,11 @@ is refused by its class name before anything is computed; nothing is skipped in 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -18,10 +19,12 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
-from sparsify.errors import UnsupportedModel
+from sparsify import ops
+from sparsify.errors import UnsupportedModel, UsageError
 from sparsify.nn.attention import SparseAttention, Sparsity
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
-from sparsify.ops import reference
+from sparsify.ops import backends, reference
+from sparsify.ops.spec import Execution
 
 if TYPE_CHECKING:
     from sparsify.config import SparsityConfig
@@ -126,6 +129,52 @@ def set_basis(qkv: nn.Linear, predictor: HeadLowrank, t_q: torch.Tensor, t_k: to
 def sparse_modules(model: nn.Module) -> dict[str, SparseAttention]:
     """The sparse attention modules of a model, by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseAttention)}
+
+
+def set_execution(model: nn.Module, execution: Execution) -> None:
+    """How all sparse attention of `model` is computed, in place; the device and dtype of its weights are looked at.
+
+    Raises:
+        UsageError: an unknown backend or precision; backend cpu where the kernels cannot be used.
+    """
+    weight = next(model.parameters())
+    check_execution(execution, weight.device, weight.dtype)
+    for module in sparse_modules(model).values():
+        module.execution = execution
+
+
+def check_execution(execution: Execution, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise as `set_execution` does, for a model that would be there; change nothing."""
+    for what, given, known in (
+        ("backend", execution.backend, ops.BACKENDS),
+        ("kernel precision", execution.precision, ops.PRECISIONS),
+    ):
+        if given not in known:
+            raise UsageError(f"{what} '{given}': expected one of {', '.join(known)}")
+    if execution.backend == "cpu" and (reason := backends.unavailable(device, dtype)):
+        raise UsageError(f"backend 'cpu' cannot be used here: {reason}; 'auto' or 'reference' needs no kernels")
+
+
+@contextlib.contextmanager
+def sparse_form(model: nn.Module, backend: str | None = None, precision: str | None = None) -> Iterator[None]:
+    """Inside the block all attention computes the sparse form: no dense fallback. Afterwards all is as it was.
+
+    Args:
+        backend, precision: of `Execution`; None: the model's own.
+
+    Raises:
+        UsageError: see `set_execution`.
+    """
+    modules = list(sparse_modules(model).values())
+    before = [module.execution for module in modules]
+    try:
+        for module, own in zip(modules, before, strict=True):
+            sparse = Execution(own.backend if backend is None else backend, precision or own.precision)
+            set_execution(module, sparse)
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            module.execution = own
 
 
 def dense_twin(model: nn.Module) -> nn.Module:

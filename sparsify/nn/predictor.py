@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from sparsify import ops
 from sparsify.ops import reference
+from sparsify.ops.auto import Kind
+from sparsify.ops.spec import Spec
 
 
 class HeadLowrank(nn.Module):
@@ -34,12 +36,21 @@ class HeadLowrank(nn.Module):
             self.a_q, self.a_k = nn.Parameter(eye.clone()), nn.Parameter(eye.clone())
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, budget: int, shape: TailShape
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, spec: Spec, backend: str,
+        precision: str,
+    ) -> Tensor:  # fmt: skip
         """Sparse attention over the predicted keys: [B, H, N, d] x 3 -> [B, N, H*d]."""
-        return ops.head_lowrank_attention(
-            q, k, v, self.a_q, self.a_k, mask, self.ranks, scale, budget, *shape
+        return ops.head_lowrank(
+            q, k, v, self.a_q, self.a_k, mask, self.ranks, scale, spec, backend, precision
         )  # fmt: skip
+
+    def spec(self, scale: float, budget: int, shape: TailShape) -> Spec:
+        """The constants of a call."""
+        return Spec(budget, *shape)
+
+    def kind(self) -> Kind:
+        """What of this predictor decides how long a call takes."""
+        return Kind("head-folded" if self.a_q is None else "head", sum(self.ranks), max(self.ranks))
 
     def extra_repr(self) -> str:
         return f"ranks={','.join(map(str, self.ranks))}, folded={self.folded}"
@@ -89,18 +100,28 @@ class TokenLowrank(nn.Module):
         return w * (w > threshold) if threshold > 0 else w
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, budget: int, shape: TailShape
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, spec: Spec, backend: str,
+        precision: str,
+    ) -> Tensor:  # fmt: skip
         """Sparse attention over the predicted keys: [B, H, N, d] x 3 -> [B, N, H*d]."""
         if q.shape[2] != self.w_down.shape[1]:
             raise ValueError(
                 f"token-lowrank predictor was made for {self.w_down.shape[1]} tokens, not {q.shape[2]}: "
                 "load the file with this image size, which resamples it"
             )
-        return ops.token_lowrank_attention(
-            q, k, v, self.w_down, self.basis(), self.w_q, self.b_q, self.w_k, self.b_k, mask, scale, self.coef_scale,
-            self.knobs["coef_topk"] or 0, self.knobs["coef_threshold"] or 0.0, budget, *shape,
+        return ops.token_lowrank(
+            q, k, v, self.w_down, self.basis(), self.w_q, self.b_q, self.w_k, self.b_k, mask, scale, self.coef_scale, spec,
+            backend, precision,
         )  # fmt: skip
+
+    def spec(self, scale: float, budget: int, shape: TailShape) -> Spec:
+        """The constants of a call."""
+        return Spec(budget, *shape, self.knobs["coef_topk"] or 0, self.knobs["coef_threshold"] or 0.0)
+
+    def kind(self) -> Kind:
+        """What of this predictor decides how long a call takes."""
+        heads = 1 if self.w_up is None else self.w_up.shape[0]
+        return Kind("token", self.rank, self.rank, self.knobs["channels"] or 0, heads)
 
     @torch.no_grad()
     def resample(self, old: tuple[int, int], new: tuple[int, int]) -> None:
@@ -115,7 +136,7 @@ class TokenLowrank(nn.Module):
 
 
 TailShape = tuple[int, str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-"""prefix P, tail, patch grid, cells, tile: the last arguments of both ops."""
+"""prefix P, tail, patch grid, cells, tile: fields of `Spec`, after the budget."""
 
 
 def resample(w: Tensor, prefix: int, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

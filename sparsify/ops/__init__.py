@@ -4,9 +4,12 @@
     sparsify::token_lowrank_attention    scores of the paper (Sparsifiner, CVPR 2023, Fig. 2)
 
 Each holds the whole of predictor scores, top-b selection, attention over the kept keys and tail, so that a fast path
-never has to write the scores out. Both have the differentiable reference of `reference.py` (backward recomputes it), a
-fake kernel (shapes for torch.compile and torch.export) and a MACs formula (`macs.py`). Selection breaks ties by the
-lower key index in every backend.
+never has to write the scores out. Both have the kernels of `cpu/` (`backends.py` says where), the differentiable
+reference of `reference.py` (backward recomputes it), a fake kernel (shapes for torch.compile and torch.export) and a
+MACs formula (`macs.py`). Selection breaks ties by the lower key index in every backend.
+
+`head_lowrank` and `token_lowrank` are what models call: the op, or, where nobody traces and no gradient is needed, the
+kernel itself, which saves the 10 to 20 us that torch.library takes for each call.
 """
 
 from __future__ import annotations
@@ -16,17 +19,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparsify.ops import reference
-from sparsify.ops.spec import Spec
-
-BACKENDS = ("auto", "reference")  # without a compiled kernel, auto is the reference
+from sparsify.ops import backends, cpu, reference
+from sparsify.ops.backends import BACKENDS, PRECISIONS
+from sparsify.ops.spec import Execution, Spec
 
 
 @torch.library.custom_op("sparsify::head_lowrank_attention", mutates_args=())
 def head_lowrank_attention(
     q: Tensor, k: Tensor, v: Tensor, a_q: Tensor | None, a_k: Tensor | None, mask: Tensor | None,
     ranks: Sequence[int], scale: float, budget: int, prefix: int, tail: str, grid: Sequence[int], cells: Sequence[int],
-    tile: Sequence[int],
+    tile: Sequence[int], backend: str = "reference", precision: str = "input",
 ) -> Tensor:  # fmt: skip
     """Attention of every query over the b keys with the highest (q A_q).(k A_k), and a tail for the rest.
 
@@ -38,10 +40,16 @@ def head_lowrank_attention(
         ranks: r of each of the H heads, 1 <= r <= d.
         scale: factor of q.k.
         budget, prefix, tail, grid, cells, tile: see `Spec`.
+        backend: cpu: the kernels, where they are available and take these inputs (float32 or bfloat16 on cpu, no mask);
+            else the reference computes.
+        precision: input or bf16; see `Execution`. The reference computes in that of the inputs.
 
     Returns:
         [B, N, H*d], contiguous, dtype of q.
     """
+    if _kernel(backend, q, mask):
+        spec = _spec(budget, prefix, tail, grid, cells, tile)
+        return cpu.head_lowrank(q, k, v, a_q, a_k, list(ranks), scale, spec, precision)
     return _head_reference(q, k, v, a_q, a_k, mask, ranks, scale, budget, prefix, tail, grid, cells, tile)
 
 
@@ -50,7 +58,7 @@ def token_lowrank_attention(
     q: Tensor, k: Tensor, v: Tensor, w_down: Tensor, w_up: Tensor, w_q: Tensor | None, b_q: Tensor | None,
     w_k: Tensor | None, b_k: Tensor | None, mask: Tensor | None, scale: float, coef_scale: float, coef_topk: int,
     coef_threshold: float, budget: int, prefix: int, tail: str, grid: Sequence[int], cells: Sequence[int],
-    tile: Sequence[int],
+    tile: Sequence[int], backend: str = "reference", precision: str = "input",
 ) -> Tensor:  # fmt: skip
     """Attention of every query over the b keys with the highest A~_down W_up (the paper's predictor), and a tail.
 
@@ -59,17 +67,60 @@ def token_lowrank_attention(
         w_down: [r, N], W_down.
         w_up: [1 or H, r, N], W_up, already thresholded.
         w_q, b_q, w_k, b_k: channel reduction [c, d] and [c], shared by the heads; None for none.
-        mask, scale: as `head_lowrank_attention`.
+        mask, scale, backend, precision: as `head_lowrank_attention`.
         coef_scale: factor of q' K_down' before its softmax.
         coef_topk, coef_threshold, budget, prefix, tail, grid, cells, tile: see `Spec`.
 
     Returns:
         [B, N, H*d], contiguous, dtype of q.
     """
+    if _kernel(backend, q, mask):
+        spec = _spec(budget, prefix, tail, grid, cells, tile, coef_topk, coef_threshold)
+        return cpu.token_lowrank(
+            q, k, v, w_down, w_up, w_q, b_q, w_k, b_k, scale, coef_scale, spec, precision
+        )  # fmt: skip
     return _token_reference(
         q, k, v, w_down, w_up, w_q, b_q, w_k, b_k, mask, scale, coef_scale, coef_topk, coef_threshold, budget, prefix,
         tail, grid, cells, tile,
     )  # fmt: skip
+
+
+def head_lowrank(
+    q: Tensor, k: Tensor, v: Tensor, a_q: Tensor | None, a_k: Tensor | None, mask: Tensor | None, ranks: tuple[int, ...],
+    scale: float, spec: Spec, backend: str, precision: str,
+) -> Tensor:  # fmt: skip
+    """`head_lowrank_attention`, without torch.library where only the numbers are wanted."""
+    if _kernel(backend, q, mask) and backends.eager(q) and not backends.needs_grad(q, k, v, a_q, a_k):
+        return cpu.head_lowrank(q, k, v, a_q, a_k, list(ranks), scale, spec, precision)
+    return head_lowrank_attention(q, k, v, a_q, a_k, mask, ranks, scale, *spec[:6], backend, precision)
+
+
+def token_lowrank(
+    q: Tensor, k: Tensor, v: Tensor, w_down: Tensor, w_up: Tensor, w_q: Tensor | None, b_q: Tensor | None,
+    w_k: Tensor | None, b_k: Tensor | None, mask: Tensor | None, scale: float, coef_scale: float, spec: Spec,
+    backend: str, precision: str,
+) -> Tensor:  # fmt: skip
+    """`token_lowrank_attention`, without torch.library where only the numbers are wanted."""
+    weights = (w_down, w_up, w_q, b_q, w_k, b_k)
+    if _kernel(backend, q, mask) and backends.eager(q) and not backends.needs_grad(q, k, v, *weights):
+        return cpu.token_lowrank(q, k, v, *weights, scale, coef_scale, spec, precision)
+    return token_lowrank_attention(
+        q, k, v, *weights, mask, scale, coef_scale, spec.coef_topk, spec.coef_threshold, *spec[:6], backend, precision
+    )  # fmt: skip
+
+
+def dense(path: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, precision: str) -> Tensor:
+    """Dense attention, [B, H, N, d] x 3 -> [B, N, H*d]: 'sdpa' as timm computes it, 'dense-cpu' by our kernel (no mask)."""
+    if path == "dense-cpu":
+        return cpu.dense(q, k, v, scale, precision)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _kernel(backend: str, q: Tensor, mask: Tensor | None) -> bool:
+    return backend == "cpu" and backends.resolve(backend, q, mask) == "cpu"
 
 
 def _like(q, *_):  # type: ignore[no-untyped-def]
@@ -89,7 +140,9 @@ def _register(op, tensors: int, differentiable) -> None:  # type: ignore[no-unty
         needed = ctx.needs_input_grad
         saved = [None if t is None else t.detach().requires_grad_(needed[i]) for i, t in enumerate(ctx.saved_tensors)]
         with torch.enable_grad():
-            out = differentiable(*saved, *ctx.constants)
+            out = differentiable(*saved, *ctx.constants[:-2])  # without backend and precision
+        if not out.requires_grad:  # of the predictor alone, whose choice of keys has no gradient
+            return (*[None] * tensors, *[None] * len(ctx.constants))
         wanted = [t for t in saved if t is not None and t.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
         grads = [next(found) if t is not None and t.requires_grad else None for t in saved]
@@ -99,7 +152,7 @@ def _register(op, tensors: int, differentiable) -> None:  # type: ignore[no-unty
 
 
 def _head_reference(q, k, v, a_q, a_k, mask, ranks, scale, budget, prefix, tail, grid, cells, tile):  # type: ignore[no-untyped-def]
-    spec = Spec(budget, prefix, tail, tuple(grid), tuple(cells), tuple(tile), score_scale=scale)
+    spec = _spec(budget, prefix, tail, grid, cells, tile)
     row, col = reference.head_lowrank_scores(q, k, a_q, a_k, ranks)  # (B, H, N, r) each
     return reference.attend(q, k, v, row, col, col, mask, scale, spec)
 
@@ -108,13 +161,20 @@ def _token_reference(  # type: ignore[no-untyped-def]
     q, k, v, w_down, w_up, w_q, b_q, w_k, b_k, mask, scale, coef_scale, coef_topk, coef_threshold, budget, prefix, tail,
     grid, cells, tile,
 ):  # fmt: skip
-    spec = Spec(budget, prefix, tail, tuple(grid), tuple(cells), tuple(tile), 1.0, coef_topk, coef_threshold)
+    spec = _spec(budget, prefix, tail, grid, cells, tile, coef_topk, coef_threshold)
     seen = k if mask is None else k * reference.alive(mask, q).unsqueeze(-1)  # hidden keys leave no trace in W_down k
     coef = reference.token_lowrank_coefficients(q, seen, (w_down, w_q, b_q, w_k, b_k), coef_scale, spec)  # (B, H, N, r)
     return reference.attend(q, k, v, coef, w_up.to(coef.dtype).mT, k, mask, scale, spec)
 
 
+def _spec(budget, prefix, tail, grid, cells, tile, coef_topk=0, coef_threshold=0.0) -> Spec:  # type: ignore[no-untyped-def]
+    return Spec(budget, prefix, tail, tuple(grid), tuple(cells), tuple(tile), coef_topk, coef_threshold)
+
+
 _register(head_lowrank_attention, 6, _head_reference)
 _register(token_lowrank_attention, 10, _token_reference)
 
-__all__ = ["BACKENDS", "Spec", "head_lowrank_attention", "token_lowrank_attention"]
+__all__ = [
+    "BACKENDS", "PRECISIONS", "Execution", "Spec", "dense", "head_lowrank", "head_lowrank_attention", "token_lowrank",
+    "token_lowrank_attention",
+]  # fmt: skip

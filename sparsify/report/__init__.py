@@ -9,6 +9,10 @@ from sparsify.profiling import Profile
 from sparsify.profiling.latency import Timing
 
 THEORETICAL = "Theoretical: MACs per image"
+PATHS = {
+    "cpu": "sparse kernels", "reference": "sparse reference", "dense-cpu": "own dense kernel", "sdpa": "torch's dense SDPA",
+}  # fmt: skip
+"""Paths of `Profile.choices` in words."""
 NOT_SPEED = "Fewer MACs are no promise of speed: the measured part says what this machine makes of them."
 
 
@@ -87,6 +91,46 @@ def verdict(p: Profile) -> str:
     if ratio < 1:
         return f"Sparse is {_times(1 / ratio)} slower than dense here: it saves MACs, not time, on this machine."
     return f"Sparse is {_times(ratio)} faster than dense here."
+
+
+def auto(p: Profile) -> list[str]:
+    """What `backend=auto` runs, its time, and for each path taken the blocks and why; empty where nothing was measured."""
+    if p.measured is None:
+        return []
+    dense, found = p.measured.dense, p.measured.auto
+    ratio = dense.median / found.median
+    if dense.p10 <= found.p90 and found.p10 <= dense.p90:
+        words = f"as fast as dense, within the spread (ratio of medians {ratio:.2f})"
+    else:
+        words = f"{_times(ratio)} faster than dense" if ratio > 1 else f"{_times(1 / ratio)} slower than dense"
+    lines = [f"backend=auto: {plain(found.median)} ms/batch ({_spread(found)}), {words}"]
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for choice in p.choices:
+        groups.setdefault((choice["taken"], "" if choice["ms"] else choice["reason"]), []).append(choice)
+    for (taken, reason), choices in groups.items():
+        blocks = sorted(b for choice in choices for b in choice["blocks"])
+        lines.append(f"auto: {_ranges(blocks)} {PATHS[taken]} ({reason or _mean_ms(taken, choices)})")
+    return lines
+
+
+def _mean_ms(taken: str, choices: list[Mapping[str, Any]]) -> str:
+    """'0.31 ms; sparse 0.42, sdpa 0.66': medians of the attention calls, a mean over the blocks."""
+    total = sum(len(choice["blocks"]) for choice in choices)
+    ms = {path: sum(len(c["blocks"]) * c["ms"][path] for c in choices) / total for path in choices[0]["ms"]}
+    others = ", ".join(f"{PATHS[path]} {ms[path]:.3g}" for path in ms if path != taken)
+    return f"{ms[taken]:.3g} ms" + (f"; {others}" if others else "")
+
+
+def _ranges(blocks: list[int]) -> str:
+    """[0, 1, 2, 5] -> 'blocks 0-2, 5'."""
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and block == runs[-1][-1] + 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    words = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"{'block' if len(blocks) == 1 else 'blocks'} {words}"
 
 
 def conditions(p: Profile) -> str:

@@ -30,7 +30,8 @@ def to_markdown(profile: Profile, title: str = "Profile") -> str:
     if profile.measured is not None:
         lines += ["", "## Measured", ""]
         lines += _table(("", "dense", "sparse", "change"), report.measured(profile))
-        lines += ["", f"{report.conditions(profile)}.", "", f"**{report.verdict(profile)}**", "", report.NOT_SPEED]
+        lines += ["", f"{report.conditions(profile)}.", "", f"**{report.verdict(profile)}**", ""]
+        lines += [*(f"- {line}" for line in report.auto(profile)), "", report.NOT_SPEED]
     else:
         lines += ["", "Nothing was measured: fewer MACs are no promise of speed (`sparsify profile` measures)."]
     rows = [

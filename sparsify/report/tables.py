@@ -35,6 +35,7 @@ def profile_table(profile: Profile) -> Group:
             _table(report.measured(profile)),
             Text(report.conditions(profile), style="dim"),
             Text(report.verdict(profile), style="bold"),
+            *(Text(line) for line in report.auto(profile)),
         ]
     return Group(*parts)
 

@@ -1,0 +1,215 @@
+"""`backend=auto`: the fastest way to compute one attention call on this machine, measured once and remembered.
+
+    cpu         sparse, the kernels of `cpu/`            dense-cpu   dense attention, our own tile kernel
+    reference   sparse, in PyTorch                       sdpa        dense attention, torch's
+
+Where dense attention may stand in for the sparse form (`Execution.dense_fallback`), the candidates of a shape run in turns
+on random tensors, and the lowest median is taken. Of candidates within `MARGIN` of it the first of `PREFERENCE` is, so
+that noise does not turn a decision round. Decisions are kept in the `Chooser` and on disk (`remembered.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from sparsify.ops import candidates, remembered
+from sparsify.ops.spec import Spec
+
+PREFERENCE = ("cpu", "dense-cpu", "sdpa", "reference")
+DENSE = ("dense-cpu", "sdpa")
+
+MARGIN = 1.03  # medians this close count as equal
+MIN_ROUNDS = 7
+BUDGET_S = 0.3  # of one shape, where MIN_ROUNDS fit in
+LIMIT_S = 2.0  # of one shape, where they do not: at least FIRST_ROUNDS even then
+FIRST_ROUNDS = 3
+SURE_ROUNDS = 15  # from here on, quartiles that do not touch end a race
+HOPELESS = 2.0  # times the leader's median, at best: out of the race
+
+
+class Kind(NamedTuple):
+    """What of a predictor decides how long its call takes.
+
+    Attributes:
+        name: head, head-folded or token.
+        rank_sum, rank_max: over the heads; token-lowrank has one rank.
+        channels: c of the channel reduction, 0 for none.
+        up_heads: heads of W_up, 0 where there is none.
+    """
+
+    name: str
+    rank_sum: int
+    rank_max: int
+    channels: int = 0
+    up_heads: int = 0
+
+
+class Shape(NamedTuple):
+    """What decides how long an attention call takes; the key of a decision.
+
+    Attributes:
+        batch, heads, tokens, head_dim: B, H, N, d.
+        dtype: of q, k, v; device: cpu or cuda; threads: of torch.
+        masked: whether there is an attention mask.
+        precision: see `Execution`.
+        sparse: what would compute the sparse form, cpu or reference.
+        kind, spec: predictor and constants.
+    """
+
+    batch: int
+    heads: int
+    tokens: int
+    head_dim: int
+    dtype: torch.dtype
+    device: str
+    threads: int
+    masked: bool
+    precision: str
+    sparse: str
+    kind: Kind
+    spec: Spec
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same, fit for JSON."""
+        plain = self._asdict() | {"dtype": str(self.dtype).removeprefix("torch.")}
+        plain |= {"kind": self.kind._asdict(), "spec": self.spec._asdict()}
+        return json.loads(json.dumps(plain))
+
+    def text(self) -> str:
+        """One line that no other shape has."""
+        return json.dumps(self.as_dict(), separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A decision.
+
+    Attributes:
+        taken: one of `PREFERENCE`.
+        ms: median time of every candidate.
+        rounds: of the race.
+        reason: one line.
+    """
+
+    taken: str
+    ms: Mapping[str, float]
+    rounds: int
+    reason: str
+
+
+class Chooser:
+    """Decides by measuring, once for each shape. One serves any number of modules and threads.
+
+    Args:
+        make: `candidates.make`, or another maker of candidates.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Shape], Mapping[str, Callable[[], object]]] = candidates.make,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._make, self._clock = make, clock
+        self._known: dict[Shape, Choice] = {}
+        self._machines: dict[str, tuple[dict[str, str], Path | None]] = {}
+        self._lock = threading.Lock()
+
+    def choose(self, shape: Shape) -> Choice:
+        """The decision of a shape; the first call of a new one measures for about `BUDGET_S` seconds."""
+        return self._known.get(shape) or self._decide(shape)
+
+    def _decide(self, shape: Shape) -> Choice:
+        with self._lock:
+            if shape in self._known:  # another thread was first
+                return self._known[shape]
+            if shape.device not in self._machines:
+                machine = remembered.identity(shape.device)
+                self._machines[shape.device] = machine, remembered.place(machine)
+            machine, path = self._machines[shape.device]
+            choice = _parse(remembered.read(path).get(shape.text()), shape)
+            if choice is None:
+                with torch.inference_mode(), torch.autocast(shape.device, enabled=False):
+                    choice = decide(*race(self._make(shape), self._clock, _wait(shape.device)))
+                remembered.add(path, machine, shape.text(), asdict(choice))
+            self._known[shape] = choice
+            return choice
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Chooser:
+        return self  # copies of a model share what was measured
+
+    def __reduce__(self) -> tuple[type[Chooser], tuple[()]]:
+        return Chooser, ()  # another process reads the disk's
+
+
+def race(
+    runs: Mapping[str, Callable[[], object]], clock: Callable[[], float], wait: Callable[[], None] = lambda: None
+) -> tuple[dict[str, float], int]:
+    """Time candidates in turns, forwards and backwards, after a warm-up: median of each in ms, and rounds run.
+
+    It ends when nothing more is to be learnt: when all others are `HOPELESS`, when the leader is clear after
+    `SURE_ROUNDS`, or when the time is up.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in [*runs.values(), *runs.values()]:
+        run()
+    racing, rounds, start = list(runs), 0, clock()
+    while True:
+        for name in racing if rounds % 2 == 0 else racing[::-1]:
+            wait()
+            begin = clock()
+            runs[name]()
+            wait()
+            times[name].append(1000 * (clock() - begin))
+        rounds += 1
+        if rounds < FIRST_ROUNDS:
+            continue
+        leader = min(racing, key=lambda name: statistics.median(times[name]))
+        hopeless = HOPELESS * statistics.median(times[leader])
+        racing = [name for name in racing if min(times[name]) <= hopeless]
+        spent = clock() - start
+        out_of_time = spent >= (BUDGET_S if rounds >= MIN_ROUNDS else LIMIT_S)
+        if len(racing) == 1 or out_of_time or (rounds >= SURE_ROUNDS and _clear(times, leader, racing)):
+            return {name: statistics.median(ms) for name, ms in times.items()}, rounds
+
+
+def decide(ms: Mapping[str, float], rounds: int) -> Choice:
+    """The first of `PREFERENCE` whose median is within `MARGIN` of the lowest."""
+    ranked = sorted(ms, key=PREFERENCE.index)
+    fastest = min(ranked, key=lambda name: ms[name])
+    taken = next(name for name in ranked if ms[name] <= MARGIN * ms[fastest])
+    reason = f"fastest of {len(ms)} in {rounds} rounds"
+    if taken != fastest:
+        reason = f"as fast as {fastest} to {MARGIN - 1:.0%}, and preferred; {rounds} rounds".replace("%", " %")
+    return Choice(taken, {name: ms[name] for name in ranked}, rounds, reason)
+
+
+def _clear(times: Mapping[str, list[float]], leader: str, racing: list[str]) -> bool:
+    upper = statistics.quantiles(times[leader], n=4)[2]
+    return all(upper < statistics.quantiles(times[name], n=4)[0] for name in racing if name != leader)
+
+
+def _wait(device: str) -> Callable[[], None]:
+    return torch.accelerator.synchronize if device != "cpu" else lambda: None
+
+
+def _parse(found: Any, shape: Shape) -> Choice | None:
+    """A choice as it was written; None where it is anything else, or not of this shape's candidates."""
+    try:
+        choice = Choice(str(found["taken"]), dict(found["ms"]), int(found["rounds"]), str(found["reason"]))
+        whole = all(isinstance(t, int | float) and t > 0 for t in choice.ms.values())
+    except (TypeError, KeyError, ValueError):
+        return None
+    return choice if whole and choice.taken in {shape.sparse, *DENSE} & choice.ms.keys() else None
+
+
+__all__ = ["DENSE", "PREFERENCE", "Choice", "Chooser", "Kind", "Shape", "decide", "race"]

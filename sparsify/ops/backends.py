@@ -1,0 +1,76 @@
+"""What computes the sparse form: the CPU kernels of `cpu/` where they can run, else the reference in PyTorch.
+
+    user's word     auto: the kernels where they are available, else the reference; cpu; reference
+    precision       input: computed and stored in the dtype of the inputs; bf16: float32 models store q, k, v in bfloat16
+
+What is measured, and whether dense attention is taken instead, is `auto.py`'s; nothing here measures.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from sparsify.ops import cpu
+
+BACKENDS = ("auto", "cpu", "reference")
+PRECISIONS = ("input", "bf16")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@torch.compiler.assume_constant_result
+def not_built() -> str | None:
+    """Why the kernels cannot be used on this machine, in one line; None: they can (built at the first call)."""
+    return cpu.available()
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot compute tensors of that device and dtype, in one line; None: they can."""
+    if device.type != "cpu":
+        return f"the kernels compute on cpu, not on {device.type}"
+    if dtype not in KERNEL_DTYPES:
+        return f"the kernels compute float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return not_built()
+
+
+def resolve(backend: str, q: Tensor, mask: Tensor | None = None) -> str:
+    """'cpu' or 'reference': what computes the sparse form of a call with queries q [B, H, N, d]."""
+    return "cpu" if backend != "reference" and cpu.supports(q, mask) and not_built() is None else "reference"
+
+
+def describe(backend: str, precision: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What `backend` comes to, for people: 'cpu (avx512bf16)', 'reference', 'reference (no compiler found)'."""
+    if backend == "reference":
+        return "reference"
+    reason = unavailable(device, dtype)
+    if reason is not None:
+        return f"reference ({reason})"
+    stored = ", q, k and v in bfloat16" if precision == "bf16" and dtype == torch.float32 else ""
+    return f"cpu ({cpu.isa()}{stored})"
+
+
+def note(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """One line for people where the kernels were hoped for and cannot be used; '' where there is nothing to say."""
+    reason = None if backend == "reference" else unavailable(device, dtype)
+    return "" if reason is None else f"sparse attention is computed by the slow PyTorch reference: {reason}"
+
+
+def eager(q: Tensor) -> bool:
+    """Whether a call with these queries computes now: no compiling, exporting, tracing, no fake or meta tensor, no
+    dispatch mode that wants to see every op."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
+        return False
+    return type(q) in _PLAIN and not q.is_meta
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a gradient will be asked of these inputs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+__all__ = [
+    "BACKENDS", "PRECISIONS", "describe", "eager", "needs_grad", "not_built", "note", "resolve", "unavailable",
+]  # fmt: skip

@@ -1,0 +1,73 @@
+"""What `auto.py` measured, on disk: one JSON file for each machine and set of versions.
+
+    cache_dir()/auto/<hash>.json      {"machine": what the hash is of, "choices": {shape: choice}}
+
+Nothing here is an error: a file that is missing, damaged or cannot be written means that shapes are measured again. The
+folder can be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsify import __version__
+from sparsify.ops import backends, cpu
+from sparsify.ops.cpu import build
+from sparsify.ops.machine import device_name
+
+
+def identity(device: str) -> dict[str, str]:
+    """What a measurement depends on, shape and threads apart: processor, instruction set, versions, kernels."""
+    usable = device == "cpu" and backends.not_built() is None
+    library = build.build().path if usable else None
+    return {
+        "device": device_name(torch.device(device)),
+        "isa": cpu.isa() if usable else "",
+        "kernels": library.parent.name if library else "",  # hash of sources, flags and compiler
+        "torch": torch.__version__,
+        "sparsify": __version__,
+    }
+
+
+def place(machine: dict[str, str]) -> Path | None:
+    """The file of one machine; None where there is no folder for it."""
+    try:
+        folder = build.cache_dir() / "auto"
+    except RuntimeError:
+        return None
+    return folder / f"{hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()[:16]}.json"
+
+
+def read(path: Path | None) -> dict[str, Any]:
+    """Shape -> choice, as written; empty where the file cannot be read."""
+    try:
+        choices = json.loads(path.read_text(encoding="utf-8"))["choices"] if path else {}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return {}
+    return choices if isinstance(choices, dict) else {}
+
+
+def add(path: Path | None, machine: dict[str, str], shape: str, choice: dict[str, Any]) -> None:
+    """Put one choice into the file, which is replaced whole; what other processes wrote meanwhile stays."""
+    if path is None:
+        return
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with open(handle, "w", encoding="utf-8") as file:
+            json.dump({"machine": machine, "choices": read(path) | {shape: choice}}, file, indent=1)
+        os.replace(temporary, path)
+    except OSError:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+__all__ = ["add", "identity", "place", "read"]

@@ -1,0 +1,119 @@
+"""The figures of a profile, with the key of each in JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparsify.profiling.latency import Timing
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured: `dense`, `sparse` and `auto` in one interleaved run; peak memory in bytes."""
+
+    dense: Timing
+    sparse: Timing
+    auto: Timing
+    peak_memory_dense: int
+    peak_memory_sparse: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Cost of a sparse model beside the dense model with the same parameters. MACs are per image, and theoretical.
+
+    `as_dict` gives these keys. Whole numbers unless said otherwise.
+
+    MACs (one multiply-accumulate counts once; sums, softmax, top-k and elementwise products count 0; norms by fvcore's
+    estimate), counted by fvcore and by `analytic`, which must agree to the unit:
+
+        macs_dense, macs_sparse             whole model
+        mhsa_macs_dense, mhsa_macs_sparse   the paper's 'MHSA': attention of all blocks without its projections
+                                            (sparse = kept_macs + prefix_macs + predictor_macs + tail_macs)
+        kept_macs                           logits and values of the kept keys
+        prefix_macs                         rows of the prefix tokens, which attend densely
+        predictor_macs                      scores that choose the keys
+        tail_macs                           what stands for the dropped keys
+        unsupported                         mapping op -> occurrences: ops that fvcore could not count; best empty
+
+    Parameters:
+
+        param_count, param_count_dense      of the sparse and of the dense model
+
+    Measured, absent when nothing was measured (floats):
+
+        latency_ms_dense, latency_ms_sparse, latency_ms_auto          median per batch. sparse: the sparse form, dense
+                                                                      fallback off, by `backend`; auto: what
+                                                                      `backend=auto` runs, dense attention where that was
+                                                                      measured faster and `backbone_changed` is false
+        latency_ms_{dense,sparse,auto}_p10, latency_ms_..._p90        spread of the same runs
+        throughput_dense, throughput_sparse, throughput_auto          images per second at the median
+        speedup_sparse                      latency_ms_dense / latency_ms_sparse, of the same interleaved run; below 1:
+                                            slower than dense
+        peak_memory_dense, peak_memory_sparse   bytes of the weights, the input and the peak of all other live tensors
+        choices                             what `backend=auto` took; list of
+                                            blocks  numbers of the blocks, from 0
+                                            shape   what the decision is for: batch, heads, tokens, head_dim, dtype, ...
+                                            taken   cpu, reference (sparse), dense-cpu (our dense kernel) or sdpa
+                                            ms      mapping path -> median in ms of the attention call alone; empty where
+                                                    only the sparse form is allowed
+                                            reason  one line
+
+    Circumstances:
+
+        backend                             what computed the sparse form: 'cpu (avx512)', 'reference', 'reference (why)';
+                                            where nothing was measured, the name that was asked for
+        conditions                          mapping: img_size [height, width], always; where something was measured:
+                                            batch_size, dtype, device, device_name, threads, runs, torch, timm, sparsify
+        modules                             the tree, parents before children: list of name ('' is the model), depth,
+                                            type and type_dense (class names; null: no such module there),
+                                            params (of the sparse model), macs_dense, macs_sparse (all inclusive of
+                                            children); attention modules: mhsa_macs_dense, mhsa_macs_sparse, kept_macs,
+                                            prefix_macs, predictor_macs, tail_macs
+
+    Attributes are named as the keys; latencies, throughputs and memory are in `measured` (None: nothing was measured).
+    """
+
+    macs_dense: int
+    macs_sparse: int
+    mhsa_macs_dense: int
+    mhsa_macs_sparse: int
+    kept_macs: int
+    prefix_macs: int
+    predictor_macs: int
+    tail_macs: int
+    unsupported: Mapping[str, int]
+    param_count: int
+    param_count_dense: int
+    measured: Measured | None
+    backend: str
+    conditions: Mapping[str, Any]
+    modules: tuple[Mapping[str, Any], ...]
+    choices: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def batch_size(self) -> int:
+        """Images per measured batch."""
+        return int(self.conditions.get("batch_size", 1))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The documented keys, fit for JSON."""
+        found = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("measured", "choices")}
+        found |= {name: dict(found[name]) for name in ("unsupported", "conditions")}
+        found["modules"] = [dict(row) for row in self.modules]
+        if self.measured is None:
+            return found
+        m = self.measured
+        for name, timing in (("dense", m.dense), ("sparse", m.sparse), ("auto", m.auto)):
+            found[f"latency_ms_{name}"] = timing.median
+            found[f"latency_ms_{name}_p10"], found[f"latency_ms_{name}_p90"] = timing.p10, timing.p90
+            found[f"throughput_{name}"] = timing.throughput(self.batch_size)
+        found["speedup_sparse"] = m.dense.median / m.sparse.median
+        found["choices"] = [dict(each) for each in self.choices]
+        found["peak_memory_dense"], found["peak_memory_sparse"] = m.peak_memory_dense, m.peak_memory_sparse
+        return found
+
+
+__all__ = ["Measured", "Profile"]
