@@ -49,8 +49,10 @@ class HeadLowrank(nn.Module):
         return Spec(budget, *shape)
 
     def kind(self) -> Kind:
-        """What of this predictor decides how long a call takes."""
-        return Kind("head-folded" if self.a_q is None else "head", sum(self.ranks), max(self.ranks))
+        """What of this predictor decides how long a call takes; mean ranks that differ by less than 4 count as one."""
+        heads, largest = len(self.ranks), max(self.ranks)
+        total = min(heads * largest, max(largest + heads - 1, heads * 4 * -(-sum(self.ranks) // (4 * heads))))
+        return Kind("head-folded" if self.a_q is None else "head", total, largest)
 
     def extra_repr(self) -> str:
         return f"ranks={','.join(map(str, self.ranks))}, folded={self.folded}"

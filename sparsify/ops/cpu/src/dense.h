@@ -17,14 +17,17 @@ static int64_t dense_blocks(const Problem& p) { return (p.N + TILE - 1) / TILE; 
 template <class T> static void dense_prepare(const Problem& p, int64_t b, int64_t h, void* base, void*) {
   const int64_t dp = padded<T>(p.d);
   Panels panels = panels_at<T>(base, p.N, dp);
+  const bool as_is = p.d == dp && p.k.bf16 == (sizeof(T) == 2) && p.v.bf16 == p.k.bf16 && p.k.stride_n % 2 == 0;
+  if (as_is) {
+    const T *K = (const T*)row_of(p.k, b, h, 0), *V = (const T*)row_of(p.v, b, h, 0);
+    return pack_list(K, p.k.stride_n, V, p.v.stride_n, dp, nullptr, p.N, panels);
+  }
   T* K = (T*)((char*)base + round_up(panels_bytes<T>(p.N, dp), 64));
   T* V = K + round_up(p.N, 2) * dp;
   for (int64_t i = 0; i < p.N; i++) {
-    int64_t ahead = min_of(i + 8, p.N - 1);
-    prefetch_row(p.k, b, h, ahead, p.d), prefetch_row(p.v, b, h, ahead, p.d);
     read_row_as(p.k, b, h, i, p.d, dp, K + i * dp), read_row_as(p.v, b, h, i, p.d, dp, V + i * dp);
   }
-  pack_list(K, V, dp, nullptr, p.N, panels);
+  pack_list(K, dp, V, dp, dp, nullptr, p.N, panels);
 }
 
 template <class T>

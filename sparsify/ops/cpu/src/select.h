@@ -38,6 +38,19 @@ INLINE int64_t count_at_least(const uint8_t* x, int64_t n, int level) {
 #endif
 }
 
+#if !defined(__AVX512BW__)
+// The positions of the bits of every byte, ascending.
+struct BitTable {
+  uint8_t position[256][8];
+  constexpr BitTable() : position() {
+    for (int byte = 0; byte < 256; byte++)
+      for (int bit = 0, at = 0; bit < 8; bit++)
+        if (byte >> bit & 1) position[byte][at++] = uint8_t(bit);
+  }
+};
+static constexpr BitTable BITS;
+#endif
+
 struct Emitted {
   int64_t sure, candidates;
 };
@@ -89,7 +102,12 @@ INLINE Emitted emit(const uint8_t* x, int64_t n, int low, int high, uint16_t* ou
     uint32_t yes = uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(v, top), v)));
     uint32_t maybe = uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(v, bottom), v))) & ~yes;
     if (__builtin_expect(found > CANDIDATES - 64, 0)) return {sure, -1};
-    for (; yes; yes &= yes - 1) out[sure++] = uint16_t(i + __builtin_ctz(yes));
+    for (int e = 0; e < 4; e++) {
+      const uint32_t byte = yes >> 8 * e & 255;
+      __m128i at = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)BITS.position[byte]));
+      _mm_storeu_si128((__m128i*)(out + sure), _mm_add_epi16(at, _mm_set1_epi16(short(i + 8 * e))));
+      sure += __builtin_popcount(byte);
+    }
     for (; maybe; maybe &= maybe - 1) candidates[found++] = uint16_t(i + __builtin_ctz(maybe));
   }
 #endif

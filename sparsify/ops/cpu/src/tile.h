@@ -41,16 +41,17 @@ INLINE void store_words(const bf16* a, const bf16* b, Word* out) {
 #endif
 }
 
-// Rows of K and V [.., dp] (those that `list` names, or 0..n) into panels.
+// Rows of K and V (those that `list` names, or 0..n), `stride_k` and `stride_v` apart, into panels. Rows have dp numbers.
 template <class T>
-ROUTINE void pack_list(const T* K, const T* V, int64_t dp, const uint16_t* list, int64_t n, const Panels& x) {
+ROUTINE void pack_list(const T* K, int64_t stride_k, const T* V, int64_t stride_v, int64_t dp, const uint16_t* list, int64_t n,
+                       const Panels& x) {
   const int64_t each = sizeof(T) == 2 ? 2 : 1;
-  transpose((const Word*)K, dp / each, list, n, x.words, x.K, [](int j) { return j; });
+  transpose((const Word*)K, stride_k / each, list, n, x.words, x.K, [](int j) { return j; });
   alignas(64) static const T zero[W] = {};
   for (int64_t panel = 0; panel < x.columns; panel++)
     for (int64_t j = 0; j < x.keys; j += each) {
-      const T* a = V + (list && j < n ? int64_t(list[j]) : j) * dp;
-      const T* b = V + (list && j + 1 < n ? int64_t(list[j + 1]) : j + 1) * dp;
+      const T* a = V + (list && j < n ? int64_t(list[j]) : j) * stride_v;
+      const T* b = V + (list && j + 1 < n ? int64_t(list[j + 1]) : j + 1) * stride_v;
       Word* out = x.V + (panel * (x.keys / each) + j / each) * PANEL;
       for (int c = 0; c < 4; c++) {
         int64_t column = panel * PANEL + c * W;

@@ -97,7 +97,7 @@ static void tiles_block(const Problem& p, int64_t b, int64_t h, int64_t which, c
     memset(x.bias + p.M, 0, (round_up(length, KEYS) - p.M) * 4);
   }
   Panels panels = panels_at<T>(x.panels, length, head.dp);
-  pack_list(head.K, head.V, head.dp, list, length, panels);
+  pack_list(head.K, head.dp, head.V, head.dp, head.dp, list, length, panels);
   alignas(64) float by[TILE];
   for (int64_t at = 0; at < n; at += TILE) {
     const int rows = int(min_of<int64_t>(TILE, n - at));

@@ -1,0 +1,35 @@
+"""Models to compare: DeiT-Tiny converted from its real weights and photographs, and one model computed in several ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import torch
+from accuracy import DATA, WEIGHTS
+from torch import nn
+
+from sparsify import conversion
+from sparsify.config import load_recipe
+from sparsify.nn import graft
+from sparsify.ops.spec import Execution
+from sparsify.profiling.macs import replica
+
+
+def deit_tiny(side: int, calib_images: int) -> nn.Module:
+    """Real weights, keep 0.1, calibrated on photographs at that image size (position embedding resampled); float32."""
+    recipe = load_recipe("calibrate").override(keep=0.1, calib_images=calib_images)
+    images = str(DATA / "imagenet-sample" / "train")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "model.safetensors"
+        return conversion.convert("deit_tiny", recipe, out, weights=WEIGHTS, images=images, img_size=side).model.eval()
+
+
+def variant(sparse: nn.Module, execution: Execution, tile: tuple[int, ...] = ()) -> nn.Module:
+    """The same tensors, computed in another way: with one key set for each tile of queries, or for each query."""
+    model = replica(sparse, torch.device("cpu"))
+    for module in graft.sparse_modules(model).values():
+        module.sparsity = dataclasses.replace(module.sparsity, tile=tile)
+    graft.set_execution(model, execution)
+    return model
