@@ -47,6 +47,17 @@ class TokenLowrank(_Frozen):
     shared_heads: bool = Field(False, description="one W_up for all heads, as in the authors' code")
 
 
+def growth(tokens: int) -> float:
+    """What the number of cells is a share of: N up to 197 tokens, beyond that in proportion to the root of N."""
+    return min(tokens, (197 * tokens) ** 0.5)
+
+
+def grid_of(cells: float) -> tuple[int, int]:
+    """The grid of cells nearest to that many, square or one row longer."""
+    grids = [(side + extra, side) for side in range(1, 64) for extra in (0, 1)]
+    return min(grids, key=lambda g: (abs(g[0] * g[1] - cells), g))
+
+
 class SparsityConfig(_Frozen):
     """A sparse attention: predictor, budget and tail.
 
@@ -96,9 +107,9 @@ class SparsityConfig(_Frozen):
         if self.cells is not None:
             return self
         keep = sum(self.keep) / len(self.keep) if isinstance(self.keep, tuple) else self.keep
-        wanted = min(1 / 6, max(0.6 * keep, 0.1 - 0.4 * keep)) * min(tokens, (197 * tokens) ** 0.5)
-        grids = [(side + extra, side) for side in range(1, 64) for extra in (0, 1)]
-        return self.model_copy(update={"cells": min(grids, key=lambda g: (abs(g[0] * g[1] - wanted), g))})
+        return self.model_copy(
+            update={"cells": grid_of(min(1 / 6, max(0.6 * keep, 0.1 - 0.4 * keep)) * growth(tokens))}
+        )
 
     def check(self, depth: int, heads: int, head_dim: int) -> None:
         """Raise `UsageError` where this does not fit `depth` blocks with `heads` heads of size `head_dim`."""

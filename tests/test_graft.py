@@ -138,6 +138,13 @@ def test_another_image_size_equals_dense_at_that_size(predictor, size):
         torch.testing.assert_close(model(x), dense(x), atol=1e-4, rtol=1e-4)
 
 
+def test_another_image_size_has_the_cells_that_a_conversion_at_that_size_has():
+    model = sparse(build("deit", patches=14), keep=0.1, cells=None)
+    for side, cells in ((14, (4, 3)), (24, (5, 4)), (37, (6, 5)), (14, (4, 3))):
+        graft.resize(model, 16 * side)
+        assert {m.sparsity.cells for m in graft.sparse_modules(model).values()} == {cells}
+
+
 @pytest.mark.parametrize(
     "name,named",
     [

@@ -20,6 +20,7 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import nn
 
 from sparsify import ops
+from sparsify.config import grid_of, growth
 from sparsify.errors import UnsupportedModel, UsageError
 from sparsify.nn.attention import SparseAttention, Sparsity
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
@@ -188,12 +189,17 @@ def dense_twin(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def resize(model: nn.Module, img_size: int) -> None:
-    """Another square image size, in place: timm resamples the position embedding, predictors tied to tokens follow."""
-    old = patch_grid(model)
+    """Another square image size, in place: timm resamples the position embedding, predictors tied to tokens follow.
+
+    The cells grow as `SparsityConfig.with_cells` lets them: in proportion to the root of N beyond 197 tokens.
+    """
+    old, tokens = patch_grid(model), num_tokens(model)
     cast(VisionTransformer, model).set_input_size(img_size=(img_size, img_size))
     new = patch_grid(model)
     for module in sparse_modules(model).values():
-        module.sparsity = dataclasses.replace(module.sparsity, grid=new)
+        rows, cols = module.sparsity.cells
+        cells = (rows, cols) if old == new else grid_of(rows * cols * growth(num_tokens(model)) / growth(tokens))
+        module.sparsity = dataclasses.replace(module.sparsity, grid=new, cells=cells)
         if isinstance(module.predictor, TokenLowrank):
             module.predictor.resample(old, new)
 
