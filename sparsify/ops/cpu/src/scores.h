@@ -168,10 +168,14 @@ static void make_windows(const Head<T>& head, const float* rows, const float* si
     error[i] = shift >= 0 ? 1 : -1;
     if (shift >= 0) packed->shift = min_of(packed->shift, shift);
   }
-  alignas(64) static const float none[1024] = {};
+  const int64_t words = words_of<typename Scoring<T>::type>(head.r);
   for (int i = 0; i < n; i++) {
-    const bool usable = error[i] >= 0;
-    pack_row(head, usable ? rows + i * rp : none, usable ? inverse[i] : 0.f, usable ? start[i] : 0.f, i, packed);
+    if (error[i] >= 0) {
+      pack_row(head, rows + i * rp, inverse[i], start[i], i, packed);
+    } else {  // scored with the others, and never looked at
+      memset(packed->words + i * words, 0, words * 4);
+      packed->start[i] = 0;
+    }
   }
 }
 

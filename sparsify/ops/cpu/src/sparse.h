@@ -93,20 +93,15 @@ static void expect_thresholds(const Problem& p, int64_t b, int64_t h, const Head
   head.state[SPREAD] = min_of(8.f, 0.75f + 2.f * sqrt_of(max_of(square, 0.f)));
 }
 
-#ifndef CYC
-#define CYC(i)
-#define CYC_BEGIN
-#endif
 template <class T> static void prepare(const Problem& p, int64_t b, int64_t h, void* base, void* scratch) {
-  CYC_BEGIN
   Head<T> head;
   Scratch<T> x;
   layout<T>(p, h, base, &head), scratch_layout<T>(p, scratch, &x);
-  pack_rows(p, b, h, head);CYC(0)
-  pack_coordinates(p, b, h, head, (uint8_t*)x.floats);CYC(1)
-  make_cells(p, b, h, head, x.floats);CYC(2)
+  pack_rows(p, b, h, head);
+  pack_coordinates(p, b, h, head, (uint8_t*)x.floats);
+  make_cells(p, b, h, head, x.floats);
   if (p.tiles) pack_covariance(p, head);
-  if (p.budget < p.N) expect_thresholds(p, b, h, head, x);CYC(3)
+  if (p.budget < p.N) expect_thresholds(p, b, h, head, x);
 }
 
 // Of the list of one row's keys, [M cells, kept keys, dropped prefix keys (each its own cell), zero rows up to a multiple of
@@ -173,8 +168,7 @@ static void block(const Problem& p, int64_t b, int64_t h, int64_t which, const v
   Head<T> head;
   Scratch<T> x;
   layout<T>(p, h, const_cast<void*>(base), &head), scratch_layout<T>(p, scratch, &x);
-  CYC_BEGIN
-  if (which < p.P) {dense_row(p, b, h, which, head, x);CYC(10) return;}
+  if (which < p.P) return dense_row(p, b, h, which, head, x);
   int64_t first = p.P + (which - p.P) * BLOCK;
   int n = int(min_of<int64_t>(BLOCK, p.N - first));
   int error[BLOCK];
@@ -188,8 +182,7 @@ static void block(const Problem& p, int64_t b, int64_t h, int64_t which, const v
     for (int i = 0; i < n; i++) read_row(p.row, b, h, first + i, head.r, head.rp, x.row + i * head.rp);
     deviations(head, x.row, n, false, x.sigma);
     make_windows(head, x.row, x.sigma, n, error, &x.packed);
-    CYC(4)
-    score_levels<false>(head, p.N, x.packed, n, x.level);CYC(5)
+    score_levels<false>(head, p.N, x.packed, n, x.level);
   }
   for (int i = 0; i < n; i++) {
     uint16_t* keys = x.keys + i * x.capacity + p.M;
@@ -203,24 +196,19 @@ static void block(const Problem& p, int64_t b, int64_t h, int64_t which, const v
       for (int64_t j = 0; j < p.budget; j++) probe->kept[at * p.budget + j] = keys[j];
       probe->cells[at] = head.cell[first + i];
     }
-    CYC(6)
   }
   const int64_t wide = x.capacity, counts = round_up(p.M, 16);
   for (int i = 0; i < n; i++) length[i] = complete(p, head, x.keys + i * wide, x.count + i * counts, x.seen);
-  CYC(7)
   for (int i = 0; i < n; i++) row_scores(p, head, b, h, first + i, x.keys + i * wide, length[i], x.s + i * wide);
-  CYC(8)
   for (int i = 0; i < n; i++) {
     prefetch_out(p, b, h, first + i);
     by[i] = row_weights(p, x.s + i * wide, length[i], p.M, x.count + i * counts, x.p + i * wide);
   }
-  CYC(12)
   alignas(64) float out[1024];
   for (int i = 0; i < n; i++) {
     weigh(x.p + i * wide, head.V, head.dp, x.keys + i * wide, round_up(length[i], 4), out);
     write_out(p, b, h, first + i, out, by[i]);
   }
-  CYC(9)
 }
 
 template <class T> static size_t head_bytes(const Problem& p) {
