@@ -5,8 +5,10 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -48,36 +50,35 @@ View view(const Tensor& x) {
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.scalar_type() == at::kBFloat16};
 }
 
+char* aligned(const Tensor& x) { return (char*)(((uintptr_t)x.data_ptr() + 63) / 64 * 64); }
+
+// Each thread begins at heads of its own, packs one and works through its blocks while they are in its cache; then it helps
+// with the others'. Few heads: every one has a workspace. Many: a thread has one, and heads are not shared.
 void run(const Problem& p, const Kernels* k, const Probe* probe) {
   const int64_t heads = p.B * p.H, blocks = k->blocks(p), threads = at::get_num_threads();
   const int64_t head_bytes = (k->head_bytes(p) + 63) / 64 * 64, scratch_bytes = (k->scratch_bytes(p) + 63) / 64 * 64;
+  const bool shared = heads < 4 * threads;
   auto bytes = [](int64_t n) { return at::empty({n + 64}, at::TensorOptions().dtype(at::kByte)); };
-  auto aligned = [](const Tensor& x) { return (char*)(((uintptr_t)x.data_ptr() + 63) / 64 * 64); };
-  Tensor scratch = bytes(threads * scratch_bytes);
-  std::atomic<int64_t> next{0};
-  auto each_thread = [&](auto work) {
-    at::parallel_for(0, threads, 1, [&](int64_t from, int64_t) { work(aligned(scratch) + from * scratch_bytes); });
+  Tensor scratch = bytes(threads * scratch_bytes), space = bytes((shared ? heads : threads) * head_bytes);
+  struct alignas(64) Head {
+    std::atomic<bool> claimed{false}, ready{false};
+    std::atomic<int64_t> next{0};
   };
-  if (heads >= 4 * threads) {  // whole heads, each packed and used by the same thread
-    Tensor space = bytes(threads * head_bytes);
-    at::parallel_for(0, threads, 1, [&](int64_t from, int64_t) {
-      char *head = aligned(space) + from * head_bytes, *own = aligned(scratch) + from * scratch_bytes;
-      for (int64_t i; (i = next++) < heads;) {
-        k->prepare(p, i / p.H, i % p.H, head, own);
-        for (int64_t block = 0; block < blocks; block++) k->block(p, i / p.H, i % p.H, block, head, own, probe);
+  std::unique_ptr<Head[]> states(new Head[heads]);
+  at::parallel_for(0, threads, 1, [&](int64_t from, int64_t) {
+    char* own = aligned(scratch) + from * scratch_bytes;
+    for (int64_t i = 0; i < heads; i++) {
+      const int64_t head = (from * heads / threads + i) % heads, b = head / p.H, h = head % p.H;
+      Head& state = states[head];
+      char* at = aligned(space) + (shared ? head : from) * head_bytes;
+      if (!state.claimed.exchange(true)) {
+        k->prepare(p, b, h, at, own);
+        state.ready.store(true, std::memory_order_release);
+      } else if (!shared) {
+        continue;
       }
-    });
-    return;
-  }
-  Tensor space = bytes(heads * head_bytes);
-  each_thread([&](char* own) {
-    for (int64_t i; (i = next++) < heads;) k->prepare(p, i / p.H, i % p.H, aligned(space) + i * head_bytes, own);
-  });
-  next = 0;
-  each_thread([&](char* own) {
-    for (int64_t i; (i = next++) < heads * blocks;) {
-      int64_t head = i / blocks;
-      k->block(p, head / p.H, head % p.H, i % blocks, aligned(space) + head * head_bytes, own, probe);
+      while (!state.ready.load(std::memory_order_acquire)) std::this_thread::yield();
+      for (int64_t block; (block = state.next++) < blocks;) k->block(p, b, h, block, at, own, probe);
     }
   });
 }

@@ -9,14 +9,17 @@ namespace {
 
 constexpr float LOG2E = 1.44269504f;
 
-// Sums of 8 vectors, in order: one result lane for each.
-INLINE f8 reduce8(const f8* a) {
-  auto pair = [](f8 x, f8 y) { return _mm256_add_ps(_mm256_blend_ps(x, y, 0xCC), _mm256_shuffle_ps(x, y, 0x4E)); };
-  auto quad = [](f8 x, f8 y) {
-    return _mm256_add_ps(_mm256_blend_ps(x, y, 0xAA), _mm256_permute_ps(_mm256_blend_ps(x, y, 0x55), 0xB1));
+// Sums (or what else `add` does) of 8 vectors, in order: one result lane for each.
+template <class Add> INLINE f8 reduce8(const f8* a, Add add) {
+  auto pair = [&](f8 x, f8 y) { return add(_mm256_blend_ps(x, y, 0xCC), _mm256_shuffle_ps(x, y, 0x4E)); };
+  auto quad = [&](f8 x, f8 y) {
+    return add(_mm256_blend_ps(x, y, 0xAA), _mm256_permute_ps(_mm256_blend_ps(x, y, 0x55), 0xB1));
   };
   f8 x = quad(pair(a[0], a[2]), pair(a[1], a[3])), y = quad(pair(a[4], a[6]), pair(a[5], a[7]));
-  return _mm256_add_ps(_mm256_blend_ps(x, y, 0xF0), _mm256_permute2f128_ps(x, y, 0x21));
+  return add(_mm256_blend_ps(x, y, 0xF0), _mm256_permute2f128_ps(x, y, 0x21));
+}
+INLINE f8 reduce8(const f8* a) {
+  return reduce8(a, [](f8 x, f8 y) { return _mm256_add_ps(x, y); });
 }
 
 // Logits (unscaled) of one query against the rows `keys` of K; n is a multiple of 8. C > 0: dp in vectors, else any dp.

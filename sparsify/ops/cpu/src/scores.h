@@ -109,34 +109,67 @@ template <class T> static void deviations(const Head<T>& head, const float* rows
   }
 }
 
-// One row over the step of its window as words, for sums of levels from `start` on.
-INLINE void pack_row(const Head<float>& head, const float* row, float inverse, float start, int64_t i, Packed* to) {
-  for (int64_t j = 0; j < head.r; j += W) store((float*)to->words + i * head.r + j, mul(load(row + j), set1(inverse)));
-  to->start[i] = start;
+// Rows over the steps of their windows as words, and where the sums of their levels start. Rows with error < 0 are zeros:
+// they are scored with the others, and never looked at.
+INLINE void pack_words(const Head<float>& head, const float* rows, int n, const float* inverse, const float* start, int* error,
+                       Packed* to) {
+  for (int i = 0; i < n; i++) {
+    const bool usable = error[i] >= 0;
+    float* words = (float*)to->words + i * head.r;
+    for (int64_t j = 0; j < head.r; j += W) store(words + j, usable ? mul(load(rows + i * head.rp + j), set1(inverse[i])) : set1(0));
+    to->start[i] = usable ? start[i] : 0;
+  }
 }
 #if defined(__AVX512VNNI__)
-// The largest shift that keeps the row's coordinates, in levels of one unit of a byte, within -127..127.
-INLINE int shift_of(const Head<bf16>& head, const float* row, float inverse) {
-  vf most = set1(0);
-  for (int64_t j = 0; j < head.rp; j += W) most = max_ps(_mm512_abs_ps(mul(load(row + j), load(head.unit + j))), most);
-  float largest = max_lane(most) * inverse;
-  int shift = 0;
-  while (shift < 14 && largest * float(2 << shift) <= 127.f) shift++;
-  return largest <= 127.f ? shift : -1;
-}
-INLINE void pack_row(const Head<bf16>& head, const float* row, float inverse, float start, int64_t i, Packed* to) {
-  const float by = inverse * float(1 << to->shift);
-  vf offset = set1(0);
-  for (int64_t j = 0; j < head.rp; j += W) {
-    vi x = round_int(mul(mul(load(row + j), load(head.unit + j)), set1(by)));
-    offset = fma(_mm512_cvtepi32_ps(x), load(head.zero + j), offset);
-    _mm_storeu_si128((__m128i*)((char*)(to->words + i * words_of<Bytes>(head.r)) + j), _mm512_cvtsepi32_epi8(x));
+INLINE f8 halves(vf x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
+INLINE f8 higher_half(vf x) { return _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
+
+// Bytes: coordinates in levels of one unit of a key's byte, times the 2^shift that keeps all of them within -127..127.
+INLINE void pack_words(const Head<bf16>& head, const float* rows, int n, const float* inverse, const float* start, int* error,
+                       Packed* to) {
+  const int64_t rp = head.rp, words = words_of<Bytes>(head.r);
+  alignas(32) float largest[BLOCK], offset[BLOCK];
+  float most = 1e-30f;
+  for (int at = 0; at < n; at += 8) {
+    f8 top[8];
+    for (int i = 0; i < 8; i++) {
+      vf x = set1(0);
+      const float* row = rows + min_of(at + i, n - 1) * rp;
+      for (int64_t j = 0; j < rp; j += W) x = max_ps(_mm512_abs_ps(mul(load(row + j), load(head.unit + j))), x);
+      top[i] = higher_half(x);
+    }
+    store8(largest + at, reduce8(top, [](f8 a, f8 b) { return _mm256_max_ps(a, b); }));
   }
-  int sum_start = int((start + 0.5f) * float(1 << to->shift) - sum(offset));  // half a level: the shift rounds down
-  memcpy(to->start + i, &sum_start, 4);
+  for (int i = 0; i < n; i++) {
+    if (error[i] >= 0 && !(largest[i] * inverse[i] <= 127.f)) error[i] = -1;
+    if (error[i] >= 0) most = max_of(most, largest[i] * inverse[i]);
+  }
+  to->shift = 0;
+  while (to->shift < 14 && most * float(2 << to->shift) <= 127.f) to->shift++;
+  const float power = float(1 << to->shift);
+  for (int at = 0; at < n; at += 8) {
+    f8 sums[8];
+    for (int i = 0; i < 8; i++) {
+      const int row = min_of(at + i, n - 1);
+      const bool usable = error[row] >= 0;
+      vf total = set1(0), by = set1(inverse[row] * power);
+      char* out = (char*)(to->words + row * words);
+      if (!usable) memset(out, 0, words * 4);
+      for (int64_t j = 0; usable && j < rp; j += W) {
+        vi x = round_int(mul(mul(load(rows + row * rp + j), load(head.unit + j)), by));
+        total = fma(_mm512_cvtepi32_ps(x), load(head.zero + j), total);
+        if (j < words * 4) _mm_mask_storeu_epi8(out + j, __mmask16((1u << min_of<int64_t>(16, words * 4 - j)) - 1), _mm512_cvtsepi32_epi8(x));
+      }
+      sums[i] = halves(total);
+    }
+    store8(offset + at, reduce8(sums));
+  }
+  for (int i = 0; i < n; i++) {  // half a level: the shift rounds down
+    int first = error[i] >= 0 ? int((start[i] + 0.5f) * power - offset[i]) : 0;
+    memcpy(to->start + i, &first, 4);
+  }
 }
 #endif
-INLINE int shift_of(const Head<float>&, const float*, float) { return 0; }
 
 // Windows of a block of rows: a row's threshold is expected `state[THRESHOLD]` standard deviations above the mean of its
 // scores (which is 0: the keys' coordinates are centred). `error` of a row: the levels by which the scores of two keys may
@@ -161,22 +194,11 @@ static void make_windows(const Head<T>& head, const float* rows, const float* si
     store(inverse + at, by), store(bound + at, mul(mul(load(bound + at), rounding), by));
     store(start + at, sub(set1(128), mul(mul(s, set1(head.state[THRESHOLD])), by)));
   }
-  packed->shift = 14;
   for (int i = 0; i < n; i++) {
     bool usable = sigma[i] > 0 && finite(inverse[i]) && finite(start[i]) && bound[i] < 0.9f && !head.state[EXACT];
-    int shift = usable ? shift_of(head, rows + i * rp, inverse[i]) : -1;
-    error[i] = shift >= 0 ? 1 : -1;
-    if (shift >= 0) packed->shift = min_of(packed->shift, shift);
+    error[i] = usable ? 1 : -1;
   }
-  const int64_t words = words_of<typename Scoring<T>::type>(head.r);
-  for (int i = 0; i < n; i++) {
-    if (error[i] >= 0) {
-      pack_row(head, rows + i * rp, inverse[i], start[i], i, packed);
-    } else {  // scored with the others, and never looked at
-      memset(packed->words + i * words, 0, words * 4);
-      packed->start[i] = 0;
-    }
-  }
+  pack_words(head, rows, n, inverse, start, error, packed);
 }
 
 template <int NV, bool POOLED, class T>
