@@ -181,14 +181,14 @@ template <class T> ROUTINE float weights(const float* s, int64_t n, float factor
   for (int64_t j = 0; j < n; j += W) top = max_ps(load(s + j), top);
   float most = max_lane(top);
   if (!(most > -__builtin_inff())) most = 0;
-  vf by = set1(factor), shift = set1(-most * factor), total = set1(0);
+  vf by = set1(factor), highest = set1(most), total = set1(0);
   int64_t j = 0;
   for (; j < cells; j += W) {
-    vf e = mul(exponential(fma(load(s + j), by, shift), T()), load(count + j));
+    vf e = mul(exponential(mul(sub(load(s + j), highest), by), T()), load(count + j));
     store_p(p + j, e), total = add(total, e);
   }
   for (; j < n; j += W) {
-    vf e = exponential(fma(load(s + j), by, shift), T());
+    vf e = exponential(mul(sub(load(s + j), highest), by), T());
     store_p(p + j, e), total = add(total, e);
   }
   float z = sum(total);

@@ -128,20 +128,25 @@ INLINE f8 higher_half(vf x) { return _mm256_max_ps(_mm512_castps512_ps256(x), _m
 INLINE void pack_words(const Head<bf16>& head, const float* rows, int n, const float* inverse, const float* start, int* error,
                        Packed* to) {
   const int64_t rp = head.rp, words = words_of<Bytes>(head.r);
-  alignas(32) float largest[BLOCK], offset[BLOCK];
+  alignas(32) float largest[BLOCK], noise[BLOCK], offset[BLOCK];
   float most = 1e-30f;
   for (int at = 0; at < n; at += 8) {
-    f8 top[8];
+    f8 top[8], square[8];
     for (int i = 0; i < 8; i++) {
-      vf x = set1(0);
+      vf x = set1(0), squares = set1(0);
       const float* row = rows + min_of(at + i, n - 1) * rp;
-      for (int64_t j = 0; j < rp; j += W) x = max_ps(_mm512_abs_ps(mul(load(row + j), load(head.unit + j))), x);
-      top[i] = higher_half(x);
+      for (int64_t j = 0; j < rp; j += W) {
+        vf y = mul(load(row + j), load(head.unit + j));
+        x = max_ps(_mm512_abs_ps(y), x), squares = fma(y, y, squares);
+      }
+      top[i] = higher_half(x), square[i] = halves(squares);
     }
+    store8(noise + at, _mm256_sqrt_ps(reduce8(square)));
     store8(largest + at, reduce8(top, [](f8 a, f8 b) { return _mm256_max_ps(a, b); }));
   }
   for (int i = 0; i < n; i++) {
-    if (error[i] >= 0 && !(largest[i] * inverse[i] <= 127.f)) error[i] = -1;
+    const float levels = noise[i] * inverse[i] * 0.29f;  // standard deviation of the keys' rounding: 1/sqrt(12) of a unit
+    if (error[i] >= 0) error[i] = largest[i] * inverse[i] <= 127.f && levels < 6.f ? 1 + int(levels) : -1;
     if (error[i] >= 0) most = max_of(most, largest[i] * inverse[i]);
   }
   to->shift = 0;
@@ -173,8 +178,8 @@ INLINE void pack_words(const Head<bf16>& head, const float* rows, int n, const f
 
 // Windows of a block of rows: a row's threshold is expected `state[THRESHOLD]` standard deviations above the mean of its
 // scores (which is 0: the keys' coordinates are centred). `error` of a row: the levels by which the scores of two keys may
-// be swapped by rounding. In float32 one level, a proof. With bytes one level too, but their rounding is about 1.5 levels
-// (1 % of a row's standard deviation), so that keys whose scores differ by less may change places. -1: no window.
+// be swapped by rounding. In float32 one level, a proof. With bytes one more than the standard deviation of their rounding,
+// usually 1 to 2 levels (1 % of a row's), so that keys whose scores differ by little may change places. -1: no window.
 template <class T>
 static void make_windows(const Head<T>& head, const float* rows, const float* sigma, int n, int* error, Packed* packed) {
   alignas(64) float bound[BLOCK], inverse[BLOCK], start[BLOCK];

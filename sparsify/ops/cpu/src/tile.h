@@ -122,7 +122,7 @@ ROUTINE void attend_tile(const Panels& k, int64_t n, const float* bias, int64_t 
   const int64_t width = k.columns * PANEL, each = sizeof(T) == 2 ? 2 : 1;
   for (int i = 0; i < rows; i++) most[i] = -__builtin_inff(), total[i] = 0;
   memset(x.out, 0, rows * width * 4);
-  const vf scale = set1(factor);
+  const vf scale = set1(factor), by_factor = bias ? set1(1) : scale;
   for (int64_t at = 0; at < n; at += KEYS) {
     const int64_t here = min_of<int64_t>(KEYS, n - at), padded = round_up(here, W);
     for (int64_t key = 0; key < here; key += PANEL) {
@@ -147,21 +147,20 @@ ROUTINE void attend_tile(const Panels& k, int64_t n, const float* bias, int64_t 
         }
       } else {
         for (int64_t j = 0; j < padded; j += W) top = max_ps(load(s + j), top);
-        top = mul(top, scale);
       }
       float now = max_of(most[i], max_lane(top));
       if (!(now > -__builtin_inff())) now = 0;
       if (now != most[i]) {
-        vf shrink = exponential(set1(most[i] - now), float());
+        vf shrink = exponential(mul(set1(most[i] - now), by_factor), float());
         if (at > 0) {
           for (int64_t c = 0; c < width; c += W) store(x.out + i * width + c, mul(load(x.out + i * width + c), shrink));
           total[i] *= _mm_cvtss_f32(low_half(shrink));
         }
         most[i] = now;
       }
-      vf shift = set1(-now), sums = set1(0), by_factor = bias ? set1(1) : scale;
+      vf highest = set1(now), sums = set1(0);
       for (int64_t j = 0; j < padded; j += W) {
-        vf e = exponential(fma(load(s + j), by_factor, shift), T());
+        vf e = exponential(mul(sub(load(s + j), highest), by_factor), T());
         store_p(p + j, e), sums = add(sums, e);
       }
       total[i] += sum(sums);

@@ -49,6 +49,24 @@ INLINE void pool_levels(const uint8_t* level, int64_t stride, int n, bool first,
   }
 }
 
+// The pooled scores by their definition, where no window can be placed: a row's scores less their mean over their standard
+// deviation, both over its finite scores, which alone count; -inf where no row of the tile has one.
+template <class T> static void pool_scores(const TileScorer<T>& tile, int64_t N, float* s) {
+  for (int64_t j = 0; j < N; j++) s[j] = -__builtin_inff();
+  for (int64_t i = 0; i < tile.n; i++) {
+    float *x = tile.spare, mean = 0, square = 0, count = 0;
+    score_keys(tile.rows + i * tile.head.rp, tile.head.col, tile.head.rp, nullptr, N, x);
+    for (int64_t j = 0; j < N; j++)
+      if (finite(x[j])) mean += x[j], count += 1;
+    mean /= max_of(count, 1.f);
+    for (int64_t j = 0; j < N; j++)
+      if (finite(x[j])) square += (x[j] - mean) * (x[j] - mean);
+    const float sd = sqrt_of(square / max_of(count, 1.f)), by = sd > 0 ? 1 / sd : 1;
+    for (int64_t j = 0; j < N; j++)
+      if (finite(x[j])) s[j] = max_of(s[j], (x[j] - mean) * by);
+  }
+}
+
 template <class T>
 static void select_tile(const Problem& p, int64_t b, int64_t h, const Head<T>& head, const int32_t* token, int64_t n,
                         const TilesScratch<T>& x, uint16_t* keys) {
@@ -57,7 +75,8 @@ static void select_tile(const Problem& p, int64_t b, int64_t h, const Head<T>& h
     return;
   }
   for (int64_t i = 0; i < n; i++) read_row(p.row, b, h, token[i], head.r, head.rp, x.rows.row + i * head.rp);
-  int error[BLOCK], worst = 1;
+  int error[BLOCK], worst = 0;
+  bool usable = true;
   Guess guess;
   Packed packed = x.rows.packed;
   for (int64_t at = 0; at < n; at += BLOCK) {
@@ -65,12 +84,15 @@ static void select_tile(const Problem& p, int64_t b, int64_t h, const Head<T>& h
     const float* rows = x.rows.row + at * head.rp;
     deviations(head, rows, here, true, x.rows.sigma + at);
     make_windows(head, rows, x.rows.sigma + at, here, error, &packed);
-    for (int i = 0; i < here; i++) worst = min_of(worst, error[i]);
+    for (int i = 0; i < here; i++) worst = max_of(worst, error[i]), usable &= error[i] >= 0;
     const int written = score_levels<true>(head, p.N, packed, here, x.rows.level);
     pool_levels(x.rows.level, level_stride(p.N), written, at == 0, x.pooled);
   }
   const TileScorer<T> score{head, x.rows.row, x.rows.sigma, n, x.rows.s};
-  if (!select_levels(score, p.N, p.budget, x.pooled, worst, &guess, x.rows.order, keys))
+  if (!usable) {
+    pool_scores(score, p.N, x.rows.order);
+    take_highest(x.rows.order, nullptr, p.N, p.budget, keys);
+  } else if (!select_levels(score, p.N, p.budget, x.pooled, worst, &guess, x.rows.order, keys))
     select_exact(score, p.N, p.budget, x.rows.order, keys);
 }
 
