@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST_TIMM := 1.0.28
 
-.PHONY: venv demo test test-oldest lint format bench-accuracy bench-equality frontier clean
+.PHONY: venv demo test test-oldest sanitize lint format bench-accuracy bench-equality frontier clean
 
 venv: $(VENV)/.installed
 
@@ -30,6 +30,10 @@ test-oldest: venv
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv-oldest timm==$(OLDEST_TIMM)
 	PYTHONPATH=.venv-oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# Overruns and undefined behaviour of the CPU kernels on small drawn calls; needs a compiler with its sanitizers.
+sanitize: venv
+	$(BIN)/python tests/sanitize/run.py 1000
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,6 +42,21 @@ lint: venv
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Time of one attention op and of whole models, dense beside sparse, with the bars: tables in build/bench/.
+bench: venv
+	$(BIN)/python benchmarks/attention.py --markdown build/bench/attention.md --json build/bench/attention.json
+	$(BIN)/python benchmarks/attention.py --batch 8 --rounds 7 --no-naive --no-avx2 \
+		--markdown build/bench/attention-8.md --json build/bench/attention-8.json
+	$(BIN)/python benchmarks/model.py --markdown build/bench/model.md --json build/bench/model.json
+
+# Predictions of the kernels beside the reference's, and what tiles do to accuracy at three image sizes.
+bench-kernels-accuracy: venv
+	$(BIN)/python benchmarks/kernel_accuracy.py --markdown build/bench/kernels.md --json build/bench/kernels.json
+
+# Whether `backend=auto` takes what is fastest, on 40 shapes.
+bench-auto: venv
+	$(BIN)/python benchmarks/auto.py --markdown build/bench/auto.md --json build/bench/auto.json
 
 # Accuracy and MACs of the README, from real weights and photographs (SPARSIFY_TEST_DATA, default ../shared/data).
 bench-accuracy: venv
