@@ -286,6 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: every expected error is one line on stderr and an exit code."""
     given = sys.argv[1:] if arguments is None else arguments
     warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)  # fvcore traces with it
+    warnings.filterwarnings("ignore", message="sparse attention is computed by")  # the commands say it themselves
     command = typer.main.get_command(app)
     try:
         code = command.main(args=given, prog_name="sparsify", standalone_mode=False)

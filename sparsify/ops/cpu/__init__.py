@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from functools import cache
 
 import torch
@@ -49,9 +50,17 @@ def supports(q: Tensor, mask: Tensor | None) -> bool:
 
 @cache
 def _load() -> tuple[int, str | None]:
-    """Level of the instruction set (index into `ISAS`) and why there is none."""
+    """Level of the instruction set (index into `ISAS`) and why there is none, which is also said once, as a warning."""
+    level, reason = _find()
+    if reason:
+        line = f"sparse attention is computed by the slow PyTorch reference: {reason}"
+        warnings.warn(line, RuntimeWarning, stacklevel=2)
+    return level, reason
+
+
+def _find() -> tuple[int, str | None]:
     wanted = os.environ.get("SPARSIFY_ISA", "")
-    if wanted and wanted not in ISAS:
+    if wanted and wanted not in ISAS[1:]:
         return 0, f"SPARSIFY_ISA={wanted}: expected one of {', '.join(ISAS[1:])}"
     built = build.build(say=lambda line: print(line, file=sys.stderr))
     if built.path is None:
