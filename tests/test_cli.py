@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import timm
@@ -211,7 +212,9 @@ def test_debug_shows_the_traceback(run):
 
 def test_ctrl_c_leaves_nothing_and_says_so(tmp_path):
     how = [sys.executable, "-m", "sparsify", "convert", "digits"]
-    process = subprocess.Popen(how, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test run in the background has it ignored
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(how, cwd=tmp_path, preexec_fn=heard, **pipes)
     assert process.stdout.readline().startswith("calibrating")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
