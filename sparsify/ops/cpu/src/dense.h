@@ -5,9 +5,13 @@
 
 namespace {
 
+// Whether keys and values can be packed from where they are.
+template <class T> static bool as_is(const Problem& p) {
+  return p.d == padded<T>(p.d) && p.k.bf16 == (sizeof(T) == 2) && p.v.bf16 == p.k.bf16 && p.k.stride_n % 2 == 0;
+}
 template <class T> static size_t dense_head_bytes(const Problem& p) {
   int64_t dp = padded<T>(p.d);
-  return panels_bytes<T>(p.N, dp) + 2 * round_up(p.N, 2) * dp * sizeof(T) + 192;
+  return panels_bytes<T>(p.N, dp) + (as_is<T>(p) ? 0 : 2 * round_up(p.N, 2) * dp * sizeof(T)) + 192;
 }
 template <class T> static size_t dense_scratch_bytes(const Problem& p) {
   return tile_scratch<T>(padded<T>(p.d), nullptr, nullptr);
@@ -17,8 +21,7 @@ static int64_t dense_blocks(const Problem& p) { return (p.N + TILE - 1) / TILE; 
 template <class T> static void dense_prepare(const Problem& p, int64_t b, int64_t h, void* base, void*) {
   const int64_t dp = padded<T>(p.d);
   Panels panels = panels_at<T>(base, p.N, dp);
-  const bool as_is = p.d == dp && p.k.bf16 == (sizeof(T) == 2) && p.v.bf16 == p.k.bf16 && p.k.stride_n % 2 == 0;
-  if (as_is) {
+  if (as_is<T>(p)) {
     const T *K = (const T*)row_of(p.k, b, h, 0), *V = (const T*)row_of(p.v, b, h, 0);
     return pack_list(K, p.k.stride_n, V, p.v.stride_n, dp, nullptr, p.N, panels);
   }

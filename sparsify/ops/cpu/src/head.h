@@ -16,7 +16,7 @@ template <class T> struct Head {
   T* K;             // [rows, dp]: N keys, M cell means, one row of zeros
   T* V;             // [rows, dp]
   float* col;       // [N, rp] coordinates less their mean
-  float* panel;     // [panels, r, PANEL] the same in panels
+  float* panel;     // [panels, r, PANEL] the same in panels, where `needs_panel`
   uint8_t* panel8;  // [panels, ceil(r/4), PANEL, 4] the same as bytes, unit[j] each (bf16 storage)
   float* unit;      // [rp]
   float* zero;      // [rp] the byte of 0
@@ -33,6 +33,11 @@ enum { COL_MAX = 0, THRESHOLD = 1, SPREAD = 2, EXACT = 3, STATES = 4 };
 
 template <class T> INLINE int64_t padded(int64_t d) { return round_up(d, sizeof(T) == 2 ? 32 : 16); }
 
+// Whether the coordinates are wanted in float32 panels: to be scored, or to be compared by the clusters.
+template <class T> INLINE bool needs_panel(const Problem& p) {
+  return sizeof(T) == 4 || (p.tail == TAIL_CLUSTERS && p.feature_is_col);
+}
+
 // The layout over `base`; the bytes it needs where base is null.
 template <class T> static size_t layout(const Problem& p, int64_t h, void* base, Head<T>* head) {
   Head<T> x;
@@ -40,26 +45,21 @@ template <class T> static size_t layout(const Problem& p, int64_t h, void* base,
   x.dp = padded<T>(p.d), x.rows = p.N + p.M + 1, x.panels = (p.N + PANEL - 1) / PANEL;
   x.r = r, x.rp = round_up(r, W), x.f = f;
   bool own = p.tail == TAIL_CLUSTERS && !p.feature_is_col;
-  char* at = (char*)base;
-  auto take = [&](int64_t bytes) {
-    char* got = at;
-    at += round_up(bytes, 64);
-    return got;
-  };
-  x.K = (T*)take(x.rows * x.dp * sizeof(T)), x.V = (T*)take(x.rows * x.dp * sizeof(T));
-  x.col = (float*)take(p.N * x.rp * 4);
-  x.panel = (float*)take(x.panels * PANEL * r * 4);
-  x.panel8 = (uint8_t*)take(sizeof(T) == 2 ? x.panels * PANEL * round_up(r, 4) : 0);
-  x.unit = (float*)take(x.rp * 4), x.zero = (float*)take(x.rp * 4);
-  x.feature = own ? (float*)take(x.panels * PANEL * f * 4) : x.panel;
-  x.variance = (float*)take(x.rp * 4);
-  x.covariance = (float*)take(p.tiles ? r * x.rp * 4 : 0);
-  x.log2_count = (float*)take(p.tiles ? (p.N + 1) * 4 : 0);
-  x.size = (float*)take((p.M + 16) * 4);
-  x.cell = (uint16_t*)take(p.N * 2);
-  x.state = (float*)take(STATES * 4);
+  Arena arena(base);
+  x.K = (T*)arena.take(x.rows * x.dp * sizeof(T)), x.V = (T*)arena.take(x.rows * x.dp * sizeof(T));
+  x.col = (float*)arena.take(p.N * x.rp * 4);
+  x.panel = (float*)arena.take(needs_panel<T>(p) ? x.panels * PANEL * r * 4 : 0);
+  x.panel8 = (uint8_t*)arena.take(sizeof(T) == 2 ? x.panels * PANEL * round_up(r, 4) : 0);
+  x.unit = (float*)arena.take(x.rp * 4), x.zero = (float*)arena.take(x.rp * 4);
+  x.feature = own ? (float*)arena.take(x.panels * PANEL * f * 4) : x.panel;
+  x.variance = (float*)arena.take(x.rp * 4);
+  x.covariance = (float*)arena.take(p.tiles ? r * x.rp * 4 : 0);
+  x.log2_count = (float*)arena.take(p.tiles ? (p.N + 1) * 4 : 0);
+  x.size = (float*)arena.take((p.M + 16) * 4);
+  x.cell = (uint16_t*)arena.take(p.N * 2);
+  x.state = (float*)arena.take(STATES * 4);
   if (head) *head = x;
-  return at - (char*)base;
+  return arena.bytes();
 }
 
 INLINE const void* row_of(const View& v, int64_t b, int64_t h, int64_t i) {
@@ -176,7 +176,7 @@ static void pack_coordinates(const Problem& p, int64_t b, int64_t h, const Head<
     }
   head.state[COL_MAX] = sqrt_of(largest);
   head.state[EXACT] = good && finite(largest) ? 0.f : 1.f;
-  pack_panels(head.col, rp, N, head.r, head.panel);
+  if (needs_panel<T>(p)) pack_panels(head.col, rp, N, head.r, head.panel);
   if (sizeof(T) == 2 && !head.state[EXACT]) pack_bytes(p, head, bytes);
 }
 

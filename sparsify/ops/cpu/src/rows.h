@@ -77,7 +77,6 @@ INLINE void weigh(const float* p, const float* V, int64_t dp, const uint16_t* ke
 }
 INLINE vf exponential(vf x, float) { return exp2_neg(x); }
 INLINE void store_p(float* p, vf x) { store(p, x); }
-INLINE vf load_p(const float* p) { return load(p); }
 
 #if defined(__AVX512F__)
 // The same of 16 vectors of 16.
@@ -156,7 +155,6 @@ INLINE void weigh(const bf16* p, const bf16* V, int64_t dp, const uint16_t* keys
 }
 INLINE vf exponential(vf x, bf16) { return exp2_neg_coarse(x); }
 INLINE void store_p(bf16* p, vf x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
-INLINE vf load_p(const bf16* p) { return widen(p); }
 #endif
 
 // Logits of a row; n is a multiple of 8.

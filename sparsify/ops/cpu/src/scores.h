@@ -44,7 +44,6 @@ struct Packed {
 };
 
 INLINE vf start_of(float x, float) { return set1(x); }
-INLINE vf levels_of(vf sums, int, float) { return sums; }
 #if defined(__AVX512VNNI__)
 INLINE vf start_of(float x, Bytes) {
   int i;

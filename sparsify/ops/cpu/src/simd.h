@@ -14,6 +14,19 @@ typedef uint16_t bf16;
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 template <class T> INLINE T min_of(T a, T b) { return b < a ? b : a; }
 template <class T> INLINE T max_of(T a, T b) { return a < b ? b : a; }
+// Arrays one after another, 64-byte aligned; over null it only counts the bytes.
+struct Arena {
+  char* const base;
+  char* at;
+  explicit Arena(void* over) : base((char*)over), at((char*)over) {}
+  char* take(int64_t bytes) {
+    char* got = at;
+    at += round_up(bytes, 64);
+    return got;
+  }
+  size_t bytes() const { return size_t(at - base); }
+};
+
 INLINE bool finite(float x) {
   uint32_t u;
   memcpy(&u, &x, 4);

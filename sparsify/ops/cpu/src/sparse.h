@@ -27,29 +27,24 @@ template <class T> static size_t scratch_layout(const Problem& p, void* base, Sc
   int64_t r = 1, f = 1;
   for (int64_t h = 0; h < p.H; h++) r = max_of(r, p.ranks[h]), f = max_of(f, p.feature_dims[h]);
   Scratch<T> x;
-  char* at = (char*)base;
-  auto take = [&](int64_t bytes) {
-    char* got = at;
-    at += round_up(bytes, 64);
-    return got;
-  };
+  Arena arena(base);
   x.capacity = round_up(p.budget + p.M + p.P, 16) + 64;
   int64_t longest = max_of(x.capacity, round_up(p.N, 16) + 64);
   int64_t rows = BLOCK;
   for (int64_t i = 0; i < p.tiles; i++) rows = max_of<int64_t>(rows, p.tile_start[i + 1] - p.tile_start[i]);
-  x.row = (float*)take(round_up(rows, BLOCK) * round_up(r, W) * 4);
-  x.sigma = (float*)take((round_up(rows, BLOCK) + W) * 4);
-  x.packed = {(Word*)take((BLOCK * r + 16) * 4), (float*)take(BLOCK * 4), 0};
-  x.level = (uint8_t*)take(BLOCK * level_stride(p.N));
-  x.keys = (uint16_t*)take(max_of(BLOCK * x.capacity, longest) * 2);
-  x.p = (T*)take(max_of(BLOCK * x.capacity, longest) * sizeof(T));
-  x.s = (float*)take(max_of(BLOCK * x.capacity, longest) * 4);
-  x.order = (float*)take(longest * 4);
-  x.count = (float*)take(BLOCK * round_up(p.M, 16) * 4 + 64);
-  x.seen = (uint16_t*)take(4 * round_up(p.M + p.P, 16) * 2 + 64);
-  x.floats = (float*)take(max_of(cells_scratch<T>(p, f) * 4, p.N * round_up(r, W)));
+  x.row = (float*)arena.take(round_up(rows, BLOCK) * round_up(r, W) * 4);
+  x.sigma = (float*)arena.take((round_up(rows, BLOCK) + W) * 4);
+  x.packed = {(Word*)arena.take((BLOCK * r + 16) * 4), (float*)arena.take(BLOCK * 4), 0};
+  x.level = (uint8_t*)arena.take(BLOCK * level_stride(p.N));
+  x.keys = (uint16_t*)arena.take(max_of(BLOCK * x.capacity, longest) * 2);
+  x.p = (T*)arena.take(max_of(BLOCK * x.capacity, longest) * sizeof(T));
+  x.s = (float*)arena.take(max_of(BLOCK * x.capacity, longest) * 4);
+  x.order = (float*)arena.take(longest * 4);
+  x.count = (float*)arena.take(BLOCK * round_up(p.M, 16) * 4 + 64);
+  x.seen = (uint16_t*)arena.take(4 * round_up(p.M + p.P, 16) * 2 + 64);
+  x.floats = (float*)arena.take(max_of(cells_scratch<T>(p, f) * 4, p.N * round_up(r, W)));
   if (scratch) *scratch = x;
-  return at - (char*)base;
+  return arena.bytes();
 }
 
 // The pooled scores of a tile: the highest of its rows' scores in standard deviations (Scorer of select.h).

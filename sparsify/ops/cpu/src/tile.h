@@ -1,8 +1,8 @@
 // Attention of a tile of query rows over one list of keys, in blocks that stay in L1, with a running softmax: the dense
 // kernel (the list is all keys) and the attention of granularity `tile` (kept keys and cells, gathered once for a tile).
 //
-// Limit at d = 64, AVX-512: 2 + 2 (bf16: 1 + 1) multiply-adds of 16 lanes for 16 pairs and 64 columns ... 8 (4) cycles a
-// pair at one an issue, and 0.7 (0.5) for the exponential.
+// Limit at d = 64 and one 512-bit instruction a cycle: 8 (bfloat16: 4) cycles of multiply-adds a pair, half for the logits and
+// half for the values, and 0.9 (0.5) for the exponential.
 #pragma once
 #include "rows.h"
 
@@ -67,17 +67,12 @@ template <class T> struct TileScratch {
   float* out;  // [TILE, columns * PANEL]
 };
 template <class T> INLINE size_t tile_scratch(int64_t dp, void* base, TileScratch<T>* x) {
-  char* at = (char*)base;
-  auto take = [&](int64_t bytes) {
-    char* got = at;
-    at += round_up(bytes, 64);
-    return got;
-  };
+  Arena arena(base);
   TileScratch<T> y;
-  y.q = (T*)take(TILE * dp * sizeof(T)), y.s = (float*)take(TILE * KEYS * 4), y.p = (T*)take(TILE * KEYS * sizeof(T));
-  y.out = (float*)take(TILE * round_up(dp, PANEL) * 4);
+  y.q = (T*)arena.take(TILE * dp * sizeof(T)), y.s = (float*)arena.take(TILE * KEYS * 4), y.p = (T*)arena.take(TILE * KEYS * sizeof(T));
+  y.out = (float*)arena.take(TILE * round_up(dp, PANEL) * 4);
   if (x) *x = y;
-  return at - (char*)base;
+  return arena.bytes();
 }
 
 // Products of `rows` queries with one panel of keys, of which NV vectors hold any.

@@ -16,22 +16,17 @@ template <class T> struct TilesScratch {
 
 template <class T> static size_t tiles_layout(const Problem& p, void* base, TilesScratch<T>* scratch) {
   TilesScratch<T> x;
-  char* at = (char*)base;
-  auto take = [&](int64_t bytes) {
-    char* got = at;
-    at += round_up(bytes, 64);
-    return got;
-  };
+  Arena arena(base);
   const int64_t dp = padded<T>(p.d);
-  char* rows = take(scratch_layout<T>(p, nullptr, (Scratch<T>*)nullptr));
+  char* rows = arena.take(scratch_layout<T>(p, nullptr, (Scratch<T>*)nullptr));
   scratch_layout<T>(p, base ? rows : nullptr, &x.rows);
-  char* attend = take(tile_scratch<T>(dp, nullptr, nullptr));
+  char* attend = arena.take(tile_scratch<T>(dp, nullptr, nullptr));
   tile_scratch<T>(dp, base ? attend : nullptr, &x.attend);
-  x.pooled = (uint8_t*)take(level_stride(p.N));
-  x.bias = (float*)take(round_up(x.rows.capacity, KEYS) * 4 + KEYS * 4);
-  x.panels = take(panels_bytes<T>(x.rows.capacity, dp));
+  x.pooled = (uint8_t*)arena.take(level_stride(p.N));
+  x.bias = (float*)arena.take(round_up(x.rows.capacity, KEYS) * 4 + KEYS * 4);
+  x.panels = arena.take(panels_bytes<T>(x.rows.capacity, dp));
   if (scratch) *scratch = x;
-  return at - (char*)base;
+  return arena.bytes();
 }
 template <class T> static size_t tiles_scratch_bytes(const Problem& p) {
   return tiles_layout<T>(p, nullptr, (TilesScratch<T>*)nullptr);
