@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -112,9 +113,7 @@ def backend(name: str) -> str:
     """
     from sparsify.ops import BACKENDS
 
-    if name not in BACKENDS:
-        raise UsageError(f"--backend {name}: expected one of {', '.join(BACKENDS)}")
-    return name
+    return _one_of("--backend", name, BACKENDS)
 
 
 def kernel_precision(name: str) -> str:
@@ -125,6 +124,10 @@ def kernel_precision(name: str) -> str:
     """
     from sparsify.ops import PRECISIONS
 
-    if name not in PRECISIONS:
-        raise UsageError(f"--kernel-precision {name}: expected one of {', '.join(PRECISIONS)}")
+    return _one_of("--kernel-precision", name, PRECISIONS)
+
+
+def _one_of(option: str, name: str, known: Sequence[str]) -> str:
+    if name not in known:
+        raise UsageError(f"{option} {name}: expected one of {', '.join(known)}")
     return name
