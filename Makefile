@@ -46,6 +46,8 @@ format: venv
 # Time of one attention op and of whole models, dense beside sparse, with the bars: tables in build/bench/.
 bench: venv
 	$(BIN)/python benchmarks/attention.py --markdown build/bench/attention.md --json build/bench/attention.json
+	$(BIN)/python benchmarks/attention.py --sizes 577 --rounds 7 --no-avx2 --compile --flex \
+		--markdown build/bench/attention-compiled.md --json build/bench/attention-compiled.json
 	$(BIN)/python benchmarks/attention.py --batch 8 --rounds 7 --no-naive --no-avx2 \
 		--markdown build/bench/attention-8.md --json build/bench/attention-8.json
 	$(BIN)/python benchmarks/model.py --markdown build/bench/model.md --json build/bench/model.json

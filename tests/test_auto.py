@@ -16,6 +16,7 @@ from sparsify import ops
 from sparsify.config import SparsityConfig, TokenLowrank
 from sparsify.errors import UsageError
 from sparsify.nn import graft
+from sparsify.nn.predictor import HeadLowrank
 from sparsify.ops import auto, backends, candidates, cpu, remembered
 from sparsify.ops.auto import Chooser, Kind, Shape
 from sparsify.ops.cpu import build
@@ -479,3 +480,9 @@ def test_words_for_people(kernels, monkeypatch):
     monkeypatch.setattr(cpu, "available", lambda: "no compiler")
     assert "no compiler" in backends.note("auto", here, full)
     assert backends.describe("auto", "input", here, full) == "reference (no compiler)"
+
+
+def test_blocks_whose_mean_ranks_differ_by_little_share_a_decision():
+    kinds = [HeadLowrank(64, ranks, True).kind() for ranks in ((16, 16, 20), (20, 12, 18), (20, 20, 20), (1, 1, 1))]
+    assert kinds[0] == kinds[1] == kinds[2] and kinds[0].rank_sum == 60
+    assert kinds[3].rank_sum == 3  # never more than the largest rank in every head
