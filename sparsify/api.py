@@ -13,7 +13,8 @@ from sparsify import checkpoint
 from sparsify import conversion as _conversion
 from sparsify import evaluation as _evaluation
 from sparsify import profiling as _profiling
-from sparsify.config import Recipe, load_recipe
+from sparsify.config import Recipe, Target, load_recipe, validate
+from sparsify.errors import UsageError
 from sparsify.metrics import Evaluation
 from sparsify.nn import graft
 from sparsify.ops.auto import Chooser
@@ -23,7 +24,9 @@ from sparsify.ops.spec import Execution
 def convert(
     name: str,
     *,
-    keep: float | Sequence[float] | None = None,
+    keep: float | str | Sequence[float | str] | None = None,
+    target_macs: float | None = None,
+    target_latency: float | None = None,
     recipe: str | Recipe = "calibrate",
     output: str | Path = "model.safetensors",
     weights: str | Path | None = None,
@@ -39,20 +42,31 @@ def convert(
 
     Args:
         name: alias, timm name, `hf-hub:` or `local-dir:` name, or `digits`.
-        keep: share of keys that each query attends to, 0 < keep <= 1; one number, or one for each block.
+        keep: share of keys that each query attends to, 0 < keep <= 1, or 'dense'; one value, or one for each block.
+        target_macs, target_latency: choose keep and tokens of every block for this share of the dense model's (one of them;
+            `keep` must be left out then).
         recipe: name, YAML file or `Recipe`.
         weights: local checkpoint (.safetensors, .pth) of that architecture.
         data: folder or data set to calibrate on; labels are not used. None: the built-in pictures.
-        changes: fields of `SparsityConfig` or `Recipe` (predictor, rank, tail, cells, seed, calib_images, ...).
+        changes: fields of `SparsityConfig` or `Recipe` (tokens, predictor, rank, tail, cells, seed, calib_images, ...);
+            tokens is a mapping: {"keep": 0.7, "stages": (4, 7, 10), "way": "merge"}.
 
     Raises:
         SparsifyError: one line: what was wrong, what was expected, what to do.
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    chosen = chosen.override(keep=keep if keep is None or isinstance(keep, float | int) else tuple(keep), **changes)
+    chosen = chosen.override(
+        keep=keep if keep is None or isinstance(keep, float | int | str) else tuple(keep), **changes
+    )
+    target = None
+    if target_macs is not None or target_latency is not None:
+        if keep is not None:
+            raise UsageError("keep and a target: the search chooses keep; leave one of them out")
+        target = validate(Target, {"macs": target_macs, "latency": target_latency}, "argument target")
     return _conversion.convert(
         name, chosen, Path(output), weights=None if weights is None else Path(weights), num_classes=num_classes,
-        img_size=img_size, images=None if data is None else str(data), force=force, device=device, say=say,
+        img_size=img_size, images=None if data is None else str(data), force=force, device=device, target=target,
+        say=say,
     )  # fmt: skip
 
 

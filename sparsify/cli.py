@@ -52,9 +52,34 @@ def convert(
     keep: Annotated[
         str | None,
         typer.Option(
-            help="Share of keys that each query attends to, above 0 and up to 1; or one a block, 0.2,0.1,...",
-            show_default="the recipe's, 0.1",
+            help="Share of keys that each query attends to, above 0 and up to 1, or dense; or one a block, 0.2,dense,...",
+            show_default="the recipe's, 0.1; dense with --token-keep alone",
         ),
+    ] = None,
+    token_keep: Annotated[
+        str | None,
+        typer.Option(
+            help="Share of patch tokens that go on at each stage; or a rate for each block, 1,1,0.8,...",
+            show_default="all tokens",
+        ),
+    ] = None,
+    token_stages: Annotated[
+        str | None,
+        typer.Option(help="Blocks, counted from 1, after whose attention tokens leave.", show_default="4,7,10"),
+    ] = None,
+    token_way: Annotated[
+        str | None,
+        typer.Option(help="How tokens leave: merge, evit or evit-fused.", show_default="merge"),
+    ] = None,
+    target_macs: Annotated[
+        float | None,
+        typer.Option(
+            help="Choose keep and tokens of every block for this share of the dense model's MACs.", show_default="none"
+        ),
+    ] = None,
+    target_latency: Annotated[
+        float | None,
+        typer.Option(help="The same for this share of its time, on this machine at batch 1.", show_default="none"),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = options.MODEL_FILE,
     force: Annotated[bool, typer.Option("--force", help="Overwrite another model's file.")] = False,
@@ -121,8 +146,14 @@ def convert(
     """Turn a pretrained model into a sparse one and write it with its MACs report."""
     from sparsify.config import load_recipe
 
-    chosen = load_recipe(recipe).override(
-        keep=options.numbers(keep, "--keep"), predictor=predictor, rank=options.whole_numbers(rank, "--rank"), tail=tail,
+    base = load_recipe(recipe)
+    target = options.target(target_macs, target_latency, keep, token_keep)
+    tokens = options.tokens(token_keep, token_stages, token_way, base.sparsity.tokens)
+    if token_keep is not None and keep is None and recipe == "calibrate":
+        keep = "dense"
+    chosen = base.override(
+        keep=None if target else options.keeps(keep, "--keep"), tokens=tokens, predictor=predictor,
+        rank=options.whole_numbers(rank, "--rank"), tail=tail,
         cells=options.rectangle(cells, "--cells"), granularity=granularity, calib_images=calib_images, seed=seed,
     )  # fmt: skip
     options.backend(backend)
@@ -135,11 +166,12 @@ def convert(
         made = conversion.convert(
             name, chosen, output, weights=weights, num_classes=num_classes, img_size=img_size, images=data, force=force,
             device=options.torch_device(device), dtype=options.torch_dtype(dtype), batch_size=batch_size,
-            workers=workers, backend=backend, say=_say(quiet), progress=reporter.update,
+            workers=workers, backend=backend, target=target, say=_say(quiet), progress=reporter.update,
         )  # fmt: skip
     if not quiet:
         tables.show(tables.profile_table(made.profile))
-    print(f"wrote {made.path}, {made.report_json.name} and {made.report_md.name} in {made.seconds:.0f} s")
+    also = f"{made.recipe.name}, " if made.recipe else ""
+    print(f"wrote {made.path}, {also}{made.report_json.name} and {made.report_md.name} in {made.seconds:.0f} s")
 
 
 @app.command()
@@ -156,6 +188,7 @@ def profile(
     json: Annotated[Path | None, typer.Option(help="Write every figure as JSON.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="No effect: profile reads no images.")] = 0,
     no_measure: Annotated[bool, typer.Option("--no-measure", help="Theoretical figures only.")] = False,
+    count_as: Annotated[str, typer.Option(help="product, or paper: the authors' MHSA accounting besides.")] = "product",
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
@@ -171,7 +204,7 @@ def profile(
     model = checkpoint.load(file, img_size)
     result = profiling.profile(
         model, batch_size=batch_size, dtype=dtype, device=device, backend=backend, kernel_precision=kernel_precision,
-        backbone_changed=checkpoint.read_header(file).backbone_changed, measure=not no_measure,
+        backbone_changed=checkpoint.read_header(file).backbone_changed, measure=not no_measure, count_as=count_as,
     )  # fmt: skip
     if not quiet:
         tables.show(tables.profile_table(result))
@@ -228,6 +261,87 @@ def eval_(
         tables.show(tables.eval_table(result.as_dict()))
     if results_file is not None:
         files.write_results(results_file, result.as_dict())
+
+
+@app.command()
+def sweep(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="Dense model: alias, timm name, hf-hub:ORG/NAME, local-dir:DIR or digits."),
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Images to measure on: labelled folder, timm data set, digits; loose images: agreement only."
+        ),
+    ] = None,
+    imagenet: Annotated[
+        str | None, typer.Option(help="The same: ImageNet root with val/, or its val folder; labels are required.")
+    ] = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(help="Folder or data set to calibrate on; labels are not used.", show_default="built-in pictures"),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Your own checkpoint of that architecture, .safetensors or .pth.", show_default="timm's"),
+    ] = None,
+    targets: Annotated[
+        str, typer.Option(help="Shares of the dense model's MACs to search a schedule for; or none.")
+    ] = "0.8,0.7,0.55,0.4",
+    keeps: Annotated[
+        str, typer.Option(help="Shares of keys to measure sparse attention at, all tokens; or none.")
+    ] = "0.25,0.1,0.05",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="PREFIX of the files .md, .json, .png and the folder .recipes.")
+    ] = Path("sweep"),
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one timed forward pass.")] = 1,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Images to measure on, drawn by --seed.", show_default="all")
+    ] = None,
+    calib_images: Annotated[int | None, typer.Option(min=1, help="Images to calibrate on.", show_default="128")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the choice of images.", show_default="0")] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=0, help="Classes of --weights; 0: features.", show_default="read off the file")
+    ] = None,
+    img_size: options.ImgSize = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
+    backend: options.Backend = "auto",
+    workers: options.Workers = 0,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Measure accuracy, MACs and time of one model at several keeps and MACs targets: a table and a picture."""
+    if (imagenet is None) == (data is None):
+        raise UsageError("give the images to measure on: either --imagenet PATH or --data NAME")
+    shares = {"targets": options.shares(targets, "--targets"), "keeps": options.shares(keeps, "--keeps")}
+    if not any(shares.values()):
+        raise UsageError("--targets none and --keeps none leave nothing to measure")
+    from sparsify.config import load_recipe
+
+    recipe = load_recipe("calibrate").override(calib_images=calib_images, seed=seed)
+    options.backend(backend)
+    kind, where = options.torch_dtype(dtype), options.torch_device(device)
+    preflight()
+    from sparsify import sweep as job
+    from sparsify.report import sweep as report
+    from sparsify.report import tables
+    from sparsify.report.progress import Reporter
+
+    report.can_write(output)
+    with Reporter(quiet) as reporter:
+        result = job.sweep(
+            name, recipe, str(imagenet or data), **shares, must_be_labelled=imagenet is not None, weights=weights,
+            num_classes=num_classes, img_size=img_size, calib=calib, limit=limit, batch_size=batch_size, device=where,
+            dtype=kind, backend=backend, workers=workers, say=_say(quiet), progress=reporter.update,
+        )  # fmt: skip
+    paths, note = report.write(result, output)
+    if not quiet:
+        tables.show(report.table(result))
+    if note:
+        print(note)
+    print(f"wrote {', '.join(str(path) for path in paths)} in {result.seconds:.0f} s")
 
 
 @app.command()

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sparsify.errors import UsageError
 
-Keep = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Keep = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | Literal["dense"]
+Rate = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Side = Annotated[int, Field(ge=1, le=64)]
 
@@ -24,6 +25,13 @@ M = TypeVar("M", bound=BaseModel)
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _refuse_truth(value: Any) -> Any:
+    """The value, unless it is True or False, or a list with one of them: YAML's `yes` is no share."""
+    if any(isinstance(each, bool) for each in (value if isinstance(value, list | tuple) else [value])):
+        raise ValueError("a number is expected")
+    return value
 
 
 class TokenLowrank(_Frozen):
@@ -47,6 +55,49 @@ class TokenLowrank(_Frozen):
     shared_heads: bool = Field(False, description="one W_up for all heads, as in the authors' code")
 
 
+class Tokens(_Frozen):
+    """Which tokens go on: stages between attention and MLP of some blocks (`docs/glossary.md`, token keep).
+
+    A number is the share of patch tokens kept at each of `stages`: ceil(keep^i n) go on after the i-th. A list has one
+    rate for each block, 1 for none: after a block, ceil(n times the product of the rates so far) go on.
+    """
+
+    way: Literal["merge", "evit", "evit-fused"] = Field(
+        "merge",
+        description="merge: similar tokens become one; evit: the least important leave; evit-fused: into one token",
+    )
+    keep: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | tuple[Rate, ...] = 0.7
+    stages: tuple[Annotated[int, Field(ge=1)], ...] = Field((4, 7, 10), description="blocks, counted from 1")
+
+    _numbers = field_validator("keep", "stages", mode="before")(_refuse_truth)
+
+    def shares(self, depth: int) -> tuple[float | None, ...]:
+        """Share of the patches left after each block's stage; None where a block has none."""
+        if isinstance(self.keep, tuple):
+            left, found = 1.0, []
+            for rate in self.keep:
+                left *= rate
+                found.append(None if rate == 1 else left)
+            return tuple(found)
+        return tuple(
+            self.keep ** (1 + sorted(self.stages).index(i)) if i in self.stages else None for i in range(1, depth + 1)
+        )
+
+    def check(self, depth: int, prefix: int) -> None:
+        """Raise `UsageError` where this does not fit `depth` blocks and `prefix` prefix tokens."""
+        if isinstance(self.keep, tuple):
+            if len(self.keep) != depth:
+                raise UsageError(
+                    f"token keep lists {len(self.keep)} rates, but the model has {depth} blocks: give one each"
+                )
+            if 0 in self.keep and prefix == 0:
+                raise UsageError("token keep 0 leaves nothing: this model has no cls or other prefix token")
+            return
+        if not self.stages or max(self.stages) > depth or len(set(self.stages)) < len(self.stages):
+            given = ",".join(map(str, self.stages))
+            raise UsageError(f"token stages {given}: expected different blocks from 1 to {depth}")
+
+
 def growth(tokens: int) -> float:
     """What the number of cells is a share of: N up to 197 tokens, beyond that in proportion to the root of N."""
     return min(tokens, (197 * tokens) ** 0.5)
@@ -62,7 +113,8 @@ class SparsityConfig(_Frozen):
     """A sparse attention: predictor, budget and tail.
 
     `keep` is the share of all N keys that each patch query attends to, 0 < keep <= 1; the budget is
-    b = ceil(keep N - 1e-9). A list gives one value for each block.
+    b = ceil(keep N - 1e-9), of the N tokens present. A list gives one value for each block; `dense` leaves the attention
+    as it is.
     """
 
     predictor: Literal["head-lowrank", "token-lowrank"] = "head-lowrank"
@@ -71,33 +123,36 @@ class SparsityConfig(_Frozen):
         16, description="r: coordinates of the head (head-lowrank) or rows of W_down; one, one a block, or one a head"
     )
     tail: Literal["none", "mean", "cells", "clusters"] = "clusters"
-    cells: tuple[Side, Side] | None = Field(
-        None, description="rows and columns of the grid of cells; null: by N and keep"
+    cells: tuple[Side, Side] | tuple[tuple[Side, Side], ...] | None = Field(
+        None, description="rows and columns of the grid of cells; one, or one a block; null: by N and keep"
     )
     spread_rank: bool = Field(True, description="an integer rank is the mean over heads (head-lowrank)")
     granularity: Literal["token", "tile"] = "token"
     tile: tuple[Side, Side] = Field((4, 4), description="rows and columns of a tile of queries")
     fold: bool = Field(True, description="fold head-lowrank into qkv where that is exact")
     token_lowrank: TokenLowrank = TokenLowrank()
+    tokens: Tokens | None = Field(None, description="fewer tokens; null keeps all")
 
-    @field_validator("keep", "rank", mode="before")
-    @classmethod
-    def _refuse_bool(cls, value: Any) -> Any:
-        if isinstance(value, bool):
-            raise ValueError("a number is expected")
-        return value
+    _numbers = field_validator("keep", "rank", mode="before")(_refuse_truth)
 
-    def keep_of(self, block: int) -> float:
-        """Keep share of block `block` (counted from 0)."""
-        return self.keep[block] if isinstance(self.keep, tuple) else self.keep
+    def keep_of(self, block: int) -> float | None:
+        """Keep share of block `block` (counted from 0); None: dense."""
+        keep = self.keep[block] if isinstance(self.keep, tuple) else self.keep
+        return None if keep == "dense" else float(keep)
 
     def ranks_of(self, block: int, heads: int) -> tuple[int, ...]:
         """Rank of each head of block `block` (counted from 0)."""
         rank = self.rank[block] if isinstance(self.rank, tuple) else self.rank
         return rank if isinstance(rank, tuple) else (rank,) * heads
 
+    def cells_of(self, block: int) -> tuple[int, int]:
+        """Grid of cells of block `block` (counted from 0), once `with_cells` has resolved it."""
+        assert self.cells is not None
+        cells = self.cells if isinstance(self.cells[0], int) else self.cells[block]
+        return cast(tuple[int, int], cells)
+
     def with_cells(self, tokens: int) -> SparsityConfig:
-        """The same with `cells` resolved for N = `tokens`.
+        """The same with `cells` resolved for N = `tokens`, block by block where `keep` differs.
 
         M is the product nearest to min(1/6, max(0.6 keep, 0.1 - 0.4 keep)) N up to N = 197, and grows with the root of N
         from there: of 197 tokens 4x4 at keep 0.05, 4x3 at 0.1, 6x5 at 0.25; of 577 5x4 at 0.1. A cell costs a row about
@@ -106,18 +161,24 @@ class SparsityConfig(_Frozen):
         """
         if self.cells is not None:
             return self
-        keep = sum(self.keep) / len(self.keep) if isinstance(self.keep, tuple) else self.keep
-        return self.model_copy(
-            update={"cells": grid_of(min(1 / 6, max(0.6 * keep, 0.1 - 0.4 * keep)) * growth(tokens))}
-        )
+        listed = self.keep if isinstance(self.keep, tuple) else (self.keep,)
+        shares = [1.0 if keep == "dense" else keep for keep in listed]
+        cells = [grid_of(min(1 / 6, max(0.6 * keep, 0.1 - 0.4 * keep)) * growth(tokens)) for keep in shares]
+        return self.model_copy(update={"cells": cells[0] if len(set(cells)) == 1 else tuple(cells)})
 
-    def check(self, depth: int, heads: int, head_dim: int) -> None:
-        """Raise `UsageError` where this does not fit `depth` blocks with `heads` heads of size `head_dim`."""
-        for name in ("keep", "rank"):
+    def check(self, depth: int, heads: int, head_dim: int, prefix: int = 1) -> None:
+        """Raise `UsageError` where this does not fit `depth` blocks with `heads` heads of size `head_dim`, P = `prefix`."""
+        if self.tokens is not None:
+            self.tokens.check(depth, prefix)
+        for name in ("keep", "rank", "cells"):
             value = getattr(self, name)
+            if name == "cells" and value is not None and isinstance(value[0], int):
+                continue
             if isinstance(value, tuple) and len(value) != depth:
                 raise UsageError(f"{name} lists {len(value)} values, but the model has {depth} blocks: give one each")
-        ranks = [self.ranks_of(i, heads) for i in range(depth)]
+        ranks = [self.ranks_of(i, heads) for i in range(depth) if self.keep_of(i) is not None]
+        if not ranks:
+            return
         if any(len(r) != heads for r in ranks):
             raise UsageError(
                 f"rank lists {min(map(len, ranks))} values for a block, but it has {heads} heads: give one each"
@@ -150,6 +211,23 @@ class Recipe(_Frozen):
             if value is not None:
                 (tree if key in type(self).model_fields else tree["sparsity"])[key] = value
         return validate(Recipe, tree, "option")
+
+
+class Target(_Frozen):
+    """What a schedule is chosen for: `macs` or `latency`, as a share of the dense model's.
+
+    `keeps` are the shares of keys that a block may have, null for dense; `batch_size` is that of the timing.
+    """
+
+    macs: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    latency: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    keeps: tuple[Annotated[float, Field(gt=0, le=1)] | None, ...] = (None, 0.25, 0.1, 0.05)
+    batch_size: Annotated[int, Field(ge=1)] = 1
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """A recipe as the YAML that `load_recipe` reads."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
 
 
 def validate(model: type[M], tree: Any, source: str) -> M:

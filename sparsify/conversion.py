@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify import __version__, checkpoint, data, digits, zoo
-from sparsify.calibration import calibrate, spends_ranks
-from sparsify.config import Recipe
+from sparsify import __version__, checkpoint, data, digits, schedule, zoo
+from sparsify.calibration import Calibration, calibrate, first, spends_ranks
+from sparsify.config import Recipe, SparsityConfig, Target, recipe_yaml
 from sparsify.nn import graft
 from sparsify.ops import backends
 from sparsify.ops.spec import Execution
 from sparsify.profiling import Profile, profile
+from sparsify.profiling.macs import count, image_shape, replica
 from sparsify.report import files
 
+PROBE_IMAGES = 64  # of the calibration's that a schedule is chosen on
 CALIBRATION_BATCH = 16  # images; bounds the memory of the widest step, the reference attention at four ranks
 
 
@@ -32,7 +34,7 @@ class Conversion:
     """What `convert` made.
 
     Attributes:
-        path: the model's file; `report_json` and `report_md` lie beside it.
+        path: the model's file; `report_json` and `report_md` lie beside it, and `recipe` where a schedule was chosen.
         model: the sparse model, eval mode.
         header: what the file says of itself.
         profile: theoretical MACs, nothing measured.
@@ -43,6 +45,7 @@ class Conversion:
     path: Path
     report_json: Path
     report_md: Path
+    recipe: Path | None
     model: nn.Module
     header: checkpoint.Header
     profile: Profile
@@ -65,6 +68,7 @@ def convert(
     batch_size: int | None = None,
     workers: int = 0,
     backend: str = "auto",
+    target: Target | None = None,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[str, int, int], None] = lambda step, done, total: None,
 ) -> Conversion:
@@ -75,6 +79,7 @@ def convert(
         dtype: of the forward passes of the calibration (autocast); moments are float64, the file is float32.
         workers: processes that read images.
         backend: what computes the sparse trials of the calibration (`sparsify.ops.BACKENDS`).
+        target: choose keep and token keep of every block for it; the recipe's are the start of the calibration.
         say: called with lines for the person at the terminal.
         progress: called with step, images done and images in all.
 
@@ -106,12 +111,15 @@ def convert(
             lambda step, done, total: progress(step, done, total or recipe.calib_images),
             execution,
         )
+    config, chosen = result.config, None
+    if target is not None:
+        config, chosen = _choose(result, recipe, target, batches, execution, say, progress)
     sparse = result.model.to("cpu")
     figures = profile(sparse, measure=False)
     header = checkpoint.Header(
         architecture=architecture,
-        config=result.config,
-        provenance=_provenance(source.asked, weights, recipe, images is not None, result.images),
+        config=config,
+        provenance=_provenance(source.asked, weights, chosen or recipe, images is not None, result.images),
         report={k: v for k, v in figures.as_dict().items() if "macs" in k and isinstance(v, int)},
     )
     checkpoint.save(sparse, output, header)
@@ -119,8 +127,46 @@ def convert(
     report_json, report_md = output.with_name(f"{stem}.report.json"), output.with_name(f"{stem}.report.md")
     files.write_json(report_json, figures.as_dict())
     files.write_text(report_md, files.to_markdown(figures))
+    recipe_file = None if chosen is None else output.with_name(f"{stem}.recipe.yaml")
+    if chosen is not None and recipe_file is not None:
+        files.write_text(recipe_file, recipe_yaml(chosen))
     seconds = time.perf_counter() - start
-    return Conversion(output, report_json, report_md, sparse, header, figures, calibration, seconds)
+    return Conversion(output, report_json, report_md, recipe_file, sparse, header, figures, calibration, seconds)
+
+
+def _choose(
+    result: Calibration, recipe: Recipe, target: Target, batches: Callable[[], Iterator[Tensor]], execution: Execution,
+    say: Callable[[str], None], progress: Callable[[str, int, int], None],
+) -> tuple[SparsityConfig, Recipe]:  # fmt: skip
+    """Applies the schedule for `target` to the calibrated model; its configuration, and the recipe that gives it again."""
+    model, asked = result.model, recipe.sparsity
+    config = result.config.model_copy(update={"cells": asked.cells, "tokens": asked.tokens})
+    graft.set_execution(model, execution)
+    probe = list(first(batches(), PROBE_IMAGES))
+    total = sum(map(len, probe))
+    measured = schedule.sensitivity(model, config, probe, target.keeps, lambda done: progress("schedule", done, total))
+    if target.macs is not None:
+        device = next(model.parameters()).device
+        dense = count(graft.dense_twin(replica(model, device)), image_shape(model), []).total
+        found = schedule.for_macs(model, config, measured, target.macs, dense)
+        words = f"{found.share:.3f} of the dense model's MACs, {target.macs:g} asked for"
+    else:
+        assert target.latency is not None
+        found = schedule.for_latency(model, config, measured, target.latency, target.batch_size, say)
+        words = (
+            f"{found.share:.3f} of the dense model's time at batch {target.batch_size}, {target.latency:g} asked for"
+        )
+    graft.apply(model, found.config)
+    prefix = graft.num_prefix_tokens(model)
+    say(f"schedule: {words}")
+    say("  tokens after each block  " + " ".join(str(n + prefix) for n in found.schedule.counts[1:]))
+    say("  keep of each block       " + " ".join(f"{a:g}" if a else "dense" for a in found.schedule.keeps))
+    keep, tokens = found.config.keep, found.config.tokens
+    sparsity = asked.model_copy(update={"keep": keep, "tokens": tokens})
+    description = f"{recipe.description.split('; schedule')[0]}; schedule for {words}"
+    return found.config.with_cells(graft.num_tokens(model)), recipe.model_copy(
+        update={"sparsity": sparsity, "description": description}
+    )
 
 
 def _batches(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sparsify.errors import UsageError
+
+if TYPE_CHECKING:
+    from sparsify.config import Target, Tokens
 
 MODEL_FILE = Path("model.safetensors")
 
@@ -45,6 +48,41 @@ def numbers(text: str | None, name: str) -> float | tuple[float, ...] | None:
     return values if "," in text else values[0]
 
 
+def keeps(text: str | None, name: str) -> float | str | tuple[float | str, ...] | None:
+    """'0.1' -> 0.1; '0.2,dense' -> (0.2, 'dense').
+
+    Raises:
+        UsageError: neither numbers nor `dense`.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    try:
+        values = tuple(part if part == "dense" else float(part) for part in parts)
+    except ValueError:
+        raise UsageError(
+            f"{name} {text}: a number or 'dense', or one for each block separated by commas, is expected"
+        ) from None
+    return values if "," in text else values[0]
+
+
+def shares(text: str, name: str) -> tuple[float, ...]:
+    """'0.8,0.7' -> (0.8, 0.7), each once; 'none' -> ().
+
+    Raises:
+        UsageError: not numbers above 0 and up to 1.
+    """
+    if text.strip() == "none":
+        return ()
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = (0.0,)
+    if not all(0 < value <= 1 for value in values):
+        raise UsageError(f"{name} {text}: numbers above 0 and up to 1 separated by commas, or 'none', are expected")
+    return tuple(dict.fromkeys(values))
+
+
 def whole_numbers(text: str | None, name: str) -> int | tuple[int, ...] | None:
     """'16' -> 16; '24,16' -> (24, 16).
 
@@ -60,6 +98,42 @@ def whole_numbers(text: str | None, name: str) -> int | tuple[int, ...] | None:
             f"{name} {text}: a whole number, or one for each block separated by commas, is expected"
         ) from None
     return values if "," in text else values[0]
+
+
+def tokens(keep: str | None, stages: str | None, way: str | None, recipe: Tokens | None) -> dict[str, Any] | None:
+    """What --token-keep, --token-stages and --token-way say, on top of a recipe's; None where nothing does."""
+    if keep is None and stages is None and way is None:
+        return None
+    given = {
+        "keep": numbers(keep, "--token-keep"),
+        "stages": None if stages is None else tuple(_list(whole_numbers(stages, "--token-stages"))),
+        "way": way,
+    }
+    return (recipe.model_dump() if recipe else {}) | {key: value for key, value in given.items() if value is not None}
+
+
+def target(macs: float | None, latency: float | None, keep: str | None, token_keep: str | None) -> Target | None:
+    """What a schedule is to be chosen for, with the keeps that --keep leaves to choose from.
+
+    Raises:
+        UsageError: both targets, one that is out of range, or rates that the search is to choose.
+    """
+    from sparsify.config import Target, validate
+
+    if macs is None and latency is None:
+        return None
+    if macs is not None and latency is not None:
+        raise UsageError("give either --target-macs or --target-latency")
+    if token_keep is not None:
+        raise UsageError("--token-keep and a target: the search chooses the tokens; leave one of them out")
+    tree: dict[str, Any] = {"macs": macs, "latency": latency}
+    if keep is not None:
+        tree["keeps"] = [None if value == "dense" else value for value in _list(keeps(keep, "--keep"))]
+    return validate(Target, tree, "option target")
+
+
+def _list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, tuple) else [value]
 
 
 def rectangle(text: str | None, name: str) -> tuple[int, int] | None:

@@ -27,17 +27,20 @@ FAMILIES = {
 }
 
 
-def build(family: str, patches: int | None = 6, depth: int | None = 2) -> nn.Module:
-    """A dense model in eval mode; `patches` a side (None: the model's own size), `depth` blocks (None: its own)."""
+def build(family: str, patches: int | None = 6, depth: int | None = 2, **more: object) -> nn.Module:
+    """A dense model in eval mode; `patches` a side (None: the model's own size), `depth` blocks (None: its own).
+
+    more: arguments of timm's constructor.
+    """
     name, arguments = FAMILIES[family]
-    arguments = dict(arguments)
+    arguments = {**arguments, **more}
     if patches is not None:
         side = 32 if "patch32" in name else 14 if "patch14" in name else 16
         arguments["img_size"] = side * patches
     if depth is not None:
         arguments["depth"] = depth
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=10, **arguments).eval()
+    model = timm.create_model(name, **{"num_classes": 10, **arguments}).eval()
     if family in ATTENTION:
         for block in model.blocks:
             block.attn = Attention(192, 3, qkv_bias=True, **ATTENTION[family]).eval()

@@ -168,7 +168,7 @@ def test_a_decision_is_measured_once_and_remembered_on_disk(folder):
 
 
 OTHER = {
-    "batch": 2, "heads": 3, "tokens": 18, "head_dim": 16, "dtype": torch.bfloat16, "threads": 2, "masked": True,
+    "batch": 2, "heads": 3, "tokens": 18, "head_dim": 16, "dtype": torch.bfloat16, "threads": 2, "masked": True, "merged": True, "placed": True,
     "precision": "bf16", "sparse": "reference", "kind": Kind("head", 8, 4), "spec": SPEC._replace(tail="mean"),
 }  # fmt: skip
 
@@ -329,7 +329,7 @@ def test_never_dense_in_training_nor_where_a_gradient_is_needed(path, kernels, f
     module, x = block(), torch.randn(2, 17, 16)
     with torch.no_grad():
         reference = module.requires_grad_(True).predictor.attend(
-            *module.qkv_heads(x), None, module.scale, module.spec(17), "reference", "input"
+            *module.qkv_heads(x), None, None, module.scale, module.spec(17), "reference", "input"
         )
         module.execution = Execution(dense_fallback=True, choose=Always(path))
         assert (module.train()(x) == SPARSE).all()
@@ -404,20 +404,20 @@ def test_without_kernels_or_with_a_mask_the_reference_is_the_sparse_form(kernels
 
 def test_kernels_take_float32_and_bfloat16_on_cpu(kernels):
     q = torch.randn(1, 2, 17, 8)
-    arguments = (None, None, None, (4, 4), 0.3, SPEC, "cpu", "input")
+    arguments = (None, None, None, None, None, (4, 4), 0.3, SPEC, "cpu", "input")
     for dtype, taken in (
         (torch.float32, True), (torch.bfloat16, True), (torch.float16, False), (torch.float64, False)
     ):  # fmt: skip
         kernels.clear()
         x = q.to(dtype)
         assert bool((ops.head_lowrank(x, x, x, *arguments) == SPARSE).all()) is taken and bool(kernels) is taken
-        op = ops.head_lowrank_attention(x, x, x, *arguments[:5], *SPEC[:6], "cpu", "input")
+        op = ops.head_lowrank_attention(x, x, x, *arguments[:7], *SPEC[:6], "cpu", "input")
         assert bool((op == SPARSE).all()) is taken
 
 
 def test_the_op_has_the_references_gradient_whatever_computed_it(kernels):
     q, k, v = (torch.randn(1, 2, 17, 8, requires_grad=True) for _ in range(3))
-    arguments = (None, None, None, [4, 4], 0.3, *SPEC[:6])
+    arguments = (None, None, None, None, None, [4, 4], 0.3, *SPEC[:6])
     grads = []
     for backend in ("reference", "cpu"):
         out = ops.head_lowrank_attention(q, k, v, *arguments, backend, "input")

@@ -35,20 +35,20 @@ def problems(draw):
 
 def attend(p, mask=None, a_q=None, a_k=None):
     return ops.head_lowrank_attention(
-        p["q"], p["k"], p["v"], a_q, a_k, mask, p["ranks"], p["q"].shape[-1] ** -0.5, p["budget"], p["prefix"], p["tail"],
-        p["grid"], p["cells"], p["tile"],
+        p["q"], p["k"], p["v"], a_q, a_k, mask, p.get("size"), p.get("place"), p["ranks"], p["q"].shape[-1] ** -0.5,
+        p["budget"], p["prefix"], p["tail"], p["grid"], p["cells"], p["tile"],
     )  # fmt: skip
 
 
-def by_hand(p, mask=None):
+def by_hand(p, mask=None, cell=None):
     """The docstring of `tails.py`, one row at a time: [B, N, H*d]."""
     q, k, v = p["q"], p["k"], p["v"]
     B, H, N, d = q.shape
     P, scale = p["prefix"], d**-0.5
     out = torch.zeros(B, N, H, d, dtype=q.dtype)
+    size = p["size"] if "size" in p else torch.ones(B, N, dtype=q.dtype)
     alive = torch.ones(B, H, N) if mask is None else mask.expand(B, H, N, N).any(-2).double()
-    cell = None
-    if p["tail"] != "none":
+    if cell is None and p["tail"] != "none":
         cell = tails.assign(
             p["tail"], k * reference.rank_mask([*p["ranks"], d], k)[:-1], alive, P, p["grid"], p["cells"]
         )
@@ -56,18 +56,19 @@ def by_hand(p, mask=None):
         for h in range(H):
             for i in range(N):
                 allowed = [j for j in range(N) if mask is None or bool(mask.expand(B, H, N, N)[b, h, i, j])]
-                r = p["ranks"][h]
-                scores = [float(q[b, h, i, :r] @ k[b, h, j, :r]) * scale for j in range(N)]
+                r, s = p["ranks"][h], size[b]
+                scores = [float(q[b, h, i, :r] @ k[b, h, j, :r]) * scale + math.log(s[j]) for j in range(N)]
                 order = sorted(range(N), key=lambda j: (-scores[j] if j in allowed else math.inf, j))
                 kept = list(range(N)) if i < P else order[: p["budget"]]
                 kept = [j for j in kept if j in allowed]
-                terms = [(1, float(q[b, h, i] @ k[b, h, j]) * scale, v[b, h, j]) for j in kept]
+                terms = [(float(s[j]), float(q[b, h, i] @ k[b, h, j]) * scale, v[b, h, j]) for j in kept]
                 for c in set() if cell is None else set(cell[b, h].tolist()):
                     members = [j for j in allowed if cell[b, h, j] == c]
                     dropped = [j for j in members if j not in kept]
                     if dropped:
-                        logit = float(q[b, h, i] @ k[b, h, members].mean(0)) * scale
-                        terms.append((len(dropped), logit, v[b, h, members].mean(0)))
+                        share = (s[members] / s[members].sum()).unsqueeze(-1)
+                        logit = float(q[b, h, i] @ (share * k[b, h, members]).sum(0)) * scale
+                        terms.append((float(s[dropped].sum()), logit, (share * v[b, h, members]).sum(0)))
                 z = sum(m * math.exp(s) for m, s, _ in terms)
                 for m, s, value in terms:
                     out[b, i, h] += m * math.exp(s) / z * value
@@ -152,7 +153,9 @@ def test_a_row_that_may_attend_to_nothing_gives_zero():
     mask = torch.ones(5, 5, dtype=torch.bool)
     mask[3] = False
     for tail in TAILS:
-        out = ops.head_lowrank_attention(q, k, v, None, None, mask, [2], 0.5, 2, 1, tail, (2, 2), (2, 2), ())
+        out = ops.head_lowrank_attention(
+            q, k, v, None, None, mask, None, None, [2], 0.5, 2, 1, tail, (2, 2), (2, 2), ()
+        )
         assert out.isfinite().all() and not out[0, 3].any() and out[0, 2].any()
 
 
@@ -166,7 +169,7 @@ def test_a_nan_key_reaches_the_rows_that_see_it_and_not_silently_fewer_keys():
 @pytest.mark.parametrize("tail", TAILS)
 def test_chunks_of_rows_do_not_change_the_result(tail, monkeypatch):
     q, k, v = torch.randn(3, 2, 2, 17, 8, generator=torch.Generator().manual_seed(1))
-    arguments = (None, None, None, [4, 2], 0.3, 3, 1, tail, (4, 4), (2, 2), (2, 2))
+    arguments = (None, None, None, None, None, [4, 2], 0.3, 3, 1, tail, (4, 4), (2, 2), (2, 2))
     whole = ops.head_lowrank_attention(q, k, v, *arguments)
     monkeypatch.setattr(reference, "CHUNK", 100)
     torch.testing.assert_close(ops.head_lowrank_attention(q, k, v, *arguments), whole)
@@ -175,7 +178,7 @@ def test_chunks_of_rows_do_not_change_the_result(tail, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype):
     q, k, v = torch.randn(3, 1, 2, 17, 8, generator=torch.Generator().manual_seed(2)).to(dtype)
-    arguments = (None, None, None, [4, 2], 0.3, 3, 1, "clusters", (4, 4), (2, 2), ())
+    arguments = (None, None, None, None, None, [4, 2], 0.3, 3, 1, "clusters", (4, 4), (2, 2), ())
     half = ops.head_lowrank_attention(q, k, v, *arguments)
     full = ops.head_lowrank_attention(q.float(), k.float(), v.float(), *arguments)
     assert half.dtype == dtype and torch.equal(half, full.to(dtype))
@@ -187,7 +190,9 @@ def test_gradients_are_those_of_the_reference():
     a_q = torch.randn(2, 4, 2, dtype=torch.float64, requires_grad=True)
 
     def f(q, k, v, a_q):
-        return ops.head_lowrank_attention(q, k, v, a_q, a_q, None, [2, 2], 0.5, 3, 1, "mean", (2, 2), (1, 1), ())
+        return ops.head_lowrank_attention(
+            q, k, v, a_q, a_q, None, None, None, [2, 2], 0.5, 3, 1, "mean", (2, 2), (1, 1), ()
+        )
 
     assert torch.autograd.gradcheck(f, (q, k, v, a_q), atol=1e-6)
 
@@ -206,7 +211,7 @@ def token_inputs(dtype=torch.float64, B=2, H=2, grid=(3, 3), P=1, d=4, r=5, c=No
 def test_token_lowrank_scores_are_the_papers(c, topk, threshold):
     q, k, v, w_down, w_up, *reduce = token_inputs(c=c)
     out = ops.token_lowrank_attention(
-        q, k, v, w_down, w_up, *reduce, None, 0.5, 0.4, topk, threshold, 3, 1, "none", (3, 3), (1, 1), ()
+        q, k, v, w_down, w_up, *reduce, None, None, None, 0.5, 0.4, topk, threshold, 3, 1, "none", (3, 3), (1, 1), ()
     )
     w_q, b_q, w_k, b_k = reduce
     small_q, small_k = (q, k) if c is None else (q @ w_q.T + b_q, k @ w_k.T + b_k)
@@ -224,14 +229,232 @@ def test_token_lowrank_scores_are_the_papers(c, topk, threshold):
 
 def test_registered_ops_pass_torch_library_opcheck():
     q, k, v, w_down, w_up, *reduce = token_inputs(torch.float32)
-    head = (q, k, v, None, None, None, [2, 1], 0.5, 3, 1, "clusters", [3, 3], [2, 2], [])
+    size, place = torch.rand(2, 10) + 0.5, torch.stack([torch.randperm(9) for _ in range(2)])
+    head = (q, k, v, None, None, None, size, place, [2, 1], 0.5, 3, 1, "clusters", [3, 3], [2, 2], [])
     token = (
-        q, k, v, w_down, w_up, *reduce, None, 0.5, 0.4, 2, 0.0, 3, 1, "cells", [3, 3], [2, 2], [2, 2],
+        q, k, v, w_down, w_up, *reduce, None, size, place, 0.5, 0.4, 2, 0.0, 3, 1, "cells", [3, 3], [2, 2], [2, 2],
     )  # fmt: skip
     for op, arguments in ((ops.head_lowrank_attention, head), (ops.token_lowrank_attention, token)):
         torch.library.opcheck(
             op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
         )
+
+
+@st.composite
+def reduced_problems(draw):
+    """Problems where only some patches of the grid are present, in any order, and keys have sizes; no ties."""
+    p = draw(problems())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    B, H, N, d = p["q"].shape
+    P, patches = p["prefix"], N - p["prefix"]
+    n = draw(st.integers(1, patches))
+    p["q"], p["k"], p["v"] = torch.randn(3, B, H, P + n, d, generator=generator, dtype=torch.float64)
+    p["place"] = torch.stack([torch.randperm(patches, generator=generator)[:n] for _ in range(B)])
+    p["size"] = torch.randint(1, 5, (B, P + n), generator=generator).double()
+    if draw(st.booleans()):
+        p["size"] += torch.rand(B, P + n, generator=generator)
+    return p | {"budget": draw(st.integers(1, P + n)), "tile": ()}
+
+
+def cells_by_hand(p, mask=None):
+    """Cells of the keys by the docstrings of `tails.py`, one key at a time: [B][H][N], prefix keys their own; or None."""
+    P, (h, w) = p["prefix"], p["grid"]
+    rows, cols = min(p["cells"][0], h), min(p["cells"][1], w)
+    B, H, N, _ = p["k"].shape
+    if p["tail"] == "none":
+        return None
+    found = torch.arange(N).expand(B, H, N).clone()
+    for b, head in ((b, head) for b in range(B) for head in range(H)):
+        where = [int(j) for j in p["place"][b]]
+        a = [0 if p["tail"] == "mean" else (j // w * rows // h) * cols + j % w * cols // w for j in where]
+        f = p["k"][b, head, P:, : p["ranks"][head]]
+        s = p["size"][b, P:]
+        if mask is not None:
+            s = s * mask.expand(B, H, N, N)[b, head].any(0)[P:]
+        for _ in range(tails.LLOYD_STEPS if p["tail"] == "clusters" else 0):
+            members = {c: [j for j in range(N - P) if a[j] == c and s[j] > 0] for c in sorted(set(a))}
+            means = {c: (s[js, None] * f[js]).sum(0) / s[js].sum() for c, js in members.items() if js}
+            a = (
+                [min(means, key=lambda c: float((f[j] - means[c]).square().sum())) for j in range(N - P)]
+                if means
+                else a
+            )
+        found[b, head, P:] = torch.tensor(a) + P
+    return found
+
+
+def rows_of(p, mask_seed):
+    """A mask that leaves each query about 7 of 10 keys; None for no seed."""
+    B, _, N, _ = p["q"].shape
+    return (
+        None if mask_seed is None else torch.rand(B, 1, N, N, generator=torch.Generator().manual_seed(mask_seed)) < 0.7
+    )
+
+
+MASKS = st.none() | st.integers(0, 10_000)
+
+
+@settings(max_examples=60, deadline=None)
+@given(reduced_problems(), MASKS)
+def test_reference_equals_the_equation_with_sizes_and_places(p, mask_seed):
+    mask = rows_of(p, mask_seed)
+    torch.testing.assert_close(attend(p, mask), by_hand(p, mask, cells_by_hand(p, mask)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sizes_count_in_the_means_of_clusters(seed):
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = torch.randn(3, 1, 2, 31, 4, generator=g, dtype=torch.float64)
+    p = dict(q=q, k=k, v=v, ranks=[2, 3], budget=3, prefix=1, tail="clusters", grid=(6, 6), cells=(3, 3), tile=())
+    p |= dict(place=torch.randperm(36, generator=g)[None, :30], size=torch.rand(1, 31, generator=g).double() * 20 + 0.1)
+    cells = cells_by_hand(p)
+    assert not torch.equal(cells, cells_by_hand(p | {"size": torch.ones(1, 31)}))
+    torch.testing.assert_close(attend(p), by_hand(p, None, cells))
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), MASKS, st.booleans(), st.data())
+def test_a_key_of_size_c_is_c_equal_keys(p, mask_seed, additive, data):
+    B, H, N, d = p["q"].shape
+    P = p["prefix"]
+    count = torch.tensor(data.draw(st.lists(st.integers(1, 3), min_size=N, max_size=N)))
+    copies = torch.arange(N).repeat_interleave(count)
+    mask = rows_of(p, mask_seed)
+    if mask is not None and additive:
+        mask = torch.where(
+            mask, torch.randn(mask.shape, dtype=torch.float64, generator=torch.manual_seed(0)), -torch.inf
+        )
+    many = p | {name: p[name][:, :, copies] for name in "qkv"} | {"budget": len(copies), "prefix": int(count[:P].sum())}
+    many["place"] = (copies[copies >= P] - P).expand(B, -1)
+    each = attend(many, None if mask is None else mask[:, :, copies][..., copies])
+    one = attend(p | {"size": count.double().expand(B, N), "budget": N}, mask)
+    torch.testing.assert_close(one[:, copies], each)
+
+
+@settings(max_examples=60, deadline=None)
+@given(reduced_problems(), st.sampled_from([(), (2, 2)]), st.integers(0, 10_000))
+def test_the_order_of_the_patch_tokens_means_nothing(p, tile, seed):
+    B, H, N, _ = p["q"].shape
+    P = p["prefix"]
+    p["tile"] = tile if N > 2 else ()  # two scores in standard deviations are 1 and -1: ties
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.stack([torch.randperm(N - P, generator=generator) for _ in range(B)])  # (B, n)
+    full = torch.cat([torch.arange(P).expand(B, P), order + P], 1)
+    image = torch.arange(B)[:, None]
+    moved = {name: p[name].transpose(1, 2)[image, full].transpose(1, 2) for name in "qkv"}
+    moved |= {"size": p["size"][image, full], "place": p["place"][image, order]}
+    torch.testing.assert_close(attend(p | moved), attend(p)[image, full])
+
+
+@settings(max_examples=60, deadline=None)
+@given(reduced_problems(), st.sampled_from([(), (2, 2)]))
+def test_tokens_that_left_are_keys_that_nobody_sees(p, tile):
+    """Every tail and tile: as the full grid with the rows and columns of the others masked, at the same budget."""
+    B, H, N, d = p["q"].shape
+    p["tile"] = tile if N > 2 else ()  # two scores in standard deviations are 1 and -1: ties
+    P, patches = p["prefix"], p["grid"][0] * p["grid"][1]
+    where = torch.cat([torch.arange(P).expand(B, P), p["place"] + P], 1)  # (B, N)
+    image = torch.arange(B)[:, None]
+    full = {name: torch.full((B, P + patches, H, d), 0.5, dtype=torch.float64) for name in "qkv"}
+    for name in "qkv":
+        full[name][image, where] = p[name].transpose(1, 2)
+        full[name] = full[name].transpose(1, 2)
+    size = torch.ones(B, P + patches, dtype=torch.float64).scatter(1, where, p["size"])
+    there = torch.zeros(B, P + patches, dtype=torch.bool).scatter(1, where, True)
+    mask = (there[:, :, None] & there[:, None])[:, None]  # (B, 1, N0, N0)
+    whole = {key: value for key, value in p.items() if key != "place"} | full | {"size": size}
+    torch.testing.assert_close(attend(p), attend(whole, mask)[image, where])
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(), st.integers(0, 10_000))
+def test_sizes_count_in_the_ranking(p, seed):
+    p |= {"budget": 1, "prefix": 0, "tail": "none", "tile": ()}
+    p["q"], p["k"] = torch.randn(2, *p["q"].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    B, H, N, d = p["q"].shape
+    p["size"] = 8 * torch.rand(B, N, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 0.1
+    for h, r in enumerate(p["ranks"]):
+        score = p["q"][:, h, :, :r] @ p["k"][:, h, :, :r].mT * d**-0.5 + p["size"].log()[:, None]
+        best = p["v"][torch.arange(B)[:, None], h, score.argmax(-1)]  # (B, N, d)
+        torch.testing.assert_close(attend(p)[..., h * d : (h + 1) * d], best)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_token_lowrank_sizes_count_in_the_attention_and_not_in_the_ranking(shared):
+    q, k, v, w_down, w_up, *none = token_inputs()
+    g = torch.Generator().manual_seed(5)
+    size = 4 * torch.rand(2, 10, dtype=torch.float64, generator=g) + 0.5
+    if not shared:  # weights of each image
+        w_down, w_up = torch.rand(2, 1, 5, 10, generator=g).double(), torch.randn(2, 2, 5, 10, generator=g).double()
+    tail = (3, 1, "none", (3, 3), (1, 1), ())
+    out = ops.token_lowrank_attention(q, k, v, w_down, w_up, *none, None, size, None, 0.5, 0.4, 0, 0.0, *tail)
+    scores = ((q @ (w_down @ k).mT) * 0.4).softmax(-1) @ w_up
+    kept = scores >= scores.sort(-1, descending=True).values[..., 2:3]
+    kept[:, :, 0] = True
+    logits = ((q @ k.mT) * 0.5 + size.log()[:, None, None]).masked_fill(~kept, -torch.inf)
+    torch.testing.assert_close(out, (logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_gradients_with_sizes_and_places(tail):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 5, 4, dtype=torch.float64, generator=g, requires_grad=True) for _ in range(3))
+    size = (torch.rand(1, 5, dtype=torch.float64, generator=g) + 0.5).requires_grad_()
+    place = torch.tensor([[5, 0, 3, 2]])
+
+    def f(q, k, v, size):
+        return ops.head_lowrank_attention(
+            q, k, v, None, None, None, size, place, [2, 1], 0.5, 2, 1, tail, (2, 3), (2, 2), ()
+        )
+
+    assert torch.autograd.gradcheck(f, (q, k, v, size), atol=1e-6)
+
+    w_down, w_up = torch.rand(1, 1, 3, 5, generator=g).double(), torch.rand(1, 2, 3, 5, generator=g).double()
+
+    def t(q, k, v, size):
+        arguments = (None, None, None, None, None, size, place, 0.5, 0.5, 2, 0.0, 2, 1, tail, (2, 3), (2, 2), ())
+        return ops.token_lowrank_attention(q, k, v, w_down, w_up, *arguments)
+
+    assert torch.autograd.gradcheck(t, (q, k, v, size), atol=1e-6)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_calls_with_sizes_and_places_in_chunks_on_meta_and_compiled(tail, monkeypatch):
+    g = torch.Generator().manual_seed(1)
+    q, k, v = torch.randn(3, 2, 2, 10, 8, generator=g)
+    size = torch.rand(2, 10, generator=g) + 0.5
+    place = torch.stack([torch.randperm(16, generator=g)[:9] for _ in range(2)])
+
+    def f(q, k, v, size, place):
+        spec = (3, 1, tail, (4, 4), (2, 2), (2, 2))
+        return ops.head_lowrank_attention(q, k, v, None, None, None, size, place, [4, 2], 0.3, *spec)
+
+    whole = f(q, k, v, size, place)
+    torch.testing.assert_close(torch.compile(f, backend="eager", fullgraph=True)(q, k, v, size, place), whole)
+    assert f(*(t.to("meta") for t in (q, k, v, size, place))).shape == whole.shape
+    half = f(q.bfloat16(), k.bfloat16(), v.bfloat16(), size, place)
+    widened = f(q.bfloat16().float(), k.bfloat16().float(), v.bfloat16().float(), size, place)
+    assert half.dtype == torch.bfloat16 and torch.equal(half, widened.bfloat16())
+    monkeypatch.setattr(reference, "CHUNK", 100)
+    torch.testing.assert_close(f(q, k, v, size, place), whole)
+
+
+@settings(max_examples=30, deadline=None)
+@given(reduced_problems(), st.sampled_from([None, torch.bool, torch.float64]))
+def test_dense_attention_with_sizes_counts_keys(p, kind):
+    B, H, N, d = p["q"].shape
+    count = p["size"].long()[0]
+    copies = torch.arange(N).repeat_interleave(count)
+    mask = None if kind is None else (torch.arange(N * N).view(N, N) % 3 != 1) | torch.eye(N, dtype=torch.bool)
+    if kind == torch.float64:
+        mask = torch.where(mask, torch.linspace(-1, 1, N * N).view(N, N).double(), -torch.inf)
+    rows = slice(0, max(1, N // 2))  # fewer queries than keys, as the prefix rows alone
+    k, v, size = p["k"][:, :, copies], p["v"][:, :, copies], count.double().expand(B, N)
+    each = ops.dense("sdpa", p["q"][:, :, rows], k, v, None if mask is None else mask[rows, copies], 0.3, "input")
+    one = ops.dense(
+        "sdpa", p["q"][:, :, rows], p["k"], p["v"], None if mask is None else mask[rows], 0.3, "input", size
+    )
+    torch.testing.assert_close(one, each)
 
 
 def test_similar_keys_share_a_cluster():

@@ -13,7 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from sparsify import report
-from sparsify.config import SparsityConfig, TokenLowrank
+from sparsify.cli import main
+from sparsify.config import SparsityConfig, TokenLowrank, Tokens
 from sparsify.errors import BadFile, SparsifyError, UsageError
 from sparsify.nn import graft
 from sparsify.ops import auto, backends, remembered
@@ -23,7 +24,8 @@ from sparsify.report import files, tables
 
 THEORETICAL = {
     "macs_dense", "macs_sparse", "mhsa_macs_dense", "mhsa_macs_sparse", "kept_macs", "prefix_macs", "predictor_macs",
-    "tail_macs", "param_count", "param_count_dense", "unsupported", "backend", "conditions", "modules",
+    "tail_macs", "full_macs", "stage_macs", "tokens", "param_count", "param_count_dense", "unsupported", "backend",
+    "conditions", "modules",
 }  # fmt: skip
 MEASURED = {
     "latency_ms_dense", "latency_ms_dense_p10", "latency_ms_dense_p90", "latency_ms_sparse", "latency_ms_sparse_p10",
@@ -70,7 +72,7 @@ def test_documented_keys(found):
 
 def test_figures_fit_together(found):
     tree = found.as_dict()
-    parts = ("kept_macs", "prefix_macs", "predictor_macs", "tail_macs")
+    parts = ("kept_macs", "prefix_macs", "predictor_macs", "tail_macs", "full_macs")
     assert tree["mhsa_macs_sparse"] == sum(tree[part] for part in parts)
     assert tree["throughput_sparse"] == pytest.approx(3000 / tree["latency_ms_sparse"])
     assert tree["speedup_sparse"] == pytest.approx(tree["latency_ms_dense"] / tree["latency_ms_sparse"])
@@ -156,6 +158,7 @@ def test_profile_changes_nothing():
         ({"backend": "magic"}, "magic.*reference"),
         ({"backend": "cpu", "dtype": "float16"}, "cpu.*float16.*reference"),
         ({"kernel_precision": "int4"}, "int4.*bf16"),
+        ({"count_as": "both"}, "both.*product, paper"),
         ({"device": "warp"}, "warp"),
         ({"img_size": 40}, "40x40.*32x32"),
     ],
@@ -285,6 +288,23 @@ def test_no_dense_fallback_where_the_backbone_was_changed(changed, monkeypatch):
         assert report.auto(found)[1] == "auto: blocks 0-2 sparse reference (no dense fallback for this model)"
 
 
+def test_dense_blocks_and_blocks_of_prefix_rows_alone_are_no_choice(monkeypatch):
+    fake_race(monkeypatch, reference=0.42, sdpa=0.31)
+    tokens = Tokens(way="merge", keep=(0.5, 1.0, 0.0))
+    model = small(SparsityConfig(keep=("dense", 0.5, 0.5), rank=4, cells=(2, 2), tokens=tokens))
+    found = profile(model, repeats=1)
+    assert [(choice["blocks"], choice["taken"]) for choice in found.choices] == [
+        ([0], "sdpa"),
+        ([1], "sdpa"),
+        ([2], "sdpa"),
+    ]
+    dense, chosen, prefix = found.choices
+    assert dense["shape"]["tokens"] == 17 and "dense" in dense["reason"] and dense["ms"] == prefix["ms"] == {}
+    assert chosen["shape"]["tokens"] == 9 and chosen["shape"]["merged"] and chosen["shape"]["placed"]
+    assert "prefix rows" in prefix["reason"] and len(report.auto(found)) == 4
+    assert found.measured.sparse.median > 0 and "attend" not in vars(model.blocks[0].attn)
+
+
 def test_blocks_that_differ_have_lines_of_their_own(found):
     def choice(blocks, taken, sparse, sdpa):
         return {"blocks": blocks, "shape": {}, "taken": taken, "ms": {"cpu": sparse, "sdpa": sdpa}, "reason": ""}
@@ -379,6 +399,20 @@ def test_eval_table_of_features():
     assert "k-nearest-neighbour" in text
     assert "0.9900" in text
     assert "agreement" not in text
+
+
+def test_command_counts_as_the_authors_do(tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    for line in (
+        ["convert", "digits", "--calib-images", "8", "-o", path, "--quiet"],
+        ["profile", path, "--no-measure", "--count-as", "paper", "--json", tmp_path / "p.json"],
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([str(word) for word in line])
+        assert caught.value.code == 0
+    assert "authors' accounting" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
+    assert figures["paper"]["mhsa_macs_dense"] == figures["mhsa_macs_dense"]
 
 
 # ---- files ----

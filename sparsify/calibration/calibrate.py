@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import ops
+from sparsify.calibration.distance import distance
 from sparsify.calibration.lowrank import Moments
 from sparsify.calibration.observe import observe
 from sparsify.calibration.ranks import allocate, candidates
 from sparsify.calibration.tokens import Ridge, pooling
 from sparsify.config import SparsityConfig
 from sparsify.nn import graft
+from sparsify.nn.attention import SparseAttention
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
 from sparsify.ops.backends import resolve
 from sparsify.ops.spec import Execution, Spec, budget
@@ -69,12 +71,17 @@ def calibrate(
         UnsupportedModel, UsageError: see `graft.graft`; the model is as it was then.
     """
     hosts = graft.check(model)
-    config.check(*graft.shape(hosts))
+    config.check(*graft.shape(hosts), graft.num_prefix_tokens(model))
     config = config.with_cells(graft.num_tokens(model))
     with torch.no_grad():
         if config.predictor == "head-lowrank":
             return _fit_head_lowrank(model, config, batches, progress, execution)
         return _fit_token_lowrank(model, config, batches, progress)
+
+
+def any_sparse(config: SparsityConfig, depth: int) -> bool:
+    """Whether the attention of any of the blocks is sparse, so that there is something to fit."""
+    return any(config.keep_of(i) is not None for i in range(depth))
 
 
 def spends_ranks(config: SparsityConfig) -> bool:
@@ -88,16 +95,20 @@ def _fit_head_lowrank(
     hosts = list(graft.check(model).values())
     prefix = graft.num_prefix_tokens(model)
     moments = [Moments(host.num_heads, host.head_dim) for host in hosts]
+    if not any_sparse(config, len(hosts)):
+        graft.graft(model, config)
+        return Calibration(model, config, 0)
     seen = observe(
         model, _counted(batches(), "moments", progress), lambda i, q, k, v: moments[i].add(q, k, prefix)
     )  # fmt: skip
     bases = [m.basis()[:2] for m in moments]
     if spends_ranks(config):
-        probe = torch.cat(list(_first(batches(), PROBE_IMAGES)))
+        probe = torch.cat(list(first(batches(), PROBE_IMAGES)))
         config = config.model_copy(update={"rank": _spread(model, config, bases, probe, progress, execution)})
     graft.graft(model, config)
-    for (t_q, t_k), sparse in zip(bases, graft.sparse_modules(model).values(), strict=True):
-        graft.set_basis(sparse.qkv, cast(HeadLowrank, sparse.predictor), t_q, t_k)
+    for (t_q, t_k), module in zip(bases, graft.attention_modules(model).values(), strict=True):
+        if isinstance(module, SparseAttention):
+            graft.set_basis(module.qkv, cast(HeadLowrank, module.predictor), t_q, t_k)
     return Calibration(model, config, seen)
 
 
@@ -105,35 +116,51 @@ def _spread(
     model: nn.Module, config: SparsityConfig, bases: list[tuple[Tensor, Tensor]], probe: Tensor, progress: Progress,
     execution: Execution,
 ) -> tuple[tuple[int, ...], ...]:  # fmt: skip
-    """One rank for each head of each block, their sum at most depth * H * config.rank."""
+    """One rank for each head of each block, their sum over the sparse blocks at most their heads times config.rank."""
     hosts = graft.check(model)
     depth, heads, head_dim = graft.shape(hosts)
     mean_rank = cast(int, config.rank)
+    prefix, grid = graft.num_prefix_tokens(model), graft.patch_grid(model)
     ranks = candidates(mean_rank, head_dim)
     error = torch.zeros(depth, heads, len(ranks), dtype=torch.float64)
-    assert config.cells is not None  # resolved by `with_cells`
-    shape = (graft.num_prefix_tokens(model), config.tail, graft.patch_grid(model), config.cells, ())
+    sparse = [i for i in range(depth) if config.keep_of(i) is not None]
     attentions = list(hosts.values())
 
     def compare(i: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        keep = config.keep_of(i)
+        if keep is None:
+            return
         host, (t_q, t_k) = attentions[i], (t.to(q) for t in bases[i])
         dense = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # (B, N, H, d)
         q, k = q @ t_q, k @ t_k
-        spec = Spec(budget(config.keep_of(i), q.shape[2]), *shape)
+        spec = Spec(budget(keep, q.shape[2]), prefix, config.tail, grid, config.cells_of(i), ())
         path = resolve(execution.backend, q)
         w = host.proj.weight.unflatten(1, (heads, -1))  # (C, H, d)
         gram = torch.einsum("chd,che->hde", w, w)
         for j, r in enumerate(ranks):
             out = ops.head_lowrank(
-                q, k, v, None, None, None, (r,) * heads, host.head_dim**-0.5, spec, path, execution.precision
+                q,
+                k,
+                v,
+                None,
+                None,
+                None,
+                None,
+                None,
+                (r,) * heads,
+                host.head_dim**-0.5,
+                spec,
+                path,
+                execution.precision,
             )
             differ = out.view_as(dense) - dense
             error[i, :, j] += torch.einsum("bnhd,hde,bnhe->h", differ, gram.to(differ), differ).double().cpu()
 
     observe(model, _counted(probe.split(8), "ranks", progress, len(probe)), compare)
     weights = _weights(model, config, bases, probe, error[:, :, ranks.index(mean_rank)].sum(1), execution)
-    found = allocate((error * weights).flatten(0, 1), ranks, mean_rank)
-    return tuple(found[i : i + heads] for i in range(0, len(found), heads))
+    found = allocate((error * weights)[sparse].flatten(0, 1), ranks, mean_rank)
+    by_block = {i: tuple(found[j * heads : (j + 1) * heads]) for j, i in enumerate(sparse)}
+    return tuple(by_block.get(i, (mean_rank,) * heads) for i in range(depth))
 
 
 def _weights(
@@ -145,22 +172,17 @@ def _weights(
     dense = model(probe)
     weights = []
     for i, (name, host) in enumerate(graft.check(model).items()):
+        if config.keep_of(i) is None:
+            weights.append(0.0)
+            continue
         sparse = graft.sparse_block(model, host, config, i, bases[i])
         sparse.execution = execution
         twin.set_submodule(name, sparse)
         weights.append(
-            _distance(dense, twin(probe), bool(getattr(model, "num_classes", 0))) / max(float(error[i]), 1e-12)
+            distance(dense, twin(probe), bool(getattr(model, "num_classes", 0))) / max(float(error[i]), 1e-12)
         )
         twin.set_submodule(name, host)
     return torch.tensor(weights, dtype=torch.float64)[:, None, None]
-
-
-def _distance(dense: Tensor, sparse: Tensor, logits: bool) -> float:
-    """KL(dense || sparse) of class probabilities, or the relative squared error of features."""
-    if not logits:
-        return float((dense - sparse).square().sum() / dense.square().sum())
-    p = dense.float().log_softmax(-1)
-    return float((p.exp() * (p - sparse.float().log_softmax(-1))).sum(-1).mean())
 
 
 def _fit_token_lowrank(model: nn.Module, config: SparsityConfig, batches: Batches, progress: Progress) -> Calibration:
@@ -172,25 +194,29 @@ def _fit_token_lowrank(model: nn.Module, config: SparsityConfig, batches: Batche
         observe(model, _counted(batches(), "moments", progress), lambda i, q, k, v: moments[i].add(q, k, prefix))
     predictors = [graft.new_predictor(model, host, config, i) for i, host in enumerate(hosts)]
     for i, predictor in enumerate(predictors):
-        assert isinstance(predictor, TokenLowrank)
+        if not isinstance(predictor, TokenLowrank):
+            continue
         predictor.w_down.copy_(pooling(predictor.rank, prefix, grid))
         if moments:
             t_q, t_k = moments[i].over_heads().basis()[:2]
             assert predictor.w_q is not None and predictor.w_k is not None
             predictor.w_q.copy_(t_q[0, :, :channels].T)
             predictor.w_k.copy_(t_k[0, :, :channels].T)
-    fits = [Ridge(cast(TokenLowrank, p), host.num_heads) for p, host in zip(predictors, hosts, strict=True)]
-    seen = observe(
-        model, _counted(batches(), "attention", progress),
-        lambda i, q, k, v: fits[i].add(q, k, hosts[i].head_dim**-0.5, prefix),
-    )  # fmt: skip
-    for fit in fits:
+    fits = {i: Ridge(p, hosts[i].num_heads) for i, p in enumerate(predictors) if isinstance(p, TokenLowrank)}
+
+    def add(i: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        if i in fits:
+            fits[i].add(q, k, hosts[i].head_dim ** -0.5, prefix)
+
+    seen = observe(model, _counted(batches(), "attention", progress), add) if fits else 0
+    for fit in fits.values():
         fit.solve()
     graft.graft(model, config, predictors)
     return Calibration(model, config, seen)
 
 
-def _first(batches: Iterable[Tensor], n: int) -> Iterator[Tensor]:
+def first(batches: Iterable[Tensor], n: int) -> Iterator[Tensor]:
+    """The first n images of some batches."""
     for x in batches:
         yield x[:n]
         n -= len(x[:n])

@@ -22,7 +22,8 @@ from torch import nn
 from sparsify import ops
 from sparsify.config import grid_of, growth
 from sparsify.errors import UnsupportedModel, UsageError
-from sparsify.nn.attention import SparseAttention, Sparsity
+from sparsify.nn import fewer
+from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention, Sparsity
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
 from sparsify.ops import backends, reference
 from sparsify.ops.spec import Execution
@@ -58,32 +59,78 @@ def check(model: nn.Module, name: str = "") -> dict[str, Attention]:
     return found
 
 
-def graft(model: nn.Module, config: SparsityConfig, predictors: Sequence[Predictor] | None = None) -> nn.Module:
-    """Exchange every block's attention for a sparse one; in place.
+def graft(model: nn.Module, config: SparsityConfig, predictors: Sequence[Predictor | None] | None = None) -> nn.Module:
+    """Exchange every block's attention for a sparse one (or our dense one), and let tokens leave; in place.
 
     Args:
-        predictors: one for each block; None for unfitted ones (`new_predictor`).
+        predictors: one for each block, None where its attention is dense; None for unfitted ones (`new_predictor`).
 
     Raises:
         UnsupportedModel: see `check`; nothing is exchanged then.
         UsageError: a list or a rank in `config` that does not fit the model.
     """
     hosts = check(model)
-    config.check(*shape(hosts))
+    config.check(*shape(hosts), num_prefix_tokens(model))
     config = config.with_cells(num_tokens(model))
-    if predictors is None:
-        predictors = [new_predictor(model, host, config, i) for i, host in enumerate(hosts.values())]
     for i, (name, host) in enumerate(hosts.items()):
-        model.set_submodule(name, _sparse(model, host, config, i, predictors[i]))
+        predictor = new_predictor(model, host, config, i) if predictors is None else predictors[i]
+        model.set_submodule(name, _grafted(model, host, config, i, predictor))
+    if config.tokens is not None:
+        reduce(model, config)
     return model
 
 
-def new_predictor(model: nn.Module, host: Attention, config: SparsityConfig, block: int) -> Predictor:
-    """An unfitted predictor for one block, dtype and device of the host.
+def reduce(model: nn.Module, config: SparsityConfig) -> None:
+    """Let tokens leave a model whose attention is grafted, as `config.tokens` says; in place. None: all stay.
+
+    Raises:
+        UsageError: see `Tokens.check`.
+    """
+    fewer.remove(model)
+    if config.tokens is None:
+        return
+    depth = len(attention_modules(model))
+    config.tokens.check(depth, num_prefix_tokens(model))
+    follow = config.tokens.way == "merge" and config.predictor == "token-lowrank"
+    fewer.install(model, config.tokens.way, config.tokens.shares(depth), follow)
+
+
+def apply(model: nn.Module, config: SparsityConfig) -> nn.Module:
+    """Other keeps, cells and tokens for a model whose predictors are fitted; in place. Predictors of dense blocks go.
+
+    Raises:
+        UsageError: `config` does not fit, or a block that is dense is to be sparse.
+    """
+    fewer.remove(model)
+    config = config.with_cells(num_tokens(model))
+    for i, (name, module) in enumerate(attention_modules(model).items()):
+        keep = config.keep_of(i)
+        if keep is None:
+            dense = DenseAttention(cast(Attention, module)).train(module.training)
+            dense.execution = module.execution
+            model.set_submodule(name, dense)
+        elif isinstance(module, SparseAttention):
+            module.sparsity = dataclasses.replace(module.sparsity, keep=keep, cells=config.cells_of(i))
+        else:
+            raise UsageError(f"block {i + 1} has no predictor: its attention is dense and cannot be made sparse here")
+    reduce(model, config)
+    return model
+
+
+def applied(model: nn.Module, config: SparsityConfig) -> nn.Module:
+    """A copy that `apply` has changed; it shares every parameter and buffer with `model`."""
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return apply(copy.deepcopy(model, memo=cast(dict, tensors)), config)
+
+
+def new_predictor(model: nn.Module, host: Attention, config: SparsityConfig, block: int) -> Predictor | None:
+    """An unfitted predictor for one block, dtype and device of the host; None where the block stays dense.
 
     With `config.fold`, head-lowrank is folded where nothing stands between the projection and the product; `qkv` itself
     is not touched (`fold`).
     """
+    if config.keep_of(block) is None:
+        return None
     ranks = config.ranks_of(block, host.num_heads)
     predictor: Predictor
     if config.predictor == "head-lowrank":
@@ -95,14 +142,14 @@ def new_predictor(model: nn.Module, host: Attention, config: SparsityConfig, blo
     return predictor.to(host.qkv.weight)
 
 
-def _sparse(
-    model: nn.Module, host: Attention, config: SparsityConfig, block: int, predictor: Predictor
-) -> SparseAttention:
+def _grafted(
+    model: nn.Module, host: Attention, config: SparsityConfig, block: int, predictor: Predictor | None
+) -> GraftedAttention:
+    keep = config.keep_of(block)
+    if keep is None or predictor is None:
+        return DenseAttention(host).train(host.training)
     tile = config.tile if config.granularity == "tile" else ()
-    assert config.cells is not None  # resolved by `with_cells`
-    sparsity = Sparsity(
-        config.keep_of(block), num_prefix_tokens(model), config.tail, patch_grid(model), config.cells, tile
-    )
+    sparsity = Sparsity(keep, num_prefix_tokens(model), config.tail, patch_grid(model), config.cells_of(block), tile)
     return SparseAttention(host, predictor, sparsity).train(host.training)
 
 
@@ -113,7 +160,7 @@ def sparse_block(
     predictor = new_predictor(model, host, config.model_copy(update={"fold": False}), block)
     assert isinstance(predictor, HeadLowrank)
     set_basis(host.qkv, predictor, *basis)
-    return _sparse(model, host, config, block, predictor)
+    return cast(SparseAttention, _grafted(model, host, config, block, predictor))
 
 
 @torch.no_grad()
@@ -132,6 +179,11 @@ def sparse_modules(model: nn.Module) -> dict[str, SparseAttention]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseAttention)}
 
 
+def attention_modules(model: nn.Module) -> dict[str, GraftedAttention]:
+    """The grafted attention modules of a model, sparse and dense, by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GraftedAttention)}
+
+
 def set_execution(model: nn.Module, execution: Execution) -> None:
     """How all sparse attention of `model` is computed, in place; the device and dtype of its weights are looked at.
 
@@ -140,7 +192,7 @@ def set_execution(model: nn.Module, execution: Execution) -> None:
     """
     weight = next(model.parameters())
     check_execution(execution, weight.device, weight.dtype)
-    for module in sparse_modules(model).values():
+    for module in attention_modules(model).values():
         module.execution = execution
 
 
@@ -166,7 +218,7 @@ def sparse_form(model: nn.Module, backend: str | None = None, precision: str | N
     Raises:
         UsageError: see `set_execution`.
     """
-    modules = list(sparse_modules(model).values())
+    modules = list(attention_modules(model).values())
     before = [module.execution for module in modules]
     try:
         for module, own in zip(modules, before, strict=True):
@@ -182,8 +234,9 @@ def dense_twin(model: nn.Module) -> nn.Module:
     """The same model without sparsity, sharing every parameter and buffer with `model`."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     twin = copy.deepcopy(model, memo=cast(dict, tensors))
-    for name, module in sparse_modules(twin).items():
+    for name, module in attention_modules(twin).items():
         twin.set_submodule(name, module.dense())
+    fewer.remove(twin)
     return twin
 
 

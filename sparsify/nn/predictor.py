@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import ops
+from sparsify.nn.tokens import Tokens
 from sparsify.ops import reference
 from sparsify.ops.auto import Kind
 from sparsify.ops.spec import Spec
@@ -36,13 +37,14 @@ class HeadLowrank(nn.Module):
             self.a_q, self.a_k = nn.Parameter(eye.clone()), nn.Parameter(eye.clone())
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, spec: Spec, backend: str,
-        precision: str,
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: Tokens | None, scale: float, spec: Spec,
+        backend: str, precision: str,
     ) -> Tensor:  # fmt: skip
         """Sparse attention over the predicted keys: [B, H, N, d] x 3 -> [B, N, H*d]."""
+        size, place = (None, None) if tokens is None else (tokens.size, tokens.place)
         return ops.head_lowrank(
-            q, k, v, self.a_q, self.a_k, mask, self.ranks, scale, spec, backend, precision
-        )  # fmt: skip
+            q, k, v, self.a_q, self.a_k, mask, size, place, self.ranks, scale, spec, backend, precision
+        )
 
     def spec(self, scale: float, budget: int, shape: TailShape) -> Spec:
         """The constants of a call."""
@@ -102,19 +104,58 @@ class TokenLowrank(nn.Module):
         return w * (w > threshold) if threshold > 0 else w
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, spec: Spec, backend: str,
-        precision: str,
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: Tokens | None, scale: float, spec: Spec,
+        backend: str, precision: str,
     ) -> Tensor:  # fmt: skip
         """Sparse attention over the predicted keys: [B, H, N, d] x 3 -> [B, N, H*d]."""
-        if q.shape[2] != self.w_down.shape[1]:
-            raise ValueError(
-                f"token-lowrank predictor was made for {self.w_down.shape[1]} tokens, not {q.shape[2]}: "
-                "load the file with this image size, which resamples it"
-            )
+        w_down, w_up = self.weights_of(q.shape[2], tokens)
+        size, place = (None, None) if tokens is None else (tokens.size, tokens.place)
         return ops.token_lowrank(
-            q, k, v, self.w_down, self.basis(), self.w_q, self.b_q, self.w_k, self.b_k, mask, scale, self.coef_scale, spec,
+            q, k, v, w_down, w_up, self.w_q, self.b_q, self.w_k, self.b_k, mask, size, place, scale, self.coef_scale, spec,
             backend, precision,
         )  # fmt: skip
+
+    def weights_of(self, N: int, tokens: Tokens | None) -> tuple[Tensor, Tensor]:
+        """W_down and W_up for the N tokens present: the columns of those that have left go, or go into another's.
+
+        A merged token's column of W_down is the sum of its members' (W_down k' stays what it was for equal keys), its
+        column of W_up their mean times the token's size (the attention that it is given as a whole).
+
+        Returns:
+            [r, N] and [1 or H, r, N]; [B, 1, r, N] and [B, 1 or H, r, N] where tokens have left.
+        """
+        basis, present = self.basis(), self.w_down.shape[1]
+        if tokens is None or tokens.place is None:
+            if present != N:
+                raise ValueError(
+                    f"token-lowrank predictor was made for {present} tokens, not {N}: "
+                    "load the file with this image size, which resamples it"
+                )
+            return self.w_down, basis
+        if present != self.prefix + tokens.patches:
+            raise ValueError(
+                f"token-lowrank predictor was made for {present} tokens, not {self.prefix + tokens.patches}: "
+                "load the file with this image size, which resamples it"
+            )
+        down, up = self.w_down.expand(len(tokens.place), 1, -1, -1), basis.expand(len(tokens.place), -1, -1, -1)
+        if tokens.size is None or tokens.owner is None or tokens.place.shape[1] == 0:  # tokens were dropped
+            return self._columns(down, tokens.place), self._columns(up, tokens.place)
+        members = torch.zeros_like(tokens.place, dtype=down.dtype)
+        members = members.scatter_add(1, tokens.owner, torch.ones_like(tokens.owner, dtype=down.dtype))  # (B, n)
+        factor = torch.cat([tokens.size[:, : self.prefix], tokens.size[:, self.prefix :] / members], 1)  # (B, N)
+        up = self._sums(up, tokens.owner, N) * factor[:, None, None].to(up.dtype)
+        return self._sums(down, tokens.owner, N), up
+
+    def _columns(self, w: Tensor, place: Tensor) -> Tensor:
+        """Columns of w [B, *, r, P + n0] of the prefix and of the patches `place` [B, n]."""
+        index = place[:, None, None].expand(*w.shape[:3], -1) + self.prefix
+        return torch.cat([w[..., : self.prefix], w.gather(3, index)], 3)
+
+    def _sums(self, w: Tensor, owner: Tensor, N: int) -> Tensor:
+        """Sums of the columns of w [B, *, r, P + n0] over the patches that each of the N tokens owns."""
+        total = torch.zeros(*w.shape[:3], N - self.prefix, dtype=w.dtype, device=w.device)
+        total = total.scatter_add(3, owner[:, None, None].expand(*w.shape[:3], -1), w[..., self.prefix :])
+        return torch.cat([w[..., : self.prefix], total], 3)
 
     def spec(self, scale: float, budget: int, shape: TailShape) -> Spec:
         """The constants of a call."""

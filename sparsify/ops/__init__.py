@@ -27,7 +27,8 @@ from sparsify.ops.spec import Execution, Spec
 @torch.library.custom_op("sparsify::head_lowrank_attention", mutates_args=())
 def head_lowrank_attention(
     q: Tensor, k: Tensor, v: Tensor, a_q: Tensor | None, a_k: Tensor | None, mask: Tensor | None,
-    ranks: Sequence[int], scale: float, budget: int, prefix: int, tail: str, grid: Sequence[int], cells: Sequence[int],
+    size: Tensor | None, place: Tensor | None, ranks: Sequence[int], scale: float, budget: int, prefix: int, tail: str,
+    grid: Sequence[int], cells: Sequence[int],
     tile: Sequence[int], backend: str = "reference", precision: str = "input",
 ) -> Tensor:  # fmt: skip
     """Attention of every query over the b keys with the highest (q A_q).(k A_k), and a tail for the rest.
@@ -37,6 +38,10 @@ def head_lowrank_attention(
         a_q, a_k: [H, d, r]; None where they are folded into `qkv` (the first r coordinates of q and k are the scores').
         mask: bool (True: may attend) or additive, broadcastable to [B, H, N, N]. Masked keys are neither kept nor in
             the tail; a row that may attend to nothing gives 0.
+        size: tokens that each key stands for, float32 [B, N], above 0; None: 1 each. log s_j is added to the logit, and
+            log s_j / scale to the score, of key j; the tail counts and averages key j s_j times.
+        place: patch of `grid` that each patch token stands on, int64 [B, N - P]; None: the grid in order. Cells and
+            tiles follow it.
         ranks: r of each of the H heads, 1 <= r <= d.
         scale: factor of q.k.
         budget, prefix, tail, grid, cells, tile: see `Spec`.
@@ -49,25 +54,27 @@ def head_lowrank_attention(
     """
     if _kernel(backend, q, mask):
         spec = _spec(budget, prefix, tail, grid, cells, tile)
-        return cpu.head_lowrank(q, k, v, a_q, a_k, list(ranks), scale, spec, precision)
-    return _head_reference(q, k, v, a_q, a_k, mask, ranks, scale, budget, prefix, tail, grid, cells, tile)
+        return cpu.head_lowrank(q, k, v, a_q, a_k, size, place, list(ranks), scale, spec, precision)
+    return _head_reference(q, k, v, a_q, a_k, mask, size, place, ranks, scale, budget, prefix, tail, grid, cells, tile)
 
 
 @torch.library.custom_op("sparsify::token_lowrank_attention", mutates_args=())
 def token_lowrank_attention(
     q: Tensor, k: Tensor, v: Tensor, w_down: Tensor, w_up: Tensor, w_q: Tensor | None, b_q: Tensor | None,
-    w_k: Tensor | None, b_k: Tensor | None, mask: Tensor | None, scale: float, coef_scale: float, coef_topk: int,
-    coef_threshold: float, budget: int, prefix: int, tail: str, grid: Sequence[int], cells: Sequence[int],
+    w_k: Tensor | None, b_k: Tensor | None, mask: Tensor | None, size: Tensor | None, place: Tensor | None, scale: float,
+    coef_scale: float, coef_topk: int, coef_threshold: float, budget: int, prefix: int, tail: str, grid: Sequence[int],
+    cells: Sequence[int],
     tile: Sequence[int], backend: str = "reference", precision: str = "input",
 ) -> Tensor:  # fmt: skip
     """Attention of every query over the b keys with the highest A~_down W_up (the paper's predictor), and a tail.
 
     Args:
         q, k, v: [B, H, N, d].
-        w_down: [r, N], W_down.
-        w_up: [1 or H, r, N], W_up, already thresholded.
+        w_down: [r, N], W_down; [B, 1, r, N] where tokens differ by image.
+        w_up: [1 or H, r, N], W_up, already thresholded; [B, 1 or H, r, N] where tokens differ by image.
         w_q, b_q, w_k, b_k: channel reduction [c, d] and [c], shared by the heads; None for none.
-        mask, scale, backend, precision: as `head_lowrank_attention`.
+        mask, size, place, scale, backend, precision: as `head_lowrank_attention`; but sizes are not added to the scores,
+            which predict what a token as a whole is given: they are in `w_up`.
         coef_scale: factor of q' K_down' before its softmax.
         coef_topk, coef_threshold, budget, prefix, tail, grid, cells, tile: see `Spec`.
 
@@ -77,44 +84,59 @@ def token_lowrank_attention(
     if _kernel(backend, q, mask):
         spec = _spec(budget, prefix, tail, grid, cells, tile, coef_topk, coef_threshold)
         return cpu.token_lowrank(
-            q, k, v, w_down, w_up, w_q, b_q, w_k, b_k, scale, coef_scale, spec, precision
+            q, k, v, w_down, w_up, w_q, b_q, w_k, b_k, size, place, scale, coef_scale, spec, precision
         )  # fmt: skip
     return _token_reference(
-        q, k, v, w_down, w_up, w_q, b_q, w_k, b_k, mask, scale, coef_scale, coef_topk, coef_threshold, budget, prefix,
-        tail, grid, cells, tile,
+        q, k, v, w_down, w_up, w_q, b_q, w_k, b_k, mask, size, place, scale, coef_scale, coef_topk, coef_threshold, budget,
+        prefix, tail, grid, cells, tile,
     )  # fmt: skip
 
 
 def head_lowrank(
-    q: Tensor, k: Tensor, v: Tensor, a_q: Tensor | None, a_k: Tensor | None, mask: Tensor | None, ranks: tuple[int, ...],
-    scale: float, spec: Spec, backend: str, precision: str,
+    q: Tensor, k: Tensor, v: Tensor, a_q: Tensor | None, a_k: Tensor | None, mask: Tensor | None, size: Tensor | None,
+    place: Tensor | None, ranks: tuple[int, ...], scale: float, spec: Spec, backend: str, precision: str,
 ) -> Tensor:  # fmt: skip
     """`head_lowrank_attention`, without torch.library where only the numbers are wanted."""
     if _kernel(backend, q, mask) and backends.eager(q) and not backends.needs_grad(q, k, v, a_q, a_k):
-        return cpu.head_lowrank(q, k, v, a_q, a_k, list(ranks), scale, spec, precision)
-    return head_lowrank_attention(q, k, v, a_q, a_k, mask, ranks, scale, *spec[:6], backend, precision)
+        return cpu.head_lowrank(q, k, v, a_q, a_k, size, place, list(ranks), scale, spec, precision)
+    return head_lowrank_attention(q, k, v, a_q, a_k, mask, size, place, ranks, scale, *spec[:6], backend, precision)
 
 
 def token_lowrank(
     q: Tensor, k: Tensor, v: Tensor, w_down: Tensor, w_up: Tensor, w_q: Tensor | None, b_q: Tensor | None,
-    w_k: Tensor | None, b_k: Tensor | None, mask: Tensor | None, scale: float, coef_scale: float, spec: Spec,
-    backend: str, precision: str,
+    w_k: Tensor | None, b_k: Tensor | None, mask: Tensor | None, size: Tensor | None, place: Tensor | None, scale: float,
+    coef_scale: float, spec: Spec, backend: str, precision: str,
 ) -> Tensor:  # fmt: skip
     """`token_lowrank_attention`, without torch.library where only the numbers are wanted."""
     weights = (w_down, w_up, w_q, b_q, w_k, b_k)
     if _kernel(backend, q, mask) and backends.eager(q) and not backends.needs_grad(q, k, v, *weights):
-        return cpu.token_lowrank(q, k, v, *weights, scale, coef_scale, spec, precision)
+        return cpu.token_lowrank(q, k, v, *weights, size, place, scale, coef_scale, spec, precision)
     return token_lowrank_attention(
-        q, k, v, *weights, mask, scale, coef_scale, spec.coef_topk, spec.coef_threshold, *spec[:6], backend, precision
+        q, k, v, *weights, mask, size, place, scale, coef_scale, spec.coef_topk, spec.coef_threshold, *spec[:6], backend,
+        precision,
     )  # fmt: skip
 
 
-def dense(path: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, precision: str) -> Tensor:
-    """Dense attention, [B, H, N, d] x 3 -> [B, N, H*d]: 'sdpa' as timm computes it, 'dense-cpu' by our kernel (no mask)."""
+def dense(
+    path: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, precision: str,
+    size: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Dense attention, [B, H, M, d] and [B, H, N, d] x 2 -> [B, M, H*d].
+
+    Args:
+        path: 'sdpa' as timm computes it; 'dense-cpu' by our kernel (no mask, M = N).
+        size: tokens that each key stands for, [B, N]; log s is added to the logits.
+    """
     if path == "dense-cpu":
-        return cpu.dense(q, k, v, scale, precision)
+        return cpu.dense(q, k, v, scale, precision, size)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
+    if size is not None:
+        logarithm = size.log()[:, None, None].to(q.dtype)  # (B, 1, 1, N)
+        if mask is None:
+            mask = logarithm
+        else:
+            mask = torch.where(mask, logarithm, -torch.inf) if mask.dtype == torch.bool else mask + logarithm
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).flatten(2)
 
@@ -151,28 +173,31 @@ def _register(op, tensors: int, differentiable) -> None:  # type: ignore[no-unty
     op.register_autograd(backward, setup_context=setup)
 
 
-def _head_reference(q, k, v, a_q, a_k, mask, ranks, scale, budget, prefix, tail, grid, cells, tile):  # type: ignore[no-untyped-def]
+def _head_reference(  # type: ignore[no-untyped-def]
+    q, k, v, a_q, a_k, mask, size, place, ranks, scale, budget, prefix, tail, grid, cells, tile
+):
     spec = _spec(budget, prefix, tail, grid, cells, tile)
     row, col = reference.head_lowrank_scores(q, k, a_q, a_k, ranks)  # (B, H, N, r) each
-    return reference.attend(q, k, v, row, col, col, mask, scale, spec)
+    shift = None if size is None else size.log() / scale
+    return reference.attend(q, k, v, row, col, col, mask, scale, spec, size, place, shift)
 
 
 def _token_reference(  # type: ignore[no-untyped-def]
-    q, k, v, w_down, w_up, w_q, b_q, w_k, b_k, mask, scale, coef_scale, coef_topk, coef_threshold, budget, prefix, tail,
-    grid, cells, tile,
+    q, k, v, w_down, w_up, w_q, b_q, w_k, b_k, mask, size, place, scale, coef_scale, coef_topk, coef_threshold, budget,
+    prefix, tail, grid, cells, tile,
 ):  # fmt: skip
     spec = _spec(budget, prefix, tail, grid, cells, tile, coef_topk, coef_threshold)
     seen = k if mask is None else k * reference.alive(mask, q).unsqueeze(-1)  # hidden keys leave no trace in W_down k
     coef = reference.token_lowrank_coefficients(q, seen, (w_down, w_q, b_q, w_k, b_k), coef_scale, spec)  # (B, H, N, r)
-    return reference.attend(q, k, v, coef, w_up.to(coef.dtype).mT, k, mask, scale, spec)
+    return reference.attend(q, k, v, coef, w_up.to(coef.dtype).mT, k, mask, scale, spec, size, place)
 
 
 def _spec(budget, prefix, tail, grid, cells, tile, coef_topk=0, coef_threshold=0.0) -> Spec:  # type: ignore[no-untyped-def]
     return Spec(budget, prefix, tail, tuple(grid), tuple(cells), tuple(tile), coef_topk, coef_threshold)
 
 
-_register(head_lowrank_attention, 6, _head_reference)
-_register(token_lowrank_attention, 10, _token_reference)
+_register(head_lowrank_attention, 8, _head_reference)
+_register(token_lowrank_attention, 12, _token_reference)
 
 __all__ = [
     "BACKENDS", "PRECISIONS", "Execution", "Spec", "dense", "head_lowrank", "head_lowrank_attention", "token_lowrank",

@@ -63,6 +63,7 @@ class Shape(NamedTuple):
         precision: see `Execution`.
         sparse: what would compute the sparse form, cpu or reference.
         kind, spec: predictor and constants.
+        merged, placed: whether keys have sizes, and whether patch tokens have places.
     """
 
     batch: int
@@ -77,6 +78,8 @@ class Shape(NamedTuple):
     sparse: str
     kind: Kind
     spec: Spec
+    merged: bool = False
+    placed: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """The same, fit for JSON."""

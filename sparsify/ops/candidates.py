@@ -31,26 +31,34 @@ def make(shape: Shape) -> Candidates:
     if shape.masked:
         mask = torch.ones(N, N, dtype=torch.bool, device=device)
         mask[:, N // 2 + 1 :: 7] = False
-    found: Candidates = {shape.sparse: _sparse(shape, q, k, v, mask, scale, random)}
+    size = place = None
+    if shape.merged:
+        size = 1 + random(B, N).abs()
+    if shape.placed:
+        patches = shape.spec.grid[0] * shape.spec.grid[1]
+        place = (torch.arange(N - shape.spec.prefix, device=device) % patches).expand(B, -1).contiguous()
+    found: Candidates = {shape.sparse: _sparse(shape, q, k, v, mask, size, place, scale, random)}
     for path in ("dense-cpu", "sdpa") if shape.sparse == "cpu" else ("sdpa",):
-        found[path] = partial(ops.dense, path, q, k, v, mask, scale, shape.precision)
+        found[path] = partial(ops.dense, path, q, k, v, mask, scale, shape.precision, size)
     return found
 
 
 def _sparse(
-    shape: Shape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, random: Callable[..., Tensor]
-) -> Callable[[], object]:
+    shape: Shape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, size: Tensor | None, place: Tensor | None,
+    scale: float, random: Callable[..., Tensor],
+) -> Callable[[], object]:  # fmt: skip
     kind, H, N, d = shape.kind, shape.heads, shape.tokens, shape.head_dim
     how = (shape.spec, shape.sparse, shape.precision)
     if kind.name != "token":
         a_q = a_k = None
         if kind.name == "head":
             a_q, a_k = random(H, d, kind.rank_max), random(H, d, kind.rank_max)
-        return partial(ops.head_lowrank, q, k, v, a_q, a_k, mask, spread(H, kind.rank_sum, kind.rank_max), scale, *how)
+        ranks = spread(H, kind.rank_sum, kind.rank_max)
+        return partial(ops.head_lowrank, q, k, v, a_q, a_k, mask, size, place, ranks, scale, *how)
     r, c = kind.rank_max, kind.channels
     w_down, w_up = random(r, N).softmax(-1), random(kind.up_heads, r, N)
     w, b = (random(c, d), random(c)) if c else (None, None)
-    return partial(ops.token_lowrank, q, k, v, w_down, w_up, w, b, w, b, mask, scale, scale, *how)
+    return partial(ops.token_lowrank, q, k, v, w_down, w_up, w, b, w, b, mask, size, place, scale, scale, *how)
 
 
 def spread(heads: int, total: int, largest: int) -> tuple[int, ...]:

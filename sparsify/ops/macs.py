@@ -31,7 +31,7 @@ def dense_macs(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> int:
 
 def head_lowrank_macs(
     shape: Sequence[int], ranks: Sequence[int], folded: bool, budget: int, prefix: int, tail: str, grid: Sequence[int],
-    cells: Sequence[int],
+    cells: Sequence[int], placed: bool = False,
 ) -> Counter[str]:  # fmt: skip
     """MACs of one `head_lowrank_attention` by part.
 
@@ -42,6 +42,7 @@ def head_lowrank_macs(
         ranks: r of each head.
         folded: the projections are part of `qkv`; else they are computed here.
         budget, prefix, tail, grid, cells: see `Spec`.
+        placed: patch tokens have places of their own on the grid, so that its cells stay as they are.
     """
     B, H, N, d = shape
     P = min(prefix, N)
@@ -50,14 +51,14 @@ def head_lowrank_macs(
         prefix=H * P * N * 2 * d,
         predictor=n * N * R + (0 if folded else 2 * N * d * R),
         kept=n * budget * (H * 2 * d - (R if folded else 0)),
-        tail=_tail(H, n, P, d, R, tail, grid, cells),
+        tail=_tail(H, n, P, d, R, tail, grid, cells, placed),
     )
     return Counter({part: B * count for part, count in macs.items()})
 
 
 def token_lowrank_macs(
     shape: Sequence[int], rank: int, channels: int | None, coef_topk: int, budget: int, prefix: int, tail: str,
-    grid: Sequence[int], cells: Sequence[int],
+    grid: Sequence[int], cells: Sequence[int], placed: bool = False,
 ) -> Counter[str]:  # fmt: skip
     """MACs of one `token_lowrank_attention` by part.
 
@@ -70,6 +71,7 @@ def token_lowrank_macs(
         channels: c of the channel reduction; None for none (c = d).
         coef_topk: coefficients kept in each row; 0 keeps all.
         budget, prefix, tail, grid, cells: see `Spec`.
+        placed: as for `head_lowrank_macs`.
     """
     B, H, N, d = shape
     P = min(prefix, N)
@@ -84,13 +86,13 @@ def token_lowrank_macs(
         prefix=H * P * N * 2 * d,
         predictor=reduction + down + coefficients + up,
         kept=H * n * budget * 2 * d,
-        tail=_tail(H, n, P, d, H * d, tail, grid, cells),
+        tail=_tail(H, n, P, d, H * d, tail, grid, cells, placed),
     )
     return Counter({part: B * count for part, count in macs.items()})
 
 
 def _tail(
-    H: int, n: int, P: int, d: int, features: int, tail: str, grid: Sequence[int], cells: Sequence[int]
+    H: int, n: int, P: int, d: int, features: int, tail: str, grid: Sequence[int], cells: Sequence[int], placed: bool
 ) -> int:  # fmt: skip
     """Logits and values of M cells and P prefix keys for each patch row; `clusters`: distances to M centres too.
 
@@ -98,7 +100,8 @@ def _tail(
     """
     if tail == "none":
         return 0
-    M = tails.cell_count(tail, P, tails.patch_grid(n, (grid[0], grid[1])), (cells[0], cells[1]))
+    own = (grid[0], grid[1])
+    M = tails.cell_count(tail, P, own if placed else tails.patch_grid(n, own), (cells[0], cells[1]))
     assignments = tails.LLOYD_STEPS * n * M * features if tail == "clusters" else 0
     return H * n * (M + P) * 2 * d + assignments
 
@@ -110,18 +113,22 @@ def _dense_handle(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
 
 def _head_handle(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     a_q = inputs[3]
-    ranks, _, budget, prefix, tail, grid, cells, _ = (_constant(v) for v in inputs[6:14])
+    ranks, _, budget, prefix, tail, grid, cells, _ = (_constant(v) for v in inputs[8:16])
     return head_lowrank_macs(
-        inputs[0].type().sizes(), ranks, not a_q.isCompleteTensor(), budget, prefix, tail, grid, cells
-    )
+        inputs[0].type().sizes(), ranks, not a_q.isCompleteTensor(), budget, prefix, tail, grid, cells,
+        inputs[7].isCompleteTensor(),
+    )  # fmt: skip
 
 
 def _token_handle(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     w_down, w_q = inputs[3], inputs[5]
     channels = w_q.type().sizes()[0] if w_q.isCompleteTensor() else None
-    coef_topk, _, budget, prefix, tail, grid, cells, _ = (_constant(v) for v in inputs[12:20])
+    coef_topk, _, budget, prefix, tail, grid, cells, _ = (_constant(v) for v in inputs[14:22])
     rank = w_down.type().sizes()[-2]
-    return token_lowrank_macs(inputs[0].type().sizes(), rank, channels, coef_topk, budget, prefix, tail, grid, cells)
+    placed = inputs[11].isCompleteTensor()
+    return token_lowrank_macs(
+        inputs[0].type().sizes(), rank, channels, coef_topk, budget, prefix, tail, grid, cells, placed
+    )
 
 
 def _constant(value: Any) -> Any:

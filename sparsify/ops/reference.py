@@ -38,7 +38,7 @@ def top_b(scores: Tensor, b: int) -> Tensor:
     return above | (tie & (tie.cumsum(-1) <= free))
 
 
-def pool_tiles(scores: Tensor, grid: tuple[int, int], tile: tuple[int, int]) -> Tensor:
+def pool_tiles(scores: Tensor, grid: tuple[int, int], tile: tuple[int, int], place: Tensor | None = None) -> Tensor:
     """Scores shared by each tile of neighbouring queries: the highest, over its rows, of the score in standard deviations.
 
         z_ij = (s_ij - mean_j s_ij) / sd_j s_ij            over the keys that row i may attend to (finite scores)
@@ -47,7 +47,8 @@ def pool_tiles(scores: Tensor, grid: tuple[int, int], tile: tuple[int, int]) -> 
     (docs/tiles.md), and needs no exponentials.
 
     Args:
-        scores: [B, H, n, N] for the n = h*w patch queries of `grid`.
+        scores: [B, H, n, N] for n patch queries.
+        place: patch of `grid` that each query stands on, [B, n]; None: n = h*w, in order.
 
     Returns:
         [B, H, n, N], equal rows inside a tile; keys that no row of the tile may attend to have -inf.
@@ -56,16 +57,18 @@ def pool_tiles(scores: Tensor, grid: tuple[int, int], tile: tuple[int, int]) -> 
     cols = -(-w // tile[1])
     y = torch.arange(h, device=scores.device) // tile[0]
     x = torch.arange(w, device=scores.device) // tile[1]
-    t = (y[:, None] * cols + x).flatten()  # (n)
+    t = (y[:, None] * cols + x).flatten()  # (h*w)
+    tiles = int(t.max()) + 1
+    t = t.expand(scores.shape[0], -1) if place is None else t[place]  # (B, n)
+    t = t[:, None, :, None].expand_as(scores)  # (B, H, n, N)
     s = scores.detach()
     seen = s.isfinite()
     count = seen.sum(-1, keepdim=True).clamp_min(1)
     centred = (s - s.masked_fill(~seen, 0).sum(-1, keepdim=True) / count).masked_fill(~seen, 0)
     sd = (centred.square().sum(-1, keepdim=True) / count).sqrt()
     z = (centred / sd.masked_fill(sd == 0, 1)).masked_fill(~seen, -torch.inf)
-    pooled = z.new_full((*z.shape[:2], int(t.max()) + 1, z.shape[-1]), -torch.inf)
-    pooled = pooled.scatter_reduce(2, t[:, None].expand_as(z), z, "amax")
-    return pooled[:, :, t]
+    pooled = z.new_full((*z.shape[:2], tiles, z.shape[-1]), -torch.inf)
+    return pooled.scatter_reduce(2, t, z, "amax").gather(2, t)
 
 
 def rank_mask(ranks: Sequence[int], like: Tensor) -> Tensor:
@@ -93,7 +96,8 @@ def token_lowrank_coefficients(q: Tensor, k: Tensor, p: tuple[Tensor | None, ...
 
         softmax(q' (W_down k')' scale), then the coef_topk largest (or those above the threshold), not renormalised.
 
-    p: W_down [r, N] or [H, r, N]; W_q', b_q', W_k', b_k' ([c, d] and [c], shared by the heads) or None.
+    p: W_down [r, N], or [B, 1, r, N] for tokens of each image; W_q', b_q', W_k', b_k' ([c, d] and [c], shared by the
+        heads) or None.
     """
     w_down, w_q, b_q, w_k, b_k = p
     assert w_down is not None
@@ -116,8 +120,9 @@ def alive(mask: Tensor, q: Tensor) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, row: Tensor, col: Tensor, f: Tensor, mask: Tensor | None, scale: float, spec: Spec
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, row: Tensor, col: Tensor, f: Tensor, mask: Tensor | None, scale: float, spec: Spec,
+    size: Tensor | None = None, place: Tensor | None = None, shift: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Sparse attention with tail; the scores that rank the keys are row @ col'.
 
     Args:
@@ -126,6 +131,10 @@ def attend(
         f: features of the keys for `clusters`, [B, H, N, *].
         mask: bool (True: may attend) or additive, broadcastable to [B, H, N, N]; None for none.
         scale: factor of q.k, usually 1/sqrt(d).
+        size: tokens that each key stands for, [B, N], above 0; its logarithm is added to the logits; None: 1 each.
+        place: patch of `spec.grid` that each of the N - P patch tokens stands on, [B, N - P]; None: the grid's own
+            order (`tails.patch_grid`).
+        shift: added to the scores of every row, [B, N]: what sizes mean for the ranking.
 
     Returns:
         [B, N, H*d], the layout that `proj` reads, dtype of q.
@@ -136,14 +145,20 @@ def attend(
     B, H, N, d = q.shape
     P = min(spec.prefix, N)
     bias = None if mask is None else _bias(mask, q.dtype).expand(B, H, N, N)
-    living = None if mask is None else alive(mask, q)  # (B, H, N)
-    grid = tails.patch_grid(N - P, (spec.grid[0], spec.grid[1]))
+    weight = None if mask is None else alive(mask, q)  # (B, H, N)
+    if size is not None:
+        size = size.to(q.dtype)[:, None]  # (B, 1, N)
+        weight = size.expand(B, H, N) if weight is None else weight * size
+    ranking = bias if shift is None else shift.to(q.dtype)[:, None, None] + (0 if bias is None else bias)
+    grid = (spec.grid[0], spec.grid[1])
+    if place is None:
+        grid = tails.patch_grid(N - P, grid)
     a = None
     if spec.tail != "none":
-        a = tails.assign(spec.tail, f, living, P, grid, (spec.cells[0], spec.cells[1]))  # (B, H, N)
+        a = tails.assign(spec.tail, f, weight, P, grid, (spec.cells[0], spec.cells[1]), place)  # (B, H, N)
     if spec.tile and P < N:
-        scores = _biased(row @ col.mT, bias)[:, :, P:]
-        keep_all = top_b(pool_tiles(scores, grid, (spec.tile[0], spec.tile[1])), spec.budget)
+        scores = _biased(row @ col.mT, ranking)[:, :, P:]
+        keep_all = top_b(pool_tiles(scores, grid, (spec.tile[0], spec.tile[1]), place), spec.budget)
     step = max(1, CHUNK // (B * H * N))
     out = []
     for i in range(0, N, step):
@@ -154,15 +169,28 @@ def attend(
             padded = torch.nn.functional.pad(keep_all, (0, 0, P, 0), value=True)
             kept = padded[:, :, rows]
         else:
-            kept = top_b(_biased(row[:, :, rows] @ col.mT, bias_i), spec.budget)
+            ranking_i = ranking if ranking is None or ranking.shape[2] == 1 else ranking[:, :, rows]
+            kept = top_b(_biased(row[:, :, rows] @ col.mT, ranking_i), spec.budget)
         kept = kept | dense[:, None]  # prefix rows attend to every key
-        out.append(_rows(q[:, :, rows], k, v, kept, bias_i, a, scale))
+        out.append(_rows(q[:, :, rows], k, v, kept, bias_i, size, a, scale))
     return torch.cat(out, dim=2).transpose(1, 2).reshape(B, N, H * d).to(dtype)
 
 
-def _rows(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, bias: Tensor | None, a: Tensor | None, scale: float) -> Tensor:
+def _rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Tensor,
+    bias: Tensor | None,
+    size: Tensor | None,
+    a: Tensor | None,
+    scale: float,
+) -> Tensor:
     """Rows of the attention over the kept keys and the cells' means: [B, H, rows, d]."""
-    logits = _biased((q @ k.mT) * scale, bias)  # (B, H, rows, N)
+    if bias is not None and size is not None:
+        bias = bias + size.log().unsqueeze(2)
+    plain = (q @ k.mT) * scale  # (B, H, rows, N)
+    logits = _biased(plain, size.log().unsqueeze(2) if bias is None and size is not None else bias)
     kept_logits = logits.masked_fill(~kept, -torch.inf)
     if a is None:
         top = kept_logits.amax(-1, keepdim=True).detach()
@@ -171,22 +199,23 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, bias: Tensor | None, a:
     m = int(a.max()) + 1
     member = torch.nn.functional.one_hot(a, m).to(q.dtype)  # (B, H, N, m)
     if bias is None:
-        size = member.sum(-2, keepdim=True).mT.clamp_min(1)  # (B, H, m, 1)
-        k_mean, v_mean = member.mT @ k / size, member.mT @ v / size  # (B, H, m, d)
+        if size is not None:
+            member = member * size.unsqueeze(-1)
+        held = _nonzero(member.sum(-2, keepdim=True).mT)  # (B, H, m, 1)
+        k_mean, v_mean = member.mT @ k / held, member.mT @ v / held  # (B, H, m, d)
         dropped = (~kept).to(q.dtype) @ member  # (B, H, rows, m)
         tail_logits = (q @ k_mean.mT) * scale  # (B, H, rows, m)
     else:  # every row has its own cell means: over the keys it may attend to, weighted with e^bias
         share = bias.exp()  # (B, H, rows, N)
-        size = (share @ member).clamp_min(torch.finfo(q.dtype).tiny)
+        held = (share @ member).clamp_min(torch.finfo(q.dtype).tiny)
         dropped = share.masked_fill(kept, 0) @ member
-        plain = (q @ k.mT) * scale
-        tail_logits = (share * plain) @ member / size
+        tail_logits = (share * plain) @ member / held
     tail_logits = tail_logits.masked_fill(dropped == 0, -torch.inf)
     top = torch.maximum(kept_logits.amax(-1, keepdim=True), tail_logits.amax(-1, keepdim=True)).detach()
     top = top.masked_fill(top == -torch.inf, 0)
     e, t = (kept_logits - top).exp(), dropped * (tail_logits - top).exp()
     z = _nonzero(e.sum(-1, keepdim=True) + t.sum(-1, keepdim=True))
-    tail = t @ v_mean if bias is None else ((t / size) @ member.mT * share) @ v
+    tail = t @ v_mean if bias is None else ((t / held) @ member.mT * share) @ v
     return (e @ v + tail) / z
 
 

@@ -8,7 +8,9 @@ every key of the cell that the row dropped, with the cell's mean value. With S t
 
 Every prefix key is a cell of its own. The patch keys are one cell (`mean`), the cells of a coarse grid over the patch
 grid (`cells`), or clusters of similar keys, found for each image and head (`clusters`). kbar_c and vbar_c are the means
-over the whole cell, kept keys included: measured better than over the dropped keys alone (`docs/design.md`).
+over the whole cell, kept keys included: measured better than over the dropped keys alone (`docs/design.md`). A key that
+stands for several tokens (its size z_j, after merging) counts z_j times in means and m_ic, and z_j e^{s_ij} stands for
+e^{s_ij}.
 """
 
 from __future__ import annotations
@@ -43,14 +45,17 @@ def cell_count(tail: str, prefix: int, grid: tuple[int, int], cells: tuple[int, 
 
 
 def assign(
-    tail: str, f: Tensor, alive: Tensor | None, prefix: int, grid: tuple[int, int], cells: tuple[int, int]
-) -> Tensor:
+    tail: str, f: Tensor, weight: Tensor | None, prefix: int, grid: tuple[int, int], cells: tuple[int, int],
+    place: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Cell of every key.
 
     Args:
         f: features of the keys that `clusters` compares, [B, H, N, r], float.
-        alive: 1 for keys that some query may attend to, else 0, [B, H, N]; None means all.
+        weight: of each key in the means of `clusters`, [B, H, N]: its size, 0 for keys that no query may attend to;
+            None: 1 each.
         prefix: P leading keys, each of them its own cell.
+        place: patch of `grid` that each of the n patch keys stands on, [B, n]; None: the n of the grid in order.
 
     Returns:
         int64 [B, H, N], values 0..P+M-1.
@@ -62,21 +67,21 @@ def assign(
     if tail == "mean":
         a = f.new_zeros(B, H, N - prefix, dtype=torch.int64)
     else:
-        start = grid_cells(grid, cells, f.device)  # (n)
-        a = start.expand(B, H, -1)  # (B, H, n)
+        start = grid_cells(grid, cells, f.device)  # (h*w)
+        m = int(start.max()) + 1
+        a = (start if place is None else start[place].unsqueeze(1)).expand(B, H, -1)  # (B, H, n)
         if tail == "clusters":
-            patch_alive = None if alive is None else alive[..., prefix:]
-            a = _lloyd(f.detach()[:, :, prefix:], a, int(start.max()) + 1, patch_alive)
+            a = _lloyd(f.detach()[:, :, prefix:], a, m, None if weight is None else weight[..., prefix:])
     return torch.cat([own, a + prefix], dim=-1)
 
 
-def _lloyd(f: Tensor, a: Tensor, m: int, alive: Tensor | None) -> Tensor:
+def _lloyd(f: Tensor, a: Tensor, m: int, weight: Tensor | None) -> Tensor:
     """LLOYD_STEPS assignments to the nearest cell mean; ties go to the lower cell; an empty cell takes nothing more."""
-    weight = torch.ones_like(f[..., :1]) if alive is None else alive.to(f.dtype).unsqueeze(-1)  # (B, H, n, 1)
+    weight = torch.ones_like(f[..., :1]) if weight is None else weight.to(f.dtype).unsqueeze(-1)  # (B, H, n, 1)
     f = f.nan_to_num()
     for _ in range(LLOYD_STEPS):
         total, count = cell_sums(f * weight, a, m), cell_sums(weight, a, m)
-        centre = total / count.clamp_min(1)  # (B, H, m, r)
+        centre = total / count.masked_fill(count == 0, 1)  # (B, H, m, r)
         distance = centre.square().sum(-1).unsqueeze(-2) - 2 * f @ centre.mT  # (B, H, n, m), less |f|^2
         a = distance.masked_fill(count.mT == 0, torch.inf).argmin(-1)
     return a

@@ -17,10 +17,11 @@ from sparsify.ops import backends
 from sparsify.ops.auto import Chooser
 from sparsify.ops.machine import device_name
 from sparsify.ops.spec import Execution
-from sparsify.profiling import analytic, choices, latency, macs
+from sparsify.profiling import analytic, choices, latency, macs, paper
 from sparsify.profiling.figures import Measured, Profile
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ACCOUNTINGS = ("product", "paper")
 
 
 def profile(
@@ -36,6 +37,7 @@ def profile(
     measure: bool = True,
     repeats: int | None = None,
     budget_s: float = latency.BUDGET_S,
+    count_as: str = "product",
 ) -> Profile:
     """Count and, unless `measure=False`, measure a sparse model beside its dense twin. `model` is left as it is.
 
@@ -50,16 +52,19 @@ def profile(
         kernel_precision: input or bf16 (`sparsify.ops.spec.Execution`).
         backbone_changed: the weights are not the dense original's any more, so that `auto` has no dense fallback.
         repeats: rounds to time; None: for about `budget_s` seconds, at least 5.
+        count_as: one of `ACCOUNTINGS`; paper: MHSA by the authors' accounting besides (`sparsify.profiling.paper`).
 
     Raises:
-        UsageError: an unknown dtype, backend or device, a backend that cannot be used here, a batch size below 1, an
-            image size that the model cannot take.
+        UsageError: an unknown dtype, backend, device or accounting, a backend that cannot be used here, a batch size
+            below 1, an image size that the model cannot take.
         SparsifyError: not a sparse model; or the two counts of MACs differ, which is a bug.
     """
-    attention = list(graft.sparse_modules(model))
+    attention = list(graft.attention_modules(model))
     if not attention:
         raise SparsifyError("this model has no sparse attention: convert it first")
     place, kind = _check(batch_size, dtype, device, repeats)
+    if count_as not in ACCOUNTINGS:
+        raise UsageError(f"count as '{count_as}': expected one of {', '.join(ACCOUNTINGS)}")
     execution = Execution(backend, kernel_precision)
     graft.check_execution(execution, place, kind)
     image = _image(model, img_size)
@@ -68,9 +73,15 @@ def profile(
     graft.set_execution(sparse, Execution("reference"))  # MACs do not depend on it; no kernels are built to count
     dense = graft.dense_twin(sparse)
     sparse_counts, dense_counts = macs.count(sparse, image, attention), macs.count(dense, image, attention)
-    for name, counts, twin in (("sparse", sparse_counts, sparse), ("dense", dense_counts, dense)):
+    for name, counts, twin in (("dense", dense_counts, dense), ("sparse", sparse_counts, sparse)):
+        expected = analytic.count(macs.replica(twin, torch.device("meta")), _zeros(image, "meta", twin))
         if not counts.unsupported:
-            verify(name, counts, analytic.count(macs.replica(twin, torch.device("meta")), _zeros(image, "meta", twin)))
+            verify(name, counts, expected)
+    authors = None
+    if count_as == "paper":
+        present = [before for before, _ in expected.tokens]
+        mhsa = paper.count(list(graft.attention_modules(model).values()), present, graft.num_prefix_tokens(model))
+        authors = {"mhsa_macs_dense": mhsa.dense, "mhsa_macs_sparse": mhsa.sparse}
     conditions: dict[str, Any] = {"img_size": list(image[1:])}
     measured, made = None, []
     if measure:
@@ -90,7 +101,9 @@ def profile(
         macs_sparse=sparse_counts.total,
         mhsa_macs_dense=dense_counts.mhsa,
         mhsa_macs_sparse=sparse_counts.mhsa,
-        **{f"{part}_macs": sparse_counts.part(part) for part in ("kept", "prefix", "predictor", "tail")},
+        **{f"{part}_macs": sparse_counts.part(part) for part in ("kept", "prefix", "predictor", "tail", "full")},
+        stage_macs=sparse_counts.stages,
+        tokens=expected.tokens,
         unsupported={**dense_counts.unsupported, **sparse_counts.unsupported},
         param_count=_params(sparse),
         param_count_dense=_params(dense),
@@ -99,17 +112,19 @@ def profile(
         conditions=conditions,
         modules=tuple(macs.tree(sparse, sparse_counts, dense, dense_counts)),
         choices=tuple(made),
+        paper=authors,
     )
 
 
 def verify(name: str, counted: macs.Counts, expected: analytic.Analytic) -> None:
     """Raise `SparsifyError` where fvcore's count and the analytic one differ."""
-    pairs = counted.part("dense") + counted.part("kept") + counted.part("prefix")
+    pairs = counted.part("full") + counted.part("kept") + counted.part("prefix")
     for what, found, other in (
         ("whole model", counted.total, expected.total),
-        ("kept pairs and prefix rows", pairs, expected.pairs),
+        ("attention's pairs", pairs, expected.pairs),
         ("predictor", counted.part("predictor"), expected.predictor),
         ("tail", counted.part("tail"), expected.tail),
+        ("choosing tokens", counted.stages, expected.stages),
     ):
         if found != other:
             raise SparsifyError(

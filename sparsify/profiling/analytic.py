@@ -5,6 +5,9 @@ weight. Attention is counted from the number of non-zeros of its mask, which for
 
     nnz = P N + (N - P) b        for each head of each image: prefix rows in full, b keys for each patch row
 
+Where tokens leave, a block calls its attention's parts itself, and N falls from block to block: there the hook is the
+block's, and what it counts is known from the tokens that come in and the share of its stage.
+
 Nothing here reads `sparsify.ops.macs`; a difference between the two counts is a bug in one of them.
 """
 
@@ -18,10 +21,13 @@ from typing import Any
 
 import torch
 from timm.layers import Attention, AttentionPoolLatent
+from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
-from sparsify.nn.attention import SparseAttention
+from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention, Sparsity
+from sparsify.nn.fewer import TokenBlock, TokenResPostBlock
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
+from sparsify.nn.tokens import Tokens, rounds
 from sparsify.ops.tails import LLOYD_STEPS
 
 
@@ -33,7 +39,8 @@ class Analytic:
         total: the whole model.
         by_module: what each counted module does itself (not its children), by name.
         pairs: query-key pairs inside the blocks' attention: kept pairs and prefix rows, or all pairs where it is dense.
-        predictor, tail: as in `sparsify.profiling.Profile`.
+        predictor, tail, stages: as in `sparsify.profiling.Profile`.
+        tokens: N into the attention and N into the MLP of each block, prefix included.
     """
 
     total: int
@@ -41,6 +48,8 @@ class Analytic:
     pairs: int
     predictor: int
     tail: int
+    stages: int
+    tokens: tuple[tuple[int, int], ...]
 
 
 def count(model: nn.Module, images: Tensor) -> Analytic:
@@ -52,11 +61,19 @@ def count(model: nn.Module, images: Tensor) -> Analytic:
     """
     macs: Counter[str] = Counter()
     parts: Counter[str] = Counter()
+    tokens: list[tuple[int, int]] = []
 
     def hook(name: str) -> Any:
-        def called(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if isinstance(module, (SparseAttention, Attention)):
+        def called(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(module, (Block, ResPostBlock)):
+                out = output[0] if isinstance(output, tuple) else output
+                tokens.append((args[0].shape[1], out.shape[1]))
+            found: dict[str, int] = {}
+            if isinstance(module, (TokenBlock, TokenResPostBlock)):
+                found = token_block(module, *args)
+            elif isinstance(module, (GraftedAttention, Attention)):
                 found = attention(module, args[0].shape[1])
+            if found:
                 parts.update({part: args[0].shape[0] * m for part, m in found.items()})
                 macs[name] += args[0].shape[0] * sum(found.values())
             else:
@@ -71,7 +88,8 @@ def count(model: nn.Module, images: Tensor) -> Analytic:
     finally:
         for handle in handles:
             handle.remove()
-    return Analytic(macs.total(), +macs, parts["pairs"], parts["predictor"], parts["tail"])
+    pairs, predictor, tail, stages = (parts[part] for part in ("pairs", "predictor", "tail", "stages"))
+    return Analytic(macs.total(), +macs, pairs, predictor, tail, stages, tuple(tokens))
 
 
 def layer(module: nn.Module, x: Tensor, y: Tensor) -> int:
@@ -91,19 +109,44 @@ def layer(module: nn.Module, x: Tensor, y: Tensor) -> int:
     return 0
 
 
-def attention(module: Attention | SparseAttention, N: int) -> dict[str, int]:
-    """MACs of a block's attention over N tokens of one image, projections excluded: pairs, predictor, tail."""
+def token_block(block: TokenBlock | TokenResPostBlock, x: Tensor, tokens: Tokens) -> dict[str, int]:
+    """MACs of one image in a block with tokens x [B, N, C], beside its submodules: attention, and the stage's choice.
+
+    `slices` are the projections of a block that only its prefix rows leave: queries of P rows, keys and values of all.
+    """
+    (_, N, C), P, stage = x.shape, block.prefix, block.stage
+    patches = None if tokens.place is None else tokens.patches
+    if stage is None:
+        return attention(block.attn, N, patches)
+    inner = block.attn.qkv.weight.shape[0] // 3  # H d
+    n = N - P
+    left = min(n, math.ceil(stage.share * tokens.patches - 1e-9))
+    if left == 0:
+        return {"pairs": P * N * 2 * inner, "slices": (P + 2 * N) * C * inner}
+    importance = (block.ranking_rows or 1) * N * inner  # logits of the rows that ask, or of the mean query
+    pairs = 0
+    if stage.way == "merge":  # cosines between the two halves, in every round
+        pairs = sum((n // 2) * (n - n // 2) for n in [n, *rounds(n, left)[:-1]])
+    return attention(block.attn, N, patches) | {"stages": importance + pairs * C}
+
+
+def attention(module: Attention | GraftedAttention, N: int, patches: int | None = None) -> dict[str, int]:
+    """MACs of a block's attention over N tokens of one image, projections excluded: pairs, predictor, tail.
+
+    patches: of the whole grid, where some tokens have left.
+    """
     H = module.num_heads
     d = module.qkv.weight.shape[0] // 3 // H
-    if isinstance(module, Attention):
+    if isinstance(module, (Attention, DenseAttention)):
         return {"pairs": H * N * N * 2 * d}
+    assert isinstance(module, SparseAttention)
     s = module.sparsity
     P = min(s.prefix, N)
     b = min(N, max(1, math.ceil(s.keep * N - 1e-9)))
     nnz = P * N + (N - P) * b
     predictor, known, features = _predictor(module.predictor, H, N, P, d)
     pairs = H * nnz * 2 * d - (N - P) * b * known  # `known`: products of a kept logit that the predictor has done
-    return {"pairs": pairs, "predictor": predictor, "tail": _tail(s, H, N - P, P, d, features)}
+    return {"pairs": pairs, "predictor": predictor, "tail": _tail(s, H, N, P, d, features, patches)}
 
 
 def _predictor(p: HeadLowrank | TokenLowrank, H: int, N: int, P: int, d: int) -> tuple[int, int, int]:
@@ -114,24 +157,26 @@ def _predictor(p: HeadLowrank | TokenLowrank, H: int, N: int, P: int, d: int) ->
         if p.a_q is None or p.a_k is None:
             return (N - P) * N * coordinates, coordinates, coordinates
         return (N - P) * N * coordinates + 2 * N * d * coordinates, 0, coordinates
-    r, tokens = p.w_down.shape
+    r = p.w_down.shape[0]
     c, macs = d, 0
     if p.w_q is not None and p.w_k is not None:
         c = p.w_q.shape[0]
         macs += H * N * (p.w_q.numel() + p.w_k.numel())
-    macs += H * r * tokens * c  # W_down k'
+    macs += H * r * N * c  # W_down k'
     macs += H * (N - P) * r * c  # q' K_down'
     return macs + scores * min(r, p.knobs["coef_topk"] or r), 0, H * d
 
 
-def _tail(s: Any, H: int, n: int, P: int, d: int, features: int) -> int:
+def _tail(s: Sparsity, H: int, N: int, P: int, d: int, features: int, patches: int | None) -> int:
     """Every patch row meets the mean key and mean value of every cell; `clusters` first finds the cells."""
     if s.tail == "none":
         return 0
-    cells = 1
+    n, cells = N - P, 1
     if s.tail != "mean":
-        rows, columns = s.grid if s.grid[0] * s.grid[1] == n else _other_grid(n)
-        cells = min(s.cells[0], rows) * min(s.cells[1], columns)
+        whole = n if patches is None else patches
+        rows, columns = s.grid if s.grid[0] * s.grid[1] == whole else _other_grid(whole)
+        own = s.cells if patches is None else s.cells_of(N)
+        cells = min(own[0], rows) * min(own[1], columns)
     search = LLOYD_STEPS * n * cells * features if s.tail == "clusters" else 0
     return H * n * (cells + P) * 2 * d + search
 

@@ -7,28 +7,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.nn.attention import SparseAttention
-from sparsify.nn.graft import sparse_modules
+from sparsify.nn.attention import GraftedAttention, SparseAttention
+from sparsify.nn.graft import attention_modules
+from sparsify.nn.tokens import Tokens
 from sparsify.ops import backends
 
-Inputs = dict[str, Tensor]
+Entry = dict[str, Any]
 
 
 @torch.inference_mode()
-def taken(model: nn.Module, images: Tensor) -> list[dict[str, Any]]:
+def taken(model: nn.Module, images: Tensor) -> list[Entry]:
     """Runs `model(images)` once; blocks with the same shape and decision share an entry, see `Profile.choices`."""
-    inputs: Inputs = {}
-    modules = sparse_modules(model)
-    handles = [m.register_forward_pre_hook(_keep(inputs, name), with_kwargs=True) for name, m in modules.items()]
+    modules = attention_modules(model)
+    entries: dict[str, Entry] = {}
+    for name, module in modules.items():
+        _watch(module, entries, name)
     try:
         model(images)
     finally:
-        for handle in handles:
-            handle.remove()
-    found: list[dict[str, Any]] = []
-    for block, (name, module) in enumerate(modules.items()):
-        entry = _entry(module, inputs[name])
-        same = next((each for each in found if {**each, "blocks": []} == {**entry, "blocks": []}), None)
+        for module in modules.values():
+            del vars(module)["attend"]
+    found: list[Entry] = []
+    for block, name in enumerate(modules):
+        entry = entries.get(name) or _entry({}, "sdpa", "prefix rows only: no patch token goes on")
+        same = next((each for each in found if {**each, "blocks": []} == entry), None)
         if same is None:
             found.append(entry)
             same = entry
@@ -36,22 +38,38 @@ def taken(model: nn.Module, images: Tensor) -> list[dict[str, Any]]:
     return found
 
 
-def _entry(module: SparseAttention, x: Tensor) -> dict[str, Any]:
-    q, e = module.qkv_heads(x)[2], module.execution  # v has the dtype that all three are cast to
+def _watch(module: GraftedAttention, entries: dict[str, Entry], name: str) -> None:
+    """Until `attend` is deleted from the module again, a call of it leaves an entry; blocks call it past `forward`."""
+    attend = module.attend
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: Tokens | None) -> Tensor:
+        entries[name] = _sparse(module, q, tokens) if isinstance(module, SparseAttention) else _dense(module, q)
+        return attend(q, k, v, mask, tokens)
+
+    vars(module)["attend"] = watched
+
+
+def _sparse(module: SparseAttention, q: Tensor, tokens: Tokens | None) -> Entry:
+    e = module.execution
     sparse = backends.resolve(e.backend, q)
-    shape = module.call(q, None, sparse, module.spec(q.shape[2]))
-    entry: dict[str, Any] = {"blocks": [], "shape": shape.as_dict(), "taken": sparse, "ms": {}}
+    shape = module.call(q, None, sparse, module.spec(q.shape[2], tokens))
+    if tokens is not None:
+        shape = shape._replace(merged=tokens.size is not None, placed=tokens.place is not None)
     if e.dense_fallback and e.choose:
         choice = e.choose.choose(shape)
-        return entry | {"taken": choice.taken, "ms": dict(choice.ms), "reason": choice.reason}
-    return entry | {"reason": "no dense fallback for this model"}
+        return _entry(shape.as_dict(), choice.taken, choice.reason) | {"ms": dict(choice.ms)}
+    return _entry(shape.as_dict(), sparse, "no dense fallback for this model")
 
 
-def _keep(inputs: Inputs, name: str):  # type: ignore[no-untyped-def]
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        inputs[name] = args[0] if args else kwargs["x"]
+def _dense(module: GraftedAttention, q: Tensor) -> Entry:
+    B, H, N, d = q.shape
+    path = "dense-cpu" if backends.resolve(module.execution.backend, q) == "cpu" else "sdpa"
+    shape = {"batch": B, "heads": H, "tokens": N, "head_dim": d, "dtype": str(q.dtype).removeprefix("torch.")}
+    return _entry(shape, path, "dense by its configuration")
 
-    return hook
+
+def _entry(shape: Entry, path: str, reason: str) -> Entry:
+    return {"blocks": [], "shape": shape, "taken": path, "ms": {}, "reason": reason}
 
 
 __all__ = ["taken"]

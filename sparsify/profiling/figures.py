@@ -30,12 +30,19 @@ class Profile:
     estimate), counted by fvcore and by `analytic`, which must agree to the unit:
 
         macs_dense, macs_sparse             whole model
-        mhsa_macs_dense, mhsa_macs_sparse   the paper's 'MHSA': attention of all blocks without its projections
-                                            (sparse = kept_macs + prefix_macs + predictor_macs + tail_macs)
+        mhsa_macs_dense, mhsa_macs_sparse   the paper's 'MHSA': attention of all blocks without its projections, as executed
+                                            (sparse = kept_macs + prefix_macs + predictor_macs + tail_macs + full_macs)
         kept_macs                           logits and values of the kept keys
         prefix_macs                         rows of the prefix tokens, which attend densely
         predictor_macs                      scores that choose the keys
         tail_macs                           what stands for the dropped keys
+        full_macs                           attention of the blocks that keep it dense, over the tokens that are left
+        stage_macs                          choosing the tokens that go on: importance and matching; no part of MHSA
+        tokens                              of each block a pair, prefix included: tokens into its attention, and into its
+                                            MLP (of the sparse model; the dense one has as many everywhere)
+        paper                               with count_as='paper' only: mapping mhsa_macs_dense, mhsa_macs_sparse by the
+                                            accounting of Sparsifiner's authors (`sparsify.profiling.paper`), which is not
+                                            what is executed, and not checked by a second count
         unsupported                         mapping op -> occurrences: ops that fvcore could not count; best empty
 
     Parameters:
@@ -58,7 +65,7 @@ class Profile:
                                             shape   what the decision is for: batch, heads, tokens, head_dim, dtype, ...
                                             taken   cpu, reference (sparse), dense-cpu (our dense kernel) or sdpa
                                             ms      mapping path -> median in ms of the attention call alone; empty where
-                                                    only the sparse form is allowed
+                                                    there is no choice
                                             reason  one line
 
     Circumstances:
@@ -71,7 +78,7 @@ class Profile:
                                             type and type_dense (class names; null: no such module there),
                                             params (of the sparse model), macs_dense, macs_sparse (all inclusive of
                                             children); attention modules: mhsa_macs_dense, mhsa_macs_sparse, kept_macs,
-                                            prefix_macs, predictor_macs, tail_macs
+                                            prefix_macs, predictor_macs, tail_macs, full_macs
 
     Attributes are named as the keys; latencies, throughputs and memory are in `measured` (None: nothing was measured).
     """
@@ -84,6 +91,9 @@ class Profile:
     prefix_macs: int
     predictor_macs: int
     tail_macs: int
+    full_macs: int
+    stage_macs: int
+    tokens: tuple[tuple[int, int], ...]
     unsupported: Mapping[str, int]
     param_count: int
     param_count_dense: int
@@ -92,6 +102,7 @@ class Profile:
     conditions: Mapping[str, Any]
     modules: tuple[Mapping[str, Any], ...]
     choices: tuple[Mapping[str, Any], ...] = ()
+    paper: Mapping[str, int] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -100,8 +111,12 @@ class Profile:
 
     def as_dict(self) -> dict[str, Any]:
         """The documented keys, fit for JSON."""
-        found = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("measured", "choices")}
+        apart = ("measured", "choices", "paper")
+        found = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in apart}
         found |= {name: dict(found[name]) for name in ("unsupported", "conditions")}
+        found["tokens"] = [list(pair) for pair in self.tokens]
+        if self.paper is not None:
+            found["paper"] = dict(self.paper)
         found["modules"] = [dict(row) for row in self.modules]
         if self.measured is None:
             return found

@@ -17,6 +17,8 @@ from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import norm_flop_counter
 from torch import nn
 
+from sparsify.nn.attention import SparseAttention
+from sparsify.nn.fewer import TokenBlock, TokenResPostBlock
 from sparsify.nn.graft import sparse_modules
 from sparsify.ops.macs import HANDLES, PARTS
 
@@ -27,11 +29,14 @@ ELEMENTWISE = frozenset({
     "aten::tanh", "aten::gelu", "aten::gelu_", "aten::silu", "aten::silu_", "aten::mish", "aten::relu6",
     "aten::hardtanh", "aten::hardtanh_", "aten::hardswish", "aten::hardswish_", "aten::leaky_relu", "aten::elu",
     "aten::softplus", "aten::max_pool2d", "aten::masked_fill_", "aten::pad", "aten::clone", "aten::alias",
-    "aten::lift_fresh", "aten::repeat", "aten::expand_as", "aten::view_as", "aten::reshape_as",
+    "aten::lift_fresh", "aten::repeat", "aten::expand_as", "aten::view_as", "aten::reshape_as", "aten::mT",
+    "aten::ones_like", "aten::new_ones", "aten::lt", "aten::ge", "aten::clamp_min", "aten::linalg_vector_norm",
+    "aten::sort", "aten::argsort", "aten::gather", "aten::scatter", "aten::scatter_add", "aten::masked_fill",
 })  # fmt: skip
-"""Ops of sums, activations, pooling by comparison and copies: 0 MACs, as in fvcore's convention. Any other op that has
-no handle is reported in `Counts.unsupported`."""
+"""Ops of sums, activations, comparison, sorting and copies: 0 MACs, as in fvcore's convention. Any other op that has no
+handle is reported in `Counts.unsupported`."""
 
+TOKEN_BLOCKS = (TokenBlock, TokenResPostBlock)
 DENSE_OPS = ("scaled_dot_product_attention", "matmul")  # matmul: timm with TIMM_FUSED_ATTN=0
 
 
@@ -42,14 +47,16 @@ class Counts:
     Attributes:
         total: the whole model.
         by_module: inclusive count of every module, by name; '' is the model.
-        attention: for every module named in `count`, what its attention op counts, by part: `dense`, or kept, prefix,
-            predictor and tail.
+        attention: for every module named in `count`, what its attention counts, by part: kept, prefix, predictor and
+            tail where it is sparse, `full` where it is dense.
+        stages: importance and matching of the tokens, in all stages (`sparsify.nn.tokens`).
         unsupported: ops without a handle that are not known to be elementwise, and how often they occur; they count 0.
     """
 
     total: int
     by_module: Mapping[str, int]
     attention: Mapping[str, Mapping[str, int]]
+    stages: int
     unsupported: Mapping[str, int]
 
     def part(self, name: str) -> int:
@@ -77,19 +84,41 @@ def count(model: nn.Module, image: tuple[int, int, int], attention: list[str]) -
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        operators = analysis.by_module_and_operator()
+        operators = {name: Counter(found) for name, found in analysis.by_module_and_operator().items()}
+    blocks = [name for name, module in model.named_modules() if isinstance(module, TOKEN_BLOCKS)]
+    for name in blocks:
+        _give_to_submodules(operators, name, model.get_submodule(name))
     return Counts(
         total=int(analysis.total()),
-        by_module={name: int(macs) for name, macs in analysis.by_module().items()},
-        attention={name: _parts(operators[name]) for name in attention},
+        by_module={name: int(found.total()) for name, found in operators.items()},
+        attention={name: _parts(model.get_submodule(name), operators[name]) for name in attention},
+        stages=int(sum(operators[f"{name}.stage"].total() for name in blocks if f"{name}.stage" in operators)),
         unsupported=dict(analysis.unsupported_ops()),
     )
 
 
-def _parts(operators: Counter[str]) -> dict[str, int]:
-    if "kept" in operators:
-        return {part: int(operators[part]) for part in PARTS}
-    return {"dense": sum(int(operators[op]) for op in DENSE_OPS)}
+def _give_to_submodules(operators: dict[str, Counter[str]], name: str, block: nn.Module) -> None:
+    """Credit what a block with `Tokens` computes outside any submodule's call to the submodule that it belongs to.
+
+    The importance is a matmul of the stage's; linear layers are slices of `attn.qkv` (`GraftedAttention.prefix_rows`);
+    everything else is the attention itself.
+    """
+    own = operators[name].copy()
+    for child, _ in block.named_children():
+        own.subtract(operators[f"{name}.{child}"])
+    owners = {"matmul": ("stage",), "linear": ("attn", "attn.qkv")}
+    for op, macs in (+own).items():
+        for owner in owners.get(op, ("attn",)):
+            operators[f"{name}.{owner}"][op] += macs
+
+
+def _parts(module: nn.Module, operators: Counter[str]) -> dict[str, int]:
+    dense = sum(int(operators[op]) for op in DENSE_OPS)
+    if not isinstance(module, SparseAttention):
+        return {"full": dense}
+    parts = {part: int(operators[part]) for part in PARTS}
+    parts["prefix"] += dense  # the prefix rows alone are computed (`GraftedAttention.prefix_rows`)
+    return parts
 
 
 def replica(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
@@ -139,7 +168,7 @@ def tree(sparse: nn.Module, counts: Counts, dense: nn.Module, dense_counts: Coun
             "macs_sparse": macs_sparse,
         }
         if name in counts.attention:
-            row |= {f"{part}_macs": macs for part, macs in counts.attention[name].items()}
+            row |= {f"{part}_macs": counts.attention[name].get(part, 0) for part in (*PARTS, "full")}
             row["mhsa_macs_sparse"] = sum(counts.attention[name].values())
             row["mhsa_macs_dense"] = sum(dense_counts.attention[name].values())
         rows.append(row)

@@ -12,6 +12,7 @@ from typing import Any
 from sparsify import report
 from sparsify.atomic import whole
 from sparsify.profiling import Profile
+from sparsify.report import tables
 
 TIMM_COLUMNS = (
     "model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation",
@@ -23,7 +24,8 @@ def to_markdown(profile: Profile, title: str = "Profile") -> str:
     """The whole profile as GitHub Markdown: headline, breakdown, what was measured, and the module tree in full."""
     height, width = profile.conditions["img_size"]
     lines = [f"# {title}", "", f"## {report.THEORETICAL}", "", f"Image size {height}x{width}.", ""]
-    lines += [*_table(("", "dense", "sparse", "change"), report.headline(profile)), "", report.breakdown(profile) + "."]
+    lines += _table(("", "dense", "sparse", "change"), tables.theoretical(profile))
+    lines += [part for line in tables.remarks(profile) for part in ("", f"{line}.")]
     warning = report.uncounted(profile.unsupported)
     if warning:
         lines += ["", f"**{warning}**"]

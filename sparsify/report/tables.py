@@ -22,8 +22,8 @@ def profile_table(profile: Profile) -> Group:
     """Theoretical MACs with their breakdown; then, where something was measured, time, memory and a plain verdict."""
     parts: list[RenderableType] = [
         Text(f"{report.THEORETICAL} ({_pixels(profile)})", style="italic"),
-        _table(report.headline(profile)),
-        Text(report.breakdown(profile), style="dim"),
+        _table(theoretical(profile)),
+        *(Text(line, style="dim") for line in remarks(profile)),
     ]
     warning = report.uncounted(profile.unsupported)
     if warning:
@@ -38,6 +38,39 @@ def profile_table(profile: Profile) -> Group:
             *(Text(line) for line in report.auto(profile)),
         ]
     return Group(*parts)
+
+
+def theoretical(p: Profile) -> list[tuple[str, str, str, str]]:
+    """Rows of the theoretical table, the whole model first: what, dense, sparse, change."""
+    rows = report.headline(p)
+    if p.stage_macs:
+        rows.insert(2, ("choosing tokens", "0", report.human(p.stage_macs), ""))
+    if p.paper is not None:
+        dense, sparse = p.paper["mhsa_macs_dense"], p.paper["mhsa_macs_sparse"]
+        rows.append(
+            ("MHSA, authors' accounting", report.human(dense), report.human(sparse), report.change(dense, sparse))
+        )
+    return rows
+
+
+def remarks(p: Profile) -> list[str]:
+    """Lines under the theoretical table: what the sparse MHSA is made of, and the tokens of each block where some leave."""
+    own = report.breakdown(p)
+    if p.full_macs:
+        full = f"dense blocks {report.human(p.full_macs)}"
+        own = f"sparse MHSA = {full}" if p.full_macs == p.mhsa_macs_sparse else f"{own} + {full}"
+    lines = [own]
+    if p.stage_macs or p.tokens[0][0] != p.tokens[-1][1]:
+        last, end = p.tokens[-1]
+        lines.append(
+            f"tokens per block {' '.join(str(before) for before, _ in p.tokens)}"
+            + (f", then {end} into the last MLP" if end != last else "")
+        )
+    if p.paper is not None:
+        lines.append(
+            "authors' accounting: as Sparsifiner's tables count; not what is executed, nor checked by a second count"
+        )
+    return lines
 
 
 def module_tree(profile: Profile, *, full: bool = False) -> Group:

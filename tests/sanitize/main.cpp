@@ -11,12 +11,13 @@
 #include <string.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "problem.h"
+#include "layout.h"
 
 namespace {
 using namespace sparsify;
@@ -130,6 +131,24 @@ Result run(Problem p, const Kernels* k, bool again) {
   return found;
 }
 
+// [B, N] numbers of each token for which the exact bytes are held, or null.
+struct Numbers {
+  Bytes bytes;
+  const float* data;
+  template <class Draw> Numbers(const Problem& p, bool any, Draw draw) : bytes(any ? p.B * p.N * 4 : 0, 0), data(any ? (const float*)bytes.data : nullptr) {
+    for (int64_t i = 0; any && i < p.B * p.N; i++) ((float*)bytes.data)[i] = draw();
+  }
+};
+
+// Mostly sizes as they come from merging; now and then what must do no harm.
+float drawn_size(Random& g, Kind kind) {
+  const float inf = std::numeric_limits<float>::infinity();
+  if (kind == SPECIAL && chance(g, 0.05)) return one_of(g, {0.f, -1.f, inf, std::numeric_limits<float>::quiet_NaN(), 1e-42f});
+  if (kind == HUGE_NUMBERS) return one_of(g, {1e-30f, 1.f, 1e20f, 3e38f});
+  if (kind == EQUAL) return 2.5f;
+  return kind == TIES ? float(between(g, 1, 4)) : std::exp(std::normal_distribution<float>()(g));
+}
+
 // b different keys in each patch row, and a cell that there is.
 void check(const Problem& p, const Result& x) {
   for (int64_t row = 0; row < p.B * p.H * p.N && p.budget; row++) {
@@ -150,7 +169,8 @@ void call(uint64_t seed, const Kernels* (*kernels)(bool, bool), const char* isa)
   if (!k) return;
   const int64_t largest = one_of<int64_t>(g, {2, 6, 17});
   const int64_t h = between(g, 1, largest), w = between(g, 1, largest);
-  p.P = between(g, 0, 5), p.N = p.P + h * w;
+  const bool placed = chance(g, 0.4);
+  p.P = between(g, 0, 5), p.N = p.P + (placed ? between(g, 1, chance(g, 0.5) ? h * w : largest * largest) : h * w);
   if (p.P > 0 && chance(g, 0.05)) p.N = p.P;
   const int64_t n = p.N - p.P;
   p.B = between(g, 1, 2), p.H = between(g, 1, 3), p.d = chance(g, 0.2) ? 64 : between(g, 1, chance(g, 0.5) ? 20 : 130);
@@ -167,37 +187,24 @@ void call(uint64_t seed, const Kernels* (*kernels)(bool, bool), const char* isa)
   p.scale = 1 / float(p.d), p.out_bf16 = input;
   p.budget = dense ? 0 : chance(g, 0.5) ? std::max<int64_t>(1, p.N / 10) : between(g, 1, p.N);
   p.tail = dense ? TAIL_NONE : int(between(g, TAIL_NONE, TAIL_CLUSTERS));
-  std::vector<int32_t> start_cell, tile_start, tile_token;
-  if (p.tail >= TAIL_CELLS && n > 0) {
-    const int64_t rows = std::min(between(g, 1, 6), h), cols = std::min(between(g, 1, 6), w);
-    for (int64_t y = 0; y < h; y++)
-      for (int64_t x = 0; x < w; x++) start_cell.push_back(int32_t(y * rows / h * cols + x * cols / w));
-    p.M = rows * cols;
-  } else {
-    p.M = p.tail == TAIL_MEAN && n > 0;
-  }
-  p.start_cell = start_cell.data();
+  const bool sized = chance(g, 0.5), shifted = !dense && (sized ? chance(g, 0.7) : chance(g, 0.1));
+  Numbers size(p, sized, [&] { return drawn_size(g, kind); }), shift(p, shifted, [&] { return number(g, kind) * 5; });
+  p.size = size.data, p.shift = shift.data;
+  std::vector<int64_t> place;
+  for (int64_t i = 0; placed && i < p.B * n; i++) place.push_back(chance(g, 0.7) ? between(g, 0, h * w - 1) : 0);
   const int64_t th = between(g, 1, 7), tw = between(g, 1, 20);
-  if (!dense && n > 0 && chance(g, 0.4)) {
-    for (int64_t y = 0; y < h; y += th)
-      for (int64_t x = 0; x < w; x += tw) {
-        tile_start.push_back(int32_t(tile_token.size()));
-        for (int64_t i = y; i < std::min(h, y + th); i++)
-          for (int64_t j = x; j < std::min(w, x + tw); j++) tile_token.push_back(int32_t(p.P + i * w + j));
-      }
-    p.tiles = int64_t(tile_start.size());
-    tile_start.push_back(int32_t(tile_token.size()));
-    p.tile_start = tile_start.data(), p.tile_token = tile_token.data();
-  }
-  static char text[300];
+  const bool tiles = !dense && chance(g, 0.4);
+  Layout cells_and_tiles;
+  lay_out(p, h, w, between(g, 1, 6), between(g, 1, 6), tiles ? th : 0, tw, placed ? place.data() : nullptr, cells_and_tiles);
+  static char text[400];
   now = text;
-  auto number = [](int64_t x) { return (long long)x; };
+  auto whole = [](int64_t x) { return (long long)x; };
   snprintf(
       text, sizeof text,
-      "seed %llu, %s%s%s: B %lld H %lld N %lld d %lld P %lld r %lld b %lld tail %d M %lld tiles %lld (%lldx%lld), input %s, %s",
-      (unsigned long long)seed, isa, storage ? " bf16" : "", dense ? " dense" : "", number(p.B), number(p.H), number(p.N),
-      number(p.d), number(p.P), number(r), number(p.budget), p.tail, number(p.M), number(p.tiles), number(th), number(tw),
-      input ? "bf16" : "float32", KIND[kind]);
+      "seed %llu, %s%s%s: B %lld H %lld N %lld d %lld P %lld r %lld b %lld tail %d M %lld tiles %lld (%lldx%lld), input %s, %s%s%s%s",
+      (unsigned long long)seed, isa, storage ? " bf16" : "", dense ? " dense" : "", whole(p.B), whole(p.H), whole(p.N),
+      whole(p.d), whole(p.P), whole(r), whole(p.budget), p.tail, whole(p.M), whole(p.tiles), whole(th), whole(tw),
+      input ? "bf16" : "float32", KIND[kind], sized ? ", sizes" : "", shifted ? ", shift" : "", placed ? ", places" : "");
   if (getenv("VERBOSE")) fprintf(stderr, "%s\n", text);
   const Result once = run(p, k, false), twice = run(p, k, true);
   check(p, once);

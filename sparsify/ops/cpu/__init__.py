@@ -85,33 +85,35 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _call(
-    op: object, q: Tensor, k: Tensor, v: Tensor, row: Tensor, col: Tensor, feature: Tensor | None, ranks: list[int],
-    scale: float, spec: Spec, precision: str,
+    op: object, q: Tensor, k: Tensor, v: Tensor, row: Tensor, col: Tensor, feature: Tensor | None, size: Tensor | None,
+    shift: Tensor | None, place: Tensor | None, ranks: list[int], scale: float, spec: Spec, precision: str,
 ) -> Tensor:  # fmt: skip
     N = q.shape[2]
     P = min(spec.prefix, N)
-    grid = tails.patch_grid(N - P, (spec.grid[0], spec.grid[1]))
+    grid = (spec.grid[0], spec.grid[1]) if place is not None else tails.patch_grid(N - P, (spec.grid[0], spec.grid[1]))
     return op(  # type: ignore[operator]
-        _flat(q), _flat(k), _flat(v), _flat(row), _flat(col), feature, ranks, scale, spec.budget, P,
+        _flat(q), _flat(k), _flat(v), _flat(row), _flat(col), feature, size, shift, place, ranks, scale, spec.budget, P,
         TAILS[spec.tail], grid, spec.cells[:2], spec.tile, _bf16(q, precision), _load()[0],
     )  # fmt: skip
 
 
 def head_lowrank(
-    q: Tensor, k: Tensor, v: Tensor, a_q: Tensor | None, a_k: Tensor | None, ranks: list[int], scale: float, spec: Spec,
-    precision: str = "input", op: object = None,
+    q: Tensor, k: Tensor, v: Tensor, a_q: Tensor | None, a_k: Tensor | None, size: Tensor | None, place: Tensor | None,
+    ranks: list[int], scale: float, spec: Spec, precision: str = "input", op: object = None,
 ) -> Tensor:  # fmt: skip
     """`sparsify::head_lowrank_attention` on the CPU: [B, H, N, d] x 3 -> [B, N, H*d]. `op`: another op of the library."""
     row, col = (q, k) if a_q is None or a_k is None else (q @ a_q.to(q.dtype), k @ a_k.to(k.dtype))
+    shift = None if size is None else size.log() / scale
     return _call(
-        op or torch.ops.sparsify_cpu.sparse_attention.default, q, k, v, row, col, None, ranks, scale, spec, precision
-    )
+        op or torch.ops.sparsify_cpu.sparse_attention.default, q, k, v, row, col, None, size, shift, place, ranks, scale,
+        spec, precision,
+    )  # fmt: skip
 
 
 def token_lowrank(
     q: Tensor, k: Tensor, v: Tensor, w_down: Tensor, w_up: Tensor, w_q: Tensor | None, b_q: Tensor | None,
-    w_k: Tensor | None, b_k: Tensor | None, scale: float, coef_scale: float, spec: Spec, precision: str = "input",
-    op: object = None,
+    w_k: Tensor | None, b_k: Tensor | None, size: Tensor | None, place: Tensor | None, scale: float, coef_scale: float,
+    spec: Spec, precision: str = "input", op: object = None,
 ) -> Tensor:  # fmt: skip
     """`sparsify::token_lowrank_attention` on the CPU. The coefficients are the reference's: linear in N."""
     H = q.shape[1]
@@ -120,25 +122,18 @@ def token_lowrank(
     feature = _flat(k) if spec.tail == "clusters" else None
     ranks = [coef.shape[-1]] * H
     return _call(
-        op or torch.ops.sparsify_cpu.sparse_attention.default,
-        q,
-        k,
-        v,
-        coef,
-        col,
-        feature,
-        ranks,
-        scale,
-        spec,
-        precision,
-    )
+        op or torch.ops.sparsify_cpu.sparse_attention.default, q, k, v, coef, col, feature, size, None, place, ranks,
+        scale, spec, precision,
+    )  # fmt: skip
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, scale: float, precision: str = "input") -> Tensor:
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, precision: str = "input", size: Tensor | None = None
+) -> Tensor:
     """Dense attention with the same inner loops as the sparse kernels: [B, H, N, d] x 3 -> [B, N, H*d]."""
     level, _ = _load()
     return torch.ops.sparsify_cpu.dense_attention.default(
-        _flat(q), _flat(k), _flat(v), scale, _bf16(q, precision), level
+        _flat(q), _flat(k), _flat(v), size, scale, _bf16(q, precision), level
     )
 
 

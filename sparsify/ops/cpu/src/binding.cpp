@@ -12,7 +12,7 @@
 #include <tuple>
 #include <vector>
 
-#include "problem.h"
+#include "layout.h"
 
 namespace {
 using at::Tensor;
@@ -92,21 +92,24 @@ Problem shape(const Tensor& q, const Tensor& k, const Tensor& v, double scale, c
   return p;
 }
 
-// Patches of a grid in the order of its tiles: starts and tokens.
-void tile_order(int64_t h, int64_t w, int64_t th, int64_t tw, int64_t prefix, std::vector<int32_t>& start, std::vector<int32_t>& token) {
-  for (int64_t y = 0; y < h; y += th)
-    for (int64_t x = 0; x < w; x += tw) {
-      start.push_back(int32_t(token.size()));
-      for (int64_t i = y; i < std::min(h, y + th); i++)
-        for (int64_t j = x; j < std::min(w, x + tw); j++) token.push_back(int32_t(prefix + i * w + j));
-    }
-  start.push_back(int32_t(token.size()));
+// One number for each of n tokens of each image, [B, n] in any layout: contiguous and of one type; undefined for none.
+Tensor numbers(const std::optional<Tensor>& x, const Problem& p, int64_t n, at::ScalarType type) {
+  if (!x) return {};
+  TORCH_CHECK(x->dim() == 2 && x->size(0) == p.B && x->size(1) == n, "sparsify_cpu: inconsistent sizes");
+  return x->to(type).contiguous();
 }
+const float* floats(const Tensor& x) { return x.defined() ? x.const_data_ptr<float>() : nullptr; }
 
-Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& row, const Tensor& col,
-              const std::optional<Tensor>& feature, at::IntArrayRef ranks, double scale, int64_t budget, int64_t prefix,
-              int64_t tail, at::IntArrayRef grid, at::IntArrayRef cells, at::IntArrayRef tile, bool bf16, int64_t isa,
-              const std::optional<Tensor>& kept, const std::optional<Tensor>& found_cells) {
+#define TENSORS                                                                                                  \
+  const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &row, const Tensor &col,                       \
+      const std::optional<Tensor>&feature, const std::optional<Tensor>&size, const std::optional<Tensor>&shift,  \
+      const std::optional<Tensor>& place
+#define CONSTANTS                                                                                                \
+  at::IntArrayRef ranks, double scale, int64_t budget, int64_t prefix, int64_t tail, at::IntArrayRef grid,       \
+      at::IntArrayRef cells, at::IntArrayRef tile, bool bf16, int64_t isa
+#define ALL q, k, v, row, col, feature, size, shift, place, ranks, scale, budget, prefix, tail, grid, cells, tile, bf16, isa
+
+Tensor attend(TENSORS, CONSTANTS, const Tensor& kept, const Tensor& found_cells) {
   Tensor out = at::empty({q.size(0), q.size(2), q.size(1) * q.size(3)}, q.options().memory_format(std::nullopt));
   Problem p = shape(q, k, v, scale, out);
   p.row = view(row), p.col = view(col), p.feature = view(feature ? *feature : col);
@@ -115,48 +118,40 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& r
   p.ranks = ranks.data(), p.feature_dims = feature ? dims.data() : ranks.data();
   p.P = std::min(prefix, p.N), p.budget = budget, p.tail = int(tail);
   const int64_t h = grid[0], w = grid[1], n = p.N - p.P;
-  TORCH_CHECK(int64_t(ranks.size()) == p.H && h * w == n && budget >= 1 && budget <= p.N, "sparsify_cpu: inconsistent sizes");
-  std::vector<int32_t> start_cell, tile_start, tile_token;
-  if (tail >= sparsify::TAIL_CELLS && n > 0) {
-    const int64_t rows = std::min(cells[0], h), cols = std::min(cells[1], w);
-    for (int64_t y = 0; y < h; y++)
-      for (int64_t x = 0; x < w; x++) start_cell.push_back(int32_t((y * rows / h) * cols + x * cols / w));
-    p.M = rows * cols;
-  } else {
-    p.M = tail == sparsify::TAIL_MEAN && n > 0 ? 1 : 0;
-  }
+  const bool grid_fits = place ? h > 0 && w > 0 : h * w == n;
+  TORCH_CHECK(int64_t(ranks.size()) == p.H && grid_fits && budget >= 1 && budget <= p.N, "sparsify_cpu: inconsistent sizes");
+  const Tensor sizes = numbers(size, p, p.N, at::kFloat), shifts = numbers(shift, p, p.N, at::kFloat);
+  const Tensor places = numbers(place, p, n, at::kLong);
+  const int64_t* patch = places.defined() ? places.const_data_ptr<int64_t>() : nullptr;
+  bool known = true;
+  for (int64_t at = 0; patch && at < p.B * n; at++) known &= uint64_t(patch[at]) < uint64_t(h * w);
+  TORCH_CHECK(known, "sparsify_cpu: a place outside the grid");
+  p.size = floats(sizes), p.shift = floats(shifts);
+  sparsify::Layout layout;
+  sparsify::lay_out(p, h, w, cells[0], cells[1], tile.empty() ? 0 : tile[0], tile.empty() ? 0 : tile[1], patch, layout);
   TORCH_CHECK(p.N + p.M + p.P < 65536 && p.d <= 1024, "sparsify_cpu: too many tokens or too large a head");
-  p.start_cell = start_cell.data();
-  if (!tile.empty() && n > 0) {
-    tile_order(h, w, tile[0], tile[1], p.P, tile_start, tile_token);
-    p.tiles = int64_t(tile_start.size()) - 1, p.tile_start = tile_start.data(), p.tile_token = tile_token.data();
-  }
-  Probe probe{kept ? kept->data_ptr<int32_t>() : nullptr, found_cells ? found_cells->data_ptr<int32_t>() : nullptr};
-  run(p, kernels(isa, bf16, false), kept ? &probe : nullptr);
+  Probe probe{};
+  if (kept.defined()) probe = {kept.data_ptr<int32_t>(), found_cells.data_ptr<int32_t>()};
+  run(p, kernels(isa, bf16, false), kept.defined() ? &probe : nullptr);
   return out;
 }
 
-Tensor sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& row, const Tensor& col,
-                        const std::optional<Tensor>& feature, at::IntArrayRef ranks, double scale, int64_t budget,
-                        int64_t prefix, int64_t tail, at::IntArrayRef grid, at::IntArrayRef cells, at::IntArrayRef tile,
-                        bool bf16, int64_t isa) {
-  return attend(q, k, v, row, col, feature, ranks, scale, budget, prefix, tail, grid, cells, tile, bf16, isa, {}, {});
-}
+Tensor sparse_attention(TENSORS, CONSTANTS) { return attend(ALL, {}, {}); }
 
-std::tuple<Tensor, Tensor, Tensor> probe_attention(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& row, const Tensor& col,
-    const std::optional<Tensor>& feature, at::IntArrayRef ranks, double scale, int64_t budget, int64_t prefix,
-    int64_t tail, at::IntArrayRef grid, at::IntArrayRef cells, at::IntArrayRef tile, bool bf16, int64_t isa) {
+std::tuple<Tensor, Tensor, Tensor> probe_attention(TENSORS, CONSTANTS) {
   auto ints = at::TensorOptions().dtype(at::kInt);
   Tensor kept = at::empty({q.size(0), q.size(1), q.size(2), budget}, ints).fill_(-1);
   Tensor found = at::empty({q.size(0), q.size(1), q.size(2)}, ints).fill_(-1);
-  Tensor out = attend(q, k, v, row, col, feature, ranks, scale, budget, prefix, tail, grid, cells, tile, bf16, isa, kept, found);
+  Tensor out = attend(ALL, kept, found);
   return {out, kept, found};
 }
 
-Tensor dense_attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool bf16, int64_t isa) {
+Tensor dense_attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& size, double scale,
+                       bool bf16, int64_t isa) {
   Tensor out = at::empty({q.size(0), q.size(2), q.size(1) * q.size(3)}, q.options().memory_format(std::nullopt));
   Problem p = shape(q, k, v, scale, out);
+  const Tensor sizes = numbers(size, p, p.N, at::kFloat);
+  p.size = floats(sizes);
   run(p, kernels(isa, bf16, true), nullptr);
   return out;
 }
@@ -164,11 +159,12 @@ Tensor dense_attention(const Tensor& q, const Tensor& k, const Tensor& v, double
 
 TORCH_LIBRARY(sparsify_cpu, m) {
   const std::string sparse =
-      "(Tensor q, Tensor k, Tensor v, Tensor row, Tensor col, Tensor? feature, int[] ranks, float scale, int budget, "
-      "int prefix, int tail, int[] grid, int[] cells, int[] tile, bool bf16, int isa) -> ";
+      "(Tensor q, Tensor k, Tensor v, Tensor row, Tensor col, Tensor? feature, Tensor? size, Tensor? shift, "
+      "Tensor? place, int[] ranks, float scale, int budget, int prefix, int tail, int[] grid, int[] cells, int[] tile, "
+      "bool bf16, int isa) -> ";
   m.def(("sparse_attention" + sparse + "Tensor").c_str());
   m.def(("probe_attention" + sparse + "(Tensor, Tensor, Tensor)").c_str());
-  m.def("dense_attention(Tensor q, Tensor k, Tensor v, float scale, bool bf16, int isa) -> Tensor");
+  m.def("dense_attention(Tensor q, Tensor k, Tensor v, Tensor? size, float scale, bool bf16, int isa) -> Tensor");
   m.def("best_isa() -> int", best_isa);
 }
 TORCH_LIBRARY_IMPL(sparsify_cpu, CPU, m) {

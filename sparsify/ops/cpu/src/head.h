@@ -12,7 +12,7 @@ INLINE int panel_slot(int j) { return (j % 16) / 4 * W + 4 * (j / 16) + j % 4; }
 INLINE int panel_key(int slot) { return 16 * (slot % W / 4) + 4 * (slot / W) + slot % 4; }
 
 template <class T> struct Head {
-  int64_t dp, rows, panels, r, rp, f;  // padded head size; packed rows; panels; rank; padded rank; feature dimensions
+  int64_t dp, rows, panels, r, rp, f;  // padded head size; packed rows; panels; coordinates; padded; feature dimensions
   T* K;             // [rows, dp]: N keys, M cell means, one row of zeros
   T* V;             // [rows, dp]
   float* col;       // [N, rp] coordinates less their mean
@@ -23,13 +23,14 @@ template <class T> struct Head {
   float* feature;   // [panels, f, PANEL]; = panel where the features are the coordinates
   float* variance;  // [rp] of each coordinate
   float* covariance;  // [r, rp] (tiles only)
-  float* log2_count;  // [N + 1] (tiles only)
-  float* size;      // [M] keys of each cell
+  float* size;      // [M] tokens of each cell: its keys, or the sum of their sizes
+  uint64_t* mass;   // [N] of each key: its size over `state[QUANTUM]`, times 2^16, plus 1 (sizes only)
+  uint64_t* held;   // [M] sums over the keys of each cell (sizes only)
   uint16_t* cell;   // [N] cell of each key, prefix key i: M + i
   float* state;     // largest |col_j| (float32 storage); threshold of the scores in standard deviations: mean and spread; 1: exact only
 };
 
-enum { COL_MAX = 0, THRESHOLD = 1, SPREAD = 2, EXACT = 3, STATES = 4 };
+enum { COL_MAX = 0, THRESHOLD = 1, SPREAD = 2, EXACT = 3, QUANTUM = 4, STATES = 5 };
 
 template <class T> INLINE int64_t padded(int64_t d) { return round_up(d, sizeof(T) == 2 ? 32 : 16); }
 
@@ -38,10 +39,15 @@ template <class T> INLINE bool needs_panel(const Problem& p) {
   return sizeof(T) == 4 || (p.tail == TAIL_CLUSTERS && p.feature_is_col);
 }
 
+// A shift of the scores is one coordinate more, after those of the predictor: 1 in every row, the shift in every key.
+INLINE int64_t coordinates(const Problem& p, int64_t h) { return p.ranks[h] + (p.shift ? 1 : 0); }
+
+INLINE const float* sizes_of(const Problem& p, int64_t b) { return p.size ? p.size + b * p.N : nullptr; }
+
 // The layout over `base`; the bytes it needs where base is null.
 template <class T> static size_t layout(const Problem& p, int64_t h, void* base, Head<T>* head) {
   Head<T> x;
-  int64_t r = p.ranks[h], f = p.feature_dims[h];
+  int64_t r = coordinates(p, h), f = p.feature_dims[h];
   x.dp = padded<T>(p.d), x.rows = p.N + p.M + 1, x.panels = (p.N + PANEL - 1) / PANEL;
   x.r = r, x.rp = round_up(r, W), x.f = f;
   bool own = p.tail == TAIL_CLUSTERS && !p.feature_is_col;
@@ -54,8 +60,8 @@ template <class T> static size_t layout(const Problem& p, int64_t h, void* base,
   x.feature = own ? (float*)arena.take(x.panels * PANEL * f * 4) : x.panel;
   x.variance = (float*)arena.take(x.rp * 4);
   x.covariance = (float*)arena.take(p.tiles ? r * x.rp * 4 : 0);
-  x.log2_count = (float*)arena.take(p.tiles ? (p.N + 1) * 4 : 0);
   x.size = (float*)arena.take((p.M + 16) * 4);
+  x.mass = (uint64_t*)arena.take(p.size ? p.N * 8 : 0), x.held = (uint64_t*)arena.take(p.size ? p.M * 8 : 0);
   x.cell = (uint16_t*)arena.take(p.N * 2);
   x.state = (float*)arena.take(STATES * 4);
   if (head) *head = x;
@@ -84,6 +90,13 @@ INLINE void read_row(const View& v, int64_t b, int64_t h, int64_t i, int64_t n, 
   for (; j < to; j++) out[j] = 0;
 }
 
+// The coordinates of one query, zeros up to `rp`.
+template <class T>
+INLINE void read_query(const Problem& p, int64_t b, int64_t h, int64_t i, const Head<T>& head, float* out) {
+  read_row(p.row, b, h, i, p.ranks[h], head.rp, out);
+  if (p.shift) out[p.ranks[h]] = 1;
+}
+
 INLINE void write_row(const float* x, int64_t n, float* out) {
   for (int64_t j = 0; j < n; j += 8) store8(out + j, load8(x + j));
 }
@@ -107,7 +120,7 @@ INLINE void read_row_as(const View& v, int64_t b, int64_t h, int64_t i, int64_t 
 }
 
 // Keys and values, row by row; the last row zero.
-template <class T> static void pack_rows(const Problem& p, int64_t b, int64_t h, const Head<T>& head) {
+template <class T> ROUTINE void pack_rows(const Problem& p, int64_t b, int64_t h, const Head<T>& head) {
   for (int64_t i = 0; i < p.N; i++) {
     int64_t ahead = min_of(i + 8, p.N - 1);
     prefetch_row(p.k, b, h, ahead, p.d), prefetch_row(p.v, b, h, ahead, p.d);
@@ -146,9 +159,10 @@ template <class T> static void pack_bytes(const Problem& p, const Head<T>& head,
 
 // The predictor's key coordinates: less their mean (which no ranking sees), as rows and as panels; their variances.
 template <class T>
-static void pack_coordinates(const Problem& p, int64_t b, int64_t h, const Head<T>& head, uint8_t* bytes) {
-  int64_t N = p.N, rp = head.rp;
-  for (int64_t i = 0; i < N; i++) read_row(p.col, b, h, i, head.r, rp, head.col + i * rp);
+ROUTINE void pack_coordinates(const Problem& p, int64_t b, int64_t h, const Head<T>& head, uint8_t* bytes) {
+  const int64_t N = p.N, rp = head.rp, r = p.ranks[h];
+  for (int64_t i = 0; i < N; i++) read_row(p.col, b, h, i, r, rp, head.col + i * rp);
+  for (int64_t i = 0; p.shift && i < N; i++) head.col[i * rp + r] = p.shift[b * N + i];
   bool good = true;
   for (int64_t j = 0; j < rp; j += W) {  // column by column of vectors: the sums stay in registers
     float* column = head.col + j;
@@ -192,8 +206,6 @@ template <class T> static void pack_covariance(const Problem& p, const Head<T>& 
       for (int64_t j = 0; j < rp; j += W) store(to + j, fma(load(x + j), s, load(to + j)));
     }
   }
-  head.log2_count[0] = -__builtin_inff();
-  for (int64_t n = 1; n <= p.N; n++) head.log2_count[n] = __builtin_log2f(float(n));
 }
 
 }  // namespace

@@ -5,8 +5,9 @@
 
 namespace {
 
-// Scores of the rows keys[0..n) of col (of rows 0..n where keys is null), 8 at a time; `s` has room for n + 7.
-ROUTINE void score_keys(const float* row, const float* col, int64_t rp, const uint16_t* keys, int64_t n, float* s) {
+// Scores of the rows keys[0..n) of col (of rows 0..n where keys is null), which are rp apart and have r coordinates, 8 at a
+// time; `s` has room for n + 7.
+ROUTINE void score_keys(const float* row, const float* col, int64_t r, int64_t rp, const uint16_t* keys, int64_t n, float* s) {
   for (int64_t at = 0; at < n; at += 8) {
     f8 acc[8];
     const float* from[8];
@@ -15,7 +16,7 @@ ROUTINE void score_keys(const float* row, const float* col, int64_t rp, const ui
       from[i] = col + (keys ? int64_t(keys[key]) : key) * rp;
       acc[i] = _mm256_mul_ps(load8(row), load8(from[i]));
     }
-    for (int64_t j = 8; j < rp; j += 8) {
+    for (int64_t j = 8; j < r; j += 8) {
       f8 x = load8(row + j);
       for (int i = 0; i < 8; i++) acc[i] = _mm256_fmadd_ps(load8(from[i] + j), x, acc[i]);
     }

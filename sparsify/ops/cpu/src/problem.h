@@ -23,12 +23,16 @@ struct Problem {
   bool feature_is_col;
   const int64_t* ranks;       // [H] r of each head
   const int64_t* feature_dims;  // [H]
+  const float* size;          // [B, N] tokens that each key stands for; null: 1 each
+  const float* shift;         // [B, N] added to the scores of each key; null: nothing
   float scale;
   int tail;
+  bool placed;                // the next four (layout.h) are of each image; else the same for all
   const int32_t* start_cell;  // [N - P] cell of each patch key on the grid
-  int64_t tiles;              // 0: one key set for each query
+  int64_t tiles;              // 0: one key set for each query; an image may have fewer: its last ones are empty
   const int32_t* tile_start;  // [tiles + 1] into tile_token
   const int32_t* tile_token;  // [N - P] tokens, tile by tile
+  int64_t tile_rows;          // tokens of the largest tile
   void* out;                  // [B, N, H*d]
   bool out_bf16;
 };

@@ -118,8 +118,8 @@ INLINE Emitted emit(const uint8_t* x, int64_t n, int low, int high, uint16_t* ou
 // The scores of one query row (Scorer of select_levels and select_exact).
 struct RowScorer {
   const float *row, *col;
-  int64_t rp;
-  void operator()(const uint16_t* keys, int64_t n, float* s) const { score_keys(row, col, rp, keys, n, s); }
+  int64_t r, rp;
+  void operator()(const uint16_t* keys, int64_t n, float* s) const { score_keys(row, col, r, rp, keys, n, s); }
 };
 
 // All scores in float32, then the b highest.

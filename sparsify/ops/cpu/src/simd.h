@@ -100,6 +100,8 @@ INLINE vf widen(const bf16* p) {
 }
 INLINE vf scale2(vf x, vf n) { return _mm512_scalef_ps(x, n); }
 INLINE vf round_near(vf x) { return _mm512_roundscale_ps(x, 8); }
+INLINE vf exponent(vf x) { return _mm512_getexp_ps(x); }
+INLINE vf mantissa(vf x) { return _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero); }
 INLINE __m128 low_half(vf x) { return _mm512_castps512_ps128(x); }
 #else
 constexpr int W = 8;
@@ -134,6 +136,12 @@ INLINE vf scale2(vf x, vf n) {  // x 2^n, n integral in [-127, 127]; 2^-127 is 0
   return _mm256_mul_ps(x, _mm256_castsi256_ps(e));
 }
 INLINE vf round_near(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE vf exponent(vf x) {  // of normal numbers above 0
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(_mm256_castps_si256(x), 23), _mm256_set1_epi32(127)));
+}
+INLINE vf mantissa(vf x) {  // in [1, 2)
+  return _mm256_or_ps(_mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffff))), set1(1));
+}
 INLINE __m128 low_half(vf x) { return _mm256_castps256_ps128(x); }
 #endif
 
@@ -161,6 +169,20 @@ INLINE vf exp2_neg_coarse(vf x) {
   p = fma(p, f, set1(6.93147e-1f));
   p = fma(p, f, set1(9.99927e-1f));
   return scale2(p, n);
+}
+
+// log2 x for x >= 0, error 1e-7 of the larger of it and 1; of 1 exactly 0, of 0 (and denormal numbers) -inf. x = 2^n m,
+// sqrt(1/2) < m < sqrt(2), ln m = 2 artanh t.
+INLINE vf log2_of(vf x) {
+  vf n = exponent(x), m = mantissa(x);
+  vm large = less(set1(1.41421356f), m);
+  n = select(large, add(n, set1(1)), n), m = select(large, mul(m, set1(0.5f)), m);
+  vf t = div(sub(m, set1(1)), add(m, set1(1))), u = mul(t, t);
+  vf p = set1(0.41219858f);
+  p = fma(p, u, set1(0.57707802f));
+  p = fma(p, u, set1(0.96179669f));
+  p = fma(p, u, set1(2.8853901f));
+  return select(less(x, set1(1.17549435e-38f)), set1(-__builtin_inff()), fma(p, t, n));
 }
 
 }  // namespace

@@ -17,21 +17,22 @@ template <class T> struct Scratch {
   T* p;                // [BLOCK, capacity]
   float* s;            // [BLOCK, capacity] logits
   float* order;        // [N] scores of an exact selection
-  float* count;        // [BLOCK, M] dropped keys of each cell
+  float* count;        // [BLOCK, counts] times that each key of a list counts: dropped keys of each cell; sizes
   uint16_t* seen;      // [4, M + P] kept keys of each cell
+  uint64_t* masses;    // the same of their masses, instead, where there are sizes
   float* floats;       // what `prepare` needs
-  int64_t capacity;
+  int64_t capacity, counts;
 };
 
 template <class T> static size_t scratch_layout(const Problem& p, void* base, Scratch<T>* scratch) {
   int64_t r = 1, f = 1;
-  for (int64_t h = 0; h < p.H; h++) r = max_of(r, p.ranks[h]), f = max_of(f, p.feature_dims[h]);
+  for (int64_t h = 0; h < p.H; h++) r = max_of(r, coordinates(p, h)), f = max_of(f, p.feature_dims[h]);
   Scratch<T> x;
   Arena arena(base);
   x.capacity = round_up(p.budget + p.M + p.P, 16) + 64;
   int64_t longest = max_of(x.capacity, round_up(p.N, 16) + 64);
-  int64_t rows = BLOCK;
-  for (int64_t i = 0; i < p.tiles; i++) rows = max_of<int64_t>(rows, p.tile_start[i + 1] - p.tile_start[i]);
+  const int64_t rows = max_of<int64_t>(BLOCK, p.tile_rows);
+  x.counts = p.size ? x.capacity : round_up(p.M, 16);
   x.row = (float*)arena.take(round_up(rows, BLOCK) * round_up(r, W) * 4);
   x.sigma = (float*)arena.take((round_up(rows, BLOCK) + W) * 4);
   x.packed = {(Word*)arena.take((BLOCK * r + 16) * 4), (float*)arena.take(BLOCK * 4), 0};
@@ -40,8 +41,8 @@ template <class T> static size_t scratch_layout(const Problem& p, void* base, Sc
   x.p = (T*)arena.take(max_of(BLOCK * x.capacity, longest) * sizeof(T));
   x.s = (float*)arena.take(max_of(BLOCK * x.capacity, longest) * 4);
   x.order = (float*)arena.take(longest * 4);
-  x.count = (float*)arena.take(BLOCK * round_up(p.M, 16) * 4 + 64);
-  x.seen = (uint16_t*)arena.take(4 * round_up(p.M + p.P, 16) * 2 + 64);
+  x.count = (float*)arena.take(max_of(BLOCK * x.counts, p.size ? longest : 0) * 4 + 64);
+  x.seen = (uint16_t*)arena.take(4 * round_up(p.M + p.P, 16) * (p.size ? 8 : 2) + 64), x.masses = (uint64_t*)x.seen;
   x.floats = (float*)arena.take(max_of(cells_scratch<T>(p, f) * 4, p.N * round_up(r, W)));
   if (scratch) *scratch = x;
   return arena.bytes();
@@ -56,28 +57,40 @@ template <class T> struct TileScorer {
   void operator()(const uint16_t* keys, int64_t count, float* s) const {
     for (int64_t i = 0; i < n; i++) {
       const float by = sigma[i] > 0 ? 1 / sigma[i] : 0;
-      score_keys(rows + i * head.rp, head.col, head.rp, keys, count, i ? spare : s);
+      score_keys(rows + i * head.rp, head.col, head.r, head.rp, keys, count, i ? spare : s);
       if (i) for (int64_t j = 0; j < count; j++) s[j] = max_of(s[j], spare[j] * by);
       else for (int64_t j = 0; j < count; j++) s[j] *= by;
     }
   }
 };
 
+// The tiles of an image, if there are any.
+struct Tiles {
+  const int32_t *start, *token;
+};
+INLINE Tiles tiles_of(const Problem& p, int64_t b) {
+  const int64_t image = p.placed && p.tiles ? b : 0;
+  return {p.tile_start + image * (p.tiles + 1), p.tile_token + image * (p.N - p.P)};
+}
+
 // Where the thresholds of a head's rows (or tiles) lie, in standard deviations of a row's scores: those of a few, over a
 // sample of the keys.
 template <class T>
-static void expect_thresholds(const Problem& p, int64_t b, int64_t h, const Head<T>& head, const Scratch<T>& x) {
-  const int64_t n = p.tiles ? p.tiles : p.N - p.P, samples = min_of<int64_t>(p.tiles ? 2 : SAMPLE, n);
+ROUTINE void expect_thresholds(const Problem& p, int64_t b, int64_t h, const Head<T>& head, const Scratch<T>& x) {
+  const Tiles tiles = tiles_of(p, b);
+  int64_t n = p.tiles ? p.tiles : p.N - p.P;
+  while (p.tiles && tiles.start[n - 1] == tiles.start[n]) n--;  // the empty ones come last
+  const int64_t samples = min_of<int64_t>(p.tiles ? 2 : SAMPLE, n);
   const int64_t keys = min_of<int64_t>(p.N, p.tiles && p.N < 1024 ? 64 : 128);
   const int64_t need = max_of<int64_t>(1, min_of(keys, (p.budget * keys + p.N / 2) / p.N));
   float mean = 0, square = 0, found = 0;
   for (int64_t j = 0; j < keys; j++) x.keys[j] = uint16_t(j * p.N / keys);
   for (int64_t i = 0; i < samples; i++) {
     const int64_t at = (2 * i + 1) * n / (2 * samples);
-    const int32_t first = p.tiles ? p.tile_start[at] : 0;
-    const int rows = p.tiles ? int(min_of<int32_t>(16, p.tile_start[at + 1] - first)) : 1;
+    const int32_t first = p.tiles ? tiles.start[at] : 0;
+    const int rows = p.tiles ? int(min_of<int32_t>(16, tiles.start[at + 1] - first)) : 1;
     for (int j = 0; j < rows; j++)
-      read_row(p.row, b, h, p.tiles ? p.tile_token[first + j] : p.P + at, head.r, head.rp, x.row + j * head.rp);
+      read_query(p, b, h, p.tiles ? tiles.token[first + j] : p.P + at, head, x.row + j * head.rp);
     deviations(head, x.row, rows, p.tiles > 0, x.sigma);
     TileScorer<T>{head, x.row, x.sigma, rows, x.s}(x.keys, keys, x.order);
     float z = take_highest(x.order, nullptr, keys, need, nullptr);
@@ -99,35 +112,64 @@ template <class T> static void prepare(const Problem& p, int64_t b, int64_t h, v
   if (p.budget < p.N) expect_thresholds(p, b, h, head, x);
 }
 
+// What a key adds to the counter of its cell, the four counters of every cell added up, and what each cell has lost of its
+// keys: numbers of keys, or masses where there are sizes.
+template <class T> INLINE uint16_t seen_of(const Head<T>&, int64_t, uint16_t) { return 1; }
+template <class T> INLINE uint64_t seen_of(const Head<T>& head, int64_t key, uint64_t) { return head.mass[key]; }
+INLINE void add_up(uint16_t* seen, int64_t wide) {
+  for (int64_t c = 0; c < wide; c += 16) {
+    auto at = [&](int e) { return _mm256_loadu_si256((__m256i*)(seen + e * wide + c)); };
+    _mm256_storeu_si256((__m256i*)(seen + c), _mm256_add_epi16(_mm256_add_epi16(at(0), at(1)), _mm256_add_epi16(at(2), at(3))));
+  }
+}
+INLINE void add_up(uint64_t* seen, int64_t wide) {
+  for (int64_t c = 0; c < wide; c++) seen[c] += seen[wide + c] + seen[2 * wide + c] + seen[3 * wide + c];
+}
+template <class T> INLINE void count_dropped(const Head<T>& head, const uint16_t* seen, int64_t M, float* count) {
+  for (int64_t c = 0; c < M; c += 8) {
+    __m128i kept = _mm_loadu_si128((__m128i*)(seen + c));
+    store8(count + c, _mm256_sub_ps(load8(head.size + c), _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(kept))));
+  }
+}
+template <class T> INLINE void count_dropped(const Head<T>& head, const uint64_t* seen, int64_t M, float* count) {
+  const float quantum = head.state[QUANTUM];
+  for (int64_t c = 0; c < M; c++) count[c] = float(int64_t(head.held[c] - seen[c]) >> 16) * quantum;
+}
+
 // Of the list of one row's keys, [M cells, kept keys, dropped prefix keys (each its own cell), zero rows up to a multiple of
-// 16], all but the kept keys; and how many keys of every cell were dropped. Returns its length before the padding.
-template <class T>
-ROUTINE int64_t complete(const Problem& p, const Head<T>& head, uint16_t* list, float* count, uint16_t* seen) {
+// 16], all but the kept keys; and how many times each counts: a cell as many times as it lost keys, a key its `size` (where
+// there are none, the cells alone have counts). Returns the list's length before the padding.
+template <class T, class Seen>
+ROUTINE int64_t complete(const Problem& p, const float* size, const Head<T>& head, uint16_t* list, float* count, Seen* seen) {
   uint16_t* keys = list + p.M;
   int64_t b = p.budget, length = p.M + b;
   if (p.tail != TAIL_NONE) {
-    const int64_t cells = p.M + p.P;
-    const int64_t wide = round_up(cells, 16);
-    memset(seen, 0, 4 * wide * 2);
+    const int64_t wide = round_up(p.M + p.P, 16);
+    memset(seen, 0, 4 * wide * sizeof(Seen));
+    auto see = [&](Seen* counter, int64_t key) { counter[head.cell[key]] += seen_of(head, key, Seen()); };
     int64_t j = 0;
     for (; j + 4 <= b; j += 4)  // four counters of every cell: neighbours in the list are often of one cell
-      for (int e = 0; e < 4; e++) seen[e * wide + head.cell[keys[j + e]]]++;
-    for (; j < b; j++) seen[head.cell[keys[j]]]++;
-    for (int64_t c = 0; c < cells; c += 16) {
-      auto at = [&](int e) { return _mm256_loadu_si256((__m256i*)(seen + e * wide + c)); };
-      _mm256_storeu_si256((__m256i*)(seen + c), _mm256_add_epi16(_mm256_add_epi16(at(0), at(1)), _mm256_add_epi16(at(2), at(3))));
-    }
+      for (int e = 0; e < 4; e++) see(seen + e * wide, keys[j + e]);
+    for (; j < b; j++) see(seen, keys[j]);
+    add_up(seen, wide);
     for (int64_t i = 0; i < p.P; i++)
       if (!seen[p.M + i]) list[length++] = uint16_t(i);
-    for (int64_t c = 0; c < p.M; c += 8) {
-      __m128i kept = _mm_loadu_si128((__m128i*)(seen + c));
-      store8(count + c, _mm256_sub_ps(load8(head.size + c), _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(kept))));
-    }
+    count_dropped(head, seen, p.M, count);
     for (int64_t c = p.M; c < round_up(p.M, 16); c++) count[c] = 1;
     for (int64_t c = 0; c < p.M; c++) list[c] = uint16_t(p.N + c);
   }
   for (int64_t j = length; j < round_up(length, 16); j++) list[j] = uint16_t(p.N + p.M);
+  if (sizeof(Seen) == 8) {
+#pragma GCC unroll 4
+    for (int64_t j = p.M; j < length; j++) count[j] = size[list[j]];
+    for (int64_t j = 0; j < 16; j += W) store(count + length + j, set1(1));
+  }
   return length;
+}
+template <class T>
+INLINE int64_t complete(const Problem& p, int64_t b, const Head<T>& head, const Scratch<T>& x, uint16_t* list, float* count) {
+  const float* size = sizes_of(p, b);
+  return size ? complete(p, size, head, list, count, x.masses) : complete(p, size, head, list, count, x.seen);
 }
 
 template <class T>
@@ -139,9 +181,10 @@ INLINE void row_scores(const Problem& p, const Head<T>& head, int64_t b, int64_t
   for (int64_t j = length; j < round_up(length, 16); j++) s[j] = -__builtin_inff();
 }
 
+// `cells`: how many times the first keys of the list count where there are no sizes; all others count once.
 template <class T>
 INLINE float row_weights(const Problem& p, float* s, int64_t length, int64_t cells, const float* count, T* weight) {
-  return weights(s, round_up(length, 16), p.scale * LOG2E, cells, count, weight);
+  return weights(s, round_up(length, 16), p.scale * LOG2E, p.size ? length : cells, count, weight);
 }
 
 // A prefix token: all keys, no tail.
@@ -150,6 +193,8 @@ static void dense_row(const Problem& p, int64_t b, int64_t h, int64_t i, const H
   alignas(64) float out[1024];
   for (int64_t j = 0; j < p.N; j++) x.keys[j] = uint16_t(j);
   for (int64_t j = p.N; j < round_up(p.N, 16); j++) x.keys[j] = uint16_t(p.N + p.M);
+  if (const float* size = sizes_of(p, b))
+    for (int64_t j = 0; j < round_up(p.N, 16); j++) x.count[j] = j < p.N ? size[j] : 1.f;
   row_scores(p, head, b, h, i, x.keys, p.N, x.s);
   float by = row_weights(p, x.s, p.N, 0, x.count, x.p);
   weigh(x.p, head.V, head.dp, x.keys, round_up(p.N, 4), out);
@@ -172,16 +217,16 @@ static void block(const Problem& p, int64_t b, int64_t h, int64_t which, const v
   int64_t length[BLOCK];
   const int64_t stride = level_stride(p.N);
   bool all = p.budget >= p.N;
-  for (int i = 0; i < n; i++) prefetch_row(p.row, b, h, first + i, head.r);
+  for (int i = 0; i < n; i++) prefetch_row(p.row, b, h, first + i, p.ranks[h]);
   if (!all) {
-    for (int i = 0; i < n; i++) read_row(p.row, b, h, first + i, head.r, head.rp, x.row + i * head.rp);
+    for (int i = 0; i < n; i++) read_query(p, b, h, first + i, head, x.row + i * head.rp);
     deviations(head, x.row, n, false, x.sigma);
     make_windows(head, x.row, x.sigma, n, error, &x.packed);
     score_levels<false>(head, p.N, x.packed, n, x.level);
   }
   for (int i = 0; i < n; i++) {
     uint16_t* keys = x.keys + i * x.capacity + p.M;
-    const RowScorer score{x.row + i * head.rp, head.col, head.rp};
+    const RowScorer score{x.row + i * head.rp, head.col, head.r, head.rp};
     if (all)
       for (int64_t j = 0; j < p.N; j++) keys[j] = uint16_t(j);
     else if (!select_levels(score, p.N, p.budget, x.level + i * stride, error[i], &guess, x.order, keys))
@@ -192,8 +237,8 @@ static void block(const Problem& p, int64_t b, int64_t h, int64_t which, const v
       probe->cells[at] = head.cell[first + i];
     }
   }
-  const int64_t wide = x.capacity, counts = round_up(p.M, 16);
-  for (int i = 0; i < n; i++) length[i] = complete(p, head, x.keys + i * wide, x.count + i * counts, x.seen);
+  const int64_t wide = x.capacity, counts = x.counts;
+  for (int i = 0; i < n; i++) length[i] = complete(p, b, head, x, x.keys + i * wide, x.count + i * counts);
   for (int i = 0; i < n; i++) row_scores(p, head, b, h, first + i, x.keys + i * wide, length[i], x.s + i * wide);
   for (int i = 0; i < n; i++) {
     prefetch_out(p, b, h, first + i);

@@ -109,7 +109,7 @@ ROUTINE void value_panel(const Word* panel, int64_t words, const T* p, int rows,
 }
 
 // Rows x.q [rows, dp] over the `n` keys of the panels; logits times `factor` (log2 e / sqrt d) plus `bias` [n to a multiple
-// of KEYS] (null: none) are exponents of 2. The result is x.out [rows, columns * PANEL] times by[row].
+// of W] (null: none) are exponents of 2. The result is x.out [rows, columns * PANEL] times by[row].
 template <class T>
 ROUTINE void attend_tile(const Panels& k, int64_t n, const float* bias, int64_t dp, int rows, float factor,
                          const TileScratch<T>& x, float* by) {

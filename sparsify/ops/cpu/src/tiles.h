@@ -10,7 +10,7 @@ template <class T> struct TilesScratch {
   Scratch<T> rows;
   TileScratch<T> attend;
   uint8_t* pooled;  // [level_stride]
-  float* bias;      // [list, to a multiple of KEYS]
+  float* bias;      // [capacity]
   void* panels;
 };
 
@@ -23,7 +23,7 @@ template <class T> static size_t tiles_layout(const Problem& p, void* base, Tile
   char* attend = arena.take(tile_scratch<T>(dp, nullptr, nullptr));
   tile_scratch<T>(dp, base ? attend : nullptr, &x.attend);
   x.pooled = (uint8_t*)arena.take(level_stride(p.N));
-  x.bias = (float*)arena.take(round_up(x.rows.capacity, KEYS) * 4 + KEYS * 4);
+  x.bias = (float*)arena.take(x.rows.capacity * 4);
   x.panels = arena.take(panels_bytes<T>(x.rows.capacity, dp));
   if (scratch) *scratch = x;
   return arena.bytes();
@@ -50,7 +50,7 @@ template <class T> static void pool_scores(const TileScorer<T>& tile, int64_t N,
   for (int64_t j = 0; j < N; j++) s[j] = -__builtin_inff();
   for (int64_t i = 0; i < tile.n; i++) {
     float *x = tile.spare, mean = 0, square = 0, count = 0;
-    score_keys(tile.rows + i * tile.head.rp, tile.head.col, tile.head.rp, nullptr, N, x);
+    score_keys(tile.rows + i * tile.head.rp, tile.head.col, tile.head.r, tile.head.rp, nullptr, N, x);
     for (int64_t j = 0; j < N; j++)
       if (finite(x[j])) mean += x[j], count += 1;
     mean /= max_of(count, 1.f);
@@ -69,7 +69,7 @@ static void select_tile(const Problem& p, int64_t b, int64_t h, const Head<T>& h
     for (int64_t j = 0; j < p.N; j++) keys[j] = uint16_t(j);
     return;
   }
-  for (int64_t i = 0; i < n; i++) read_row(p.row, b, h, token[i], head.r, head.rp, x.rows.row + i * head.rp);
+  for (int64_t i = 0; i < n; i++) read_query(p, b, h, token[i], head, x.rows.row + i * head.rp);
   int error[BLOCK], worst = 0;
   bool usable = true;
   Guess guess;
@@ -97,8 +97,10 @@ static void tiles_block(const Problem& p, int64_t b, int64_t h, int64_t which, c
   TilesScratch<T> x;
   layout<T>(p, h, const_cast<void*>(base), &head), tiles_layout<T>(p, scratch, &x);
   if (which < p.P) return dense_row(p, b, h, which, head, x.rows);
-  const int32_t* token = p.tile_token + p.tile_start[which - p.P];
-  const int64_t n = p.tile_start[which - p.P + 1] - p.tile_start[which - p.P];
+  const Tiles tiles = tiles_of(p, b);
+  const int32_t* token = tiles.token + tiles.start[which - p.P];
+  const int64_t n = tiles.start[which - p.P + 1] - tiles.start[which - p.P];
+  if (n == 0) return;
   uint16_t *list = x.rows.keys, *keys = list + p.M;
   select_tile(p, b, h, head, token, n, x, keys);
   if (probe)
@@ -107,12 +109,10 @@ static void tiles_block(const Problem& p, int64_t b, int64_t h, int64_t which, c
       for (int64_t j = 0; j < p.budget; j++) probe->kept[at * p.budget + j] = keys[j];
       probe->cells[at] = head.cell[token[i]];
     }
-  const int64_t length = complete(p, head, list, x.rows.count, x.rows.seen);
-  const bool cells = p.M > 0;
-  if (cells) {
-    for (int64_t c = 0; c < p.M; c++) x.bias[c] = head.log2_count[int64_t(x.rows.count[c])];
-    memset(x.bias + p.M, 0, (round_up(length, KEYS) - p.M) * 4);
-  }
+  const int64_t length = complete(p, b, head, x.rows, list, x.rows.count);
+  const int64_t counted = round_up(p.size ? length : p.M, 16);  // the others count once
+  for (int64_t j = 0; j < counted; j += W) store(x.bias + j, log2_of(load(x.rows.count + j)));
+  for (int64_t j = counted; j < round_up(length, 16); j++) x.bias[j] = 0;
   Panels panels = panels_at<T>(x.panels, length, head.dp);
   pack_list(head.K, head.dp, head.V, head.dp, head.dp, list, length, panels);
   alignas(64) float by[TILE];
@@ -122,7 +122,7 @@ static void tiles_block(const Problem& p, int64_t b, int64_t h, int64_t which, c
       read_row_as(p.q, b, h, token[at + i], p.d, head.dp, x.attend.q + i * head.dp);
       prefetch_out(p, b, h, token[at + i]);
     }
-    attend_tile(panels, length, cells ? x.bias : nullptr, head.dp, rows, p.scale * LOG2E, x.attend, by);
+    attend_tile(panels, length, counted > 0 ? x.bias : nullptr, head.dp, rows, p.scale * LOG2E, x.attend, by);
     for (int i = 0; i < rows; i++) write_out(p, b, h, token[at + i], x.attend.out + i * panels.columns * PANEL, by[i]);
   }
 }

@@ -1,0 +1,242 @@
+"""Fewer tokens: what is known of the tokens present, and the stages at which some leave (`docs/design.md`, section 6).
+
+A stage stands in a block between its attention and its MLP. The prefix tokens stay; of the patch tokens a fixed number
+goes on, the same for every image of a batch, and they are gathered, so that every later layer works on fewer rows.
+
+    evit         the patch tokens with the highest importance go on (EViT, ICLR 2022)
+    evit-fused   and one more: the mean of the others, weighted with their importance
+    merge        similar tokens become one, in pairs of a bipartite matching (the idea of ToMe, ICLR 2023), where those of
+                 little importance go first and count little in the mean
+
+The importance I_j of a token is the attention that it is given: by the cls row (and the distillation token's), mean over
+heads; where there is no cls token, by the mean query of all tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+WAYS = ("merge", "evit", "evit-fused")
+ROUND = 0.65  # share of the tokens that one round of merging leaves at least; measured in docs/tokens.md
+TINY = 1e-20  # importance below it counts as this: a softmax may underflow
+
+
+class Tokens(NamedTuple):
+    """What is known of the tokens [B, P + n, C] of a layer, where they are not all the patches in order.
+
+    Attributes:
+        patches: n0, patch tokens at the first block.
+        size: how many tokens each one stands for, prefix included, float32 [B, P + n]; None: 1 each.
+        place: patch that each patch token stands on, int64 [B, n]; None: the n0 in order.
+        owner: for every patch the token (counted without prefix) that it went into, int64 [B, n0], -1 where it was dropped;
+            None: nobody asked for it, or nothing has left.
+        seen: features of every patch when they were last seen, [B, n0, C]; None: nobody asked, or nothing has left.
+    """
+
+    patches: int
+    size: Tensor | None = None
+    place: Tensor | None = None
+    owner: Tensor | None = None
+    seen: Tensor | None = None
+
+    def moved(self, patch: Tensor, keep: Tensor, group: Tensor) -> Tokens:
+        """After a step from the patch tokens [B, n, C] to those `keep` [B, m]; group [B, n]: see `matching`."""
+        place = keep if self.place is None else self.place.gather(1, keep)
+        if self.owner is None:
+            return self._replace(place=place)
+        seen = None if self.seen is None else self.spread(patch)
+        owner = torch.where(self.owner < 0, self.owner, group.gather(1, self.owner.clamp_min(0)))
+        return self._replace(place=place, owner=owner, seen=seen)
+
+    def spread(self, patch: Tensor) -> Tensor:
+        """Patch tokens [B, n, C] on the full grid [B, n0, C]: each patch has its token's features, or its last ones."""
+        if self.owner is None:
+            return patch
+        index = self.owner.unsqueeze(-1)  # (B, n0, 1)
+        if patch.shape[1] == 0:
+            assert self.seen is not None
+            return self.seen
+        found = patch.gather(1, index.clamp_min(0).expand(-1, -1, patch.shape[-1]))  # (B, n0, C)
+        return found if self.seen is None else torch.where(index < 0, self.seen, found)
+
+
+def importance(q: Tensor, k: Tensor, scale: float, size: Tensor | None, rows: int, prefix: int) -> Tensor:
+    """I: attention that each patch token is given, mean over heads: float32 [B, n], above 0.
+
+    Args:
+        q, k: [B, H, N, d].
+        size: [B, N] or None; its logarithm is added to the logits.
+        rows: leading rows whose attention counts (cls, distillation); 0: that of the mean query.
+        prefix: P.
+    """
+    q, k = q.detach().float(), k.detach().float()
+    asking = q[:, :, :rows] if rows else q.mean(2, keepdim=True)  # (B, H, rows or 1, d)
+    logits = _product(asking, k.mT) * scale  # (B, H, rows, N)
+    if size is not None:
+        logits = logits + size.log()[:, None, None]
+    return logits.softmax(-1).mean((1, 2))[:, prefix:].clamp_min(TINY)
+
+
+class Stage(nn.Module):
+    """One stage: patch tokens in, fewer patch tokens out.
+
+    Args:
+        way: one of `WAYS`.
+        share: of the n0 patches, how many tokens go on: m = ceil(share n0 - 1e-9), at most those present; `evit-fused`
+            adds one. 0: none, which only the prefix tokens survive.
+        prefix: P.
+    """
+
+    def __init__(self, way: str, share: float, prefix: int) -> None:
+        super().__init__()
+        self.way, self.share, self.prefix = way, share, prefix
+
+    def count(self, present: int, patches: int) -> int:
+        """m, patch tokens that go on of `present` ones (without the fused token)."""
+        return min(int(present), math.ceil(self.share * int(patches) - 1e-9))
+
+    def forward(self, x: Tensor, I: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
+        """x [B, P + n, C] and importance [B, n] -> [B, P + m, C] and what is known of them."""
+        patch = x[:, self.prefix :]
+        m = self.count(patch.shape[1], tokens.patches)
+        if m == 0:
+            return self.drop_all(x, tokens)
+        if self.way == "merge":
+            for left in rounds(int(patch.shape[1]), m):
+                keep, group = matching(patch, I, left)  # (B, left), (B, n)
+                size = self.sizes(tokens.size, I, group, left)
+                tokens = tokens.moved(patch, keep, group)._replace(size=size)
+                patch = weighted_mean(patch, I, group, left)
+                I = I.new_zeros(len(I), left).scatter_add(1, group, I)
+        else:
+            fuse = self.way == "evit-fused" and m < patch.shape[1]
+            keep, group = ranking(I, m, fuse)
+            tokens = tokens.moved(patch, keep, group)
+            if fuse:
+                patch = weighted_mean(patch, I, group, m + 1)
+            else:
+                patch = patch.gather(1, keep.unsqueeze(-1).expand(-1, -1, patch.shape[-1]))
+        return torch.cat([x[:, : self.prefix], patch], 1), tokens
+
+    def sizes(self, size: Tensor | None, I: Tensor, group: Tensor, m: int) -> Tensor:
+        """Sizes after a merging, prefix tokens' included: [B, P + m]."""
+        before = I.new_ones(len(I), self.prefix + I.shape[1]) if size is None else size
+        merged = effective_size(before[:, self.prefix :], I, group, m)
+        return torch.cat([before[:, : self.prefix], merged], 1)
+
+    def drop_all(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
+        """Only the prefix tokens go on: x [B, P + n, C] -> [B, P, C]. Nothing of the patch tokens is computed any more."""
+        seen, owner = tokens.seen, tokens.owner
+        if owner is not None:
+            seen = None if seen is None else tokens.spread(x[:, self.prefix :])
+            owner = torch.full_like(owner, -1)
+        size = None if tokens.size is None else tokens.size[:, : self.prefix]
+        place = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
+        return x[:, : self.prefix], Tokens(tokens.patches, size, place, owner, seen)
+
+    def extra_repr(self) -> str:
+        return f"way={self.way}, share={self.share:.4g}"
+
+
+def ranking(I: Tensor, m: int, fuse: bool) -> tuple[Tensor, Tensor]:
+    """The m most important tokens in their order, equal ones by the lower index; with `fuse` the first of the others too.
+
+    Returns:
+        keep: int64 [B, m or m + 1], ascending; group: int64 [B, n], place in `keep`, -1 for the dropped.
+    """
+    order = I.argsort(dim=1, descending=True, stable=True)  # (B, n)
+    keep = order[:, : m + fuse].sort(1).values
+    group = torch.full_like(order, -1).scatter(1, keep, _count_up(keep))
+    if fuse:
+        first = group.gather(1, order[:, m : m + 1])  # (B, 1) where the fused token stands
+        group = group.masked_fill(group < 0, 0) + (group < 0) * first
+    return keep, group
+
+
+def rounds(n: int, m: int) -> list[int]:
+    """Tokens left after each round of a merging from n to m: at least one, each to `ROUND` or more of those before.
+
+    A token can go into another only once in a round, so many at once go into tokens that are not like them.
+    """
+    steps = max(1, math.ceil(math.log(n / m) / -math.log(ROUND) - 1e-9))
+    left = n
+    found: list[int] = []
+    while not found or left > m:
+        half = min((left + 1) // 2, left - 1)
+        left = max(m, left - half, min(left - 1, round(left * (m / n) ** (1 / steps))))
+        found.append(left)
+    return found
+
+
+def matching(x: Tensor, I: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """Which of n tokens go into which, so that m are left: one round of the merging.
+
+    Every second token finds its nearest among the others by the cosine of the residual stream, which the folding of the
+    predictor does not touch. The r = n - m of them with the lowest (1 - cosine) I leave; equal ones by index.
+
+    Args:
+        x: [B, n, C]; I: importance [B, n]; m: n/2 <= m <= n (1 for n = 1).
+
+    Returns:
+        keep: the tokens that go on, int64 [B, m], ascending; group: place in `keep` of the token that each of the n goes
+        into, int64 [B, n].
+    """
+    B, n, _ = x.shape
+    index = torch.arange(n, device=x.device).expand(B, n)
+    half = min((n + 1) // 2, n - 1)
+    if half == 0:  # a single token
+        return index, index
+    unit = nn.functional.normalize(x.detach().float(), dim=-1)
+    cosine, nearest = _product(unit[:, : 2 * half : 2], unit[:, 1::2].mT).max(-1)  # (B, half)
+    cost = (1 - cosine) * I[:, : 2 * half : 2]
+    leave = cost.argsort(dim=1, stable=True)[:, : n - m]  # (B, r)
+    source, target = 2 * leave, 2 * nearest.gather(1, leave) + 1
+    gone = torch.zeros_like(index).scatter(1, source, 1)
+    keep = gone.argsort(dim=1, stable=True)[:, :m]
+    into = index.scatter(1, source, target)
+    group = torch.zeros_like(gone).scatter(1, keep, _count_up(keep)).gather(1, into)
+    return keep, group
+
+
+def weighted_mean(x: Tensor, I: Tensor, group: Tensor, m: int) -> Tensor:
+    """Means of x [B, n, C] over each group, weighted with I: what the rows that gave I read of the group. [B, m, C].
+
+    Computed in float32 at least; a token alone in its group stays what it is, to the bit.
+    """
+    index, weight = group.clamp_min(0), I * (group >= 0)
+    weight = weight / I.new_zeros(len(I), m).scatter_add(1, index, weight).gather(1, index)  # (B, n)
+    share = x * weight.unsqueeze(-1)  # (B, n, C), the wider dtype of the two
+    total = share.new_zeros(len(x), m, x.shape[-1]).scatter_add(1, index.unsqueeze(-1).expand_as(x), share)
+    return total.to(x.dtype)
+
+
+def effective_size(size: Tensor, I: Tensor, group: Tensor, m: int) -> Tensor:
+    """How many tokens a merged one stands for, so that its key at their weighted mean is given their attention again.
+
+        log s = log sum_j I_j - sum_j w_j log(I_j / s_j),     w_j = I_j / sum_j I_j
+
+    The count for tokens of equal importance, towards the largest s_j where one has all of it. size, I, group: [B, n].
+    """
+    total = I.new_zeros(len(I), m).scatter_add(1, group, I)
+    mean = I.new_zeros(len(I), m).scatter_add(1, group, I * (I / size).log()) / total
+    return total * (-mean).exp()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in their own dtype, where autocast would lower it too."""
+    kind = a.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return a @ b
+    with torch.autocast(kind, enabled=False):
+        return a @ b
+
+
+def _count_up(like: Tensor) -> Tensor:
+    return torch.arange(like.shape[1], device=like.device).expand_as(like)
+
+
+__all__ = ["WAYS", "Stage", "Tokens", "effective_size", "importance", "matching", "ranking", "rounds", "weighted_mean"]

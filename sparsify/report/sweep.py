@@ -1,0 +1,453 @@
+"""A sweep as a table, Markdown, JSON, a picture and a recipe for each setting.
+
+The picture needs matplotlib (the extra `plot`); everything else is written without it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from sparsify import report
+from sparsify.config import recipe_yaml
+from sparsify.errors import BadFile, one_line
+from sparsify.metrics import Evaluation
+from sparsify.profiling.latency import Timing
+from sparsify.report import files
+from sparsify.sweep import Setting, Sweep
+
+FORMAT = 1  # of the JSON
+NO_PICTURE = "no picture: matplotlib is not installed; pip install 'sparsify-vit[plot]'"
+SPEED = (
+    "Speed: time of the dense model over that of the setting, a ratio of medians; in brackets what the 10th and 90th "
+    "percentiles of both allow at worst and best. The sparse form is timed, without a dense fallback."
+)
+
+
+class Point(NamedTuple):
+    """A published result for DeiT-S at 224 pixels, fine-tuned. MHSA in the authors' accounting."""
+
+    model: str
+    token_keep: float
+    keep: float
+    mhsa_mmacs: float
+    top1: float
+    macs_share: float
+
+
+class _Published(NamedTuple):
+    model: str
+    token_keep: float
+    keep: float
+    mhsa_mmacs: float
+    top1: float
+    total_gmacs: float | None = None
+
+
+PUBLISHED_DENSE_MHSA, PUBLISHED_DENSE_GMACS, PUBLISHED_DENSE_TOP1 = 357.66, 4.599, 79.82
+_PUBLISHED = (  # Sparsifiner, CVPR 2023: MHSA in M MACs and top-1 on ImageNet's validation set
+    *(
+        _Published("Sparsifiner", 1, keep, mhsa, top1)
+        for keep, mhsa, top1 in (
+            (0.9, 396.75, 80.02), (0.8, 360.64, 79.97), (0.7, 324.57, 79.96), (0.6, 290.26, 79.98),
+            (0.5, 254.17, 79.94), (0.4, 218.01, 79.92), (0.3, 183.61, 79.83), (0.2, 147.47, 79.71),
+            (0.1, 111.37, 79.42), (0.05, 93.27, 78.75), (0.01, 78.9, 73.03),
+        )
+    ),
+    # with tokens pruned the MLPs shrink too: totals by the formula that gives the published MHSA of EViT exactly
+    _Published("EViT", 0.7, 1, 193.1, 79.5, 3.00),
+    _Published("DynamicViT", 0.7, 1, 193.1, 79.3, 3.00),
+    _Published("Sparsif-EViT", 0.7, 0.25, 113.3, 79.5, 2.92),
+    _Published("Sparsifiner", 0.7, 0.25, 113.3, 79.3, 2.92),
+    _Published("EViT", 0.5, 1, 149.1, 78.5, 2.28),
+    _Published("DynamicViT", 0.5, 1, 149.1, 77.3, 2.28),
+    _Published("Sparsif-EViT", 0.5, 0.25, 86.6, 78.7, 2.22),
+    _Published("Sparsifiner", 0.5, 0.25, 86.6, 78.4, 2.22),
+)  # fmt: skip
+
+
+def published(sweep: Sweep) -> list[Point]:
+    """The paper's figures, where they are of the swept model: DeiT-S at 224 pixels with ImageNet's classes and labels.
+
+    The paper gives the attention's MACs alone. Share of the whole model: 1 - (dense MHSA - MHSA) / 4.599 G; where tokens
+    are pruned, the total that the same formulae give over 4.599 G.
+    """
+    deit = sweep.architecture == "deit_small_patch16_224" and sweep.classes == 1000
+    if not deit or not sweep.labelled or sweep.conditions["img_size"] != [224, 224]:
+        return []
+    points = []
+    for p in _PUBLISHED:
+        total = p.total_gmacs or PUBLISHED_DENSE_GMACS - (PUBLISHED_DENSE_MHSA - p.mhsa_mmacs) / 1000
+        points.append(Point(p.model, p.token_keep, p.keep, p.mhsa_mmacs, p.top1, total / PUBLISHED_DENSE_GMACS))
+    return points
+
+
+# words
+
+
+def label(setting: Setting) -> str:
+    """'keep 0.1' or 'target 0.7'."""
+    return f"{'keep' if setting.choice.kind == 'keep' else 'target'} {setting.choice.asked:g}"
+
+
+def quality(e: Evaluation) -> list[tuple[str, str, str]]:
+    """Figures of a setting beside dense, those that apply: heading, the dense model's, the setting's."""
+    cells: list[tuple[str, str, str]] = []
+    if e.top1 is not None:
+        cells.append(("top-1 %", _number(e.dense_top1, ".2f"), _number(e.top1, ".2f")))
+    if e.agreement is not None:
+        cells.append(("agree %", "", f"{e.agreement:.2f}"))
+        cells.append(("KL", "", _number(e.kl, ".4f")))
+    if e.images_lost is not None:
+        cells.append(("lost/gained", "", f"{e.images_lost}/{e.images_gained}"))
+    if e.cosine_pooled is not None:
+        cells.append(("cosine", "", f"{e.cosine_pooled:.4f}"))
+        cells.append(("of patches", "", _number(e.cosine_patch, ".4f")))
+    if e.knn_top1 is not None:
+        cells.append(("kNN top-1 %", _number(e.dense_knn_top1, ".2f"), f"{e.knn_top1:.2f}"))
+    return cells
+
+
+def conditions(sweep: Sweep) -> str:
+    """Where and how the times were measured, in one line."""
+    c = sweep.conditions
+    height, width = c["img_size"]
+    threads = "1 thread" if c["threads"] == 1 else f"{c['threads']} threads"
+    place = c["device_name"] if c["device"] == "cpu" else f"{c['device_name']} ({c['device']})"
+    return (
+        f"{place}, {threads}, {c['dtype']}, batch {c['batch_size']}, {height}x{width}, all models in turns, "
+        f"{c['runs']} runs, backend {c['backend']}, torch {c['torch']}, timm {c['timm']}, sparsify {c['sparsify']}"
+    )
+
+
+def seen(sweep: Sweep) -> str:
+    """What the accuracy was measured on, in one line."""
+    e = sweep.settings[0].evaluation
+    broken = f", {e.broken} that could not be read left out" if e.broken else ""
+    labels = "" if sweep.labelled else " without labels"
+    return f"{e.images:,} images{labels} of {sweep.images}{broken}; calibrated on {sweep.calibration}"
+
+
+def top1_error(e: Evaluation) -> float | None:
+    """Standard error of the change in top-1 against dense, points: the images are the same, so only flips count."""
+    if e.images_lost is None or e.images_gained is None or not e.images:
+        return None
+    lost, gained, n = e.images_lost, e.images_gained, e.images
+    return 100 * max(0.0, lost + gained - (lost - gained) ** 2 / n) ** 0.5 / n
+
+
+# terminal
+
+
+def table(sweep: Sweep) -> Group:
+    """All settings beside dense, in 80 columns."""
+    one = sweep.settings[0]
+    shown = Table(box=None, pad_edge=False)
+    headings = ["", "MACs", "change", "MHSA", *(name for name, _, _ in quality(one.evaluation)), "speed", "p10-p90"]
+    for heading in headings:
+        short = {"lost/gained": "-/+"}.get(heading, heading.removesuffix(" %"))
+        shown.add_column(short, justify="right" if heading else "left", no_wrap=True)
+    dense = [cell for _, cell, _ in quality(one.evaluation)]
+    shown.add_row("dense", report.human(one.profile.macs_dense), "", "", *dense, "1.00x", "")
+    for s in sweep.settings:
+        p, (ratio, low, high) = s.profile, sweep.ratio(s)
+        shown.add_row(
+            label(s),
+            report.human(p.macs_sparse),
+            report.change(p.macs_dense, p.macs_sparse).removesuffix(" %") + "%",
+            report.change(p.mhsa_macs_dense, p.mhsa_macs_sparse).removesuffix(" %") + "%",
+            *(cell for _, _, cell in quality(s.evaluation)),
+            f"{ratio:.2f}x",
+            f"{low:.2f}-{high:.2f}",
+        )
+    flips = one.evaluation.images_lost is not None
+    parts: list[RenderableType] = [
+        Text("MACs of an image: theoretical. Accuracy and speed: measured", style="italic"),
+        shown,
+        Text(f"{seen(sweep)}{'; -/+: images lost and gained' if flips else ''}", style="dim"),
+        Text(conditions(sweep), style="dim"),
+        *(Text(f"left out, {reason}", style="bold") for reason in sweep.skipped.values()),
+    ]
+    return Group(*parts)
+
+
+# files
+
+
+def to_markdown(sweep: Sweep, prefix: str, picture: bool) -> str:
+    """The sweep as GitHub Markdown; `prefix`: of its files' names."""
+    one, p = sweep.settings[0], sweep.settings[0].profile
+    headings = ["setting", "MACs", "change", "MHSA MACs", "change"]
+    cells = quality(one.evaluation)
+    change = one.evaluation.top1 is not None
+    headings += [name for name, _, _ in cells[:1]] + (["change"] if change else [])
+    headings += [name for name, _, _ in cells[1:]] + ["ms (p10-p90)", "speed"]
+    dense = [cell for _, cell, _ in cells]
+    first = ["dense", report.human(p.macs_dense), "", report.human(p.mhsa_macs_dense), ""]
+    rows = [[*first, *dense[:1], *([""] if change else []), *dense[1:], _ms(sweep.dense), "1"]]
+    for s in sweep.settings:
+        p, own, (ratio, low, high) = s.profile, [cell for _, _, cell in quality(s.evaluation)], sweep.ratio(s)
+        rows.append([
+            label(s), report.human(p.macs_sparse), report.change(p.macs_dense, p.macs_sparse),
+            report.human(p.mhsa_macs_sparse), report.change(p.mhsa_macs_dense, p.mhsa_macs_sparse),
+            *own[:1], *([_top1_change(s.evaluation)] if change else []), *own[1:],
+            _ms(s.timing), f"{ratio:.2f}x ({low:.2f}-{high:.2f})",
+        ])  # fmt: skip
+    lines = [f"# Sweep of {sweep.model}", "", *files._table(tuple(headings), rows), ""]
+    lines += [
+        "MACs are of one image, and theoretical; MHSA is the attention without its projections. `keep`: sparse attention, all",
+        "tokens stay. `target`: a schedule of keeps and tokens was searched for that share of the dense model's MACs. No",
+        "setting was trained.",
+        "",
+        f"Measured on {seen(sweep)}.",
+        *(["Change in top-1: points, with its standard error over the same images."] if change else []),
+        "",
+        f"Timed on {conditions(sweep)}. {SPEED} {report.NOT_SPEED}",
+    ]
+    if warning := report.uncounted({k: v for s in sweep.settings for k, v in s.profile.unsupported.items()}):
+        lines += ["", f"**{warning}**"]
+    if sweep.skipped:
+        lines += ["", *(f"Left out, {reason}." for reason in sweep.skipped.values())]
+    if picture:
+        lines += ["", f"![accuracy over MACs and time]({prefix}.png)"]
+    if published(sweep):
+        lines += ["", _published_words(sweep)]
+    lines += ["", "## Settings", "", "A setting again, as a model:", ""]
+    example = sweep.settings[-1].choice.name
+    lines += [f"    {' '.join(sweep.convert)} --recipe {prefix}.recipes/{example}.yaml -o {example}.safetensors", ""]
+    lines += files._table(("setting", "recipe", "keep of each block", "tokens into each block, and out"), [
+        (label(s), f"{s.choice.name}.yaml", " ".join(_keeps(s)), " ".join(map(str, _tokens(s)))) for s in sweep.settings
+    ], left=4)  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def as_dict(sweep: Sweep, prefix: str) -> dict[str, Any]:
+    """Every figure, fit for JSON. MACs per image, theoretical; ms per batch; shares of the dense model's from 0 to 1.
+
+    Figures of the evaluation are `sparsify.metrics.Evaluation`'s, percent from 0 to 100.
+    """
+    one = sweep.settings[0]
+    settings = []
+    for s in sweep.settings:
+        p, (ratio, low, high), found = s.profile, sweep.ratio(s), s.choice.schedule
+        figures = s.evaluation.as_dict()
+        for name in ("model", "param_count", "img_size", "crop_pct", "interpolation", "images", "broken"):
+            del figures[name]
+        figures = {k: v for k, v in figures.items() if not k.startswith(("dense_", "throughput_"))}
+        settings.append({
+            "name": s.choice.name, "kind": s.choice.kind, "asked": s.choice.asked,
+            "macs": p.macs_sparse, "macs_share": s.share, "mhsa_macs": p.mhsa_macs_sparse,
+            "mhsa_macs_share": p.mhsa_macs_sparse / p.mhsa_macs_dense, "stage_macs": p.stage_macs, **figures,
+            "top1_change": None if s.evaluation.top1 is None else s.evaluation.top1 - (s.evaluation.dense_top1 or 0),
+            "top1_change_error": top1_error(s.evaluation), "latency_ms": _timing(s.timing),
+            "latency_share": 1 / ratio, "speed": ratio, "speed_worst": low, "speed_best": high,
+            "keeps": _keeps(s), "tokens": _tokens(s),
+            "predicted_damage": None if found is None else found.damage,
+            "recipe": f"{prefix}.recipes/{s.choice.name}.yaml", "sparsity": s.choice.config.model_dump(mode="json"),
+        })  # fmt: skip
+    e = one.evaluation
+    return {
+        "format": FORMAT, "model": sweep.model, "weights": sweep.weights, "architecture": sweep.architecture,
+        "classes": sweep.classes, "data": sweep.images, "labelled": sweep.labelled, "images": e.images,
+        "broken": e.broken, "calibration": sweep.calibration, "seed": one.recipe.seed,
+        "dense": {
+            "macs": one.profile.macs_dense, "mhsa_macs": one.profile.mhsa_macs_dense, "top1": e.dense_top1,
+            "top5": e.dense_top5, "knn_top1": e.dense_knn_top1, "latency_ms": _timing(sweep.dense),
+        },
+        "settings": settings, "skipped": dict(sweep.skipped), "conditions": dict(sweep.conditions),
+        "convert": " ".join(sweep.convert), "published": [p._asdict() for p in published(sweep)],
+        "seconds": sweep.seconds,
+    }  # fmt: skip
+
+
+def can_write(prefix: Path) -> None:
+    """Raise where `write` is going to fail, before anything is computed.
+
+    Raises:
+        BadFile: no such folder, one that cannot be written, or other things in the way.
+    """
+    folder = prefix.parent
+    if not prefix.name or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise BadFile(f"cannot write {prefix}.md: {folder} is no folder that can be written")
+    for ending in ("md", "json", "png"):
+        if Path(f"{prefix}.{ending}").is_dir():
+            raise BadFile(f"cannot write {prefix}.{ending}: it is a folder")
+    recipes = Path(f"{prefix}.recipes")
+    if recipes.exists() and not recipes.is_dir():
+        raise BadFile(f"cannot write {recipes}: it is no folder")
+
+
+def write(sweep: Sweep, prefix: Path) -> tuple[list[Path], str]:
+    """Writes PREFIX.md, PREFIX.json, PREFIX.png and PREFIX.recipes; what an earlier sweep left there goes.
+
+    All are made beside their places first, so that an error or Ctrl-C leaves the old ones.
+
+    Returns:
+        The files and the folder; and one line where no picture could be drawn, else ''.
+
+    Raises:
+        BadFile: they cannot be written.
+    """
+    name, note = prefix.name, ""
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=prefix.parent) as made:
+            place = Path(made)
+            try:
+                plot(sweep, place / "png")
+            except ImportError:
+                note = NO_PICTURE
+            files.write_text(place / "md", to_markdown(sweep, name, not note))
+            files.write_json(place / "json", as_dict(sweep, name))
+            for s in sweep.settings:
+                files.write_text(place / f"{s.choice.name}.yaml", recipe_yaml(s.recipe))
+            return _move(place, prefix, [s.choice.name for s in sweep.settings]), note
+    except OSError as error:
+        raise BadFile(f"cannot write {prefix}.md and what goes with it: {one_line(error)}") from error
+
+
+def _move(made: Path, prefix: Path, names: Sequence[str]) -> list[Path]:
+    recipes = Path(f"{prefix}.recipes")
+    recipes.mkdir(exist_ok=True)
+    for stale in (*recipes.glob("keep-*.yaml"), *recipes.glob("macs-*.yaml")):
+        if stale.stem not in names:
+            stale.unlink()
+    for name in names:
+        shutil.move(made / f"{name}.yaml", recipes / f"{name}.yaml")
+    paths = []
+    for ending in ("md", "json", "png"):
+        target = Path(f"{prefix}.{ending}")
+        if (made / ending).exists():
+            os.replace(made / ending, target)
+            paths.append(target)
+        else:
+            target.unlink(missing_ok=True)  # an earlier sweep's picture beside these figures would be wrong
+    return [*paths, recipes]
+
+
+# picture
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.35"  # Okabe and Ito's, told apart without colour vision
+
+
+def plot(sweep: Sweep, path: Path) -> None:
+    """Two panels: accuracy (or agreement, or cosine) over MACs left, and over time left; PNG, 1600 pixels wide.
+
+    Raises:
+        ImportError: matplotlib is not there.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    field, words, dense = _axis(sweep.settings[0].evaluation)
+    figure = Figure(figsize=(8, 4.4), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for kind, name, marker, colour in (
+        ("keep", "sparse attention, all tokens", "o", BLUE),
+        ("macs", "searched schedule: fewer tokens and keys", "s", ORANGE),
+    ):
+        some = sorted((s for s in sweep.settings if s.choice.kind == kind), key=lambda s: s.share)
+        if not some:
+            continue
+        y = [getattr(s.evaluation, field) for s in some]
+        style: dict[str, Any] = dict(marker=marker, markersize=6, linewidth=1.4, color=colour)
+        left.plot([100 * s.share for s in some], y, label=name, **style)
+        unit = 100 / sweep.dense.median
+        x = [unit * s.timing.median for s in some]
+        low, high = [unit * s.timing.p10 for s in some], [unit * s.timing.p90 for s in some]
+        spread = [[m - a for m, a in zip(x, low, strict=True)], [b - m for m, b in zip(x, high, strict=True)]]
+        right.errorbar(x, y, xerr=spread, elinewidth=1, capsize=2.5, **style)
+    for axes in (left, right):
+        axes.plot([100], [dense], marker="*", markersize=13, color="black", linestyle="none", label="dense", zorder=5)
+    if points := published(sweep):
+        _draw_published(left, points, dense)
+    left.set_xlabel("MACs left, % of dense (theoretical)", fontsize=10)
+    right.set_xlabel("time left, % of dense (measured, p10 to p90)", fontsize=10)
+    left.set_ylabel(words, fontsize=10)
+    for axes in (left, right):
+        axes.grid(alpha=0.3, linewidth=0.6)
+        axes.tick_params(labelsize=9)
+        axes.axvline(100, color="0.6", linestyle=":", linewidth=1, zorder=0)
+        axes.margins(0.07, 0.09)
+        axes.ticklabel_format(useOffset=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    c = sweep.conditions
+    threads = "1 thread" if c["threads"] == 1 else f"{c['threads']} threads"
+    figure.suptitle(
+        f"{sweep.model} at {c['img_size'][0]} px, not trained: {sweep.settings[0].evaluation.images:,} images; "
+        f"{threads}, {c['dtype']}, batch {c['batch_size']}",
+        fontsize=10.5,
+    )
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    figure.savefig(path, format="png")
+
+
+def _draw_published(axes: Any, points: Sequence[Point], dense: float) -> None:
+    """Placed by what they lose against their own dense model, which is the same on ImageNet's validation set."""
+    for name, marker, colour, some in (
+        ("Sparsifiner: published, fine-tuned *", "^", GREEN, [p for p in points if p.token_keep == 1]),
+        ("pruned tokens: published, fine-tuned *", "v", GREY, [p for p in points if p.token_keep < 1]),
+    ):
+        axes.plot(
+            [100 * p.macs_share for p in some], [dense + p.top1 - PUBLISHED_DENSE_TOP1 for p in some], marker=marker,
+            markersize=5.5, linestyle="none", markerfacecolor="none", color=colour, label=name,
+        )  # fmt: skip
+
+
+def _published_words(sweep: Sweep) -> str:
+    return (
+        "Published, fine-tuned (*): Sparsifiner (CVPR 2023) and the token pruning it compares with, DeiT-S on ImageNet's "
+        f"50,000 validation images, trained after conversion. The picture places them by what they lose against their own "
+        f"dense model ({PUBLISHED_DENSE_TOP1:g} %), from the dense accuracy measured here "
+        f"({_number(sweep.settings[0].evaluation.dense_top1, '.2f')} %). The paper gives the attention's MACs alone, in its "
+        "own accounting; the share of the whole model is worked out from them: 4.599 G less what the attention saves, and "
+        "for pruned tokens the total that the same formulae give."
+    )
+
+
+def _axis(e: Evaluation) -> tuple[str, str, float]:
+    """Field of the evaluation on the y axis, its name, and the dense model's value."""
+    if e.top1 is not None:
+        return "top1", "top-1, %", e.dense_top1 or 0.0
+    if e.agreement is not None:
+        return "agreement", "agreement with dense, %", 100.0
+    return "cosine_pooled", "cosine similarity to dense (pooled features)", 1.0
+
+
+def _keeps(setting: Setting) -> list[str]:
+    config, depth = setting.choice.config, len(setting.profile.tokens)
+    return ["dense" if (keep := config.keep_of(i)) is None else f"{keep:g}" for i in range(depth)]
+
+
+def _tokens(setting: Setting) -> list[int]:
+    """Tokens into each block's attention, and out of the last block; prefix included."""
+    pairs = setting.profile.tokens
+    return [before for before, _ in pairs] + [pairs[-1][1]]
+
+
+def _top1_change(e: Evaluation) -> str:
+    if e.top1 is None or e.dense_top1 is None:
+        return ""
+    return f"{e.top1 - e.dense_top1:+.2f} ± {top1_error(e) or 0:.2f}"
+
+
+def _ms(t: Timing) -> str:
+    return f"{report.plain(t.median)} ({report.plain(t.p10)}-{report.plain(t.p90)})"
+
+
+def _timing(t: Timing) -> dict[str, Any]:
+    return asdict(t)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

@@ -1,0 +1,120 @@
+"""What a block costs at each number of tokens: MACs from shapes, or seconds measured on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import nn
+
+from sparsify.nn.attention import GraftedAttention, SparseAttention
+from sparsify.nn.predictor import HeadLowrank
+from sparsify.nn.tokens import rounds
+from sparsify.ops.macs import dense_macs, head_lowrank_macs, token_lowrank_macs
+
+Keep = float | None  # None: dense
+Options = Mapping[Keep, tuple[int, int]]
+"""Keeps that a block may have, and the grid of cells that goes with each (nothing to do with a dense one's)."""
+
+
+class BlockCost:
+    """Cost of one block, split by what it depends on: every figure is for one image.
+
+    attention(keep, n)   QK', AV, predictor and tail with n patch tokens in
+    entering(n)          norm, qkv and projection
+    leaving(n)           norm and MLP, of the n patch tokens that go on
+    stage(n, m)          choosing m of n
+    last(n)              attention's share of a block that only prefix rows leave: projections and attention
+    """
+
+    def attention(self, keep: Keep, n: int) -> float:
+        raise NotImplementedError
+
+    def entering(self, n: int) -> float:
+        raise NotImplementedError
+
+    def leaving(self, n: int) -> float:
+        raise NotImplementedError
+
+    def stage(self, n: int, m: int) -> float:
+        raise NotImplementedError
+
+    def last(self, n: int) -> float:
+        raise NotImplementedError
+
+    def whole(self, keep: Keep, n: int, m: int) -> float:
+        """The block with n patch tokens in and m out."""
+        if m == 0:
+            return self.last(n) + self.leaving(0)
+        chosen = self.stage(n, m) if m < n else 0.0
+        return self.entering(n) + self.attention(keep, n) + chosen + self.leaving(m)
+
+
+class MacsCost(BlockCost):
+    """MACs, in the product's own count.
+
+    Args:
+        block: a block with grafted attention.
+        prefix: P; ranking_rows: see `sparsify.nn.tokens.importance`.
+        way: of the stages.
+        options: keep -> grid of cells.
+    """
+
+    def __init__(self, block: nn.Module, prefix: int, ranking_rows: int, way: str, options: Options) -> None:
+        self.options = options
+        self.attn = cast(GraftedAttention, block.attn)
+        self.prefix, self.rows, self.way = prefix, max(1, ranking_rows), way
+        self.width = self.attn.num_heads * self.attn.head_dim
+        self.channels = self.attn.qkv.in_features
+        self.norm = _norms(cast(nn.Module, block.norm1))
+        self.mlp = _linears(cast(nn.Module, block.mlp)) + _norms(cast(nn.Module, block.norm2))
+
+    def attention(self, keep: Keep, n: int) -> float:
+        attn, N = self.attn, n + self.prefix
+        shape = (1, attn.num_heads, N, attn.head_dim)
+        if keep is None or not isinstance(attn, SparseAttention):
+            return dense_macs(shape, shape, shape)
+        sparsity = replace(attn.sparsity, keep=keep, cells=self.options[keep])
+        n0 = sparsity.grid[0] * sparsity.grid[1]
+        spec, p = attn.spec_of(sparsity, N, n < n0), attn.predictor
+        constants = (spec.budget, spec.prefix, spec.tail, spec.grid, spec.cells, True)
+        if isinstance(p, HeadLowrank):
+            return head_lowrank_macs(shape, p.ranks, p.a_q is None, *constants).total()
+        return token_lowrank_macs(shape, p.rank, p.knobs["channels"], p.knobs["coef_topk"] or 0, *constants).total()
+
+    def entering(self, n: int) -> float:
+        return (n + self.prefix) * (self.norm + _linears(self.attn.qkv) + _linears(self.attn.proj))
+
+    def leaving(self, n: int) -> float:
+        return (n + self.prefix) * self.mlp
+
+    def stage(self, n: int, m: int) -> float:
+        asking = self.rows * (n + self.prefix) * self.width
+        if self.way != "merge":
+            return asking
+        return asking + sum((k // 2) * (k - k // 2) for k in [n, *rounds(n, m)[:-1]]) * self.channels
+
+    def last(self, n: int) -> float:
+        P, N, qkv = self.prefix, n + self.prefix, _linears(self.attn.qkv)
+        rows = P * (qkv / 3 + _linears(self.attn.proj)) + P * N * 2 * self.width
+        return N * (self.norm + 2 * qkv / 3) + rows
+
+
+def _linears(module: nn.Module) -> int:
+    """MACs of one row through the linear layers of `module`."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _norms(module: nn.Module) -> int:
+    """MACs of one row through a norm, by fvcore's estimate."""
+    weights = [p for p in module.parameters() if p.dim() == 1]
+    return 5 * weights[0].numel() if weights else 0
+
+
+@torch.no_grad()
+def macs(model: nn.Module, prefix: int, ranking_rows: int, way: str, options: Options) -> list[BlockCost]:
+    """`MacsCost` of every block."""
+    blocks = cast(nn.Sequential, model.blocks)
+    return [MacsCost(block, prefix, ranking_rows, way, options) for block in blocks]

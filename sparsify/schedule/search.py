@@ -1,0 +1,152 @@
+"""Which tokens leave where, and which block attends to how much, at least damage for a given cost.
+
+Damage adds up: errors of different blocks are nearly independent, and KL divergence is quadratic in small errors. With
+D_i(m) the damage of a stage after block i alone that leaves m tokens, and K_i(a) that of attention a in block i alone,
+
+    damage(n_0 >= n_1 >= .. >= n_L, a) = sum_i  D_i(n_i) - D_i(n_{i-1})  +  K_i(a_i)
+
+where a token that leaves at i is one that left an earlier stage first if there was one: what is paid is the difference.
+For a price of one unit of cost the best schedule is found exactly, block by block (dynamic programming); the price that
+meets the target by bisection; what remains between two neighbouring prices by moving from one to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sparsify.schedule.costs import BlockCost, Keep
+from sparsify.schedule.sensitivity import Sensitivity
+
+LEVELS = 64  # numbers of tokens that the search tells apart
+STEPS = 50  # of each bisection
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What the search found.
+
+    Attributes:
+        counts: patch tokens into the first block, and after each block.
+        keeps: of each block's attention; None: dense.
+        cost: of all blocks, in the unit of the costs; damage: predicted.
+    """
+
+    counts: tuple[int, ...]
+    keeps: tuple[Keep, ...]
+    cost: float
+    damage: float
+
+    def rates(self) -> tuple[float, ...]:
+        """Share kept by each block, rounded down so that the counts come out again (`sparsify.config.Tokens`)."""
+        pairs = zip(self.counts, self.counts[1:], strict=False)
+        return tuple(1.0 if m == n else int(m / n * 1e5) / 1e5 for n, m in pairs)
+
+
+def search(sensitivity: Sensitivity, costs: Sequence[BlockCost], target: float) -> Schedule:
+    """The schedule of least damage whose blocks cost at most `target`, and as good as all of it.
+
+    Where even the cheapest schedule costs more, that one.
+    """
+    solve = _solver(sensitivity, costs)
+    if solve(0.0).cost <= target:
+        return solve(0.0)
+    low, high = 0.0, 1e-12
+    while solve(high).cost > target and high < 1e12:
+        low, high = high, high * 10
+    for _ in range(STEPS):
+        middle = (low * high) ** 0.5 if low else high / 10
+        low, high = (middle, high) if solve(middle).cost > target else (low, middle)
+        if low and high / low < 1.0001:
+            break
+    dear, cheap = solve(low), solve(high)
+    return _between(sensitivity, costs, cheap, dear, target)
+
+
+def uniform(n: int, blocks: int, rate: float, ends_empty: bool) -> tuple[int, ...]:
+    """One rate after every block: the yardstick of a search. `ends_empty`: nothing goes on after the last."""
+    counts = [n, *(int(np.ceil(n * rate**i - 1e-9)) for i in range(1, blocks + 1))]
+    return (*counts[:-1], 0) if ends_empty else tuple(counts)
+
+
+def price(costs: Sequence[BlockCost], counts: Sequence[int], keeps: Sequence[Keep]) -> float:
+    """Cost of all blocks."""
+    return sum(c.whole(a, n, m) for c, a, n, m in zip(costs, keeps, counts, counts[1:], strict=False))
+
+
+def _solver(sensitivity: Sensitivity, costs: Sequence[BlockCost]) -> Callable[[float], Schedule]:
+    """Price of one unit of cost -> the best schedule, its counts among `LEVELS` levels."""
+    n0, depth = sensitivity.patches, len(costs)
+    least = max(1, int(np.ceil(sensitivity.shares[-1] * n0)))
+    levels = np.unique(np.ceil(np.linspace(least, n0, LEVELS)).astype(int))[::-1]  # descending, n0 first
+    if sensitivity.empty is not None:
+        levels = np.append(levels, 0)
+    L = len(levels)
+    damage = np.stack([sensitivity.of_tokens(i, levels) for i in range(depth)])  # (depth, L)
+    step = np.maximum(damage[:, None, :] - damage[:, :, None], 0)  # (depth, L in, L out)
+    allowed = np.triu(np.ones((L, L), bool))  # tokens do not come back
+    options = sensitivity.options
+    attention = np.array([[[c.attention(a, n) if n else 0.0 for n in levels] for a in options] for c in costs])
+    kept = np.array([[sensitivity.of_keep(i, a) for a in options] for i in range(depth)])  # (depth, options)
+    rest = np.array([[[_rest(c, n, m) for m in levels] for n in levels] for c in costs])  # (depth, L in, L out)
+
+    def solve(price_: float) -> Schedule:
+        best, back = np.full(L, np.inf), []
+        best[0] = 0.0
+        taken = (price_ * attention + kept[:, :, None]).argmin(1)  # (depth, L)
+        for i in range(depth):
+            own = (price_ * attention[i] + kept[i][:, None]).min(0)  # (L)
+            total = best[:, None] + step[i] + price_ * rest[i] + own[:, None]
+            if levels[-1] == 0:
+                total[:, -1] -= own  # only prefix rows: dense attention, counted in `rest`
+                total[-1, :] = np.inf
+                if i < depth - 1:
+                    total[:, -1] = np.inf
+            total = np.where(allowed, total, np.inf)
+            back.append(total.argmin(0))
+            best = total.min(0)
+        path = [int(best.argmin())]
+        for i in range(depth - 1, -1, -1):
+            path.append(int(back[i][path[-1]]))
+        path.reverse()
+        counts = tuple(int(levels[j]) for j in path)
+        keeps = tuple(options[taken[i][path[i]]] if counts[i + 1] else None for i in range(depth))
+        return _schedule(sensitivity, costs, counts, keeps)
+
+    return solve
+
+
+def _rest(cost: BlockCost, n: int, m: int) -> float:
+    """All but the attention of a block that lets patch rows leave."""
+    if n == 0 or m > n:
+        return 0.0
+    return cost.whole(None, n, m) - (cost.attention(None, n) if m else 0.0)
+
+
+def _between(
+    sensitivity: Sensitivity, costs: Sequence[BlockCost], cheap: Schedule, dear: Schedule, target: float
+) -> Schedule:
+    """From the schedule below the target towards the one above it, as far as the target allows."""
+    best, low, high = cheap, 0.0, 1.0
+    for _ in range(20):
+        t = (low + high) / 2
+        blend = tuple(round(a + t * (b - a)) for a, b in zip(cheap.counts, dear.counts, strict=True))
+        blend = blend if cheap.counts[-1] else (*blend[:-1], 0)
+        found = _schedule(sensitivity, costs, blend, cheap.keeps)
+        if found.cost <= target:
+            best, low = found, t
+        else:
+            high = t
+    return best
+
+
+def _schedule(
+    sensitivity: Sensitivity, costs: Sequence[BlockCost], counts: tuple[int, ...], keeps: tuple[Keep, ...]
+) -> Schedule:
+    damage = sum(max(0.0, sensitivity.of_keep(i, a)) for i, a in enumerate(keeps))
+    for i in range(len(keeps)):
+        before, after = sensitivity.of_tokens(i, np.array(counts[i : i + 2]))
+        damage += max(0.0, float(after - before))
+    return Schedule(counts, keeps, price(costs, counts, keeps), float(damage))

@@ -1,0 +1,103 @@
+"""Costs in milliseconds: the parts of one block timed on this machine at a few numbers of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparsify.nn import fewer
+from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention
+from sparsify.nn.tokens import Stage, Tokens, importance
+from sparsify.profiling.latency import interleaved
+from sparsify.schedule.costs import BlockCost, Keep, Options
+
+POINTS = (0.1, 0.25, 0.5, 0.75, 1.0)  # shares of the tokens at which parts are timed
+ROUNDS = 9
+
+
+class MeasuredCost(BlockCost):
+    """Milliseconds of one image, between the measured numbers of tokens linear.
+
+    Args:
+        counts: patch tokens, ascending; tables: part -> ms at each of them. Attention parts are named by their keep.
+    """
+
+    def __init__(self, counts: Sequence[int], tables: dict[Any, Sequence[float]]) -> None:
+        self.counts, self.tables = counts, tables
+
+    def at(self, part: Any, n: int) -> float:
+        """ms of a part with n patch tokens."""
+        return float(np.interp(n, self.counts, self.tables[part]))
+
+    def attention(self, keep: Keep, n: int) -> float:
+        return self.at(("attention", keep), n)
+
+    def entering(self, n: int) -> float:
+        return self.at("entering", n)
+
+    def leaving(self, n: int) -> float:
+        return self.at("leaving", n) * (1.0 if n else 0.0)
+
+    def stage(self, n: int, m: int) -> float:
+        return self.at("ranking", n) + self.at("choosing", n)
+
+    def last(self, n: int) -> float:
+        return self.at("last", n)
+
+
+@torch.no_grad()
+def measured(model: nn.Module, way: str, options: Options, batch: int) -> list[BlockCost]:
+    """`MeasuredCost` of every block: one block is timed, the others of a plain ViT are the same."""
+    blocks = cast(Any, list(cast(nn.Sequential, model.blocks)))
+    block = blocks[len(blocks) // 2]
+    attn = cast(GraftedAttention, block.attn)
+    prefix, rows = int(cast(int, model.num_prefix_tokens)), fewer.ranking_rows(model)
+    patches = int(np.prod(cast(Any, model.patch_embed).grid_size))
+    dense = DenseAttention(cast(Any, attn))
+    dense.execution = attn.execution
+    counts = sorted({max(2, round(share * patches)) for share in POINTS})
+    tables: dict[Any, list[float]] = {}
+    generator = torch.Generator().manual_seed(0)
+    like = next(model.parameters())
+    for n in counts:
+        x = torch.randn(batch, prefix + n, attn.qkv.in_features, generator=generator).to(like)  # (B, N, C)
+        q, k, v = attn.qkv_heads(x)
+        place = torch.arange(n, device=x.device).expand(batch, -1)
+        tokens = Tokens(patches, place=place) if n < patches else Tokens(patches)
+        given = importance(q, k, attn.scale, None, rows, prefix)
+        stage = Stage(way, 0.8 * n / patches, prefix)
+        runs: dict[Any, Callable[[], object]] = {
+            "entering": partial(_entering, block, x),
+            "leaving": partial(_leaving, block, x),
+            "ranking": partial(importance, q, k, attn.scale, None, rows, prefix),
+            "choosing": partial(stage, x, given, tokens),
+            "last": partial(attn.prefix_rows, x, max(prefix, 1), tokens),
+        }
+        for keep, cells in options.items():
+            module: GraftedAttention = dense
+            if keep is not None and isinstance(attn, SparseAttention):
+                module = SparseAttention(
+                    cast(Any, attn), attn.predictor, replace(attn.sparsity, keep=keep, cells=cells)
+                )
+                module.execution = attn.execution
+            runs["attention", keep] = partial(module.attend, q, k, v, None, tokens)
+        found = interleaved(cast(Any, runs), rounds=ROUNDS)
+        for part, timing in found.items():
+            tables.setdefault(part, []).append(timing.median / batch)
+    return [MeasuredCost(counts, cast(Any, tables))] * len(blocks)
+
+
+def _entering(block: Any, x: Tensor) -> Tensor:
+    """Norm, qkv and projection of x [B, N, C]."""
+    block.attn.qkv_heads(block.norm1(x))
+    return block.attn.proj(x)
+
+
+def _leaving(block: Any, x: Tensor) -> Tensor:
+    return x + block.mlp(block.norm2(x))

@@ -1,0 +1,413 @@
+"""The job behind `sparsify sweep`: one calibrated model, measured at several keeps and searched schedules beside dense.
+
+The model is converted once and its sensitivity measured once. All settings share its weights, see the same images in one
+pass, in which the dense model computes once, and are timed in turns with it in one run. Each is a recipe that `convert`
+takes: ranks and cells are written out, so that the same images give the same model again.
+"""
+
+from __future__ import annotations
+
+import platform
+import random
+import shlex
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from sparsify import __version__, checkpoint, conversion, data, schedule, zoo
+from sparsify.calibration import calibrate, first, spends_ranks
+from sparsify.config import Recipe, SparsityConfig
+from sparsify.errors import BadFile, SparsifyError, UsageError
+from sparsify.loading import LabelledBatches, Stream
+from sparsify.metrics import Evaluation, Features, Logits
+from sparsify.nn import graft
+from sparsify.ops import backends
+from sparsify.ops.machine import device_name
+from sparsify.ops.spec import Execution
+from sparsify.profiling import Profile, latency, profile
+from sparsify.profiling.latency import Timing
+from sparsify.profiling.macs import count, image_shape, replica
+from sparsify.schedule import Found, Schedule
+
+EVAL_BATCH = 32  # images computed together where nothing is timed
+SECONDS = 2.5  # of timing, for each model; `latency.BUDGET_S` at least
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting before it is measured.
+
+    Attributes:
+        name: keep-0.1 (sparse attention, all tokens) or macs-0.7 (a searched schedule); names its recipe.
+        asked: the share in the name: of keys, or of the dense model's MACs.
+        config: of the sparse model, complete.
+        schedule: what the search found; None: there was none.
+    """
+
+    name: str
+    asked: float
+    config: SparsityConfig
+    schedule: Schedule | None
+
+    @property
+    def kind(self) -> str:
+        """keep or macs."""
+        return self.name.partition("-")[0]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting with its figures.
+
+    Attributes:
+        choice: what it is; recipe: gives it again.
+        profile: MACs, theoretical.
+        evaluation: on the same images as all others; its throughput is not measured.
+        timing: of the sparse form, no dense fallback, in one run with all others.
+    """
+
+    choice: Choice
+    recipe: Recipe
+    profile: Profile
+    evaluation: Evaluation
+    timing: Timing
+
+    @property
+    def share(self) -> float:
+        """Of the dense model's MACs."""
+        return self.profile.macs_sparse / self.profile.macs_dense
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What `sweep` measured.
+
+    Attributes:
+        model, weights: as asked; architecture: timm's name; classes: outputs, 0 without a classifier.
+        images: what was evaluated on, in words; calibration: what on, in words.
+        labelled: whether those images have labels.
+        settings: in the order asked, keeps first; dense: the dense model's time.
+        skipped: settings that cannot be, with the reason.
+        conditions: of the timing: batch_size, img_size, dtype, device, device_name, threads, runs, backend and versions.
+        convert: the command that makes a setting's model, up to its recipe.
+    """
+
+    model: str
+    weights: str | None
+    architecture: str
+    classes: int
+    images: str
+    calibration: str
+    labelled: bool
+    settings: tuple[Setting, ...]
+    dense: Timing
+    skipped: Mapping[str, str]
+    conditions: Mapping[str, Any]
+    convert: tuple[str, ...]
+    seconds: float
+
+    def ratio(self, setting: Setting) -> tuple[float, float, float]:
+        """How many times faster than dense: of the medians; and at worst and best of p10 to p90 of both."""
+        dense, sparse = self.dense, setting.timing
+        return dense.median / sparse.median, dense.p10 / sparse.p90, dense.p90 / sparse.p10
+
+
+def sweep(
+    name: str,
+    recipe: Recipe,
+    images: str,
+    *,
+    targets: Sequence[float],
+    keeps: Sequence[float],
+    must_be_labelled: bool = False,
+    weights: Path | None = None,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    calib: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 1,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    workers: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[str, int, int | None], None] = lambda step, done, total: None,
+) -> Sweep:
+    """Converts the model `name` by `recipe` and measures it at every keep and target. No file is written.
+
+    Args:
+        recipe: its keep and tokens are the calibration's; the settings have their own.
+        images: to evaluate on (`data.labelled`); a folder of loose images has no labels, which leaves agreement.
+        targets: shares of the dense model's MACs, a schedule is searched for each; keeps: of keys, all tokens stay.
+        must_be_labelled: loose images are an error.
+        calib: images to calibrate on; None: the built-in ones.
+        limit: images to evaluate on, drawn by the recipe's seed; None: all.
+        batch_size: images of a timed forward pass.
+
+    Raises:
+        SparsifyError: see `zoo`, `data`, `graft`; also where no setting is possible.
+    """
+    start = time.perf_counter()
+    source = _dense_source(name)
+    if source.note:
+        say(source.note)
+    where, execution = torch.device(device), Execution(backend)
+    graft.check_execution(execution, where, dtype)
+    hosts = graft.check(zoo.skeleton(source, num_classes, img_size), source.asked)  # before anything is loaded
+    recipe.sparsity.check(*graft.shape(hosts))
+    model = zoo.load(source, weights, num_classes, img_size).to(where)
+    if differs := zoo.note(model, source):
+        say(differs)
+    classes = int(cast(Any, model).num_classes)
+    shown, labelled = _images(model, images, classes, must_be_labelled, limit, recipe.seed, workers)
+    if shown.note:
+        say(shown.note)
+    if not labelled:
+        say(f"{images} has no class folders: no accuracy, only how far the models agree with dense")
+
+    batches, calibration = conversion._batches(
+        model, source, recipe, calib, device, conversion.CALIBRATION_BATCH, workers
+    )
+    say(f"calibrating on {calibration}")
+    if spends_ranks(recipe.sparsity) and (note := backends.note(backend, where, dtype)):
+        say(note)
+    with torch.autocast(where.type, dtype, enabled=dtype != torch.float32):
+        fitted = calibrate(
+            model, recipe.sparsity, batches,
+            lambda step, done, total: progress(step, done, total or recipe.calib_images), execution,
+        )  # fmt: skip
+    graft.set_execution(model, execution)
+    config = fitted.config.model_copy(update={"cells": recipe.sparsity.cells, "tokens": None})
+    choices, skipped = _choices(model, config, batches, targets, keeps, say, progress)
+    if not choices:
+        raise UsageError("nothing to measure: " + "; ".join(skipped.values()))
+    profiles = []
+    for done, choice in enumerate(choices):
+        profiles.append(profile(graft.applied(model, choice.config), measure=False))
+        progress("MACs", done + 1, len(choices))
+
+    base = replica(model, where, dtype)
+    graft.set_execution(base, execution)
+    dense = graft.dense_twin(base)
+    sparse = {choice.name: graft.applied(base, choice.config) for choice in choices}
+    found = _evaluate(dense, sparse, shown, classes, labelled, where, dtype, lambda n: progress("eval", n, shown.total))
+    if shown.broken:
+        say(f"{shown.broken} images could not be read and are left out; the first: {shown.first_broken}")
+    say(f"timing {len(sparse) + 1} models in turns")
+    times = _time({"dense": dense, **sparse}, batch_size, where, dtype)
+    return Sweep(
+        model=source.asked,
+        weights=None if weights is None else weights.name,
+        architecture=source.architecture,
+        classes=classes,
+        images=images,
+        calibration=calibration,
+        labelled=labelled,
+        settings=tuple(
+            Setting(
+                choice,
+                _recipe_of(choice, recipe),
+                macs,
+                replace(found[choice.name], model=choice.name, broken=shown.broken),
+                times[choice.name],
+            )
+            for choice, macs in zip(choices, profiles, strict=True)
+        ),
+        dense=times["dense"],
+        skipped=skipped,
+        conditions={
+            "batch_size": batch_size,
+            "img_size": list(image_shape(model)[1:]),
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": device,
+            "device_name": device_name(where),
+            "threads": torch.get_num_threads(),
+            "runs": times["dense"].runs,
+            "backend": backends.describe(backend, execution.precision, where, dtype),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "sparsify": __version__,
+        },
+        convert=_command(name, weights, num_classes, img_size, calib, dtype),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _dense_source(name: str) -> zoo.Source:
+    """`zoo.resolve`, with another word for files that `convert` wrote."""
+    if name.endswith(".safetensors"):
+        try:
+            known = str(checkpoint.read_header(Path(name)).provenance.get("source") or "deit_small")
+        except BadFile:
+            known = "deit_small"
+        raise UsageError(
+            f"'{name}' is a file: a sweep starts from the dense model, give its name, such as {known} (and --weights "
+            "FILE for a checkpoint of your own)"
+        )
+    return zoo.resolve(name)
+
+
+def _choices(
+    model: nn.Module, config: SparsityConfig, batches: Callable[[], Iterator[Tensor]], targets: Sequence[float],
+    keeps: Sequence[float], say: Callable[[str], None], progress: Callable[[str, int, int | None], None],
+) -> tuple[list[Choice], dict[str, str]]:  # fmt: skip
+    """The settings of a calibrated model, and those that cannot be, with the reason; `config`: cells as asked."""
+    tokens = graft.num_tokens(model)
+    chosen = [
+        Choice(f"keep-{keep:g}", keep, config.model_copy(update={"keep": keep}).with_cells(tokens), None)
+        for keep in keeps
+    ]
+    skipped: dict[str, str] = {}
+    if not targets:
+        return chosen, skipped
+    probe = list(first(batches(), conversion.PROBE_IMAGES))
+    total = sum(map(len, probe))
+    measured = schedule.sensitivity(
+        model, config, probe, progress=lambda done: progress("sensitivity", done, total)
+    )  # fmt: skip
+    dense = count(graft.dense_twin(replica(model, next(model.parameters()).device)), image_shape(model), []).total
+    for target in targets:
+        name = f"macs-{target:g}"
+        try:
+            found: Found = schedule.for_macs(model, config, measured, target, dense)
+        except UsageError as error:  # the other settings are worth having
+            reason = str(error).partition(": ")[2] or str(error)
+            skipped[name] = f"target {target:g}: {reason}"
+            say(f"left out, {skipped[name]}")
+            continue
+        say(f"schedule: {found.share:.3f} of the dense model's MACs, {target:g} asked for")
+        chosen.append(Choice(name, target, found.config.with_cells(tokens), found.schedule))
+    return chosen, skipped
+
+
+def _recipe_of(choice: Choice, recipe: Recipe) -> Recipe:
+    """What gives the setting's model again: its configuration as it is, the ranks that were spent among it."""
+    what = f"keep {choice.asked:g}" if choice.kind == "keep" else f"schedule for {choice.asked:g} of the dense MACs"
+    return recipe.model_copy(
+        update={"sparsity": choice.config, "description": f"{what}, chosen by 'sparsify sweep'"}
+    )  # fmt: skip
+
+
+def _command(
+    name: str, weights: Path | None, num_classes: int | None, img_size: int | None, calib: str | None,
+    dtype: torch.dtype,
+) -> tuple[str, ...]:  # fmt: skip
+    """The words of the `convert` that calibrates as the sweep did, without its recipe and output."""
+    options = {
+        "--weights": weights, "--num-classes": num_classes, "--img-size": img_size, "--data": calib,
+        "--dtype": None if dtype == torch.float32 else str(dtype).removeprefix("torch."),
+    }  # fmt: skip
+    given = [word for key, value in options.items() if value is not None for word in (key, shlex.quote(str(value)))]
+    return ("sparsify", "convert", shlex.quote(name), *given)
+
+
+# evaluation
+
+
+class _Loose:
+    """Images without labels as batches of images and the label -1; attributes as `LabelledBatches`."""
+
+    note = ""
+
+    def __init__(self, images: Any) -> None:
+        self.images, self.total = images, images.total
+
+    @property
+    def broken(self) -> int:
+        return int(self.images.broken)
+
+    @property
+    def first_broken(self) -> str:
+        return str(self.images.first_broken)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((x, torch.full((len(x),), -1)) for x in self.images)
+
+
+def _images(
+    model: nn.Module, place: str, classes: int, must_be_labelled: bool, limit: int | None, seed: int, workers: int
+) -> tuple[LabelledBatches | _Loose, bool]:
+    """The images to evaluate on, `limit` of them drawn by `seed`, and whether they have labels."""
+    transform = data.transform(data.data_config(model))
+    if not must_be_labelled and _is_flat(Path(place)):
+        wanted = limit or len(list(Path(place).iterdir()))
+        return _Loose(data.unlabelled(place, wanted, seed, transform, EVAL_BATCH, workers)), False
+    found = data.labelled(place, classes, transform, EVAL_BATCH, workers)
+    if limit is None or (found.total is not None and found.total <= limit):
+        return found, True
+    if isinstance(found.dataset, Stream):
+        dataset: Any = Stream(found.dataset.source, transform, limit)
+    else:  # drawn, in their order: the first images of a folder are those of its first classes
+        drawn = sorted(random.Random(seed).sample(range(cast(int, found.total)), limit))
+        dataset = Subset(found.dataset, drawn)
+    return LabelledBatches(
+        dataset, EVAL_BATCH, found.workers, note=found.note, place=place, num_classes=found.num_classes
+    ), True
+
+
+def _is_flat(path: Path) -> bool:
+    """Whether `path` is a folder of files alone: nothing that could name a class."""
+    return path.is_dir() and not any(child.is_dir() for child in path.iterdir())
+
+
+@torch.inference_mode()
+def _evaluate(
+    dense: nn.Module, sparse: Mapping[str, nn.Module], batches: Batches, classes: int, labelled: bool,
+    device: torch.device, dtype: torch.dtype, progress: Callable[[int], None],
+) -> dict[str, Evaluation]:  # fmt: skip
+    """Every sparse model beside the dense one, which computes once; as `sparsify.evaluation` without its clock."""
+    prefix = graft.num_prefix_tokens(dense)
+    sums = {name: Logits() if classes else Features(prefix) for name in sparse}
+    done = 0
+    for x, y in batches:
+        if not len(x):
+            continue
+        x = x.to(device, dtype)
+        expected = _output(dense, x, classes)
+        for name, model in sparse.items():
+            sums[name].add(cast(Any, expected), cast(Any, _output(model, x, classes)), y)
+        done += len(x)
+        progress(done)
+    if not done:
+        raise SparsifyError("there are no images to evaluate on")
+    unknown = () if labelled else (
+        "top1", "top5", "dense_top1", "dense_top5", "images_lost", "images_gained", "knn_top1", "dense_knn_top1",
+    )  # fmt: skip
+    return {
+        name: replace(found.result(done), images=done, **cast(Any, dict.fromkeys(unknown)))
+        for name, found in sums.items()
+    }
+
+
+def _output(model: nn.Module, x: Tensor, classes: int) -> Tensor | tuple[Tensor, Tensor]:
+    """Logits; of models without a classifier pooled features and tokens."""
+    if classes:
+        return model(x)
+    host = cast(Any, model)
+    features = host.forward_features(x)
+    return host.forward_head(features, pre_logits=True), features
+
+
+def _time(
+    models: Mapping[str, nn.Module], batch_size: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Timing]:
+    """Forward passes of all models over one random batch, in turns."""
+    shape = image_shape(models["dense"])
+    images = torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    return latency.interleaved(
+        {name: partial(model, images) for name, model in models.items()},
+        budget_s=max(latency.BUDGET_S, SECONDS * len(models)),
+        synchronize=wait,
+    )
