@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST_TIMM := 1.0.28
 
-.PHONY: venv demo test test-oldest sanitize lint format bench-accuracy bench-equality frontier clean
+.PHONY: venv demo test test-oldest sanitize lint format bench-accuracy bench-equality bench-tokens frontier clean
 
 venv: $(VENV)/.installed
 
@@ -63,6 +63,11 @@ bench-auto: venv
 # Accuracy and MACs of the README, from real weights and photographs (SPARSIFY_TEST_DATA, default ../shared/data).
 bench-accuracy: venv
 	$(BIN)/python benchmarks/accuracy.py
+
+# Fewer tokens: accuracy of schedules on real weights, then the time of whole models; tables in build/bench/.
+bench-tokens: venv
+	$(BIN)/python benchmarks/tokens.py
+	$(BIN)/python benchmarks/tokens_speed.py --markdown build/bench/tokens.md --json build/bench/tokens.json
 
 # keep=1 equals dense, one model of each kind at its own image size and depth.
 bench-equality: venv

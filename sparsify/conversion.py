@@ -161,12 +161,12 @@ def _choose(
     say(f"schedule: {words}")
     say("  tokens after each block  " + " ".join(str(n + prefix) for n in found.schedule.counts[1:]))
     say("  keep of each block       " + " ".join(f"{a:g}" if a else "dense" for a in found.schedule.keeps))
-    keep, tokens = found.config.keep, found.config.tokens
-    sparsity = asked.model_copy(update={"keep": keep, "tokens": tokens})
+    config = found.config.with_cells(graft.num_tokens(model))
+    sparsity = (
+        config if asked.cells else config.model_copy(update={"cells": None})
+    )  # ranks as found: they depend on keep
     description = f"{recipe.description.split('; schedule')[0]}; schedule for {words}"
-    return found.config.with_cells(graft.num_tokens(model)), recipe.model_copy(
-        update={"sparsity": sparsity, "description": description}
-    )
+    return config, recipe.model_copy(update={"sparsity": sparsity, "description": description})
 
 
 def _batches(

@@ -72,7 +72,8 @@ class Setting:
         choice: what it is; recipe: gives it again.
         profile: MACs, theoretical.
         evaluation: on the same images as all others; its throughput is not measured.
-        timing: of the sparse form, no dense fallback, in one run with all others.
+        timing: of the sparse form, no dense fallback, in one run with all others; ms.
+        speed: time of the dense model over the setting's in the same round.
     """
 
     choice: Choice
@@ -80,6 +81,7 @@ class Setting:
     profile: Profile
     evaluation: Evaluation
     timing: Timing
+    speed: Timing
 
     @property
     def share(self) -> float:
@@ -114,11 +116,6 @@ class Sweep:
     conditions: Mapping[str, Any]
     convert: tuple[str, ...]
     seconds: float
-
-    def ratio(self, setting: Setting) -> tuple[float, float, float]:
-        """How many times faster than dense: of the medians; and at worst and best of p10 to p90 of both."""
-        dense, sparse = self.dense, setting.timing
-        return dense.median / sparse.median, dense.p10 / sparse.p90, dense.p90 / sparse.p10
 
 
 def sweep(
@@ -177,6 +174,7 @@ def sweep(
     batches, calibration = conversion._batches(
         model, source, recipe, calib, device, conversion.CALIBRATION_BATCH, workers
     )
+    calibration = calibration.replace("no --data was given", "no --calib was given")
     say(f"calibrating on {calibration}")
     if spends_ranks(recipe.sparsity) and (note := backends.note(backend, where, dtype)):
         say(note)
@@ -203,7 +201,7 @@ def sweep(
     if shown.broken:
         say(f"{shown.broken} images could not be read and are left out; the first: {shown.first_broken}")
     say(f"timing {len(sparse) + 1} models in turns")
-    times = _time({"dense": dense, **sparse}, batch_size, where, dtype)
+    times, speeds = _time({"dense": dense, **sparse}, batch_size, where, dtype)
     return Sweep(
         model=source.asked,
         weights=None if weights is None else weights.name,
@@ -219,6 +217,7 @@ def sweep(
                 macs,
                 replace(found[choice.name], model=choice.name, broken=shown.broken),
                 times[choice.name],
+                speeds[choice.name],
             )
             for choice, macs in zip(choices, profiles, strict=True)
         ),
@@ -401,13 +400,24 @@ def _output(model: nn.Module, x: Tensor, classes: int) -> Tensor | tuple[Tensor,
 
 def _time(
     models: Mapping[str, nn.Module], batch_size: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, Timing]:
-    """Forward passes of all models over one random batch, in turns."""
+) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """Forward passes of all models over one random batch, in turns: ms, and times faster than dense by round."""
     shape = image_shape(models["dense"])
     images = torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-    return latency.interleaved(
-        {name: partial(model, images) for name, model in models.items()},
+    every: dict[str, list[float]] = {name: [] for name in models}  # the warm-up among it
+
+    def run(name: str) -> None:
+        begin = time.perf_counter()
+        models[name](images)
+        wait()
+        every[name].append(time.perf_counter() - begin)
+
+    times = latency.interleaved(
+        {name: partial(run, name) for name in models},
         budget_s=max(latency.BUDGET_S, SECONDS * len(models)),
         synchronize=wait,
     )
+    rounds = {name: every[name][-times[name].runs :] for name in models}
+    ratios = {name: [d / s for d, s in zip(rounds["dense"], own, strict=True)] for name, own in rounds.items()}
+    return times, {name: latency.timing(own) for name, own in ratios.items()}

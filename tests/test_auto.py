@@ -168,7 +168,8 @@ def test_a_decision_is_measured_once_and_remembered_on_disk(folder):
 
 
 OTHER = {
-    "batch": 2, "heads": 3, "tokens": 18, "head_dim": 16, "dtype": torch.bfloat16, "threads": 2, "masked": True, "merged": True, "placed": True,
+    "batch": 2, "heads": 3, "tokens": 18, "head_dim": 16, "dtype": torch.bfloat16, "threads": 2, "masked": True,
+    "merged": True, "placed": True,
     "precision": "bf16", "sparse": "reference", "kind": Kind("head", 8, 4), "spec": SPEC._replace(tail="mean"),
 }  # fmt: skip
 

@@ -207,11 +207,17 @@ def weighted_mean(x: Tensor, I: Tensor, group: Tensor, m: int) -> Tensor:
 
     Computed in float32 at least; a token alone in its group stays what it is, to the bit.
     """
+    B, n, C = x.shape
     index, weight = group.clamp_min(0), I * (group >= 0)
-    weight = weight / I.new_zeros(len(I), m).scatter_add(1, index, weight).gather(1, index)  # (B, n)
-    share = x * weight.unsqueeze(-1)  # (B, n, C), the wider dtype of the two
-    total = share.new_zeros(len(x), m, x.shape[-1]).scatter_add(1, index.unsqueeze(-1).expand_as(x), share)
-    return total.to(x.dtype)
+    weight = weight / I.new_zeros(B, m).scatter_add(1, index, weight).gather(1, index)  # (B, n)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    bag = (index + m * torch.arange(B, device=x.device).unsqueeze(1)).flatten()  # (B * n) row of the result
+    bag, order = bag.sort(stable=True)
+    starts = torch.searchsorted(bag, torch.arange(B * m, device=x.device))
+    total = nn.functional.embedding_bag(  # sums of weighted rows; scatter_add takes three times as long
+        order, x.reshape(B * n, C).to(dtype), starts, mode="sum", per_sample_weights=weight.flatten().to(dtype)[order]
+    )
+    return total.view(B, m, C).to(x.dtype)
 
 
 def effective_size(size: Tensor, I: Tensor, group: Tensor, m: int) -> Tensor:

@@ -31,7 +31,8 @@ ELEMENTWISE = frozenset({
     "aten::softplus", "aten::max_pool2d", "aten::masked_fill_", "aten::pad", "aten::clone", "aten::alias",
     "aten::lift_fresh", "aten::repeat", "aten::expand_as", "aten::view_as", "aten::reshape_as", "aten::mT",
     "aten::ones_like", "aten::new_ones", "aten::lt", "aten::ge", "aten::clamp_min", "aten::linalg_vector_norm",
-    "aten::sort", "aten::argsort", "aten::gather", "aten::scatter", "aten::scatter_add", "aten::masked_fill",
+    "aten::sort", "aten::argsort", "aten::gather", "aten::scatter", "aten::scatter_add",
+    "aten::embedding_bag", "aten::searchsorted", "aten::masked_fill",
 })  # fmt: skip
 """Ops of sums, activations, comparison, sorting and copies: 0 MACs, as in fvcore's convention. Any other op that has no
 handle is reported in `Counts.unsupported`."""

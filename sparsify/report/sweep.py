@@ -26,10 +26,10 @@ from sparsify.report import files
 from sparsify.sweep import Setting, Sweep
 
 FORMAT = 1  # of the JSON
-NO_PICTURE = "no picture: matplotlib is not installed; pip install 'sparsify-vit[plot]'"
+NO_PICTURE = "no picture was drawn ({}): pip install 'sparsify-vit[plot]'"
 SPEED = (
-    "Speed: time of the dense model over that of the setting, a ratio of medians; in brackets what the 10th and 90th "
-    "percentiles of both allow at worst and best. The sparse form is timed, without a dense fallback."
+    "Speed: time of the dense model over that of the setting, round by round; the median, in brackets the 10th and 90th "
+    "percentile. The sparse form is timed, without a dense fallback."
 )
 
 
@@ -106,7 +106,7 @@ def quality(e: Evaluation) -> list[tuple[str, str, str]]:
         cells.append(("top-1 %", _number(e.dense_top1, ".2f"), _number(e.top1, ".2f")))
     if e.agreement is not None:
         cells.append(("agree %", "", f"{e.agreement:.2f}"))
-        cells.append(("KL", "", _number(e.kl, ".4f")))
+        cells.append(("KL", "", _number(e.kl, ".4f").replace("-0.0000", "0.0000")))  # equal but for rounding
     if e.images_lost is not None:
         cells.append(("lost/gained", "", f"{e.images_lost}/{e.images_gained}"))
     if e.cosine_pooled is not None:
@@ -151,23 +151,23 @@ def top1_error(e: Evaluation) -> float | None:
 def table(sweep: Sweep) -> Group:
     """All settings beside dense, in 80 columns."""
     one = sweep.settings[0]
-    shown = Table(box=None, pad_edge=False)
+    shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     headings = ["", "MACs", "change", "MHSA", *(name for name, _, _ in quality(one.evaluation)), "speed", "p10-p90"]
-    for heading in headings:
+    for heading in headings:  # 78 columns where they are full
         short = {"lost/gained": "-/+"}.get(heading, heading.removesuffix(" %"))
         shown.add_column(short, justify="right" if heading else "left", no_wrap=True)
     dense = [cell for _, cell, _ in quality(one.evaluation)]
     shown.add_row("dense", report.human(one.profile.macs_dense), "", "", *dense, "1.00x", "")
     for s in sweep.settings:
-        p, (ratio, low, high) = s.profile, sweep.ratio(s)
+        p, speed = s.profile, s.speed
         shown.add_row(
             label(s),
             report.human(p.macs_sparse),
             report.change(p.macs_dense, p.macs_sparse).removesuffix(" %") + "%",
             report.change(p.mhsa_macs_dense, p.mhsa_macs_sparse).removesuffix(" %") + "%",
-            *(cell for _, _, cell in quality(s.evaluation)),
-            f"{ratio:.2f}x",
-            f"{low:.2f}-{high:.2f}",
+            *(cell[:-1] if name == "agree %" else cell for name, _, cell in quality(s.evaluation)),
+            f"{speed.median:.2f}x",
+            f"{speed.p10:.2f}-{speed.p90:.2f}",
         )
     flips = one.evaluation.images_lost is not None
     parts: list[RenderableType] = [
@@ -195,18 +195,18 @@ def to_markdown(sweep: Sweep, prefix: str, picture: bool) -> str:
     first = ["dense", report.human(p.macs_dense), "", report.human(p.mhsa_macs_dense), ""]
     rows = [[*first, *dense[:1], *([""] if change else []), *dense[1:], _ms(sweep.dense), "1"]]
     for s in sweep.settings:
-        p, own, (ratio, low, high) = s.profile, [cell for _, _, cell in quality(s.evaluation)], sweep.ratio(s)
+        p, own, speed = s.profile, [cell for _, _, cell in quality(s.evaluation)], s.speed
         rows.append([
             label(s), report.human(p.macs_sparse), report.change(p.macs_dense, p.macs_sparse),
             report.human(p.mhsa_macs_sparse), report.change(p.mhsa_macs_dense, p.mhsa_macs_sparse),
             *own[:1], *([_top1_change(s.evaluation)] if change else []), *own[1:],
-            _ms(s.timing), f"{ratio:.2f}x ({low:.2f}-{high:.2f})",
+            _ms(s.timing), f"{speed.median:.2f}x ({speed.p10:.2f}-{speed.p90:.2f})",
         ])  # fmt: skip
     lines = [f"# Sweep of {sweep.model}", "", *files._table(tuple(headings), rows), ""]
     lines += [
-        "MACs are of one image, and theoretical; MHSA is the attention without its projections. `keep`: sparse attention, all",
-        "tokens stay. `target`: a schedule of keeps and tokens was searched for that share of the dense model's MACs. No",
-        "setting was trained.",
+        "MACs are of one image, and theoretical; MHSA is the attention without its projections. `keep`: sparse attention,",
+        "all tokens stay. `target`: a schedule of keeps and tokens was searched for that share of the dense model's MACs.",
+        "No setting was trained.",
         "",
         f"Measured on {seen(sweep)}.",
         *(["Change in top-1: points, with its standard error over the same images."] if change else []),
@@ -238,7 +238,7 @@ def as_dict(sweep: Sweep, prefix: str) -> dict[str, Any]:
     one = sweep.settings[0]
     settings = []
     for s in sweep.settings:
-        p, (ratio, low, high), found = s.profile, sweep.ratio(s), s.choice.schedule
+        p, found = s.profile, s.choice.schedule
         figures = s.evaluation.as_dict()
         for name in ("model", "param_count", "img_size", "crop_pct", "interpolation", "images", "broken"):
             del figures[name]
@@ -249,7 +249,7 @@ def as_dict(sweep: Sweep, prefix: str) -> dict[str, Any]:
             "mhsa_macs_share": p.mhsa_macs_sparse / p.mhsa_macs_dense, "stage_macs": p.stage_macs, **figures,
             "top1_change": None if s.evaluation.top1 is None else s.evaluation.top1 - (s.evaluation.dense_top1 or 0),
             "top1_change_error": top1_error(s.evaluation), "latency_ms": _timing(s.timing),
-            "latency_share": 1 / ratio, "speed": ratio, "speed_worst": low, "speed_best": high,
+            "speed": s.speed.median, "speed_p10": s.speed.p10, "speed_p90": s.speed.p90,
             "keeps": _keeps(s), "tokens": _tokens(s),
             "predicted_damage": None if found is None else found.damage,
             "recipe": f"{prefix}.recipes/{s.choice.name}.yaml", "sparsity": s.choice.config.model_dump(mode="json"),
@@ -303,8 +303,8 @@ def write(sweep: Sweep, prefix: Path) -> tuple[list[Path], str]:
             place = Path(made)
             try:
                 plot(sweep, place / "png")
-            except ImportError:
-                note = NO_PICTURE
+            except ImportError as error:
+                note = NO_PICTURE.format(one_line(error))
             files.write_text(place / "md", to_markdown(sweep, name, not note))
             files.write_json(place / "json", as_dict(sweep, name))
             for s in sweep.settings:
@@ -361,9 +361,11 @@ def plot(sweep: Sweep, path: Path) -> None:
         y = [getattr(s.evaluation, field) for s in some]
         style: dict[str, Any] = dict(marker=marker, markersize=6, linewidth=1.4, color=colour)
         left.plot([100 * s.share for s in some], y, label=name, **style)
-        unit = 100 / sweep.dense.median
-        x = [unit * s.timing.median for s in some]
-        low, high = [unit * s.timing.p10 for s in some], [unit * s.timing.p90 for s in some]
+        if field == "top1":
+            error = [top1_error(s.evaluation) for s in some]
+            left.errorbar([100 * s.share for s in some], y, yerr=error, ecolor=colour, fmt="none", elinewidth=0.8)
+        x = [100 / s.speed.median for s in some]
+        low, high = [100 / s.speed.p90 for s in some], [100 / s.speed.p10 for s in some]
         spread = [[m - a for m, a in zip(x, low, strict=True)], [b - m for m, b in zip(x, high, strict=True)]]
         right.errorbar(x, y, xerr=spread, elinewidth=1, capsize=2.5, **style)
     for axes in (left, right):
@@ -395,8 +397,13 @@ def plot(sweep: Sweep, path: Path) -> None:
 def _draw_published(axes: Any, points: Sequence[Point], dense: float) -> None:
     """Placed by what they lose against their own dense model, which is the same on ImageNet's validation set."""
     for name, marker, colour, some in (
-        ("Sparsifiner: published, fine-tuned *", "^", GREEN, [p for p in points if p.token_keep == 1]),
-        ("pruned tokens: published, fine-tuned *", "v", GREY, [p for p in points if p.token_keep < 1]),
+        (
+            "published, fine-tuned: Sparsifiner, loss against its dense",
+            "^",
+            GREEN,
+            [p for p in points if p.token_keep == 1],
+        ),
+        ("published, fine-tuned: pruned tokens, likewise", "v", GREY, [p for p in points if p.token_keep < 1]),
     ):
         axes.plot(
             [100 * p.macs_share for p in some], [dense + p.top1 - PUBLISHED_DENSE_TOP1 for p in some], marker=marker,
@@ -406,7 +413,7 @@ def _draw_published(axes: Any, points: Sequence[Point], dense: float) -> None:
 
 def _published_words(sweep: Sweep) -> str:
     return (
-        "Published, fine-tuned (*): Sparsifiner (CVPR 2023) and the token pruning it compares with, DeiT-S on ImageNet's "
+        "Published, fine-tuned: Sparsifiner (CVPR 2023) and the token pruning it compares with, DeiT-S on ImageNet's "
         f"50,000 validation images, trained after conversion. The picture places them by what they lose against their own "
         f"dense model ({PUBLISHED_DENSE_TOP1:g} %), from the dense accuracy measured here "
         f"({_number(sweep.settings[0].evaluation.dense_top1, '.2f')} %). The paper gives the attention's MACs alone, in its "
@@ -418,7 +425,7 @@ def _published_words(sweep: Sweep) -> str:
 def _axis(e: Evaluation) -> tuple[str, str, float]:
     """Field of the evaluation on the y axis, its name, and the dense model's value."""
     if e.top1 is not None:
-        return "top1", "top-1, %", e.dense_top1 or 0.0
+        return "top1", "top-1, % (bars: standard error)", e.dense_top1 or 0.0
     if e.agreement is not None:
         return "agreement", "agreement with dense, %", 100.0
     return "cosine_pooled", "cosine similarity to dense (pooled features)", 1.0

@@ -21,6 +21,7 @@ from sparsify.schedule.costs import BlockCost, Keep
 from sparsify.schedule.sensitivity import Sensitivity
 
 LEVELS = 64  # numbers of tokens that the search tells apart
+HURDLE = 0.03  # of its block's cost that a stage must be worth: fewer and larger stages, for the clock's sake
 STEPS = 50  # of each bisection
 
 
@@ -91,6 +92,8 @@ def _solver(sensitivity: Sensitivity, costs: Sequence[BlockCost]) -> Callable[[f
     attention = np.array([[[c.attention(a, n) if n else 0.0 for n in levels] for a in options] for c in costs])
     kept = np.array([[sensitivity.of_keep(i, a) for a in options] for i in range(depth)])  # (depth, options)
     rest = np.array([[[_rest(c, n, m) for m in levels] for n in levels] for c in costs])  # (depth, L in, L out)
+    whole = np.array([c.whole(None, n0, n0) for c in costs])
+    rest = rest + HURDLE * whole[:, None, None] * ((levels[:, None] != levels) & (levels > 0))
 
     def solve(price_: float) -> Schedule:
         best, back = np.full(L, np.inf), []
@@ -129,16 +132,18 @@ def _between(
     sensitivity: Sensitivity, costs: Sequence[BlockCost], cheap: Schedule, dear: Schedule, target: float
 ) -> Schedule:
     """From the schedule below the target towards the one above it, as far as the target allows."""
-    best, low, high = cheap, 0.0, 1.0
-    for _ in range(20):
-        t = (low + high) / 2
-        blend = tuple(round(a + t * (b - a)) for a, b in zip(cheap.counts, dear.counts, strict=True))
-        blend = blend if cheap.counts[-1] else (*blend[:-1], 0)
-        found = _schedule(sensitivity, costs, blend, cheap.keeps)
-        if found.cost <= target:
-            best, low = found, t
-        else:
-            high = t
+    best = cheap
+    for keeps in (cheap.keeps, dear.keeps):
+        low, high = 0.0, 1.0
+        for _ in range(20):
+            t = (low + high) / 2
+            blend = tuple(round(a + t * (b - a)) for a, b in zip(cheap.counts, dear.counts, strict=True))
+            blend = blend if cheap.counts[-1] else (*blend[:-1], 0)
+            found = _schedule(sensitivity, costs, blend, keeps)
+            if found.cost > target:
+                high = t
+                continue
+            low, best = t, max(best, found, key=lambda schedule: (schedule.cost, -schedule.damage))
     return best
 
 

@@ -1,0 +1,112 @@
+"""Fewer tokens on real weights: accuracy and MACs of searched schedules beside one rate for all blocks: `make bench-tokens`.
+
+    python benchmarks/tokens.py [--threads 2] [--only schedules,rates,ways]
+
+DeiT-Tiny's weights and photographs from SPARSIFY_TEST_DATA, as in accuracy.py: calibration and the schedules see 128
+photographs of `imagenet-sample/train`, no labels; accuracy is measured on the 950 others. Nothing is trained. MACs are
+theoretical. About 10 minutes on two cores. Nothing is timed; tokens_speed.py does that.
+
+    schedules   keep and token keep of every block chosen for a share of the MACs (`--target-macs`)
+    rates       the same share with one token rate for all blocks (all prefix rows of the last block included), and with
+                one rate and the last block's patch rows left out; keep 0.1 everywhere
+    ways        token keep 0.7 at blocks 4, 7 and 10: merge, evit, evit-fused, attention dense
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from accuracy import DATA, WEIGHTS, convert, photographs
+from torch import nn
+
+from sparsify import checkpoint, conversion, schedule
+from sparsify.config import SparsityConfig, Target, Tokens, load_recipe
+from sparsify.evaluation import evaluate
+from sparsify.nn import fewer, graft
+from sparsify.profiling import profile
+from sparsify.schedule import costs as costing
+from sparsify.schedule import search
+
+TARGETS = (0.7, 0.55, 0.4)
+BARS = {0.7: (93, None), 0.55: (89, 1.0), 0.4: (80, None)}  # agreement in percent, points of top-1
+HEAD = "| setting | whole model | top-1 (dense) | agreement | KL | lost / gained | 2 sqrt | bar |\n" + "|---" * 8 + "|"
+
+
+def row(label: str, model: nn.Module, bar: tuple[float, float | None] | None = None) -> str:
+    """One line of the table."""
+    p = profile(model, measure=False)
+    e = evaluate(model, graft.dense_twin(model), photographs(model))
+    assert e.images_lost is not None and e.images_gained is not None
+    assert e.agreement is not None and e.top1 is not None and e.dense_top1 is not None
+    lost, gained = e.images_lost, e.images_gained
+    met = ""
+    if bar is not None:
+        agreement, points = bar
+        ok = e.agreement >= agreement and (points is None or e.dense_top1 - e.top1 <= points)
+        met = ("yes" if ok else "NO") + f": {agreement} %" + (f", {points:g} point" if points else "")
+    change = 100 * (p.macs_sparse / p.macs_dense - 1)
+    return (
+        f"| {label} | {change:+.2f} % | {e.top1:.2f} ({e.dense_top1:.2f}) | {e.agreement:.2f} % | {e.kl:.4f} | "
+        f"{lost} / {gained} | {2 * (lost + gained) ** 0.5:.1f} | {met} |"
+    )
+
+
+def searched(target: float, images: Path, folder: Path) -> nn.Module:
+    """`sparsify convert deit_tiny --target-macs TARGET`."""
+    made = conversion.convert(
+        "deit_tiny", load_recipe("calibrate"), folder / f"{target}.safetensors", weights=WEIGHTS, images=str(images),
+        target=Target(macs=target), say=lambda line: print(f"<!-- {line} -->", flush=True),
+    )  # fmt: skip
+    return checkpoint.load(made.path)
+
+
+def one_rate(base: nn.Module, config: SparsityConfig, target: float, ends_empty: bool) -> nn.Module:
+    """One token rate for all blocks that gives `target` of the dense MACs, keep 0.1 everywhere."""
+    n0, depth = graft.num_tokens(base) - 1, len(graft.attention_modules(base))
+    dense = profile(base, measure=False).macs_dense
+    costs = costing.macs(base, 1, fewer.ranking_rows(base), "merge", schedule.options_of(config, n0 + 1, (None, 0.1)))
+    fixed = dense - search.price(costs, [n0] * (depth + 1), [None] * depth)
+    low, high = 0.5, 1.0
+    for _ in range(40):
+        rate = (low + high) / 2
+        counts = search.uniform(n0, depth, rate, ends_empty)
+        over = search.price(costs, counts, [0.1] * depth) + fixed > target * dense
+        low, high = (low, rate) if over else (rate, high)
+    rates = (low,) * (depth - 1) + (0.0 if ends_empty else low,)
+    return graft.applied(base, config.model_copy(update={"tokens": Tokens(keep=rates)}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
+    parser.add_argument("--only", default="schedules,rates,ways", help="tables to print")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if not WEIGHTS.exists():
+        raise SystemExit(f"no weights at {DATA}: set SPARSIFY_TEST_DATA")
+    images, wanted = DATA / "imagenet-sample" / "train", arguments.only.split(",")
+    print(HEAD)
+    if "schedules" in wanted:
+        with tempfile.TemporaryDirectory() as folder:
+            for target in TARGETS:
+                print(row(f"--target-macs {target}", searched(target, images, Path(folder)), BARS[target]), flush=True)
+    if "rates" in wanted or "ways" in wanted:
+        made = convert("deit_tiny", load_recipe("calibrate"), WEIGHTS, images)
+        config = made.header.config
+        if "rates" in wanted:
+            for target in TARGETS:
+                for empty in (False, True):
+                    label = f"one rate for {target}" + (", last block's patch rows left out" if empty else "")
+                    print(row(label, one_rate(made.model, config, target, empty)), flush=True)
+        if "ways" in wanted:
+            for way in ("merge", "evit", "evit-fused"):
+                tokens = Tokens.model_validate({"way": way})
+                model = graft.applied(made.model, config.model_copy(update={"keep": "dense", "tokens": tokens}))
+                print(row(f"token keep 0.7, {way}", model), flush=True)
+
+
+if __name__ == "__main__":
+    main()
