@@ -99,7 +99,9 @@ def convert(
         say(differs)
     checkpoint.may_overwrite(output, architecture, force)
     start = time.perf_counter()
-    batches, calibration = _batches(model, source, recipe, images, device, batch_size or CALIBRATION_BATCH, workers)
+    batches, calibration = calibration_images(
+        model, source, recipe, images, device, batch_size or CALIBRATION_BATCH, workers
+    )
     say(f"calibrating on {calibration}")
     if spends_ranks(recipe.sparsity) and (note := backends.note(backend, torch.device(device), dtype)):
         say(note)
@@ -169,7 +171,7 @@ def _choose(
     return config, recipe.model_copy(update={"sparsity": sparsity, "description": description})
 
 
-def _batches(
+def calibration_images(
     model: nn.Module, source: zoo.Source, recipe: Recipe, images: str | None, device: str, size: int, workers: int
 ) -> tuple[Callable[[], Iterator[Tensor]], str]:
     """The calibration images, read anew at each pass, and what they are in words."""

@@ -171,7 +171,7 @@ def sweep(
     if not labelled:
         say(f"{images} has no class folders: no accuracy, only how far the models agree with dense")
 
-    batches, calibration = conversion._batches(
+    batches, calibration = conversion.calibration_images(
         model, source, recipe, calib, device, conversion.CALIBRATION_BATCH, workers
     )
     calibration = calibration.replace("no --data was given", "no --calib was given")

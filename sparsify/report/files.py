@@ -24,14 +24,14 @@ def to_markdown(profile: Profile, title: str = "Profile") -> str:
     """The whole profile as GitHub Markdown: headline, breakdown, what was measured, and the module tree in full."""
     height, width = profile.conditions["img_size"]
     lines = [f"# {title}", "", f"## {report.THEORETICAL}", "", f"Image size {height}x{width}.", ""]
-    lines += _table(("", "dense", "sparse", "change"), tables.theoretical(profile))
+    lines += markdown_table(("", "dense", "sparse", "change"), tables.theoretical(profile))
     lines += [part for line in tables.remarks(profile) for part in ("", f"{line}.")]
     warning = report.uncounted(profile.unsupported)
     if warning:
         lines += ["", f"**{warning}**"]
     if profile.measured is not None:
         lines += ["", "## Measured", ""]
-        lines += _table(("", "dense", "sparse", "change"), report.measured(profile))
+        lines += markdown_table(("", "dense", "sparse", "change"), report.measured(profile))
         lines += ["", f"{report.conditions(profile)}.", "", f"**{report.verdict(profile)}**", ""]
         lines += [*(f"- {line}" for line in report.auto(profile)), "", report.NOT_SPEED]
     else:
@@ -48,7 +48,7 @@ def to_markdown(profile: Profile, title: str = "Profile") -> str:
         for row in profile.modules
     ]
     lines += ["", "## By module (theoretical, MACs per image)", ""]
-    lines += _table(("module", "type", "parameters", "dense", "sparse", "change"), rows, left=2)
+    lines += markdown_table(("module", "type", "parameters", "dense", "sparse", "change"), rows, left=2)
     return "\n".join(lines) + "\n"
 
 
@@ -84,7 +84,7 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(text)
 
 
-def _table(headings: tuple[str, ...], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+def markdown_table(headings: tuple[str, ...], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     """A Markdown table; all but the first `left` columns are aligned to the right."""
     rule = ["---" if i < left else "---:" for i in range(len(headings))]
     return [f"| {' | '.join(cells)} |" for cells in (headings, tuple(rule), *rows)]

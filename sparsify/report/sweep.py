@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -23,6 +23,8 @@ from sparsify.errors import BadFile, one_line
 from sparsify.metrics import Evaluation
 from sparsify.profiling.latency import Timing
 from sparsify.report import files
+from sparsify.report.picture import plot, top1_error
+from sparsify.report.published import PUBLISHED_DENSE_TOP1, published
 from sparsify.sweep import Setting, Sweep
 
 FORMAT = 1  # of the JSON
@@ -31,64 +33,6 @@ SPEED = (
     "Speed: time of the dense model over that of the setting, round by round; the median, in brackets the 10th and 90th "
     "percentile. The sparse form is timed, without a dense fallback."
 )
-
-
-class Point(NamedTuple):
-    """A published result for DeiT-S at 224 pixels, fine-tuned. MHSA in the authors' accounting."""
-
-    model: str
-    token_keep: float
-    keep: float
-    mhsa_mmacs: float
-    top1: float
-    macs_share: float
-
-
-class _Published(NamedTuple):
-    model: str
-    token_keep: float
-    keep: float
-    mhsa_mmacs: float
-    top1: float
-    total_gmacs: float | None = None
-
-
-PUBLISHED_DENSE_MHSA, PUBLISHED_DENSE_GMACS, PUBLISHED_DENSE_TOP1 = 357.66, 4.599, 79.82
-_PUBLISHED = (  # Sparsifiner, CVPR 2023: MHSA in M MACs and top-1 on ImageNet's validation set
-    *(
-        _Published("Sparsifiner", 1, keep, mhsa, top1)
-        for keep, mhsa, top1 in (
-            (0.9, 396.75, 80.02), (0.8, 360.64, 79.97), (0.7, 324.57, 79.96), (0.6, 290.26, 79.98),
-            (0.5, 254.17, 79.94), (0.4, 218.01, 79.92), (0.3, 183.61, 79.83), (0.2, 147.47, 79.71),
-            (0.1, 111.37, 79.42), (0.05, 93.27, 78.75), (0.01, 78.9, 73.03),
-        )
-    ),
-    # with tokens pruned the MLPs shrink too: totals by the formula that gives the published MHSA of EViT exactly
-    _Published("EViT", 0.7, 1, 193.1, 79.5, 3.00),
-    _Published("DynamicViT", 0.7, 1, 193.1, 79.3, 3.00),
-    _Published("Sparsif-EViT", 0.7, 0.25, 113.3, 79.5, 2.92),
-    _Published("Sparsifiner", 0.7, 0.25, 113.3, 79.3, 2.92),
-    _Published("EViT", 0.5, 1, 149.1, 78.5, 2.28),
-    _Published("DynamicViT", 0.5, 1, 149.1, 77.3, 2.28),
-    _Published("Sparsif-EViT", 0.5, 0.25, 86.6, 78.7, 2.22),
-    _Published("Sparsifiner", 0.5, 0.25, 86.6, 78.4, 2.22),
-)  # fmt: skip
-
-
-def published(sweep: Sweep) -> list[Point]:
-    """The paper's figures, where they are of the swept model: DeiT-S at 224 pixels with ImageNet's classes and labels.
-
-    The paper gives the attention's MACs alone. Share of the whole model: 1 - (dense MHSA - MHSA) / 4.599 G; where tokens
-    are pruned, the total that the same formulae give over 4.599 G.
-    """
-    deit = sweep.architecture == "deit_small_patch16_224" and sweep.classes == 1000
-    if not deit or not sweep.labelled or sweep.conditions["img_size"] != [224, 224]:
-        return []
-    points = []
-    for p in _PUBLISHED:
-        total = p.total_gmacs or PUBLISHED_DENSE_GMACS - (PUBLISHED_DENSE_MHSA - p.mhsa_mmacs) / 1000
-        points.append(Point(p.model, p.token_keep, p.keep, p.mhsa_mmacs, p.top1, total / PUBLISHED_DENSE_GMACS))
-    return points
 
 
 # words
@@ -135,17 +79,6 @@ def seen(sweep: Sweep) -> str:
     broken = f", {e.broken} that could not be read left out" if e.broken else ""
     labels = "" if sweep.labelled else " without labels"
     return f"{e.images:,} images{labels} of {sweep.images}{broken}; calibrated on {sweep.calibration}"
-
-
-def top1_error(e: Evaluation) -> float | None:
-    """Standard error of the change in top-1 against dense, points: the images are the same, so only flips count."""
-    if e.images_lost is None or e.images_gained is None or not e.images:
-        return None
-    lost, gained, n = e.images_lost, e.images_gained, e.images
-    return 100 * max(0.0, lost + gained - (lost - gained) ** 2 / n) ** 0.5 / n
-
-
-# terminal
 
 
 def table(sweep: Sweep) -> Group:
@@ -202,7 +135,7 @@ def to_markdown(sweep: Sweep, prefix: str, picture: bool) -> str:
             *own[:1], *([_top1_change(s.evaluation)] if change else []), *own[1:],
             _ms(s.timing), f"{speed.median:.2f}x ({speed.p10:.2f}-{speed.p90:.2f})",
         ])  # fmt: skip
-    lines = [f"# Sweep of {sweep.model}", "", *files._table(tuple(headings), rows), ""]
+    lines = [f"# Sweep of {sweep.model}", "", *files.markdown_table(tuple(headings), rows), ""]
     lines += [
         "MACs are of one image, and theoretical; MHSA is the attention without its projections. `keep`: sparse attention,",
         "all tokens stay. `target`: a schedule of keeps and tokens was searched for that share of the dense model's MACs.",
@@ -224,7 +157,7 @@ def to_markdown(sweep: Sweep, prefix: str, picture: bool) -> str:
     lines += ["", "## Settings", "", "A setting again, as a model:", ""]
     example = sweep.settings[-1].choice.name
     lines += [f"    {' '.join(sweep.convert)} --recipe {prefix}.recipes/{example}.yaml -o {example}.safetensors", ""]
-    lines += files._table(("setting", "recipe", "keep of each block", "tokens into each block, and out"), [
+    lines += files.markdown_table(("setting", "recipe", "keep of each block", "tokens into each block, and out"), [
         (label(s), f"{s.choice.name}.yaml", " ".join(_keeps(s)), " ".join(map(str, _tokens(s)))) for s in sweep.settings
     ], left=4)  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -333,84 +266,6 @@ def _move(made: Path, prefix: Path, names: Sequence[str]) -> list[Path]:
     return [*paths, recipes]
 
 
-# picture
-
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.35"  # Okabe and Ito's, told apart without colour vision
-
-
-def plot(sweep: Sweep, path: Path) -> None:
-    """Two panels: accuracy (or agreement, or cosine) over MACs left, and over time left; PNG, 1600 pixels wide.
-
-    Raises:
-        ImportError: matplotlib is not there.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    field, words, dense = _axis(sweep.settings[0].evaluation)
-    figure = Figure(figsize=(8, 4.4), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
-    for kind, name, marker, colour in (
-        ("keep", "sparse attention, all tokens", "o", BLUE),
-        ("macs", "searched schedule: fewer tokens and keys", "s", ORANGE),
-    ):
-        some = sorted((s for s in sweep.settings if s.choice.kind == kind), key=lambda s: s.share)
-        if not some:
-            continue
-        y = [getattr(s.evaluation, field) for s in some]
-        style: dict[str, Any] = dict(marker=marker, markersize=6, linewidth=1.4, color=colour)
-        left.plot([100 * s.share for s in some], y, label=name, **style)
-        if field == "top1":
-            error = [top1_error(s.evaluation) for s in some]
-            left.errorbar([100 * s.share for s in some], y, yerr=error, ecolor=colour, fmt="none", elinewidth=0.8)
-        x = [100 / s.speed.median for s in some]
-        low, high = [100 / s.speed.p90 for s in some], [100 / s.speed.p10 for s in some]
-        spread = [[m - a for m, a in zip(x, low, strict=True)], [b - m for m, b in zip(x, high, strict=True)]]
-        right.errorbar(x, y, xerr=spread, elinewidth=1, capsize=2.5, **style)
-    for axes in (left, right):
-        axes.plot([100], [dense], marker="*", markersize=13, color="black", linestyle="none", label="dense", zorder=5)
-    if points := published(sweep):
-        _draw_published(left, points, dense)
-    left.set_xlabel("MACs left, % of dense (theoretical)", fontsize=10)
-    right.set_xlabel("time left, % of dense (measured, p10 to p90)", fontsize=10)
-    left.set_ylabel(words, fontsize=10)
-    for axes in (left, right):
-        axes.grid(alpha=0.3, linewidth=0.6)
-        axes.tick_params(labelsize=9)
-        axes.axvline(100, color="0.6", linestyle=":", linewidth=1, zorder=0)
-        axes.margins(0.07, 0.09)
-        axes.ticklabel_format(useOffset=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    c = sweep.conditions
-    threads = "1 thread" if c["threads"] == 1 else f"{c['threads']} threads"
-    figure.suptitle(
-        f"{sweep.model} at {c['img_size'][0]} px, not trained: {sweep.settings[0].evaluation.images:,} images; "
-        f"{threads}, {c['dtype']}, batch {c['batch_size']}",
-        fontsize=10.5,
-    )
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    figure.savefig(path, format="png")
-
-
-def _draw_published(axes: Any, points: Sequence[Point], dense: float) -> None:
-    """Placed by what they lose against their own dense model, which is the same on ImageNet's validation set."""
-    for name, marker, colour, some in (
-        (
-            "published, fine-tuned: Sparsifiner, loss against its dense",
-            "^",
-            GREEN,
-            [p for p in points if p.token_keep == 1],
-        ),
-        ("published, fine-tuned: pruned tokens, likewise", "v", GREY, [p for p in points if p.token_keep < 1]),
-    ):
-        axes.plot(
-            [100 * p.macs_share for p in some], [dense + p.top1 - PUBLISHED_DENSE_TOP1 for p in some], marker=marker,
-            markersize=5.5, linestyle="none", markerfacecolor="none", color=colour, label=name,
-        )  # fmt: skip
-
-
 def _published_words(sweep: Sweep) -> str:
     return (
         "Published, fine-tuned: Sparsifiner (CVPR 2023) and the token pruning it compares with, DeiT-S on ImageNet's "
@@ -420,15 +275,6 @@ def _published_words(sweep: Sweep) -> str:
         "own accounting; the share of the whole model is worked out from them: 4.599 G less what the attention saves, and "
         "for pruned tokens the total that the same formulae give."
     )
-
-
-def _axis(e: Evaluation) -> tuple[str, str, float]:
-    """Field of the evaluation on the y axis, its name, and the dense model's value."""
-    if e.top1 is not None:
-        return "top1", "top-1, % (bars: standard error)", e.dense_top1 or 0.0
-    if e.agreement is not None:
-        return "agreement", "agreement with dense, %", 100.0
-    return "cosine_pooled", "cosine similarity to dense (pooled features)", 1.0
 
 
 def _keeps(setting: Setting) -> list[str]:

@@ -1,0 +1,247 @@
+"""Schedules: costs equal the profile's MACs, the search is exact where that can be checked, targets are met."""
+
+import itertools
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsify import checkpoint, schedule
+from sparsify.cli import main
+from sparsify.config import SparsityConfig, Tokens, load_recipe
+from sparsify.errors import UsageError
+from sparsify.nn import fewer, graft
+from sparsify.ops.spec import Execution
+from sparsify.profiling import profile
+from sparsify.schedule import costs as costing
+from sparsify.schedule import search
+from sparsify.schedule.costs import BlockCost
+from sparsify.schedule.sensitivity import Sensitivity
+
+KW = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+
+
+def tiny(**more):
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", **KW | more).eval()
+    return graft.graft(model, SparsityConfig(keep=0.5, rank=4, spread_rank=False, cells=(2, 2)))
+
+
+class Linear(BlockCost):
+    """A block that costs its tokens, and its keys where attention is sparse."""
+
+    def attention(self, keep, n):
+        return n * (1.0 if keep is None else keep)
+
+    def entering(self, n):
+        return n
+
+    def leaving(self, n):
+        return 2.0 * n
+
+    def stage(self, n, m):
+        return 0.0
+
+    def last(self, n):
+        return 0.5 * n
+
+
+def drawn(seed, depth=3, patches=8, empty=None):
+    rng = np.random.default_rng(seed)
+    rise = np.sort(rng.random((depth, 6)), 1)
+    tokens = np.concatenate([np.zeros((depth, 1)), rise], 1)
+    keeps = np.stack([np.zeros(depth), rng.random(depth) / 10], 1)
+    return Sensitivity(patches, (1.0, 0.85, 0.7, 0.5, 0.35, 0.2, 0.1), tokens, empty, (None, 0.5), keeps)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 1000), st.floats(0.01, 1), st.booleans())
+def test_the_search_finds_the_least_damage_for_a_price(seed, price, empty):
+    sensitivity = drawn(seed, empty=0.01 if empty else None)
+    costs = [Linear()] * 3
+    found = search._solver(sensitivity, costs)(price)
+    levels = [*range(8, 0, -1), *([0] if empty else [])]
+
+    def worth(s):
+        stages = sum(n != m and m > 0 for n, m in itertools.pairwise(s.counts))
+        return s.damage + price * s.cost + price * search.HURDLE * stages * costs[0].whole(None, 8, 8)
+
+    best = min(
+        worth(search._schedule(sensitivity, costs, (8, a, b, c), keeps))
+        for a, b, c in itertools.product(levels, repeat=3)
+        if 8 >= a >= b >= c and a and b
+        for keeps in itertools.product((None, 0.5), repeat=3)
+        if c or keeps[2] is None
+    )
+    assert worth(found) == pytest.approx(best, rel=1e-6)
+
+
+@given(st.lists(st.integers(1, 400), min_size=2, max_size=13), st.booleans())
+def test_rates_give_the_counts_again(counts, empty):
+    counts = sorted(counts, reverse=True) + [0] * empty
+    rates = search.Schedule(tuple(counts), (None,) * (len(counts) - 1), 0.0, 0.0).rates()
+    shares = Tokens(keep=rates).shares(len(rates))
+    left, found = counts[0], [counts[0]]
+    for share in shares:
+        left = left if share is None else min(left, int(np.ceil(share * counts[0] - 1e-9)))
+        found.append(left)
+    assert found == counts
+
+
+@pytest.mark.parametrize("way", ["merge", "evit"])
+@pytest.mark.parametrize("counts", [(16, 16, 16, 16, 16), (16, 12, 12, 7, 3), (16, 16, 9, 4, 0)])
+def test_costs_are_the_profiles_macs(way, counts):
+    model = tiny()
+    keeps = (None, 0.5, 0.25, None)
+    options = {None: (1, 1), 0.5: (2, 2), 0.25: (2, 1)}
+    cells = ((1, 1), (2, 2), (2, 1), (1, 1))
+    listed = tuple("dense" if k is None else k for k in keeps)
+    config = SparsityConfig(keep=listed, rank=4, spread_rank=False, cells=cells)
+    costs = costing.macs(model, 1, fewer.ranking_rows(model), way, options)
+
+    def total(c, a):
+        rates = search.Schedule(c, a, 0, 0).rates()
+        tokens = Tokens(way=way, keep=rates) if len(set(c)) > 1 else None
+        return profile(graft.applied(model, config.model_copy(update={"tokens": tokens})), measure=False).macs_sparse
+
+    dense = profile(model, measure=False).macs_dense
+    fixed = dense - search.price(costs, (16,) * 5, (None,) * 4)
+    got = search.price(costs, counts, keeps) + fixed
+    # the final norm, 5 C a token, is outside of the blocks: it sees fewer tokens too
+    assert got == total(counts, keeps) + 5 * 32 * (16 - counts[-1])
+
+
+def test_sensitivity_leaves_the_model_as_it_was_and_sees_what_matters():
+    model = tiny()
+    graft.set_execution(model, Execution("reference"))
+    x = torch.randn(6, 3, 32, 32)
+    with torch.no_grad():
+        before = model(x)
+    measured = schedule.sensitivity(model, SparsityConfig(keep=0.5, rank=4), [x], (None, 0.5, 0.25))
+    with torch.no_grad():
+        assert torch.equal(model(x), before)
+    assert type(model).__name__ == "VisionTransformer" and not list(fewer.stages(model))
+    assert measured.empty == pytest.approx(0, abs=1e-6)  # nothing reads patch rows after the last block
+    assert (measured.keeps[:, 0] == 0).all() and measured.tokens[0, -1] > measured.tokens[0, 1] >= 0
+    assert np.allclose(measured.tokens[-1], 0, atol=1e-6)
+
+
+def test_no_classifier_no_empty_end():
+    model = tiny(num_classes=0)
+    graft.set_execution(model, Execution("reference"))
+    measured = schedule.sensitivity(model, SparsityConfig(keep=0.5, rank=4), [torch.randn(4, 3, 32, 32)], (None, 0.5))
+    assert measured.empty is None and measured.tokens[-1, -1] > 0
+
+
+@pytest.mark.parametrize("target", [0.75, 0.5])
+def test_target_macs_is_met_and_the_better_of_two(target):
+    model = tiny()
+    graft.set_execution(model, Execution("reference"))
+    config = SparsityConfig(keep=0.5, rank=4, spread_rank=False)
+    x = torch.randn(8, 3, 32, 32)
+    measured = schedule.sensitivity(model, config, [x], (None, 0.5))
+    dense = profile(model, measure=False).macs_dense
+    found = schedule.for_macs(model, config, measured, target, dense)
+    got = profile(graft.applied(model, found.config), measure=False).macs_sparse / dense
+    assert got <= target * 1.001 and got > target - 0.06  # 16 patches move in steps of 2 %
+
+
+def test_a_target_below_the_least_is_refused():
+    model = tiny()
+    graft.set_execution(model, Execution("reference"))
+    config = SparsityConfig(keep=0.5, rank=4, spread_rank=False)
+    measured = schedule.sensitivity(model, config, [torch.randn(2, 3, 32, 32)], (None,))
+    with pytest.raises(UsageError, match="least that a schedule"):
+        schedule.for_macs(model, config, measured, 0.01, profile(model, measure=False).macs_dense)
+
+
+def test_target_latency_aims_by_what_it_measures(monkeypatch):
+    model = tiny()
+    graft.set_execution(model, Execution("reference"))
+    config = SparsityConfig(keep=0.5, rank=4, spread_rank=False)
+    measured = schedule.sensitivity(model, config, [torch.randn(4, 3, 32, 32)], (None, 0.5))
+    said, shares = [], iter([0.9, 0.75, 0.61])
+
+    class At:
+        def __init__(self, median):
+            self.median = median
+
+    def pretended(candidates, rounds=None):
+        return {"dense": At(10.0), "sparse": At(10.0 * next(shares))} if "sparse" in candidates else {"dense": At(10.0)}
+
+    monkeypatch.setattr(schedule, "interleaved", pretended)
+    monkeypatch.setattr(schedule.seconds, "measured", lambda *_: [Linear()] * 4)
+    found = schedule.for_latency(model, config, measured, 0.6, say=said.append)
+    assert found.share == pytest.approx(0.61) and len(said) == 3
+
+
+def test_measured_costs_are_times():
+    model = tiny()
+    graft.set_execution(model, Execution("reference"))
+    costs = schedule.seconds.measured(model, "merge", {None: (1, 1), 0.5: (2, 2)}, 1)
+    assert len(costs) == 4
+    for n, m in ((16, 16), (16, 9), (9, 3), (3, 0)):
+        assert costs[0].whole(None, n, m) > 0 and costs[0].attention(0.5, n) > 0
+
+
+def convert(tmp_path, *more):
+    file = tmp_path / "m.safetensors"
+    with pytest.raises(SystemExit) as done:
+        main(["convert", "digits", "-o", str(file), "--calib-images", "16", "--quiet", "--force", *more])
+    assert done.value.code == 0
+    return file
+
+
+def test_convert_for_a_target_writes_a_recipe_that_gives_the_model_again(tmp_path):
+    file = convert(tmp_path, "--target-macs", "0.6")
+    model, header = checkpoint.load(file), checkpoint.read_header(file)
+    p = profile(model, measure=False)
+    assert 0.54 < p.macs_sparse / p.macs_dense <= 0.612 and header.config.tokens is not None
+    recipe = tmp_path / "m.recipe.yaml"
+    assert load_recipe(str(recipe)).sparsity.tokens == header.config.tokens
+    again = tmp_path / "again"
+    again.mkdir()
+    other = checkpoint.load(convert(again, "--recipe", str(recipe)))
+    assert profile(other, measure=False).macs_sparse == p.macs_sparse
+    x = torch.randn(2, *p.conditions.get("shape", (3, *p.conditions["img_size"])))
+    x = x[:, : model.patch_embed.proj.in_channels]
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+def test_token_keep_alone_leaves_attention_dense(tmp_path):
+    header = checkpoint.read_header(convert(tmp_path, "--token-keep", "0.7", "--token-stages", "2,3"))
+    assert header.config.keep == "dense" and header.config.tokens == Tokens(keep=0.7, stages=(2, 3))
+    header = checkpoint.read_header(
+        convert(tmp_path, "--token-keep", "0.7", "--token-stages", "2", "--token-way", "evit", "--keep", "0.2")
+    )
+    assert header.config.keep == 0.2 and header.config.tokens == Tokens(way="evit", keep=0.7, stages=(2,))
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["--token-keep", "1.2"], "token"),
+        (["--token-keep", "0"], "token"),
+        (["--token-keep", "nan"], "token"),
+        (["--token-keep", "half"], "--token-keep half"),
+        (["--token-keep", "0.5,0.5"], "rates"),
+        (["--token-keep", "0.5", "--token-stages", "99"], "expected different blocks"),
+        (["--token-keep", "0.5", "--token-stages", "x"], "--token-stages x"),
+        (["--token-keep", "0.5", "--token-way", "magic"], "way"),
+        (["--target-macs", "0"], "target"),
+        (["--target-macs", "1.5"], "target"),
+        (["--target-macs", "0.5", "--target-latency", "0.5"], "either"),
+        (["--target-macs", "0.5", "--token-keep", "0.5"], "leave one of them out"),
+        (["--keep", "dens"], "--keep dens"),
+    ],
+)
+def test_bad_options_are_one_line_and_write_nothing(arguments, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["convert", "digits", "-o", str(tmp_path / "m.safetensors"), *arguments])
+    error = capsys.readouterr().err
+    assert done.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert not list(tmp_path.iterdir())
