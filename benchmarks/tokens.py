@@ -83,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--only", default="schedules,rates,ways", help="tables to print")
+    parser.add_argument("--targets", type=float, nargs="+", default=TARGETS, help="shares of the MACs")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if not WEIGHTS.exists():
@@ -91,13 +92,15 @@ def main() -> None:
     print(HEAD)
     if "schedules" in wanted:
         with tempfile.TemporaryDirectory() as folder:
-            for target in TARGETS:
-                print(row(f"--target-macs {target}", searched(target, images, Path(folder)), BARS[target]), flush=True)
+            for target in arguments.targets:
+                print(
+                    row(f"--target-macs {target}", searched(target, images, Path(folder)), BARS.get(target)), flush=True
+                )
     if "rates" in wanted or "ways" in wanted:
         made = convert("deit_tiny", load_recipe("calibrate"), WEIGHTS, images)
         config = made.header.config
         if "rates" in wanted:
-            for target in TARGETS:
+            for target in arguments.targets:
                 for empty in (False, True):
                     label = f"one rate for {target}" + (", last block's patch rows left out" if empty else "")
                     print(row(label, one_rate(made.model, config, target, empty)), flush=True)

@@ -66,8 +66,7 @@ def test_the_search_finds_the_least_damage_for_a_price(seed, price, empty):
     levels = [*range(8, 0, -1), *([0] if empty else [])]
 
     def worth(s):
-        stages = sum(n != m and m > 0 for n, m in itertools.pairwise(s.counts))
-        return s.damage + price * s.cost + price * search.HURDLE * stages * costs[0].whole(None, 8, 8)
+        return s.damage + price * s.cost
 
     best = min(
         worth(search._schedule(sensitivity, costs, (8, a, b, c), keeps))

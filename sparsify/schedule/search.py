@@ -21,7 +21,6 @@ from sparsify.schedule.costs import BlockCost, Keep
 from sparsify.schedule.sensitivity import Sensitivity
 
 LEVELS = 64  # numbers of tokens that the search tells apart
-HURDLE = 0.03  # of its block's cost that a stage must be worth: fewer and larger stages, for the clock's sake
 STEPS = 50  # of each bisection
 
 
@@ -92,8 +91,6 @@ def _solver(sensitivity: Sensitivity, costs: Sequence[BlockCost]) -> Callable[[f
     attention = np.array([[[c.attention(a, n) if n else 0.0 for n in levels] for a in options] for c in costs])
     kept = np.array([[sensitivity.of_keep(i, a) for a in options] for i in range(depth)])  # (depth, options)
     rest = np.array([[[_rest(c, n, m) for m in levels] for n in levels] for c in costs])  # (depth, L in, L out)
-    whole = np.array([c.whole(None, n0, n0) for c in costs])
-    rest = rest + HURDLE * whole[:, None, None] * ((levels[:, None] != levels) & (levels > 0))
 
     def solve(price_: float) -> Schedule:
         best, back = np.full(L, np.inf), []
