@@ -22,7 +22,6 @@ from sparsify.nn import graft
 from sparsify.ops import backends
 from sparsify.ops.spec import Execution
 from sparsify.profiling import Profile, profile
-from sparsify.profiling.macs import count, image_shape, replica
 from sparsify.report import files
 
 PROBE_IMAGES = 64  # of the calibration's that a schedule is chosen on
@@ -148,9 +147,7 @@ def _choose(
     total = sum(map(len, probe))
     measured = schedule.sensitivity(model, config, probe, target.keeps, lambda done: progress("schedule", done, total))
     if target.macs is not None:
-        device = next(model.parameters()).device
-        dense = count(graft.dense_twin(replica(model, device)), image_shape(model), []).total
-        found = schedule.for_macs(model, config, measured, target.macs, dense)
+        found = schedule.for_macs(model, config, measured, target.macs, schedule.dense_macs(model))
         words = f"{found.share:.3f} of the dense model's MACs, {target.macs:g} asked for"
     else:
         assert target.latency is not None

@@ -8,10 +8,9 @@ takes: ranks and cells are written out, so that the same images give the same mo
 from __future__ import annotations
 
 import platform
-import random
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,26 +19,22 @@ from typing import Any, cast
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
-from sparsify import __version__, checkpoint, conversion, data, schedule, zoo
+from sparsify import __version__, checkpoint, comparison, conversion, schedule, zoo
 from sparsify.calibration import calibrate, first, spends_ranks
 from sparsify.config import Recipe, SparsityConfig
-from sparsify.errors import BadFile, SparsifyError, UsageError
-from sparsify.loading import LabelledBatches, Stream
-from sparsify.metrics import Evaluation, Features, Logits
+from sparsify.errors import BadFile, UsageError
+from sparsify.metrics import Evaluation
 from sparsify.nn import graft
 from sparsify.ops import backends
 from sparsify.ops.machine import device_name
 from sparsify.ops.spec import Execution
 from sparsify.profiling import Profile, latency, profile
 from sparsify.profiling.latency import Timing
-from sparsify.profiling.macs import count, image_shape, replica
+from sparsify.profiling.macs import image_shape, replica
 from sparsify.schedule import Found, Schedule
 
-EVAL_BATCH = 32  # images computed together where nothing is timed
 SECONDS = 2.5  # of timing, for each model; `latency.BUDGET_S` at least
-Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -165,7 +160,7 @@ def sweep(
     if differs := zoo.note(model, source):
         say(differs)
     classes = int(cast(Any, model).num_classes)
-    shown, labelled = _images(model, images, classes, must_be_labelled, limit, recipe.seed, workers)
+    shown, labelled = comparison.images_of(model, images, classes, must_be_labelled, limit, recipe.seed, workers)
     if shown.note:
         say(shown.note)
     if not labelled:
@@ -197,7 +192,9 @@ def sweep(
     graft.set_execution(base, execution)
     dense = graft.dense_twin(base)
     sparse = {choice.name: graft.applied(base, choice.config) for choice in choices}
-    found = _evaluate(dense, sparse, shown, classes, labelled, where, dtype, lambda n: progress("eval", n, shown.total))
+    found = comparison.compare(
+        dense, sparse, shown, classes, labelled, where, dtype, lambda n: progress("eval", n, shown.total)
+    )
     if shown.broken:
         say(f"{shown.broken} images could not be read and are left out; the first: {shown.first_broken}")
     say(f"timing {len(sparse) + 1} models in turns")
@@ -275,7 +272,7 @@ def _choices(
     measured = schedule.sensitivity(
         model, config, probe, progress=lambda done: progress("sensitivity", done, total)
     )  # fmt: skip
-    dense = count(graft.dense_twin(replica(model, next(model.parameters()).device)), image_shape(model), []).total
+    dense = schedule.dense_macs(model)
     for target in targets:
         name = f"macs-{target:g}"
         try:
@@ -309,93 +306,6 @@ def _command(
     }  # fmt: skip
     given = [word for key, value in options.items() if value is not None for word in (key, shlex.quote(str(value)))]
     return ("sparsify", "convert", shlex.quote(name), *given)
-
-
-# evaluation
-
-
-class _Loose:
-    """Images without labels as batches of images and the label -1; attributes as `LabelledBatches`."""
-
-    note = ""
-
-    def __init__(self, images: Any) -> None:
-        self.images, self.total = images, images.total
-
-    @property
-    def broken(self) -> int:
-        return int(self.images.broken)
-
-    @property
-    def first_broken(self) -> str:
-        return str(self.images.first_broken)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((x, torch.full((len(x),), -1)) for x in self.images)
-
-
-def _images(
-    model: nn.Module, place: str, classes: int, must_be_labelled: bool, limit: int | None, seed: int, workers: int
-) -> tuple[LabelledBatches | _Loose, bool]:
-    """The images to evaluate on, `limit` of them drawn by `seed`, and whether they have labels."""
-    transform = data.transform(data.data_config(model))
-    if not must_be_labelled and _is_flat(Path(place)):
-        wanted = limit or len(list(Path(place).iterdir()))
-        return _Loose(data.unlabelled(place, wanted, seed, transform, EVAL_BATCH, workers)), False
-    found = data.labelled(place, classes, transform, EVAL_BATCH, workers)
-    if limit is None or (found.total is not None and found.total <= limit):
-        return found, True
-    if isinstance(found.dataset, Stream):
-        dataset: Any = Stream(found.dataset.source, transform, limit)
-    else:  # drawn, in their order: the first images of a folder are those of its first classes
-        drawn = sorted(random.Random(seed).sample(range(cast(int, found.total)), limit))
-        dataset = Subset(found.dataset, drawn)
-    return LabelledBatches(
-        dataset, EVAL_BATCH, found.workers, note=found.note, place=place, num_classes=found.num_classes
-    ), True
-
-
-def _is_flat(path: Path) -> bool:
-    """Whether `path` is a folder of files alone: nothing that could name a class."""
-    return path.is_dir() and not any(child.is_dir() for child in path.iterdir())
-
-
-@torch.inference_mode()
-def _evaluate(
-    dense: nn.Module, sparse: Mapping[str, nn.Module], batches: Batches, classes: int, labelled: bool,
-    device: torch.device, dtype: torch.dtype, progress: Callable[[int], None],
-) -> dict[str, Evaluation]:  # fmt: skip
-    """Every sparse model beside the dense one, which computes once; as `sparsify.evaluation` without its clock."""
-    prefix = graft.num_prefix_tokens(dense)
-    sums = {name: Logits() if classes else Features(prefix) for name in sparse}
-    done = 0
-    for x, y in batches:
-        if not len(x):
-            continue
-        x = x.to(device, dtype)
-        expected = _output(dense, x, classes)
-        for name, model in sparse.items():
-            sums[name].add(cast(Any, expected), cast(Any, _output(model, x, classes)), y)
-        done += len(x)
-        progress(done)
-    if not done:
-        raise SparsifyError("there are no images to evaluate on")
-    unknown = () if labelled else (
-        "top1", "top5", "dense_top1", "dense_top5", "images_lost", "images_gained", "knn_top1", "dense_knn_top1",
-    )  # fmt: skip
-    return {
-        name: replace(found.result(done), images=done, **cast(Any, dict.fromkeys(unknown)))
-        for name, found in sums.items()
-    }
-
-
-def _output(model: nn.Module, x: Tensor, classes: int) -> Tensor | tuple[Tensor, Tensor]:
-    """Logits; of models without a classifier pooled features and tokens."""
-    if classes:
-        return model(x)
-    host = cast(Any, model)
-    features = host.forward_features(x)
-    return host.forward_head(features, pre_logits=True), features
 
 
 def _time(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from sparsify.cli import main
 from sparsify.ops import cpu
 from sparsify.ops.cpu import build
+
+Command = Callable[..., tuple[object, str, str]]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,3 +37,18 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real weights and photographs in {folder} (SPARSIFY_TEST_DATA)")
     return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+    """Runs a command line in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[object, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return caught.value.code, out, err
+
+    return call

@@ -342,6 +342,20 @@ def assert_cells(call, a):
     assert torch.equal(a[clear], right[clear]), "another cell"
 
 
+def assert_reference_right(call):
+    """The reference's output is the oracle's, for the keys and cells that its own parts give."""
+    row, col, f = call.coordinates()
+    (grid, cells), s = grids(call), (row @ col.mT)[:, :, call.P :]
+    s = s if call.shift is None else s + call.shift[:, None, None]
+    if call.spec.tile and s.shape[2]:
+        s = reference.pool_tiles(s, grid, call.spec.tile, call.place)
+    kept = pad(reference.top_b(s, call.spec.budget), (0, 0, call.P, 0), value=True)
+    weight = None if call.size is None else call.size[:, None].expand(f.shape[:3])
+    tail = "mean" if call.spec.tail == "none" else call.spec.tail
+    right, logit, _ = oracle(call, kept, tails.assign(tail, f, weight, call.P, grid, cells, call.place))
+    assert_near(call.expected(), right, largest(call.v) * (2e-5 + 4e-7 * logit))
+
+
 def assert_right(call, isa, precision="input"):
     """Keys, cells and output of a call on finite numbers."""
     stored = isa == 3 and (precision == "bf16" or call.q.dtype == torch.bfloat16)

@@ -11,6 +11,7 @@ from cpu_calls import (
     STORED,
     TAILS,
     assert_near,
+    assert_reference_right,
     assert_right,
     calls,
     grids,
@@ -25,7 +26,7 @@ from cpu_calls import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.data import DataLoader, Dataset
 
 from sparsify import ops
@@ -49,14 +50,7 @@ def two_threads():
 @settings(max_examples=40, deadline=None)
 @given(calls())
 def test_the_oracle_is_the_reference(call):
-    row, col, f = call.coordinates()
-    (grid, cells), s = grids(call), (row @ col.mT)[:, :, call.P :]
-    if call.spec.tile and s.shape[2]:
-        s = reference.pool_tiles(s, grid, call.spec.tile)
-    kept = pad(reference.top_b(s, call.spec.budget), (0, 0, call.P, 0), value=True)
-    a = tails.assign("mean" if call.spec.tail == "none" else call.spec.tail, f, None, call.P, grid, cells)
-    right, logit, _ = oracle(call, kept, a)
-    assert_near(call.expected(), right, largest(call.v) * (2e-5 + 4e-7 * logit))
+    assert_reference_right(call)
 
 
 @ISA

@@ -11,6 +11,7 @@ from cpu_calls import (
     TAILS,
     TILES,
     assert_near,
+    assert_reference_right,
     assert_right,
     calls,
     grids,
@@ -23,7 +24,7 @@ from cpu_calls import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from sparsify import ops
 from sparsify.ops import cpu, reference, tails
@@ -49,16 +50,7 @@ def merged(call, seed=0, n=None):
 @settings(max_examples=80, deadline=None)
 @given(calls(merged=True))
 def test_the_oracle_is_the_reference(call):
-    row, col, f = call.coordinates()
-    (grid, cells), s = grids(call), (row @ col.mT)[:, :, call.P :]
-    s = s if call.shift is None else s + call.shift[:, None, None]
-    if call.spec.tile and s.shape[2]:
-        s = reference.pool_tiles(s, grid, call.spec.tile, call.place)
-    kept = pad(reference.top_b(s, call.spec.budget), (0, 0, call.P, 0), value=True)
-    weight = None if call.size is None else call.size[:, None].expand(f.shape[:3])
-    tail = "mean" if call.spec.tail == "none" else call.spec.tail
-    right, logit, _ = oracle(call, kept, tails.assign(tail, f, weight, call.P, grid, cells, call.place))
-    assert_near(call.expected(), right, largest(call.v) * (2e-5 + 4e-7 * logit))
+    assert_reference_right(call)
 
 
 @ISA

@@ -17,7 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
-from sparsify import checkpoint, config, data, digits, evaluation
+from sparsify import checkpoint, comparison, config, data, digits, evaluation
 from sparsify import sweep as job
 from sparsify.cli import main
 from sparsify.nn import graft
@@ -35,21 +35,6 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "interleaved", lambda runs, **how: whole(runs, **how | {"rounds": 3}))
         yield
-
-
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Runs a command line in an empty folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return caught.value.code, out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +145,7 @@ def test_the_same_seed_gives_the_same_figures():
 
 def test_another_seed_draws_other_images(monkeypatch):
     seen = []
-    monkeypatch.setattr(job, "_evaluate", lambda dense, sparse, shown, *rest: seen.append(shown) or 1 / 0)
+    monkeypatch.setattr(comparison, "compare", lambda dense, sparse, shown, *rest: seen.append(shown) or 1 / 0)
     for seed in (0, 0, 1):
         recipe = config.load_recipe("calibrate").override(calib_images=4, seed=seed)
         with pytest.raises(ZeroDivisionError):

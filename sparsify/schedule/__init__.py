@@ -13,7 +13,7 @@ from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import UsageError
 from sparsify.nn import fewer, graft
 from sparsify.profiling.latency import interleaved
-from sparsify.profiling.macs import image_shape
+from sparsify.profiling.macs import count, image_shape, replica
 from sparsify.schedule import costs as costing
 from sparsify.schedule import search as searching
 from sparsify.schedule import seconds
@@ -59,8 +59,14 @@ def sensitivity(
     return measure(model, way_of(config), options, images, progress).smoothed()
 
 
-def for_macs(model: nn.Module, config: SparsityConfig, measured: Sensitivity, target: float, dense_macs: int) -> Found:
-    """The schedule of least damage whose whole model takes `target` of `dense_macs` MACs for an image.
+def dense_macs(model: nn.Module) -> int:
+    """MACs of the dense original of a grafted model, for an image of its own size."""
+    device = next(model.parameters()).device
+    return count(graft.dense_twin(replica(model, device)), image_shape(model), []).total
+
+
+def for_macs(model: nn.Module, config: SparsityConfig, measured: Sensitivity, target: float, dense: int) -> Found:
+    """The schedule of least damage whose whole model takes `target` of `dense` MACs (`dense_macs`) for an image.
 
     Raises:
         UsageError: no schedule is that cheap.
@@ -68,9 +74,9 @@ def for_macs(model: nn.Module, config: SparsityConfig, measured: Sensitivity, ta
     prefix, n0 = graft.num_prefix_tokens(model), measured.patches
     options = options_of(config, n0 + prefix, measured.options)
     found = costing.macs(model, prefix, fewer.ranking_rows(model), way_of(config), options)
-    fixed = dense_macs - searching.price(found, [n0] * (len(found) + 1), [None] * len(found))
-    schedule = searching.search(measured, found, target * dense_macs - fixed)
-    share = (schedule.cost + fixed) / dense_macs
+    fixed = dense - searching.price(found, [n0] * (len(found) + 1), [None] * len(found))
+    schedule = searching.search(measured, found, target * dense - fixed)
+    share = (schedule.cost + fixed) / dense
     if share > 1.02 * target:
         raise UsageError(f"--target-macs {target:g}: the least that a schedule of this model reaches is {share:.3f}")
     return Found(config_of(config, schedule), schedule, share, measured)
