@@ -21,11 +21,12 @@ import timm
 import torch
 
 from sparsify import conversion, data
-from sparsify.config import Recipe, SparsityConfig, load_recipe
+from sparsify.config import SparsityConfig
 from sparsify.evaluation import evaluate
 from sparsify.metrics import Evaluation
 from sparsify.nn import graft
 from sparsify.profiling import profile
+from sparsify.recipe import Recipe, load_recipe
 
 DATA = Path(os.environ.get("SPARSIFY_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 WEIGHTS = DATA / "deit_tiny_patch16_224.safetensors"

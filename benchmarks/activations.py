@@ -19,9 +19,9 @@ from torch import Tensor
 
 from sparsify import checkpoint, conversion, data
 from sparsify.calibration.observe import observe
-from sparsify.config import load_recipe
 from sparsify.nn import graft
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
+from sparsify.recipe import load_recipe
 
 BLOCKS = (2, 5, 8)  # of DeiT-Tiny's 12
 PATCH, PREFIX, HEADS = 16, 1, 6

@@ -37,10 +37,11 @@ from harness import Report, Row, conditions, judged, options, start
 from torch import Tensor
 
 from sparsify import ops
-from sparsify.config import SparsityConfig, load_recipe
+from sparsify.config import SparsityConfig
 from sparsify.ops import cpu
 from sparsify.ops.spec import Spec, budget
 from sparsify.profiling.latency import interleaved
+from sparsify.recipe import load_recipe
 
 TOKENS = (197, 577, 1370, 4097)
 SDPA = {torch.float32: "SDPA fp32", torch.bfloat16: "SDPA bf16"}

@@ -23,10 +23,11 @@ from accuracy import DATA, WEIGHTS, convert, photographs
 from torch import nn
 
 from sparsify import checkpoint, conversion, schedule
-from sparsify.config import SparsityConfig, Target, Tokens, load_recipe
+from sparsify.config import SparsityConfig, Target, Tokens
 from sparsify.evaluation import evaluate
 from sparsify.nn import fewer, graft
 from sparsify.profiling import profile
+from sparsify.recipe import load_recipe
 from sparsify.schedule import costs as costing
 from sparsify.schedule import search
 

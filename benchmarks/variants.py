@@ -11,10 +11,10 @@ from accuracy import DATA, WEIGHTS
 from torch import nn
 
 from sparsify import conversion
-from sparsify.config import load_recipe
 from sparsify.nn import graft
 from sparsify.ops.spec import Execution
 from sparsify.profiling.macs import replica
+from sparsify.recipe import load_recipe
 
 
 def deit_tiny(side: int, calib_images: int) -> nn.Module:

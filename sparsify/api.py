@@ -13,12 +13,13 @@ from sparsify import checkpoint
 from sparsify import conversion as _conversion
 from sparsify import evaluation as _evaluation
 from sparsify import profiling as _profiling
-from sparsify.config import Recipe, Target, load_recipe, validate
+from sparsify.config import Target, validate
 from sparsify.errors import UsageError
 from sparsify.metrics import Evaluation
 from sparsify.nn import graft
 from sparsify.ops.auto import Chooser
 from sparsify.ops.spec import Execution
+from sparsify.recipe import Recipe, load_recipe
 
 
 def convert(

@@ -144,7 +144,7 @@ def convert(
     debug: options.Debug = False,
 ) -> None:
     """Turn a pretrained model into a sparse one and write it with its MACs report."""
-    from sparsify.config import load_recipe
+    from sparsify.recipe import load_recipe
 
     base = load_recipe(recipe)
     target = options.target(target_macs, target_latency, keep, token_keep)
@@ -318,7 +318,7 @@ def sweep(
     shares = {"targets": options.shares(targets, "--targets"), "keeps": options.shares(keeps, "--keeps")}
     if not any(shares.values()):
         raise UsageError("--targets none and --keeps none leave nothing to measure")
-    from sparsify.config import load_recipe
+    from sparsify.recipe import load_recipe
 
     recipe = load_recipe("calibrate").override(calib_images=calib_images, seed=seed)
     options.backend(backend)
@@ -363,7 +363,7 @@ def recipes(
     name: Annotated[str, typer.Argument(help="Recipe to show.")] = "",
 ) -> None:
     """List the recipes, or print one."""
-    from sparsify.config import load_recipe, recipe_names, recipe_text
+    from sparsify.recipe import load_recipe, recipe_names, recipe_text
 
     if action not in ("", "show") or bool(action) != bool(name):
         raise UsageError("'sparsify recipes' lists the recipes, 'sparsify recipes show NAME' prints one")

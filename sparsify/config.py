@@ -1,15 +1,12 @@
-"""What a sparse model is (`SparsityConfig`) and how to make one (`Recipe`).
+"""What a sparse model is (`SparsityConfig`) and what a schedule is chosen for (`Target`).
 
-Both are frozen pydantic models that refuse unknown keys, so a typing error in a recipe is an error and not a default.
+Frozen pydantic models that refuse unknown keys, so a typing error in a recipe is an error and not a default.
 """
 
 from __future__ import annotations
 
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sparsify.errors import UsageError
@@ -23,7 +20,9 @@ Side = Annotated[int, Field(ge=1, le=64)]
 M = TypeVar("M", bound=BaseModel)
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """Values that do not change; unknown keys are refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -34,7 +33,7 @@ def _refuse_truth(value: Any) -> Any:
     return value
 
 
-class TokenLowrank(_Frozen):
+class TokenLowrank(Frozen):
     """Knobs of the paper's predictor that the rank does not cover (names as in `docs/glossary.md`)."""
 
     channels: Annotated[int, Field(ge=1)] | None = Field(
@@ -55,7 +54,7 @@ class TokenLowrank(_Frozen):
     shared_heads: bool = Field(False, description="one W_up for all heads, as in the authors' code")
 
 
-class Tokens(_Frozen):
+class Tokens(Frozen):
     """Which tokens go on: stages between attention and MLP of some blocks (`docs/glossary.md`, token keep).
 
     A number is the share of patch tokens kept at each of `stages`: ceil(keep^i n) go on after the i-th. A list has one
@@ -109,7 +108,7 @@ def grid_of(cells: float) -> tuple[int, int]:
     return min(grids, key=lambda g: (abs(g[0] * g[1] - cells), g))
 
 
-class SparsityConfig(_Frozen):
+class SparsityConfig(Frozen):
     """A sparse attention: predictor, budget and tail.
 
     `keep` is the share of all N keys that each patch query attends to, 0 < keep <= 1; the budget is
@@ -192,28 +191,7 @@ class SparsityConfig(_Frozen):
             )
 
 
-class Recipe(_Frozen):
-    """How to make a sparse model: what it is, and how it is calibrated."""
-
-    description: str = ""
-    sparsity: SparsityConfig = SparsityConfig()
-    calib_images: Annotated[int, Field(ge=1)] = 128
-    seed: Annotated[int, Field(ge=0)] = 0
-
-    def override(self, **changes: Any) -> Recipe:
-        """A copy with `changes`; `None` values are left out; keys of `SparsityConfig` reach into `sparsity`.
-
-        Raises:
-            UsageError: a value that is out of range, with its name.
-        """
-        tree = self.model_dump()
-        for key, value in changes.items():
-            if value is not None:
-                (tree if key in type(self).model_fields else tree["sparsity"])[key] = value
-        return validate(Recipe, tree, "option")
-
-
-class Target(_Frozen):
+class Target(Frozen):
     """What a schedule is chosen for: `macs` or `latency`, as a share of the dense model's.
 
     `keeps` are the shares of keys that a block may have, null for dense; `batch_size` is that of the timing.
@@ -225,11 +203,6 @@ class Target(_Frozen):
     batch_size: Annotated[int, Field(ge=1)] = 1
 
 
-def recipe_yaml(recipe: Recipe) -> str:
-    """A recipe as the YAML that `load_recipe` reads."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
-
-
 def validate(model: type[M], tree: Any, source: str) -> M:
     """`model` built from `tree`; the first thing that is wrong becomes a one-line `UsageError`."""
     try:
@@ -238,40 +211,6 @@ def validate(model: type[M], tree: Any, source: str) -> M:
         first = error.errors()[0]
         parts = [str(p) for p in first["loc"] if not str(p).startswith(("constrained", "tuple", "float", "int"))]
         place = ".".join(parts) or "content"
-        raise UsageError(f"{source} {place}: {first['msg']} (given: {first['input']!r})") from None
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(p.name.removesuffix(".yaml") for p in _recipes().iterdir() if p.name.endswith(".yaml"))
-
-
-def recipe_text(name_or_file: str) -> str:
-    """The YAML of the built-in recipe of that name, or of a file.
-
-    Raises:
-        UsageError: no such recipe.
-    """
-    if name_or_file in recipe_names():
-        return str((_recipes() / f"{name_or_file}.yaml").read_text(encoding="utf-8"))
-    if Path(name_or_file).is_file():
-        return Path(name_or_file).read_text(encoding="utf-8", errors="replace")
-    raise UsageError(f"no recipe '{name_or_file}': give a YAML file or one of {', '.join(recipe_names())}")
-
-
-def load_recipe(name_or_file: str) -> Recipe:
-    """The built-in recipe of that name, or the one in a YAML file.
-
-    Raises:
-        UsageError: no such recipe, not YAML, an unknown key or a value out of range.
-    """
-    try:
-        tree = yaml.safe_load(recipe_text(name_or_file))
-    except yaml.YAMLError as error:
-        raise UsageError(f"recipe {name_or_file} is not YAML: {' '.join(str(error).split())}") from None
-    return validate(Recipe, tree or {}, f"recipe {name_or_file}:")
-
-
-def _recipes() -> Any:
-    inside = resources.files("sparsify") / "recipes"
-    return inside if inside.is_dir() else Path(__file__).resolve().parent.parent / "recipes"
+        message = first["msg"].removeprefix("Value error, ")
+        given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
+        raise UsageError(f"{source} {place}: {message}{given}") from None

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from sparsify import __version__, checkpoint, data, digits, schedule, zoo
 from sparsify.calibration import Calibration, calibrate, first, spends_ranks
-from sparsify.config import Recipe, SparsityConfig, Target, recipe_yaml
+from sparsify.config import SparsityConfig, Target
 from sparsify.nn import graft
 from sparsify.ops import backends
 from sparsify.ops.spec import Execution
 from sparsify.profiling import Profile, profile
+from sparsify.recipe import Recipe, recipe_yaml
 from sparsify.report import files
 
 PROBE_IMAGES = 64  # of the calibration's that a schedule is chosen on

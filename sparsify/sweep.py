@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sparsify import __version__, checkpoint, comparison, conversion, schedule, zoo
 from sparsify.calibration import calibrate, first, spends_ranks
-from sparsify.config import Recipe, SparsityConfig
+from sparsify.config import SparsityConfig
 from sparsify.errors import BadFile, UsageError
 from sparsify.metrics import Evaluation
 from sparsify.nn import graft
@@ -32,6 +32,7 @@ from sparsify.ops.spec import Execution
 from sparsify.profiling import Profile, latency, profile
 from sparsify.profiling.latency import Timing
 from sparsify.profiling.macs import image_shape, replica
+from sparsify.recipe import Recipe
 from sparsify.schedule import Found, Schedule
 
 SECONDS = 2.5  # of timing, for each model; `latency.BUDGET_S` at least

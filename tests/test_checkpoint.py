@@ -9,9 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sparsify import checkpoint, conversion, zoo
-from sparsify.config import Recipe
 from sparsify.errors import BadFile, UsageError
 from sparsify.nn import graft
+from sparsify.recipe import Recipe
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from sparsify import checkpoint, schedule
 from sparsify.cli import main
-from sparsify.config import SparsityConfig, Tokens, load_recipe
+from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import UsageError
 from sparsify.nn import fewer, graft
 from sparsify.ops.spec import Execution
 from sparsify.profiling import profile
+from sparsify.recipe import load_recipe
 from sparsify.schedule import costs as costing
 from sparsify.schedule import search
 from sparsify.schedule.costs import BlockCost

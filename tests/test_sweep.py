@@ -17,12 +17,13 @@ import torch
 import yaml
 from PIL import Image
 
-from sparsify import checkpoint, comparison, config, data, digits, evaluation
+from sparsify import checkpoint, comparison, data, digits, evaluation
 from sparsify import sweep as job
 from sparsify.cli import main
 from sparsify.nn import graft
 from sparsify.profiling import latency
 from sparsify.profiling.latency import Timing
+from sparsify.recipe import load_recipe
 from sparsify.report import sweep as report
 
 FEW = ["--data", "digits", "--limit", "48", "--calib-images", "8"]
@@ -58,7 +59,7 @@ def figures(swept):
 
 def small(**changes):
     """A sweep as a library call: one keep, one target, few images."""
-    recipe = config.load_recipe("calibrate").override(calib_images=8)
+    recipe = load_recipe("calibrate").override(calib_images=8)
     how = dict(targets=(), keeps=(0.1,), limit=16) | changes
     return job.sweep("digits", recipe, how.pop("images", "digits"), **how)
 
@@ -147,7 +148,7 @@ def test_another_seed_draws_other_images(monkeypatch):
     seen = []
     monkeypatch.setattr(comparison, "compare", lambda dense, sparse, shown, *rest: seen.append(shown) or 1 / 0)
     for seed in (0, 0, 1):
-        recipe = config.load_recipe("calibrate").override(calib_images=4, seed=seed)
+        recipe = load_recipe("calibrate").override(calib_images=4, seed=seed)
         with pytest.raises(ZeroDivisionError):
             job.sweep("digits", recipe, "digits", targets=(), keeps=(0.1,), limit=16)
     assert seen[0].dataset.indices == seen[1].dataset.indices != seen[2].dataset.indices
@@ -212,7 +213,7 @@ def test_an_earlier_sweeps_recipes_go_and_other_files_stay(tmp_path):
         (tmp_path / "s.recipes" / name).write_text("")
     report.write(made, tmp_path / "s")
     assert sorted(p.name for p in (tmp_path / "s.recipes").iterdir()) == ["keep-0.1.yaml", "mine.txt"]
-    recipe = config.load_recipe(str(tmp_path / "s.recipes" / "keep-0.1.yaml"))
+    recipe = load_recipe(str(tmp_path / "s.recipes" / "keep-0.1.yaml"))
     assert recipe.sparsity.keep == 0.1 and recipe == made.settings[0].recipe
     assert yaml.safe_load((tmp_path / "s.recipes" / "keep-0.1.yaml").read_text())["seed"] == 0
 

@@ -18,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsify import report
-from sparsify.config import recipe_yaml
 from sparsify.errors import BadFile, one_line
 from sparsify.metrics import Evaluation
 from sparsify.profiling.latency import Timing
+from sparsify.recipe import recipe_yaml
 from sparsify.report import files
 from sparsify.report.picture import plot, top1_error
 from sparsify.report.published import PUBLISHED_DENSE_TOP1, published
