@@ -18,8 +18,8 @@ from accuracy import DATA, WEIGHTS
 from torch import Tensor
 
 from sparsify import checkpoint, conversion, data
-from sparsify.calibration.observe import observe
 from sparsify.nn import graft
+from sparsify.nn.observe import observe
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
 from sparsify.recipe import load_recipe
 

@@ -6,7 +6,8 @@ Metadata keys (strings; all but `format` hold JSON or plain text):
     sparsify.format        version of this layout, an integer
     sparsify.architecture  architecture, model_args, pretrained_cfg: what timm needs to build the host
     sparsify.config        SparsityConfig, ranks resolved
-    sparsify.provenance    source, recipe, calibration, seed, library versions, date, whether the backbone changed
+    sparsify.provenance    source, recipe, calibration, seed, library versions, date, whether the backbone changed,
+                           dense_sha256: digest of the dense model that was converted
     sparsify.report        headline figures (theoretical MACs)
     sparsify.licence       licence of the weights that were converted
     sparsify.sha256        digest of every other key and every tensor
@@ -47,6 +48,11 @@ class Header(NamedTuple):
     def backbone_changed(self) -> bool:
         """Whether the weights are not the dense original's any more; a file that does not say so may have changed."""
         return self.provenance.get("backbone_changed") is not False
+
+    @property
+    def dense_sha256(self) -> str:
+        """`digest_of` the dense model that was converted, at the file's image size; '' where the file does not say."""
+        return str(self.provenance.get("dense_sha256") or "")
 
 
 def save(model: nn.Module, path: Path, header: Header) -> None:
@@ -119,6 +125,11 @@ def resize(model: nn.Module, img_size: int) -> None:
         graft.resize(model, img_size)
     except Exception as error:
         raise UsageError(f"--img-size {img_size}: {one_line(error)}") from None
+
+
+def digest_of(model: nn.Module) -> str:
+    """SHA-256 over the state dict of a model: names, dtypes, shapes and bytes. Of the dense model: before anything folds."""
+    return _digest({}, {name: t.detach().cpu() for name, t in model.state_dict().items()})
 
 
 def may_overwrite(path: Path, architecture: Mapping[str, Any], force: bool) -> None:

@@ -15,15 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify import __version__, checkpoint, data, digits, schedule, zoo
+from sparsify import __version__, checkpoint, data, digits, finetune, processes, schedule, tuning, zoo
 from sparsify.calibration import Calibration, calibrate, first, spends_ranks
 from sparsify.config import SparsityConfig, Target
+from sparsify.errors import UsageError
+from sparsify.finetune import Outcome
 from sparsify.nn import graft
 from sparsify.ops import backends
 from sparsify.ops.spec import Execution
 from sparsify.profiling import Profile, profile
 from sparsify.recipe import Recipe, recipe_yaml
 from sparsify.report import files
+from sparsify.tuning import Calibrated, Tuned
 
 PROBE_IMAGES = 64  # of the calibration's that a schedule is chosen on
 CALIBRATION_BATCH = 16  # images; bounds the memory of the widest step, the reference attention at four ranks
@@ -40,6 +43,8 @@ class Conversion:
         profile: theoretical MACs, nothing measured.
         calibration: which images were used, in words.
         seconds: wall time from the dense model to the written file.
+        tuning: how the fine-tuning went; None where there was none.
+        run: folder of the fine-tuning.
     """
 
     path: Path
@@ -51,6 +56,8 @@ class Conversion:
     profile: Profile
     calibration: str
     seconds: float
+    tuning: Outcome | None = None
+    run: Path | None = None
 
 
 def convert(
@@ -62,48 +69,116 @@ def convert(
     num_classes: int | None = None,
     img_size: int | None = None,
     images: str | None = None,
+    val: str | None = None,
     force: bool = False,
+    resume: bool = False,
+    save_minutes: float = 5.0,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
+    micro_batch: int = 64,
     workers: int = 0,
     backend: str = "auto",
     target: Target | None = None,
     say: Callable[[str], None] = lambda line: None,
-    progress: Callable[[str, int, int], None] = lambda step, done, total: None,
+    progress: Callable[..., None] = lambda *step: None,
 ) -> Conversion:
     """Converts the model `name` by `recipe` and writes `output`.
 
     Args:
-        images: folder or data set to calibrate on (labels are not used); None for the built-in set.
+        images: folder or data set to calibrate on and, where the recipe has stages, to learn from; None for the built-in
+            set (calibration only).
+        val: labelled images that decide which weights are written; None: a part of `images` is held back.
+        resume: go on with the run of this output that was interrupted; save_minutes: time between two saved states.
         dtype: of the forward passes of the calibration (autocast); moments are float64, the file is float32.
+        batch_size: images of a pass of the calibration; micro_batch: most images of a pass of the fine-tuning.
         workers: processes that read images.
         backend: what computes the sparse trials of the calibration (`sparsify.ops.BACKENDS`).
         target: choose keep and token keep of every block for it; the recipe's are the start of the calibration.
         say: called with lines for the person at the terminal.
-        progress: called with step, images done and images in all.
+        progress: called with step, images (or steps) done, how many in all, and a note.
 
     Raises:
-        SparsifyError: see `zoo`, `data`, `graft` and `checkpoint`; nothing is written then.
+        SparsifyError: see `zoo`, `data`, `graft`, `checkpoint` and `finetune`; nothing is written then.
+        Interrupted: a fine-tuning was asked to stop; its state is saved.
     """
     source = zoo.resolve(name)
     if source.note:
         say(source.note)
     execution = Execution(backend)
+    device = processes.place(device)
     graft.check_execution(execution, torch.device(device), dtype)
     hosts = graft.check(zoo.skeleton(source, num_classes, img_size), source.asked)  # before anything is loaded
     recipe.sparsity.check(*graft.shape(hosts))
+    if recipe.trains and images is None:
+        raise UsageError("this recipe learns from images: give them with --data, or calibrate only (--calibrate-only)")
+    if recipe.start == "random" and recipe.sparsity.predictor != "token-lowrank":
+        raise UsageError("start random is the authors' way for predictor token-lowrank: use start closed-form")
     model = zoo.load(source, weights, num_classes, img_size).to(device)
     architecture = zoo.describe(model, source)
     if differs := zoo.note(model, source):
         say(differs)
     checkpoint.may_overwrite(output, architecture, force)
+    dense_sha256 = checkpoint.digest_of(model)
+    plan = None
+    if recipe.trains and images is not None:
+        plan = finetune.plan(model, recipe, finetune.Source(images, val, device, workers, micro_batch), dense_sha256)
     start = time.perf_counter()
-    batches, calibration = calibration_images(
-        model, source, recipe, images, device, batch_size or CALIBRATION_BATCH, workers
-    )
-    say(f"calibrating on {calibration}")
-    if spends_ranks(recipe.sparsity) and (note := backends.note(backend, torch.device(device), dtype)):
+
+    def calibrated() -> Calibrated:
+        return _calibrated(
+            model, source, recipe, images, target, device, dtype, batch_size or CALIBRATION_BATCH, workers, execution, say,
+            progress,
+        )  # fmt: skip
+
+    def header(found: Calibrated, config: SparsityConfig, tuned: Tuned | None) -> checkpoint.Header:
+        about = _provenance(source.asked, weights, found, images is not None, dense_sha256)
+        return checkpoint.Header(architecture, config, about | (tuned.provenance() if tuned else {}), {})
+
+    tuned, run = None, None
+    if plan is None:
+        found = calibrated()
+        sparse, config = found.model.to("cpu"), found.config
+    else:
+        run = finetune.RunFolder(output.with_name(f"{output.name.removesuffix('.safetensors')}.run"))
+        how = finetune.How(run.path, device, save_minutes, say, progress)
+        tuned = tuning.tune(model, plan, run, how, calibrated, lambda c: header(c, c.config, None), resume, force)
+        found, sparse, config = tuned.start, tuned.model, tuned.config
+    figures = profile(sparse, measure=False)
+    report = {k: v for k, v in figures.as_dict().items() if "macs" in k and isinstance(v, int)}
+    described = header(found, config, tuned)._replace(report=report)
+    stem = output.name.removesuffix(".safetensors")
+    report_json, report_md = output.with_name(f"{stem}.report.json"), output.with_name(f"{stem}.report.md")
+    recipe_file = None if target is None else output.with_name(f"{stem}.recipe.yaml")
+    if processes.main():
+        checkpoint.save(sparse, output, described)
+        files.write_json(report_json, figures.as_dict())
+        files.write_text(report_md, files.to_markdown(figures))
+        if recipe_file is not None:
+            files.write_text(recipe_file, recipe_yaml(found.recipe))
+        if run is not None:
+            run.finish(output)
+    processes.barrier()
+    seconds = time.perf_counter() - start
+    return Conversion(
+        output, report_json, report_md, recipe_file, sparse, described, figures, found.words, seconds,
+        None if tuned is None else tuned.outcome, None if run is None else run.path,
+    )  # fmt: skip
+
+
+def _calibrated(
+    model: nn.Module, source: zoo.Source, recipe: Recipe, images: str | None, target: Target | None, device: str,
+    dtype: torch.dtype, batch_size: int, workers: int, execution: Execution, say: Callable[[str], None],
+    progress: Callable[..., None],
+) -> Calibrated:  # fmt: skip
+    """The model with its predictors fitted (or drawn at random, as the recipe says), and a schedule chosen for a target."""
+    if recipe.start == "random":
+        config = recipe.sparsity.with_cells(graft.num_tokens(model))
+        graft.draw(graft.graft(model, config), recipe.seed)
+        return Calibrated(model, config, recipe, "nothing: predictors are drawn at random", 0)
+    batches, words = calibration_images(model, source, recipe, images, device, batch_size, workers)
+    say(f"calibrating on {words}")
+    if spends_ranks(recipe.sparsity) and (note := backends.note(execution.backend, torch.device(device), dtype)):
         say(note)
     with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
         result = calibrate(
@@ -113,32 +188,17 @@ def convert(
             lambda step, done, total: progress(step, done, total or recipe.calib_images),
             execution,
         )
-    config, chosen = result.config, None
-    if target is not None:
-        config, chosen = _choose(result, recipe, target, batches, execution, say, progress)
-    sparse = result.model.to("cpu")
-    figures = profile(sparse, measure=False)
-    header = checkpoint.Header(
-        architecture=architecture,
-        config=config,
-        provenance=_provenance(source.asked, weights, chosen or recipe, images is not None, result.images),
-        report={k: v for k, v in figures.as_dict().items() if "macs" in k and isinstance(v, int)},
-    )
-    checkpoint.save(sparse, output, header)
-    stem = output.name.removesuffix(".safetensors")
-    report_json, report_md = output.with_name(f"{stem}.report.json"), output.with_name(f"{stem}.report.md")
-    files.write_json(report_json, figures.as_dict())
-    files.write_text(report_md, files.to_markdown(figures))
-    recipe_file = None if chosen is None else output.with_name(f"{stem}.recipe.yaml")
-    if chosen is not None and recipe_file is not None:
-        files.write_text(recipe_file, recipe_yaml(chosen))
-    seconds = time.perf_counter() - start
-    return Conversion(output, report_json, report_md, recipe_file, sparse, header, figures, calibration, seconds)
+    if target is None:
+        return Calibrated(result.model, result.config, recipe, words, result.images)
+    config, chosen = _choose(result, recipe, target, batches, execution, say, progress)
+    for stage in chosen.stages:  # tokens may leave now
+        finetune.check(stage, chosen.sparsity, int(getattr(model, "num_classes", 0)))
+    return Calibrated(result.model, config, chosen, words, result.images)
 
 
 def _choose(
     result: Calibration, recipe: Recipe, target: Target, batches: Callable[[], Iterator[Tensor]], execution: Execution,
-    say: Callable[[str], None], progress: Callable[[str, int, int], None],
+    say: Callable[[str], None], progress: Callable[..., None],
 ) -> tuple[SparsityConfig, Recipe]:  # fmt: skip
     """Applies the schedule for `target` to the calibrated model; its configuration, and the recipe that gives it again."""
     model, asked = result.model, recipe.sparsity
@@ -185,17 +245,20 @@ def calibration_images(
     return lambda: (x.to(device) for x in found), words
 
 
-def _provenance(asked: str, weights: Path | None, recipe: Recipe, own_images: bool, images: int) -> dict[str, Any]:
+def _provenance(
+    asked: str, weights: Path | None, found: Calibrated, own_images: bool, dense_sha256: str
+) -> dict[str, Any]:
     libraries = {"sparsify-vit": __version__, "python": platform.python_version()}
-    for library in ("torch", "timm", "safetensors"):
+    for library in ("torch", "timm", "safetensors", "accelerate"):
         with contextlib.suppress(Exception):
             libraries[library] = version(library)
     return {
         "source": asked,
         "weights": weights.name if weights else None,
-        "recipe": recipe.model_dump(mode="json"),
-        "calibration": {"images": images, "set": "user" if own_images else "built-in"},
+        "recipe": found.recipe.model_dump(mode="json"),
+        "calibration": {"images": found.images, "set": "user" if own_images else "built-in"},
         "backbone_changed": False,
+        "dense_sha256": dense_sha256,
         "versions": libraries,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),

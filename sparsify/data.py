@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from sparsify import digits
-from sparsify.errors import BadData, SparsifyError
-from sparsify.loading import Decoded, ImageBatches, Items, LabelledBatches, Mapped, Reader, Stream, Transform
+from sparsify.errors import BadData, SparsifyError, UsageError, one_line
+from sparsify.loading import Decoded, ImageBatches, Items, LabelledBatches, Mapped, Part, Reader, Stream, Transform
 from sparsify.pictures import CalibrationImages
+from sparsify.stage import Augmentation
 
 PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")  # timm's data set prefixes
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 _LAYOUT = "labels are taken from folders, PATH/<class>/<image>"
-_VAL = ("val", "valid", "validation", "eval", "evaluation")  # timm's names of the split
+VAL = ("val", "valid", "validation", "eval", "evaluation")  # timm's names of the split
+TRAIN = ("train", "training")
 
 
 def data_config(model: nn.Module, img_size: int | None = None) -> dict[str, Any]:
@@ -46,6 +48,35 @@ def transform(config: dict[str, Any]) -> Transform:
     return create_transform(**config, is_training=False)
 
 
+def train_transform(augmentation: Augmentation, config: dict[str, Any]) -> Transform:
+    """timm's training transform: as `transform`, but drawn from the global random numbers of Python, numpy and torch.
+
+    Raises:
+        UsageError: timm knows no such `auto_augment` or `interpolation`.
+    """
+    jitter: Any = augmentation.color_jitter or None
+    try:
+        return create_transform(
+            config["input_size"],
+            is_training=True,
+            scale=augmentation.scale,
+            ratio=augmentation.ratio,
+            hflip=augmentation.hflip,
+            color_jitter=jitter,
+            auto_augment=augmentation.auto_augment,
+            interpolation=augmentation.interpolation or config["interpolation"],
+            mean=config["mean"],
+            std=config["std"],
+            re_prob=augmentation.erase,
+            re_mode="pixel",
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UsageError(
+            f"timm makes no transform with auto_augment {augmentation.auto_augment} and interpolation "
+            f"{augmentation.interpolation}: {one_line(error, 100)}"
+        ) from error
+
+
 def unlabelled(
     path: str | Path,
     n: int,
@@ -64,19 +95,11 @@ def unlabelled(
     Raises:
         BadData: nothing there, or no images.
     """
-    spec = str(path)
-    if spec.partition(":")[0] == "digits":
-        source = digits.dataset(_digits_split(spec, "train"))
-        items: Items = Mapped(source, _draw(len(source), n, seed))
-    elif _prefixed(spec):
-        dataset = _timm_dataset(spec, split)
-        if isinstance(dataset, IterableDataset):
-            return ImageBatches(Stream(dataset, transform, n), batch_size, 0, strict, place=spec)
-        items = _of(dataset, lambda total: _draw(total, n, seed))
-    else:
-        reader = _reader(Path(path))
-        items = Reader(reader, _draw(len(reader), n, seed))
-    return ImageBatches(Decoded(items, transform), batch_size, workers, strict, place=spec)
+    images = all_images(path, split)
+    if isinstance(images, IterableDataset):
+        return ImageBatches(Stream(images, transform, n), batch_size, 0, strict, place=str(path))
+    some = Part(images, draw(len(images), n, seed))
+    return ImageBatches(Decoded(some, transform), batch_size, workers, strict, place=str(path))
 
 
 def labelled(
@@ -101,23 +124,11 @@ def labelled(
     Raises:
         BadData: nothing there, no class folders, or another number of classes than the model's.
     """
-    spec, note = str(path), ""
-    if spec.partition(":")[0] == "digits":
-        _same_count(spec, len(digits.Digits.classes), num_classes)
-        items: Items = Mapped(digits.dataset(_digits_split(spec, "test")))
-    elif _prefixed(spec):
-        dataset = _timm_dataset(spec, split)
-        if isinstance(dataset, IterableDataset):
-            return LabelledBatches(
-                Stream(dataset, transform), batch_size, 0, strict, place=spec, num_classes=num_classes
-            )
-        classes = getattr(dataset, "classes", None)
-        if classes is not None:
-            _same_count(spec, len(classes), num_classes)
-        items = _of(dataset, lambda total: list(range(total)))
-    else:
-        items, note = _folder_items(_val_folder(Path(path)), num_classes)
-    return LabelledBatches(Decoded(items, transform), batch_size, workers, strict, note, spec, num_classes)
+    spec = str(path)
+    images, note = class_images(path, num_classes, split, "test", VAL)
+    if isinstance(images, IterableDataset):
+        return LabelledBatches(Stream(images, transform), batch_size, 0, strict, place=spec, num_classes=num_classes)
+    return LabelledBatches(Decoded(images, transform), batch_size, workers, strict, note, spec, num_classes)
 
 
 def builtin_calibration(
@@ -130,9 +141,52 @@ def builtin_calibration(
     return ImageBatches(Decoded(pictures, transform), batch_size, workers, place="built-in pictures")
 
 
-def _draw(total: int, n: int, seed: int) -> list[int]:
-    """In random order: the first images, which decide the ranks, stand for all classes and not for the first names."""
+def all_images(path: str | Path, split: str) -> Items | IterableDataset:
+    """All images of `path` (as `unlabelled` takes it) in the listed order, whatever their labels.
+
+    Raises:
+        BadData: nothing there, or no images.
+    """
+    spec = str(path)
+    if is_digits(spec):
+        return Mapped(digits.dataset(_digits_split(spec, "train")))
+    if is_prefixed(spec):
+        return _of(_timm_dataset(spec, split))
+    reader = _reader(Path(path))
+    return Reader(reader, range(len(reader)))
+
+
+def class_images(
+    path: str | Path, num_classes: int | None, split: str, digits_split: str, folders: Sequence[str]
+) -> tuple[Items | IterableDataset, str]:
+    """The images of `path` (as `labelled` takes it) with the model's labels, in the listed order; one line for the user.
+
+    `digits_split` is what `digits` stands for; the first of `folders` that lies in `path` is taken in its place.
+
+    Raises:
+        BadData: nothing there, no class folders, or another number of classes than the model's.
+    """
+    spec = str(path)
+    if is_digits(spec):
+        _same_count(spec, len(digits.Digits.classes), num_classes)
+        return Mapped(digits.dataset(_digits_split(spec, digits_split))), ""
+    if not is_prefixed(spec):
+        return _folder_items(split_folder(Path(path), folders), num_classes)
+    dataset = _timm_dataset(spec, split)
+    classes = getattr(dataset, "classes", None)
+    if classes is not None and not isinstance(dataset, IterableDataset):
+        _same_count(spec, len(classes), num_classes)
+    return _of(dataset), ""
+
+
+def draw(total: int, n: int, seed: int) -> list[int]:
+    """`n` of `total`, in random order: the first images, which decide the ranks, stand for all classes, not for names."""
     return random.Random(seed).sample(range(total), min(n, total))
+
+
+def is_digits(spec: str) -> bool:
+    """Whether `spec` is the built-in data set: `digits` or `digits:SPLIT`."""
+    return spec.partition(":")[0] == "digits"
 
 
 def _digits_split(spec: str, default: str) -> str:
@@ -150,7 +204,10 @@ def _reader(path: Path) -> Any:
         raise BadData(f"{path} is a file: a folder of images, a .tar or a timm data set is expected")
     extra: dict[str, Any] = {} if path.is_file() else {"input_key": ";".join(EXTENSIONS)}
     try:
-        return create_dataset("", root=str(path), search_split=False, **extra).reader
+        reader = create_dataset("", root=str(path), search_split=False, **extra).reader
+        if hasattr(reader, "cache_tarfiles"):
+            reader.cache_tarfiles = False  # an open archive has one position, also for the workers that inherit it
+        return reader
     except Exception as error:
         if path.is_dir():
             raise BadData(f"{path} holds no images ({' '.join(EXTENSIONS)})") from error
@@ -158,8 +215,9 @@ def _reader(path: Path) -> Any:
         raise BadData(f"{path} is not a .tar of images: {reason}") from error
 
 
-def _val_folder(path: Path) -> Path:
-    return next((path / name for name in _VAL if (path / name).is_dir()), path)
+def split_folder(path: Path, names: Sequence[str]) -> Path:
+    """The first folder in `path` with one of `names`; `path` where there is none."""
+    return next((path / name for name in names if (path / name).is_dir()), path)
 
 
 def _folder_items(path: Path, num_classes: int | None) -> tuple[Reader, str]:
@@ -197,15 +255,16 @@ def _same_count(place: str, found: int, num_classes: int | None) -> None:
         raise BadData(f"{place} has {found:,} classes, but the model has {num_classes:,}")
 
 
-def _prefixed(spec: str) -> bool:
+def is_prefixed(spec: str) -> bool:
+    """Whether `spec` is a timm data set, `hfds/NAME` and the like, and no folder of that name."""
     return spec.partition("/")[0].lower() in PREFIXES and "/" in spec and not Path(spec).exists()
 
 
-def _of(dataset: Any, choose: Callable[[int], list[int]]) -> Items:
+def _of(dataset: Any) -> Items | IterableDataset:
     """timm's own data sets replace a broken image by the next, so their reader is used; torchvision's as they are."""
-    if hasattr(dataset, "reader"):
-        return Reader(dataset.reader, choose(len(dataset.reader)))
-    return Mapped(dataset, choose(len(dataset)))
+    if isinstance(dataset, IterableDataset):
+        return dataset
+    return Reader(dataset.reader, range(len(dataset.reader))) if hasattr(dataset, "reader") else Mapped(dataset)
 
 
 def _timm_dataset(spec: str, split: str) -> Any:

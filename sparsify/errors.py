@@ -29,3 +29,9 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     """The message of `error` on one line of at most `limit` characters; its class name where it has none."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+class Interrupted(SparsifyError):
+    """Long work that was asked to stop and has saved where it stands (exit code 130)."""
+
+    exit_code = 130

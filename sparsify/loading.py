@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import random
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -29,7 +34,7 @@ class Items(Protocol):
 class Reader:
     """timm's folder, tar and hub readers; `indices` picks images, `classes` maps their class index to the model's."""
 
-    def __init__(self, reader: Any, indices: list[int], classes: dict[int, int] | None = None) -> None:
+    def __init__(self, reader: Any, indices: Sequence[int], classes: dict[int, int] | None = None) -> None:
         self.reader, self.indices, self.classes = reader, indices, classes
 
     def __len__(self) -> int:
@@ -50,18 +55,56 @@ class Reader:
 class Mapped:
     """Any map-style data set of (PIL image, label), or a sequence of PIL images."""
 
-    def __init__(self, source: Any, indices: list[int] | None = None) -> None:
-        self.source, self.indices = source, list(range(len(source))) if indices is None else indices
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def fetch(self, index: int) -> tuple[Any, int]:
+        item = self.source[index]
+        return (item[0], int(item[1])) if isinstance(item, tuple) else (item, -1)
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+
+class Part:
+    """Some of `items`, in the order of `indices`; without `labels` each label is -1."""
+
+    def __init__(self, items: Items, indices: Sequence[int], labels: bool = True) -> None:
+        self.items, self.indices, self.labels = items, indices, labels
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def fetch(self, index: int) -> tuple[Any, int]:
-        item = self.source[self.indices[index]]
-        return (item[0], int(item[1])) if isinstance(item, tuple) else (item, -1)
+        image, label = self.items.fetch(self.indices[index])
+        return image, label if self.labels else -1
 
     def name(self, index: int) -> str:
-        return f"image {self.indices[index]}"
+        return self.items.name(self.indices[index])
+
+
+class StreamPart:
+    """(PIL image, label) `start` to `stop` (left out; None: the end) of each pass over `source`; labels as in `Part`."""
+
+    def __init__(self, source: Iterable, start: int = 0, stop: int | None = None, labels: bool = True) -> None:
+        self.source, self.start, self.stop, self.labels = source, start, stop, labels
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+        for image, label, *_ in islice(self.source, self.start, self.stop):
+            yield image, int(label) if self.labels else -1
+
+
+def read(items: Items, index: int) -> tuple[Image.Image, int] | str:
+    """RGB image and label, or the name and reason of an image that cannot be read."""
+    try:
+        file, label = items.fetch(index)
+        image = file if isinstance(file, Image.Image) else Image.open(file)
+        return image.convert("RGB"), label  # decodes; PIL raises a dozen kinds of exception on damaged files
+    except Exception as error:
+        return f"{items.name(index)} ({' '.join(str(error).split())[:80] or type(error).__name__})"
 
 
 class Decoded(Dataset):
@@ -74,13 +117,8 @@ class Decoded(Dataset):
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
-        try:
-            file, label = self.items.fetch(index)
-            image = file if isinstance(file, Image.Image) else Image.open(file)
-            image = image.convert("RGB")  # decodes; PIL's decoders raise a dozen kinds of exception on damaged files
-        except Exception as error:
-            return f"{self.items.name(index)} ({' '.join(str(error).split())[:80] or type(error).__name__})"
-        return self.transform(image), label
+        found = read(self.items, index)
+        return found if isinstance(found, str) else (self.transform(found[0]), found[1])
 
 
 class Stream(IterableDataset):
@@ -127,7 +165,7 @@ class _Loader:
             self.batch_size,
             num_workers=self.workers,
             collate_fn=_collate,
-            worker_init_fn=_ignore_interrupt if self.workers else None,
+            worker_init_fn=ignore_interrupt if self.workers else None,
         )
         batches = iter(loader)
         try:
@@ -158,6 +196,10 @@ class ImageBatches(_Loader):
     def __iter__(self) -> Iterator[Tensor]:
         return (images for images, _ in self._batches())
 
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same with labels, int64 [B], -1 where there is none."""
+        return self._batches()
+
 
 class LabelledBatches(_Loader):
     """Yields images, float32 [B, C, H, W], and labels, int64 [B].
@@ -183,5 +225,27 @@ def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor, lis
     return images, torch.tensor([label for _, label in good], dtype=torch.int64), broken
 
 
-def _ignore_interrupt(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
+def ignore_interrupt(worker: int) -> None:
+    """`worker_init_fn` of a DataLoader: Ctrl-C is for the main process, which ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def drawn_number(*parts: object) -> int:
+    """64 bits that depend on `parts`, numbers and text, alone."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
+
+
+@contextmanager
+def drawn(*parts: object) -> Iterator[None]:
+    """Inside, the global random numbers of Python, numpy and torch (CPU) depend on `parts` alone; then go on as before."""
+    number, generator = drawn_number(*parts), torch.default_generator
+    states = random.getstate(), np.random.get_state(), generator.get_state()
+    try:
+        random.seed(number)
+        np.random.seed(number % 2**32)
+        generator.manual_seed(number >> 1)  # torch.manual_seed would also seed the GPUs'
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        generator.set_state(states[2])

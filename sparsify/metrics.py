@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ NEIGHBOURS = 10  # k of the nearest-neighbour classifier for models without a he
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results; None where a figure does not apply (`docs/glossary.md` has the words).
+    """Results; None where a figure does not apply (`docs/glossary.md` has the words), or where there is no dense model.
 
     Attributes:
         model, param_count, img_size, crop_pct, interpolation: what was evaluated, in timm's words.
@@ -24,7 +24,7 @@ class Evaluation:
         kl: KL(dense || sparse) of class probabilities, nats, mean per image.
         cosine_pooled, cosine_patch: mean cosine similarity of features; rel_error_*: |sparse - dense| / |dense|.
         knn_top1, dense_knn_top1: leave-one-out nearest-neighbour accuracy over the pooled features, percent.
-        throughput_sparse, throughput_dense: images/s, measured in this pass.
+        throughput_sparse, throughput_dense: images/s, measured in this pass; of several processes the sum.
     """
 
     model: str = ""
@@ -56,35 +56,56 @@ class Evaluation:
 
 
 class Logits:
-    """Sums over logits [B, classes]."""
+    """Sums over logits [B, classes]; without dense ones only the sparse model's own figures."""
 
     def __init__(self) -> None:
         self.hits = torch.zeros(4, dtype=torch.int64)  # top-1 sparse, top-5 sparse, top-1 dense, top-5 dense
-        self.lost = self.gained = self.agree = 0
+        self.lost = self.gained = self.agree = self.compared = 0
         self.kl = 0.0
 
-    def add(self, dense: Tensor, sparse: Tensor, y: Tensor) -> None:
-        dense, sparse = dense.float().cpu(), sparse.float().cpu()
-        k = min(5, dense.shape[1])
-        right_s, right_d = ((o.topk(k).indices == y[:, None]).cumsum(1).bool() for o in (sparse, dense))  # (B, k)
-        s, d = right_s[:, 0], right_d[:, 0]
-        self.hits += torch.stack([s.sum(), right_s[:, -1].sum(), d.sum(), right_d[:, -1].sum()])
+    def add(self, dense: Tensor | None, sparse: Tensor, y: Tensor) -> None:
+        sparse = sparse.float().cpu()
+        s, s5 = _right(sparse, y)
+        self.hits[:2] += torch.stack([s.sum(), s5.sum()])
+        if dense is None:
+            return
+        dense = dense.float().cpu()
+        d, d5 = _right(dense, y)
+        self.hits[2:] += torch.stack([d.sum(), d5.sum()])
+        self.compared += len(y)
         self.lost += int((d & ~s).sum())
         self.gained += int((s & ~d).sum())
         self.agree += int((dense.argmax(1) == sparse.argmax(1)).sum())
         p = dense.log_softmax(1)
         self.kl += float((p.exp() * (p - sparse.log_softmax(1))).sum())
 
+    def merge(self, other: Logits) -> None:
+        """Adds the sums over other images."""
+        self.hits = self.hits + other.hits  # not in place: they may stem from inference mode
+        for name in ("lost", "gained", "agree", "compared", "kl"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
     def result(self, n: int) -> Evaluation:
         top1, top5, dense_top1, dense_top5 = (100 * h / n for h in self.hits.tolist())
+        if not self.compared:
+            return Evaluation(top1=top1, top5=top5)
         return Evaluation(
             top1=top1, top5=top5, dense_top1=dense_top1, dense_top5=dense_top5, agreement=100 * self.agree / n,
             images_lost=self.lost, images_gained=self.gained, kl=self.kl / n,
         )  # fmt: skip
 
 
+def _right(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the label is the first, and among the first five: bool [B] each."""
+    found = (logits.topk(min(5, logits.shape[1])).indices == y[:, None]).cumsum(1).bool()  # (B, k)
+    return found[:, 0], found[:, -1]
+
+
+Output = tuple[Tensor, Tensor]  # pooled features [B, C], tokens [B, N, C]
+
+
 class Features:
-    """Pooled features [B, C] and tokens [B, N, C] of models without a classifier."""
+    """Pooled features and tokens of models without a classifier; `prefix` tokens are no patches."""
 
     def __init__(self, prefix: int) -> None:
         self.prefix = prefix
@@ -92,22 +113,34 @@ class Features:
         self.pooled: dict[str, list[Tensor]] = {"dense": [], "sparse": []}
         self.labels: list[Tensor] = []
 
-    def add(self, dense: tuple[Tensor, Tensor], sparse: tuple[Tensor, Tensor], y: Tensor) -> None:
+    def add(self, dense: Output | None, sparse: Output, y: Tensor) -> None:
+        self.pooled["sparse"].append(sparse[0].float().cpu())
+        self.labels.append(y)
+        if dense is None:
+            return
         pairs = [(dense[0][:, None], sparse[0][:, None]), (dense[1][:, self.prefix :], sparse[1][:, self.prefix :])]
         for i, (d, s) in enumerate(pairs):
             d, s = d.float().cpu(), s.float().cpu()  # (B, 1, C), (B, n, C)
             self.sums[2 * i] += torch.cosine_similarity(d, s, dim=-1).mean(1).sum()
             self.sums[2 * i + 1] += ((d - s).norm(dim=(1, 2)) / d.norm(dim=(1, 2)).clamp_min(1e-12)).sum()
         self.pooled["dense"].append(dense[0].float().cpu())
-        self.pooled["sparse"].append(sparse[0].float().cpu())
-        self.labels.append(y)
+
+    def merge(self, other: Features) -> None:
+        """Adds the sums and features of other images."""
+        self.sums = self.sums + other.sums
+        self.labels += other.labels
+        for name, features in other.pooled.items():
+            self.pooled[name] += features
 
     def result(self, n: int) -> Evaluation:
-        cos_pooled, err_pooled, cos_patch, err_patch = (self.sums / n).tolist()
         y = torch.cat(self.labels)
-        return Evaluation(
-            cosine_pooled=cos_pooled, rel_error_pooled=err_pooled, cosine_patch=cos_patch, rel_error_patch=err_patch,
-            knn_top1=knn(torch.cat(self.pooled["sparse"]), y), dense_knn_top1=knn(torch.cat(self.pooled["dense"]), y),
+        own = Evaluation(knn_top1=knn(torch.cat(self.pooled["sparse"]), y))
+        if not self.pooled["dense"]:
+            return own
+        cos_pooled, err_pooled, cos_patch, err_patch = (self.sums / n).tolist()
+        return replace(
+            own, cosine_pooled=cos_pooled, rel_error_pooled=err_pooled, cosine_patch=cos_patch,
+            rel_error_patch=err_patch, dense_knn_top1=knn(torch.cat(self.pooled["dense"]), y),
         )  # fmt: skip
 
 

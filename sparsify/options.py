@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,15 @@ if TYPE_CHECKING:
 MODEL_FILE = Path("model.safetensors")
 
 Model = Annotated[Path, typer.Argument(metavar="FILE", help="File that 'convert' wrote.")]
+Dense = Annotated[
+    str | None,
+    typer.Option(
+        "--dense",
+        metavar="NAME|FILE",
+        help="Dense original to compare with: name, or checkpoint. Needed for fine-tuned files only.",
+        show_default="the file's own weights",
+    ),
+]
 Device = Annotated[str, typer.Option(help="Device of torch: cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Backend = Annotated[
@@ -31,6 +40,11 @@ ImgSize = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but results' files and errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def say(quiet: bool) -> Callable[[str], None]:
+    """What takes lines for the person at the terminal: prints them at once, or drops them where `quiet`."""
+    return (lambda line: None) if quiet else (lambda line: print(line, flush=True))
 
 
 def numbers(text: str | None, name: str) -> float | tuple[float, ...] | None:

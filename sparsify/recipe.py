@@ -15,6 +15,19 @@ from sparsify.errors import UsageError
 from sparsify.stage import Stage
 
 
+class Repair(Frozen):
+    """Least squares before the first stage: the last linear map of each attention and MLP is fitted to the dense model."""
+
+    images: Annotated[int, Field(ge=1)] = 512
+    layers: tuple[Literal["attention", "mlp"], ...] = ("attention", "mlp")
+    ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        1e-3, description="lambda as a share of the mean square of the map's inputs"
+    )
+    prefix_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        20.0, description="of a prefix token's row, which the classifier reads; a patch token's is 1"
+    )
+
+
 class Recipe(Frozen):
     """How to make a sparse model: what it is, its calibration, and the stages of its fine-tuning (none: calibrated only)."""
 
@@ -31,7 +44,17 @@ class Recipe(Frozen):
     hold_back: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.125, description="share of the images (at most 1024) that is not learned from and decides what is kept"
     )
+    repair: Repair | None = Field(None, description="before the stages; changes the backbone; null: none")
     stages: tuple[Stage, ...] = ()
+
+    @property
+    def trains(self) -> bool:
+        """Whether images change more than the predictors' closed-form fit."""
+        return bool(self.stages) or self.repair is not None
+
+    def without_training(self) -> Recipe:
+        """The same, calibrated only."""
+        return self.model_copy(update={"stages": (), "repair": None})
 
     def override(self, **changes: Any) -> Recipe:
         """A copy with `changes`; `None` values are left out; keys of `SparsityConfig` reach into `sparsity`.
@@ -87,6 +110,11 @@ def recipe_yaml(recipe: Recipe) -> str:
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the package."""
     return sorted(p.name.removesuffix(".yaml") for p in _recipes().iterdir() if p.name.endswith(".yaml"))
+
+
+def default_recipe(learns: bool) -> str:
+    """The recipe for those who name none: with images to learn from, or without."""
+    return "distill" if learns else "calibrate"
 
 
 def recipe_text(name_or_file: str) -> str:

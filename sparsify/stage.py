@@ -26,6 +26,9 @@ class Losses(Frozen):
     tokens: Weight = Field(
         0.0, description="mean squared error of the patch tokens behind the final norm, those present"
     )
+    features: Weight = Field(
+        0.0, description="mean over blocks of the squared error behind each block, as a share of the teacher's squares"
+    )
     attention: Weight = Field(0.0, description="the predictor's attention against the true one; mean over blocks")
     attention_form: Literal["mse-sum", "kl"] = Field(
         "mse-sum",
@@ -55,7 +58,7 @@ class Losses(Frozen):
     @property
     def backbone(self) -> bool:
         """Whether a loss reaches the backbone through the model's output."""
-        return max(self.classification, self.logits, self.tokens) > 0
+        return max(self.classification, self.logits, self.tokens, self.features) > 0
 
     @property
     def predictors(self) -> bool:
@@ -153,7 +156,7 @@ class Stage(Frozen):
             )
         if self.train == "backbone" and not self.losses.backbone:
             raise ValueError(
-                f"stage '{self.name}' trains nothing: the backbone learns from classification, logits or tokens"
+                f"stage '{self.name}' trains nothing: the backbone learns from classification, logits, tokens or features"
             )
         if self.cache_teacher and (self.augmentation.form != "eval" or self.augmentation.mixes):
             raise ValueError(
@@ -162,6 +165,10 @@ class Stage(Frozen):
         if self.cache_teacher and self.losses.attention > 0 and self.losses.attention_target == "teacher":
             raise ValueError(
                 f"stage '{self.name}': cache_teacher holds no attention: the loss attention needs the teacher"
+            )
+        if self.cache_teacher and self.losses.features > 0:
+            raise ValueError(
+                f"stage '{self.name}': cache_teacher holds logits and patch tokens, not the loss features'"
             )
         if self.augmentation.mixes and self.batch_size % 2:
             raise ValueError(f"stage '{self.name}': mixup and cutmix need an even batch_size, not {self.batch_size}")

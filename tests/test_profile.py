@@ -285,7 +285,7 @@ def test_no_dense_fallback_where_the_backbone_was_changed(changed, monkeypatch):
     assert [choice["taken"] for choice in found.choices] == ["reference" if changed else "sdpa"]
     if changed:
         assert found.choices[0]["ms"] == {}
-        assert report.auto(found)[1] == "auto: blocks 0-2 sparse reference (no dense fallback for this model)"
+        assert tables.auto(found)[1] == "auto: blocks 0-2 sparse reference (no dense fallback for this model)"
 
 
 def test_dense_blocks_and_blocks_of_prefix_rows_alone_are_no_choice(monkeypatch):

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from sparsify import ops
 from sparsify.calibration.distance import distance
 from sparsify.calibration.lowrank import Moments
-from sparsify.calibration.observe import observe
 from sparsify.calibration.ranks import allocate, candidates
 from sparsify.calibration.tokens import Ridge, pooling
 from sparsify.config import SparsityConfig
 from sparsify.nn import graft
 from sparsify.nn.attention import SparseAttention
+from sparsify.nn.observe import observe
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
 from sparsify.ops.backends import resolve
 from sparsify.ops.spec import Execution, Spec, budget

@@ -63,7 +63,8 @@ class GraftedAttention(nn.Module):
     def qkv_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised queries, keys and values of x [B, N, C]: [B, H, N, d] each, one dtype."""
         B, N, _ = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim)
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # one copy in the backward; a permutation makes it two
         q, k = self.q_norm(q), self.k_norm(k)
         return q.to(v.dtype), k.to(v.dtype), v  # q/k norms of some hosts return float32
 
@@ -150,10 +151,12 @@ class SparseAttention(GraftedAttention):
         self._refuse_dropout()
         e, predictor, spec = self.execution, self.predictor, self.spec(q.shape[2], tokens)
         size, place = (None, None) if tokens is None else (tokens.size, tokens.place)
-        needs_grad = torch.is_grad_enabled() and (
-            q.requires_grad or k.requires_grad or v.requires_grad or backends.needs_grad(*predictor.parameters())
-        )
-        path = "reference" if needs_grad else backends.resolve(e.backend, q, mask)
+        trains = backends.needs_grad(q, k, v)
+        needs_grad = trains or backends.needs_grad(*predictor.parameters())
+        if trains:
+            path = backends.training(e.backend, q, mask)
+        else:  # a predictor that learns alone gets no gradient of its choice, and the reference says so
+            path = "reference" if needs_grad else backends.resolve(e.backend, q, mask)
         if e.dense_fallback and e.choose and not needs_grad and not self.training and backends.eager(q):
             shape = self.call(q, mask, path, spec)._replace(merged=size is not None, placed=place is not None)
             path = e.choose.choose(shape).taken

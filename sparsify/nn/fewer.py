@@ -125,10 +125,19 @@ class FewerTokens(VisionTransformer):
         """
         _refuse_masks(attn_mask, is_causal)
         full = self.full_grid if full_grid is None else full_grid
+        x, tokens = self.forward_tokens(x, full)
+        return self.norm(self.whole(x, tokens) if full else x)
+
+    def forward_tokens(self, x: Tensor, full: bool) -> tuple[Tensor, Tokens]:
+        """Images [B, C, H, W] -> the tokens that are left, before the final norm, [B, P + n, C], and what is known of them.
+
+        Args:
+            full: keep track of where every patch went (`Tokens.owner`, `Tokens.seen`).
+        """
         x, tokens = self.start(x, full)
         for block in cast(Sequence[_TokenBlock], self.blocks):
             x, tokens = self.through(block, x, tokens)
-        return self.norm(self.whole(x, tokens) if full else x)
+        return x, tokens
 
     def forward_intermediates(
         self, x: Tensor, indices: int | list[int] | None = None, return_prefix_tokens: bool = False, norm: bool = False,

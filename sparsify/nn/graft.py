@@ -142,6 +142,14 @@ def new_predictor(model: nn.Module, host: Attention, config: SparsityConfig, blo
     return predictor.to(host.qkv.weight)
 
 
+def draw(model: nn.Module, seed: int) -> nn.Module:
+    """Token-lowrank predictors as the authors' code draws them, block after block, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in sparse_modules(model).values():
+        cast(TokenLowrank, module.predictor).draw(generator)
+    return model
+
+
 def _grafted(
     model: nn.Module, host: Attention, config: SparsityConfig, block: int, predictor: Predictor | None
 ) -> GraftedAttention:

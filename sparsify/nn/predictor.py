@@ -6,6 +6,8 @@ path never writes them out.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,18 @@ from sparsify.nn.tokens import Tokens
 from sparsify.ops import reference
 from sparsify.ops.auto import Kind
 from sparsify.ops.spec import Spec
+
+
+class Reconstruction(NamedTuple):
+    """What a token-lowrank predictor reconstructs attention from, while it learns to.
+
+    Attributes:
+        all_coefficients: instead of the largest, which choose the keys.
+        raw_basis: W_up with its signs, instead of the basis as it is used.
+    """
+
+    all_coefficients: bool = True
+    raw_basis: bool = True
 
 
 class HeadLowrank(nn.Module):
@@ -45,6 +59,11 @@ class HeadLowrank(nn.Module):
         return ops.head_lowrank(
             q, k, v, self.a_q, self.a_k, mask, size, place, self.ranks, scale, spec, backend, precision
         )
+
+    def reconstruct(self, q: Tensor, k: Tensor, scale: float, form: Reconstruction) -> Tensor:
+        """The attention that the scores stand for, softmax(scores scale): q, k [B, H, N, d] -> float32 [B, H, N, N]."""
+        row, col = reference.head_lowrank_scores(q.float(), k.float(), self.a_q, self.a_k, self.ranks)
+        return ((row @ col.mT) * scale).softmax(-1)
 
     def spec(self, scale: float, budget: int, shape: TailShape) -> Spec:
         """The constants of a call."""
@@ -157,6 +176,21 @@ class TokenLowrank(nn.Module):
         total = total.scatter_add(3, owner[:, None, None].expand(*w.shape[:3], -1), w[..., self.prefix :])
         return torch.cat([w[..., : self.prefix], total], 3)
 
+    def reconstruct(self, q: Tensor, k: Tensor, scale: float, form: Reconstruction) -> Tensor:
+        """The attention that the predictor writes as coefficients times basis: q, k [B, H, N, d] -> float32 [B, H, N, N].
+
+        Not a distribution: nothing makes its rows positive or sum to 1.
+        """
+        spec = self.spec(scale, 1, (self.prefix, "none", (1, 1), (1, 1), ()))
+        if form.all_coefficients:
+            spec = spec._replace(coef_topk=0, coef_threshold=0.0)
+        weights = (self.w_down, self.w_q, self.b_q, self.w_k, self.b_k)
+        coef = reference.token_lowrank_coefficients(
+            q.float(), k.float(), weights, self.coef_scale, spec
+        )  # (B, H, N, r)
+        w_up = self.w_down.unsqueeze(0) if self.w_up is None else self.w_up
+        return coef @ (w_up if form.raw_basis else self.basis()).float()
+
     def spec(self, scale: float, budget: int, shape: TailShape) -> Spec:
         """The constants of a call."""
         return Spec(budget, *shape, self.knobs["coef_topk"] or 0, self.knobs["coef_threshold"] or 0.0)
@@ -165,6 +199,13 @@ class TokenLowrank(nn.Module):
         """What of this predictor decides how long a call takes."""
         heads = 1 if self.w_up is None else self.w_up.shape[0]
         return Kind("token", self.rank, self.rank, self.knobs["channels"] or 0, heads)
+
+    @torch.no_grad()
+    def draw(self, generator: torch.Generator) -> None:
+        """Parameters as the authors' code draws them: truncated normal of deviation 0.02, biases 0; in place."""
+        for name, parameter in self.named_parameters():
+            drawn = nn.init.trunc_normal_(torch.empty(parameter.shape), std=0.02, generator=generator)
+            parameter.copy_(torch.zeros_like(drawn) if name.startswith("b_") else drawn)
 
     @torch.no_grad()
     def resample(self, old: tuple[int, int], new: tuple[int, int]) -> None:

@@ -8,18 +8,19 @@ never has to write the scores out. Both have the kernels of `cpu/` (`backends.py
 reference of `reference.py` (backward recomputes it), a fake kernel (shapes for torch.compile and torch.export) and a
 MACs formula (`macs.py`). Selection breaks ties by the lower key index in every backend.
 
-`head_lowrank` and `token_lowrank` are what models call: the op, or, where nobody traces and no gradient is needed, the
-kernel itself, which saves the 10 to 20 us that torch.library takes for each call.
+`head_lowrank` and `token_lowrank` are what models call: the op, or, where nobody traces, the kernel itself, which saves
+the 10 to 20 us that torch.library takes for each call and has gradients of its own (`cpu.trained`), or `masked.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsify.ops import backends, cpu, reference
+from sparsify.ops import backends, cpu, masked, reference
 from sparsify.ops.backends import BACKENDS, PRECISIONS
 from sparsify.ops.spec import Execution, Spec
 
@@ -96,9 +97,19 @@ def head_lowrank(
     q: Tensor, k: Tensor, v: Tensor, a_q: Tensor | None, a_k: Tensor | None, mask: Tensor | None, size: Tensor | None,
     place: Tensor | None, ranks: tuple[int, ...], scale: float, spec: Spec, backend: str, precision: str,
 ) -> Tensor:  # fmt: skip
-    """`head_lowrank_attention`, without torch.library where only the numbers are wanted."""
-    if _kernel(backend, q, mask) and backends.eager(q) and not backends.needs_grad(q, k, v, a_q, a_k):
-        return cpu.head_lowrank(q, k, v, a_q, a_k, size, place, list(ranks), scale, spec, precision)
+    """`head_lowrank_attention`, without torch.library where it can be; `backend`: as there, or masked."""
+    way = _direct(backend, q, k, v, mask, size, (a_q, a_k))
+    if way in ("kernel", "trained"):
+
+        def call(q: Tensor, k: Tensor, v: Tensor, op: object = None) -> Any:
+            return cpu.head_lowrank(q, k, v, a_q, a_k, size, place, list(ranks), scale, spec, precision, op)
+
+        return call(q, k, v) if way == "kernel" else cpu.trained(q, k, v, size, place, scale, spec, call)
+    if way == "masked":
+        with torch.no_grad():
+            row, col = reference.head_lowrank_scores(q, k, a_q, a_k, ranks)  # (B, H, N, r) each
+            shift = None if size is None else size.log() / scale
+        return masked.attend(q, k, v, row, col, col, scale, spec, size, place, shift)
     return head_lowrank_attention(q, k, v, a_q, a_k, mask, size, place, ranks, scale, *spec[:6], backend, precision)
 
 
@@ -107,10 +118,20 @@ def token_lowrank(
     w_k: Tensor | None, b_k: Tensor | None, mask: Tensor | None, size: Tensor | None, place: Tensor | None, scale: float,
     coef_scale: float, spec: Spec, backend: str, precision: str,
 ) -> Tensor:  # fmt: skip
-    """`token_lowrank_attention`, without torch.library where only the numbers are wanted."""
+    """`token_lowrank_attention`, without torch.library where it can be; `backend`: as there, or masked."""
     weights = (w_down, w_up, w_q, b_q, w_k, b_k)
-    if _kernel(backend, q, mask) and backends.eager(q) and not backends.needs_grad(q, k, v, *weights):
-        return cpu.token_lowrank(q, k, v, *weights, size, place, scale, coef_scale, spec, precision)
+    way = _direct(backend, q, k, v, mask, size, weights)
+    if way in ("kernel", "trained"):
+
+        def call(q: Tensor, k: Tensor, v: Tensor, op: object = None) -> Any:
+            return cpu.token_lowrank(q, k, v, *weights, size, place, scale, coef_scale, spec, precision, op)
+
+        return call(q, k, v) if way == "kernel" else cpu.trained(q, k, v, size, place, scale, spec, call)
+    if way == "masked":
+        with torch.no_grad():
+            down = (w_down, w_q, b_q, w_k, b_k)
+            coef = reference.token_lowrank_coefficients(q, k, down, coef_scale, spec)  # (B, H, N, r)
+        return masked.attend(q, k, v, coef, w_up.mT, k, scale, spec, size, place)
     return token_lowrank_attention(
         q, k, v, *weights, mask, size, place, scale, coef_scale, spec.coef_topk, spec.coef_threshold, *spec[:6], backend,
         precision,
@@ -139,6 +160,21 @@ def dense(
             mask = torch.where(mask, logarithm, -torch.inf) if mask.dtype == torch.bool else mask + logarithm
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).flatten(2)
+
+
+def _direct(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, size: Tensor | None, weights: Sequence[Tensor | None]
+) -> str:  # fmt: skip
+    """What computes a call without torch.library: 'kernel', 'trained' (with gradients), 'masked'; '': nothing does."""
+    if backend == "reference" or mask is not None or not backends.eager(q) or backends.needs_grad(size):
+        return ""
+    if backend == "masked":
+        return "masked"
+    if not _kernel(backend, q, mask):
+        return ""
+    if backends.needs_grad(q, k, v):
+        return "trained"
+    return "" if backends.needs_grad(*weights) else "kernel"  # the op: a result that wants a gradient, which is none
 
 
 def _kernel(backend: str, q: Tensor, mask: Tensor | None) -> bool:

@@ -17,6 +17,7 @@ from sparsify.ops import cpu
 BACKENDS = ("auto", "cpu", "reference")
 PRECISIONS = ("input", "bf16")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+MOST_MASKED = 1 << 26  # pairs whose bias `masked.py` keeps for the backward: 256 MB in float32 a block
 
 
 @torch.compiler.assume_constant_result
@@ -37,6 +38,20 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 def resolve(backend: str, q: Tensor, mask: Tensor | None = None) -> str:
     """'cpu' or 'reference': what computes the sparse form of a call with queries q [B, H, N, d]."""
     return "cpu" if backend != "reference" and cpu.supports(q, mask) and not_built() is None else "reference"
+
+
+def training(backend: str, q: Tensor, mask: Tensor | None = None) -> str:
+    """'cpu', 'masked' or 'reference': what computes a call of which gradients are asked.
+
+    'reference' if that is the user's word, with a mask, and where somebody traces; it keeps nothing of N x N for the
+    backward, which 'masked' does, and so takes the longest sequences.
+    """
+    if backend == "reference" or mask is not None or not eager(q):
+        return "reference"
+    if resolve(backend, q) == "cpu":
+        return "cpu"
+    B, H, N, _ = q.shape
+    return "masked" if B * H * N * N <= MOST_MASKED else "reference"
 
 
 def describe(backend: str, precision: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -72,5 +87,5 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 __all__ = [
-    "BACKENDS", "PRECISIONS", "describe", "eager", "needs_grad", "not_built", "note", "resolve", "unavailable",
+    "BACKENDS", "PRECISIONS", "describe", "eager", "needs_grad", "not_built", "note", "resolve", "training", "unavailable",
 ]  # fmt: skip

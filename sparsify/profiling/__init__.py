@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import nn
 
+from sparsify import original
 from sparsify.errors import SparsifyError, UsageError
 from sparsify.nn import graft
 from sparsify.ops import backends
@@ -27,6 +28,7 @@ ACCOUNTINGS = ("product", "paper")
 def profile(
     model: nn.Module,
     *,
+    dense: nn.Module | None = None,
     img_size: int | tuple[int, int] | None = None,
     batch_size: int = 1,
     dtype: str = "float32",
@@ -39,10 +41,12 @@ def profile(
     budget_s: float = latency.BUDGET_S,
     count_as: str = "product",
 ) -> Profile:
-    """Count and, unless `measure=False`, measure a sparse model beside its dense twin. `model` is left as it is.
+    """Count and, unless `measure=False`, measure a sparse model beside its dense original. Both models are left as they are.
 
     Args:
         model: a timm VisionTransformer with sparse attention (`sparsify.convert`, `sparsify.load`).
+        dense: the original. None: the model's own weights without sparsity; with `backbone_changed` no dense model, and
+            no dense figures.
         img_size: height and width in pixels, or one number for both; None is the model's own. Another size needs
             a model made for it (or with `dynamic_img_size`).
         batch_size: images per measured batch; MACs are always per image.
@@ -50,13 +54,14 @@ def profile(
         device: where to measure.
         backend: how the sparse form is computed, one of `sparsify.ops.BACKENDS`.
         kernel_precision: input or bf16 (`sparsify.ops.spec.Execution`).
-        backbone_changed: the weights are not the dense original's any more, so that `auto` has no dense fallback.
+        backbone_changed: the weights are not the dense original's any more, so that `auto` has no dense fallback and
+            the model no dense twin.
         repeats: rounds to time; None: for about `budget_s` seconds, at least 5.
         count_as: one of `ACCOUNTINGS`; paper: MHSA by the authors' accounting besides (`sparsify.profiling.paper`).
 
     Raises:
         UsageError: an unknown dtype, backend, device or accounting, a backend that cannot be used here, a batch size
-            below 1, an image size that the model cannot take.
+            below 1, an image size that the model cannot take, a dense model that cannot be compared with it.
         SparsifyError: not a sparse model; or the two counts of MACs differ, which is a bug.
     """
     attention = list(graft.attention_modules(model))
@@ -68,20 +73,21 @@ def profile(
     execution = Execution(backend, kernel_precision)
     graft.check_execution(execution, place, kind)
     image = _image(model, img_size)
+    if dense is not None:
+        original.check(dense, model)
     home = next(model.parameters()).device
     sparse = macs.replica(model, home)
     graft.set_execution(sparse, Execution("reference"))  # MACs do not depend on it; no kernels are built to count
-    dense = graft.dense_twin(sparse)
-    sparse_counts, dense_counts = macs.count(sparse, image, attention), macs.count(dense, image, attention)
-    for name, counts, twin in (("dense", dense_counts, dense), ("sparse", sparse_counts, sparse)):
-        expected = analytic.count(macs.replica(twin, torch.device("meta")), _zeros(image, "meta", twin))
-        if not counts.unsupported:
-            verify(name, counts, expected)
+    beside = _beside(sparse, dense, backbone_changed, home)
+    dense_counts = None
+    if beside is not None:
+        dense_counts, _ = _count("dense", beside, image, attention)
+    sparse_counts, expected = _count("sparse", sparse, image, attention)
     authors = None
     if count_as == "paper":
         present = [before for before, _ in expected.tokens]
         mhsa = paper.count(list(graft.attention_modules(model).values()), present, graft.num_prefix_tokens(model))
-        authors = {"mhsa_macs_dense": mhsa.dense, "mhsa_macs_sparse": mhsa.sparse}
+        authors = {"mhsa_macs_dense": mhsa.dense if beside is not None else None, "mhsa_macs_sparse": mhsa.sparse}
     conditions: dict[str, Any] = {"img_size": list(image[1:])}
     measured, made = None, []
     if measure:
@@ -89,31 +95,52 @@ def profile(
         graft.set_execution(sparse, execution)
         auto = macs.replica(sparse, place, kind)
         graft.set_execution(auto, Execution("auto", kernel_precision, not backbone_changed, Chooser()))
-        dense = graft.dense_twin(sparse)
+        beside = _beside(sparse, dense, backbone_changed, place, kind)
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(batch_size, *image, generator=generator).to(place, kind)  # (B, C, H, W)
         made = choices.taken(auto, images)
-        measured = _measure({"dense": dense, "sparse": sparse, "auto": auto}, images, repeats, budget_s)
+        models = {"sparse": sparse, "auto": auto}
+        measured = _measure(models if beside is None else {"dense": beside, **models}, images, repeats, budget_s)
         backend = backends.describe(backend, kernel_precision, place, kind)
         conditions |= _conditions(images, dtype, measured.sparse.runs)
     return Profile(
-        macs_dense=dense_counts.total,
+        macs_dense=dense_counts.total if dense_counts else None,
         macs_sparse=sparse_counts.total,
-        mhsa_macs_dense=dense_counts.mhsa,
+        mhsa_macs_dense=dense_counts.mhsa if dense_counts else None,
         mhsa_macs_sparse=sparse_counts.mhsa,
         **{f"{part}_macs": sparse_counts.part(part) for part in ("kept", "prefix", "predictor", "tail", "full")},
         stage_macs=sparse_counts.stages,
         tokens=expected.tokens,
-        unsupported={**dense_counts.unsupported, **sparse_counts.unsupported},
+        unsupported={**(dense_counts.unsupported if dense_counts else {}), **sparse_counts.unsupported},
         param_count=_params(sparse),
-        param_count_dense=_params(dense),
+        param_count_dense=None if beside is None else _params(beside),
         measured=measured,
         backend=backend,
         conditions=conditions,
-        modules=tuple(macs.tree(sparse, sparse_counts, dense, dense_counts)),
+        modules=tuple(macs.tree(sparse, sparse_counts, beside, dense_counts)),
         choices=tuple(made),
         paper=authors,
     )
+
+
+def _beside(
+    sparse: nn.Module, dense: nn.Module | None, changed: bool, place: torch.device, kind: torch.dtype | None = None
+) -> nn.Module | None:
+    """What stands beside a replica: a replica of the dense model given, the twin, or nothing."""
+    if dense is not None:
+        return macs.replica(dense, place, kind)
+    return None if changed else graft.dense_twin(sparse)
+
+
+def _count(
+    name: str, model: nn.Module, image: tuple[int, int, int], attention: list[str]
+) -> tuple[macs.Counts, analytic.Analytic]:
+    """Both counts of a model, held against each other unless fvcore met an op that it cannot count."""
+    counts = macs.count(model, image, attention)
+    expected = analytic.count(macs.replica(model, torch.device("meta")), _zeros(image, "meta", model))
+    if not counts.unsupported:
+        verify(name, counts, expected)
+    return counts, expected
 
 
 def verify(name: str, counted: macs.Counts, expected: analytic.Analytic) -> None:
@@ -175,9 +202,9 @@ def _measure(
 ) -> Measured:  # fmt: skip
     candidates: dict[str, Callable[[], object]] = {name: partial(model, images) for name, model in models.items()}
     wait = partial(torch.cuda.synchronize, images.device) if images.device.type == "cuda" else lambda: None
-    memory = latency.peak_memory(models["dense"], images), latency.peak_memory(models["sparse"], images)
+    memory = [latency.peak_memory(models[name], images) if name in models else None for name in ("dense", "sparse")]
     found = latency.interleaved(candidates, rounds=repeats, budget_s=budget_s, synchronize=wait)
-    return Measured(found["dense"], found["sparse"], found["auto"], *memory)
+    return Measured(found.get("dense"), found["sparse"], found["auto"], memory[0], cast(int, memory[1]))
 
 
 def _conditions(images: torch.Tensor, dtype: str, runs: int) -> dict[str, Any]:

@@ -8,23 +8,27 @@ from typing import Any
 
 from sparsify.profiling.latency import Timing
 
+MaybeNone = Any
+"""None where there is no dense model. Not `None`, so that a caller who knows that there is one need not ask."""
+
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured: `dense`, `sparse` and `auto` in one interleaved run; peak memory in bytes."""
+    """What was measured: `dense`, `sparse` and `auto` in one interleaved run; peak memory in bytes. None: no dense model."""
 
-    dense: Timing
+    dense: Timing | MaybeNone
     sparse: Timing
     auto: Timing
-    peak_memory_dense: int
+    peak_memory_dense: int | MaybeNone
     peak_memory_sparse: int
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Cost of a sparse model beside the dense model with the same parameters. MACs are per image, and theoretical.
+    """Cost of a sparse model beside its dense original. MACs are per image, and theoretical.
 
-    `as_dict` gives these keys. Whole numbers unless said otherwise.
+    `as_dict` gives these keys. Whole numbers unless said otherwise. Where the sparse model's weights were changed and no
+    dense model was given, everything of the dense one (`..._dense`, `speedup_sparse`) is None.
 
     MACs (one multiply-accumulate counts once; sums, softmax, top-k and elementwise products count 0; norms by fvcore's
     estimate), counted by fvcore and by `analytic`, which must agree to the unit:
@@ -83,9 +87,9 @@ class Profile:
     Attributes are named as the keys; latencies, throughputs and memory are in `measured` (None: nothing was measured).
     """
 
-    macs_dense: int
+    macs_dense: int | MaybeNone
     macs_sparse: int
-    mhsa_macs_dense: int
+    mhsa_macs_dense: int | MaybeNone
     mhsa_macs_sparse: int
     kept_macs: int
     prefix_macs: int
@@ -96,13 +100,13 @@ class Profile:
     tokens: tuple[tuple[int, int], ...]
     unsupported: Mapping[str, int]
     param_count: int
-    param_count_dense: int
+    param_count_dense: int | MaybeNone
     measured: Measured | None
     backend: str
     conditions: Mapping[str, Any]
     modules: tuple[Mapping[str, Any], ...]
     choices: tuple[Mapping[str, Any], ...] = ()
-    paper: Mapping[str, int] | None = None
+    paper: Mapping[str, int | MaybeNone] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -122,10 +126,13 @@ class Profile:
             return found
         m = self.measured
         for name, timing in (("dense", m.dense), ("sparse", m.sparse), ("auto", m.auto)):
-            found[f"latency_ms_{name}"] = timing.median
-            found[f"latency_ms_{name}_p10"], found[f"latency_ms_{name}_p90"] = timing.p10, timing.p90
-            found[f"throughput_{name}"] = timing.throughput(self.batch_size)
-        found["speedup_sparse"] = m.dense.median / m.sparse.median
+            found[f"latency_ms_{name}"] = timing and timing.median
+            found[f"latency_ms_{name}_p10"], found[f"latency_ms_{name}_p90"] = (
+                timing and timing.p10,
+                timing and timing.p90,
+            )
+            found[f"throughput_{name}"] = timing and timing.throughput(self.batch_size)
+        found["speedup_sparse"] = m.dense and m.dense.median / m.sparse.median
         found["choices"] = [dict(each) for each in self.choices]
         found["peak_memory_dense"], found["peak_memory_sparse"] = m.peak_memory_dense, m.peak_memory_sparse
         return found

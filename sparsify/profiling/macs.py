@@ -144,17 +144,20 @@ def image_shape(model: nn.Module, img_size: tuple[int, int] | None = None) -> tu
     return channels, int(height), int(width)
 
 
-def tree(sparse: nn.Module, counts: Counts, dense: nn.Module, dense_counts: Counts) -> list[dict[str, Any]]:
+def tree(
+    sparse: nn.Module, counts: Counts, dense: nn.Module | None, dense_counts: Counts | None
+) -> list[dict[str, Any]]:
     """Rows of the module tree in order of the modules, parents before children; see `Profile` for the keys.
 
     Left out are leaves that have neither parameters nor MACs (activations, dropout, identities), predictors excepted.
     """
-    dense_modules = dict(dense.named_modules())
+    dense_modules = dict(dense.named_modules()) if dense is not None else {}
     predictors = {f"{name}.predictor": name for name in sparse_modules(sparse)}
     rows: list[dict[str, Any]] = []
     for name, module in sparse.named_modules():
         params = sum(p.numel() for p in module.parameters())
-        macs_sparse, macs_dense = counts.by_module.get(name, 0), dense_counts.by_module.get(name, 0)
+        macs_sparse = counts.by_module.get(name, 0)
+        macs_dense = dense_counts.by_module.get(name, 0) if dense_counts is not None else None
         if name in predictors:  # its scores are computed inside the attention op, so fvcore credits the parent
             macs_sparse += counts.attention[predictors[name]]["predictor"]
         elif not params and not macs_sparse and not macs_dense:
@@ -171,6 +174,6 @@ def tree(sparse: nn.Module, counts: Counts, dense: nn.Module, dense_counts: Coun
         if name in counts.attention:
             row |= {f"{part}_macs": counts.attention[name].get(part, 0) for part in (*PARTS, "full")}
             row["mhsa_macs_sparse"] = sum(counts.attention[name].values())
-            row["mhsa_macs_dense"] = sum(dense_counts.attention[name].values())
+            row["mhsa_macs_dense"] = sum(dense_counts.attention[name].values()) if dense_counts is not None else None
         rows.append(row)
     return rows

@@ -26,14 +26,17 @@ def to_markdown(profile: Profile, title: str = "Profile") -> str:
     lines = [f"# {title}", "", f"## {report.THEORETICAL}", "", f"Image size {height}x{width}.", ""]
     lines += markdown_table(("", "dense", "sparse", "change"), tables.theoretical(profile))
     lines += [part for line in tables.remarks(profile) for part in ("", f"{line}.")]
+    if profile.macs_dense is None:
+        lines += ["", "No dense figures: the weights are not the dense original's, which was not given (`--dense`)."]
     warning = report.uncounted(profile.unsupported)
     if warning:
         lines += ["", f"**{warning}**"]
     if profile.measured is not None:
         lines += ["", "## Measured", ""]
-        lines += markdown_table(("", "dense", "sparse", "change"), report.measured(profile))
-        lines += ["", f"{report.conditions(profile)}.", "", f"**{report.verdict(profile)}**", ""]
-        lines += [*(f"- {line}" for line in report.auto(profile)), "", report.NOT_SPEED]
+        lines += markdown_table(("", "dense", "sparse", "change"), tables.measured(profile))
+        lines += ["", f"{report.conditions(profile)}.", ""]
+        lines += [part for line in tables.verdict(profile) for part in (f"**{line}**", "")]
+        lines += [*(f"- {line}" for line in tables.auto(profile)), "", report.NOT_SPEED]
     else:
         lines += ["", "Nothing was measured: fewer MACs are no promise of speed (`sparsify profile` measures)."]
     rows = [

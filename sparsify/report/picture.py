@@ -1,4 +1,4 @@
-"""The picture of a sweep: accuracy over MACs and over time. Needs matplotlib (the extra `plot`)."""
+"""The picture of a sweep: accuracy over MACs and over time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.35"  # Okabe and
 
 
 def plot(sweep: Sweep, path: Path) -> None:
-    """Two panels: accuracy (or agreement, or cosine) over MACs left, and over time left; PNG, 1600 pixels wide.
-
-    Raises:
-        ImportError: matplotlib is not there.
-    """
+    """Two panels: accuracy (or agreement, or cosine) over MACs left, and over time left; PNG, 1600 pixels wide."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -92,9 +88,6 @@ def top1_error(e: Evaluation) -> float | None:
         return None
     lost, gained, n = e.images_lost, e.images_gained, e.images
     return 100 * max(0.0, lost + gained - (lost - gained) ** 2 / n) ** 0.5 / n
-
-
-# terminal
 
 
 def _axis(e: Evaluation) -> tuple[str, str, float]:

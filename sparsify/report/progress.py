@@ -2,14 +2,58 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from dataclasses import dataclass
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 EVERY = 10.0  # seconds between plain lines
+EVERY_NOTE = 30.0  # of training, which goes on for hours
+WINDOW = 300.0  # seconds over which the rate behind the time left is taken: a step of training may take many
+BAR = 40  # columns of a bar where there is room
+
+
+def training_note(loss: float, lr: float, images_per_s: float) -> str:
+    """What stands beside a bar of training: 'loss 0.134  lr 1.9e-04  11.3 images/s'."""
+    return f"loss {loss:#.3g}  lr {lr:.1e}  {images_per_s:.1f} images/s"
+
+
+def clock(seconds: float) -> str:
+    """4:12, or 1:04:12 from an hour on; 0:04 for four seconds."""
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+@dataclass
+class Plain:
+    """Of a step that is reported in lines: when and where it was first met, and the last line."""
+
+    began: float
+    first: int
+    said: float
+    done: int = -1  # of the last line
+
+    def left(self, now: float, done: int, total: int | None) -> str:
+        """'4:12 left', by the mean rate so far; '' where that is unknown."""
+        if total is None or not self.first < done < total:
+            return ""
+        return f"{clock((total - done) * (now - self.began) / (done - self.first))} left"
+
+
+class Left(TimeRemainingColumn):
+    """The time left: '4:12 left'."""
+
+    def render(self, task: Task) -> Text:
+        """Nothing for a task that is done, or whose rate is not known yet."""
+        left = None if task.finished else task.time_remaining
+        return Text("" if left is None else f"{clock(left)} left", style="progress.remaining")
 
 
 class Reporter:
@@ -25,19 +69,22 @@ class Reporter:
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
-        self.said: dict[str, float] = {}
+        self.lines: dict[str, Plain] = {}
 
     def __enter__(self) -> Reporter:
-        if not self.quiet and self.console.is_terminal:
-            rate = TextColumn("{task.fields[rate]}")
+        if not self.quiet and self.console.is_terminal and not self.console.is_dumb_terminal:
+            words = Column(no_wrap=True)
             columns = (
-                TextColumn("{task.description:>10}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                rate,
-                TimeRemainingColumn(),
+                TextColumn("{task.description:>10}", markup=False, table_column=words),
+                BarColumn(None, table_column=Column(max_width=BAR)),  # what gives way in a narrow window
+                MofNCompleteColumn(table_column=words),
+                TextColumn("{task.fields[note]}", markup=False, table_column=words),
+                Left(table_column=words),
             )
-            self.bar = Progress(*columns, console=self.console, transient=True)
+            self.bar = Progress(
+                *columns, console=self.console, transient=True, speed_estimate_period=WINDOW,
+                redirect_stdout=sys.stdout.isatty(),  # lines that go to a file are left alone
+            )  # fmt: skip
             self.bar.start()
         return self
 
@@ -45,18 +92,36 @@ class Reporter:
         if self.bar is not None:
             self.bar.stop()
 
-    def update(self, step: str, done: int, total: int | None) -> None:
-        """`done` of `total` (None: unknown) in `step`."""
+    def update(self, step: str, done: int, total: int | None, note: str = "") -> None:
+        """`done` of `total` (None: unknown) in `step`, which starts anew where `done` falls.
+
+        `note` takes the place of the rate (`training_note`). Away from a terminal a step with notes has a line every
+        `EVERY_NOTE` seconds at most, and one at its end; others every `EVERY` seconds.
+        """
         if self.quiet:
             return
-        now = time.monotonic()
         if self.bar is None:
-            if now - self.said.setdefault(step, now) >= EVERY:
-                self.said[step] = now
-                print(f"{step}: {done}{f'/{total}' if total else ''} {self.unit}", file=sys.stderr, flush=True)
+            self._line(step, done, total, note)
             return
         if step not in self.tasks:
-            self.tasks[step] = self.bar.add_task(step, total=total, rate="")
+            self.tasks[step] = self.bar.add_task(step, total=total, note="")
         task = self.bar.tasks[self.tasks[step]]
-        rate = f"{done / task.elapsed:.1f} {self.unit}/s" if task.elapsed and done else ""
-        self.bar.update(self.tasks[step], completed=done, total=total, rate=rate)
+        if done < task.completed:
+            self.bar.reset(task.id, note="")
+        if not note and task.elapsed and done:
+            note = f"{done / task.elapsed:.1f} {self.unit}/s"
+        self.bar.update(task.id, completed=done, total=total, note=note)
+
+    def _line(self, step: str, done: int, total: int | None, note: str) -> None:
+        now = time.monotonic()
+        plain = self.lines.get(step)
+        if plain is None or done < plain.done:
+            plain = self.lines[step] = Plain(began=now, first=done, said=now)
+        due = now - plain.said >= (EVERY_NOTE if note else EVERY)
+        ends = bool(note) and total is not None and done >= total
+        if done == plain.done or not (due or ends):
+            return
+        plain.said, plain.done = now, done
+        count = f"{step}: {done}{f'/{total}' if total else ''}"
+        said = [count, note, plain.left(now, done, total)] if note else [f"{count} {self.unit}"]
+        print("  ".join(part for part in said if part), file=sys.stderr, flush=True)

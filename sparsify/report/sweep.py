@@ -1,7 +1,4 @@
-"""A sweep as a table, Markdown, JSON, a picture and a recipe for each setting.
-
-The picture needs matplotlib (the extra `plot`); everything else is written without it.
-"""
+"""A sweep as a table, Markdown, JSON, a picture and a recipe for each setting."""
 
 from __future__ import annotations
 
@@ -28,7 +25,6 @@ from sparsify.report.published import PUBLISHED_DENSE_TOP1, published
 from sparsify.sweep import Setting, Sweep
 
 FORMAT = 1  # of the JSON
-NO_PICTURE = "no picture was drawn ({}): pip install 'sparsify-vit[plot]'"
 SPEED = (
     "Speed: time of the dense model over that of the setting, round by round; the median, in brackets the 10th and 90th "
     "percentile. The sparse form is timed, without a dense fallback."
@@ -225,7 +221,7 @@ def write(sweep: Sweep, prefix: Path) -> tuple[list[Path], str]:
     All are made beside their places first, so that an error or Ctrl-C leaves the old ones.
 
     Returns:
-        The files and the folder; and one line where no picture could be drawn, else ''.
+        The files and the folder; and one line where the drawing failed, else ''.
 
     Raises:
         BadFile: they cannot be written.
@@ -236,8 +232,9 @@ def write(sweep: Sweep, prefix: Path) -> tuple[list[Path], str]:
             place = Path(made)
             try:
                 plot(sweep, place / "png")
-            except ImportError as error:
-                note = NO_PICTURE.format(one_line(error))
+            except Exception as error:  # figures that took an hour are not lost to a font that is missing
+                note = f"no picture was drawn: {one_line(error)}"
+                (place / "png").unlink(missing_ok=True)
             files.write_text(place / "md", to_markdown(sweep, name, not note))
             files.write_json(place / "json", as_dict(sweep, name))
             for s in sweep.settings:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -11,6 +12,9 @@ from rich.text import Text
 
 from sparsify import report
 from sparsify.profiling import Profile
+
+NOTHING = "–"  # a figure that there is not
+Row = tuple[str, str, str, str]  # what, dense, sparse, change
 
 
 def show(what: RenderableType) -> None:
@@ -32,25 +36,62 @@ def profile_table(profile: Profile) -> Group:
         parts += [
             Text(),
             Text("Measured", style="italic"),
-            _table(report.measured(profile)),
+            _table(measured(profile)),
             Text(report.conditions(profile), style="dim"),
-            Text(report.verdict(profile), style="bold"),
-            *(Text(line) for line in report.auto(profile)),
+            *(Text(line, style="bold") for line in verdict(profile)),
+            *(Text(line) for line in auto(profile)),
         ]
     return Group(*parts)
 
 
 def theoretical(p: Profile) -> list[tuple[str, str, str, str]]:
     """Rows of the theoretical table, the whole model first: what, dense, sparse, change."""
-    rows = report.headline(p)
+    rows = _alone(p, report.headline)
     if p.stage_macs:
         rows.insert(2, ("choosing tokens", "0", report.human(p.stage_macs), ""))
     if p.paper is not None:
         dense, sparse = p.paper["mhsa_macs_dense"], p.paper["mhsa_macs_sparse"]
-        rows.append(
-            ("MHSA, authors' accounting", report.human(dense), report.human(sparse), report.change(dense, sparse))
-        )
+        what = "MHSA, authors' accounting"
+        if dense is None:
+            rows.append((what, NOTHING, report.human(sparse), ""))
+        else:
+            rows.append((what, report.human(dense), report.human(sparse), report.change(dense, sparse)))
     return rows
+
+
+def measured(p: Profile) -> list[tuple[str, str, str, str]]:
+    """Rows of the measured table: what, dense, sparse, change; empty where nothing was measured."""
+    return _alone(p, report.measured)
+
+
+def verdict(p: Profile) -> list[str]:
+    """One plain sentence on speed; none where nothing was measured, or nothing dense."""
+    return [report.verdict(p)] if p.measured is not None and p.measured.dense is not None else []
+
+
+def auto(p: Profile) -> list[str]:
+    """`report.auto`, which compares with dense where there is dense."""
+    if p.measured is None or p.measured.dense is not None:
+        return report.auto(p)
+    first, *others = report.auto(_stand_in(p))
+    return [first.partition("), ")[0] + ")", *others]
+
+
+def _alone(p: Profile, rows: Callable[[Profile], list[Row]]) -> list[Row]:
+    """Rows of a table; without a dense model their dense column and their change are empty."""
+    if p.macs_dense is not None:
+        return rows(p)
+    return [(what, NOTHING, sparse, "") for what, _, sparse, _ in rows(_stand_in(p))]
+
+
+def _stand_in(p: Profile) -> Profile:
+    """`p` with its sparse figures where the dense ones are missing, to be written and then left out."""
+    m = p.measured
+    if m is not None:
+        m = replace(m, dense=m.auto, peak_memory_dense=m.peak_memory_sparse)
+    return replace(
+        p, macs_dense=p.macs_sparse, mhsa_macs_dense=p.mhsa_macs_sparse, param_count_dense=p.param_count, measured=m
+    )
 
 
 def remarks(p: Profile) -> list[str]:
@@ -85,9 +126,9 @@ def module_tree(profile: Profile, *, full: bool = False) -> Group:
     for label, row in tree_rows(profile, full=full):
         dense, sparse = row["macs_dense"], row["macs_sparse"]
         table.add_row(
-            Text("  " * row["depth"] + label, style="" if dense != sparse else "dim"),
+            Text("  " * row["depth"] + label, style="dim" if dense == sparse else ""),
             report.human(row["params"]),
-            report.human(dense) if row["type_dense"] else "-",
+            report.human(dense) if row["type_dense"] else NOTHING,
             report.human(sparse),
             report.change(dense, sparse) if dense != sparse else "",
         )
@@ -127,7 +168,7 @@ def eval_table(result: Mapping[str, Any]) -> Group:
         result: percentages from 0 to 100 under top1, top5, dense_top1, dense_top5, agreement, knn_top1, dense_knn_top1;
             kl in nats; images, images_lost, images_gained, broken as counts; throughput_dense and throughput_sparse in
             images/s; cosine_pooled, cosine_patch, rel_error_pooled, rel_error_patch from 0 to 1. What is missing or
-            None is left out.
+            None is left out, or a dash beside a sparse figure.
     """
     pairs = Table(box=None, pad_edge=False)
     for heading in ("", "dense", "sparse", "change"):
@@ -197,5 +238,5 @@ def _pixels(profile: Profile) -> str:
 
 def _number(value: float | None, form: str | None) -> str:
     if value is None:
-        return "-"
+        return NOTHING
     return report.plain(value) if form is None else format(value, form)

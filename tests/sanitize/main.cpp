@@ -4,7 +4,8 @@
 // Memory that a kernel must not touch is poisoned: what lies past a row of q, k, v and the predictor's coordinates, and
 // past a workspace, which has the bytes that `head_bytes` or `scratch_bytes` asks for and no more (binding.cpp rounds them up
 // to 64). Every call runs twice, over workspaces filled with different bytes and with its blocks in the other order, and
-// must write all of its output, the same numbers both times: nothing uninitialised is read, no block needs another.
+// must write all of its output, the same numbers both times: nothing uninitialised is read, no block needs another. Every
+// sparse call is followed by its backward, from the keys and cells that it found, under the same rules.
 #include <sanitizer/asan_interface.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -104,6 +105,15 @@ struct Result {
   std::vector<int32_t> kept, cells;
 };
 
+// A number of a float32 or bfloat16 array as bits, one NaN for all; 0xfdfd..: it was not written.
+uint32_t written(const char* at, int64_t i, bool half) {
+  uint32_t bits = 0;
+  memcpy(&bits, at + i * (half ? 2 : 4), half ? 2 : 4);
+  if (bits == (half ? 0xfdfdu : 0xfdfdfdfdu)) fail("a number of the output was not written");
+  if (half) bits <<= 16;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : bits;
+}
+
 // All blocks of a call; `again`: other bytes in the workspaces, and the blocks from the last to the first.
 Result run(Problem p, const Kernels* k, bool again) {
   const int fill = again ? 0xff : 0x00;
@@ -121,13 +131,33 @@ Result run(Problem p, const Kernels* k, bool again) {
   }
   Result found;
   for (int64_t i = 0; i < numbers; i++) {
-    uint32_t bits = 0;
-    memcpy(&bits, out.data + i * (p.out_bf16 ? 2 : 4), p.out_bf16 ? 2 : 4);
-    if (bits == (p.out_bf16 ? 0xfdfdu : 0xfdfdfdfdu)) fail("a number of the output was not written");
-    if (p.out_bf16) bits <<= 16;
-    found.out.push_back((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : bits);  // one NaN for all
+    found.out.push_back(written(out.data, i, p.out_bf16));
   }
   found.kept.assign(probe.kept, probe.kept + rows * p.budget), found.cells.assign(probe.cells, probe.cells + rows);
+  return found;
+}
+
+// The gradients of a call from what its forward found, [B, H, N, d] three times.
+std::vector<uint32_t> backward(Problem p, const Kernels* k, const Result& forward, const View& grad, bool again) {
+  const int fill = again ? 0xff : 0x00;
+  const int64_t numbers = p.B * p.N * p.H * p.d, each = p.out_bf16 ? 2 : 4;
+  Bytes dq(numbers * each, 0xfd), dk(numbers * each, 0xfd), dv(numbers * each, 0xfd);
+  auto view = [&](const Bytes& x) { return View{x.data, p.N * p.H * p.d, p.d, p.H * p.d, p.out_bf16}; };
+  p.grad = grad, p.dq = view(dq), p.dk = view(dk), p.dv = view(dv);
+  Bytes kept(forward.kept.size() * 4, 0), cells(forward.cells.size() * 4, 0);
+  memcpy(kept.data, forward.kept.data(), kept.size), memcpy(cells.data, forward.cells.data(), cells.size);
+  p.kept = (const int32_t*)kept.data, p.cells = (const int32_t*)cells.data;
+  const std::vector<int64_t> none(p.H, 0);
+  p.ranks = p.feature_dims = none.data(), p.feature_is_col = true, p.shift = nullptr, p.tiles = 0;
+  Bytes scratch(k->scratch_bytes(p), fill);
+  for (int64_t head = 0; head < p.B * p.H; head++) {
+    Bytes space(k->head_bytes(p), fill);
+    k->prepare(p, head / p.H, head % p.H, space.data, scratch.data);
+    for (int64_t i = 0; i < k->blocks(p); i++) k->block(p, head / p.H, head % p.H, i, space.data, scratch.data, nullptr);
+  }
+  std::vector<uint32_t> found;
+  for (const Bytes* x : {&dq, &dk, &dv})
+    for (int64_t i = 0; i < numbers; i++) found.push_back(written(x->data, i, p.out_bf16));
   return found;
 }
 
@@ -161,11 +191,11 @@ void check(const Problem& p, const Result& x) {
   }
 }
 
-void call(uint64_t seed, const Kernels* (*kernels)(bool, bool), const char* isa) {
+void call(uint64_t seed, const Kernels* (*kernels)(bool, Work), const char* isa) {
   Random g(seed);
   Problem p{};
   const bool dense = chance(g, 0.2), storage = chance(g, 0.5), input = chance(g, 0.4);
-  const Kernels* k = kernels(storage, dense);
+  const Kernels* k = kernels(storage, dense ? DENSE : SPARSE);
   if (!k) return;
   const int64_t largest = one_of<int64_t>(g, {2, 6, 17});
   const int64_t h = between(g, 1, largest), w = between(g, 1, largest);
@@ -210,6 +240,11 @@ void call(uint64_t seed, const Kernels* (*kernels)(bool, bool), const char* isa)
   check(p, once);
   if (once.out != twice.out || once.kept != twice.kept || once.cells != twice.cells)
     fail("another result with other bytes in the workspaces or another order of the blocks");
+  if (dense) return;
+  const Rows grad(g, p, p.d, input, kind);
+  const Kernels* gradients = kernels(storage, BACKWARD);
+  if (backward(p, gradients, once, grad.view, false) != backward(p, gradients, once, grad.view, true))
+    fail("other gradients with other bytes in the workspaces");
 }
 }  // namespace
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,10 +89,11 @@ def _flat(x: Tensor) -> Tensor:
 def _call(
     op: object, q: Tensor, k: Tensor, v: Tensor, row: Tensor, col: Tensor, feature: Tensor | None, size: Tensor | None,
     shift: Tensor | None, place: Tensor | None, ranks: list[int], scale: float, spec: Spec, precision: str,
-) -> Tensor:  # fmt: skip
+) -> Any:  # fmt: skip
     N = q.shape[2]
     P = min(spec.prefix, N)
     grid = (spec.grid[0], spec.grid[1]) if place is not None else tails.patch_grid(N - P, (spec.grid[0], spec.grid[1]))
+    op = op or torch.ops.sparsify_cpu.sparse_attention.default
     return op(  # type: ignore[operator]
         _flat(q), _flat(k), _flat(v), _flat(row), _flat(col), feature, size, shift, place, ranks, scale, spec.budget, P,
         TAILS[spec.tail], grid, spec.cells[:2], spec.tile, _bf16(q, precision), _load()[0],
@@ -104,10 +107,7 @@ def head_lowrank(
     """`sparsify::head_lowrank_attention` on the CPU: [B, H, N, d] x 3 -> [B, N, H*d]. `op`: another op of the library."""
     row, col = (q, k) if a_q is None or a_k is None else (q @ a_q.to(q.dtype), k @ a_k.to(k.dtype))
     shift = None if size is None else size.log() / scale
-    return _call(
-        op or torch.ops.sparsify_cpu.sparse_attention.default, q, k, v, row, col, None, size, shift, place, ranks, scale,
-        spec, precision,
-    )  # fmt: skip
+    return _call(op, q, k, v, row, col, None, size, shift, place, ranks, scale, spec, precision)
 
 
 def token_lowrank(
@@ -121,10 +121,51 @@ def token_lowrank(
     col = w_up.to(coef.dtype).mT.contiguous().expand(q.shape[0], H, -1, -1)  # (B, H, N, r)
     feature = _flat(k) if spec.tail == "clusters" else None
     ranks = [coef.shape[-1]] * H
-    return _call(
-        op or torch.ops.sparsify_cpu.sparse_attention.default, q, k, v, coef, col, feature, size, None, place, ranks,
-        scale, spec, precision,
-    )  # fmt: skip
+    return _call(op, q, k, v, coef, col, feature, size, None, place, ranks, scale, spec, precision)
+
+
+class _Trained(torch.autograd.Function):
+    """A call of the kernels whose gradients are computed from the keys and cells that it found."""
+
+    @staticmethod
+    def forward(q, k, v, size, scale, spec, m, call):  # type: ignore[no-untyped-def]
+        return call(q, k, v, torch.ops.sparsify_cpu.probe_attention.default)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        q, k, v, size, *ctx.constants, _ = inputs
+        _, kept, cells = output
+        ctx.mark_non_differentiable(kept, cells)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, size, kept, cells)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+        q, k, v, size, kept, cells = ctx.saved_tensors
+        scale, spec, m = ctx.constants
+        if grad is None:
+            return (None,) * 8
+        found = torch.ops.sparsify_cpu.sparse_backward.default(
+            _flat(grad.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)), _flat(q), _flat(k), _flat(v), kept, cells, size,
+            scale, spec.prefix, TAILS[spec.tail], m, _load()[0],
+        )  # fmt: skip
+        return *found, None, None, None, None, None
+
+
+def trained(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, place: Tensor | None, scale: float, spec: Spec,
+    call: Callable[[Tensor, Tensor, Tensor, object], tuple[Tensor, Tensor, Tensor]],
+) -> Tensor:  # fmt: skip
+    """The output [B, N, H*d] of `call`, `head_lowrank` or `token_lowrank` by q, k, v and op, with gradients for q, k and v.
+
+    The choice of keys has no gradient. Kept between forward and backward: q, k, v and b + 1 integers a row.
+    """
+    grid = (spec.grid[0], spec.grid[1])
+    if place is None:
+        grid = tails.patch_grid(max(0, q.shape[2] - spec.prefix), grid)
+    m = tails.cell_count(spec.tail, spec.prefix, grid, (spec.cells[0], spec.cells[1]))
+    return _Trained.apply(q, k, v, size, scale, spec, m, call)[0]  # type: ignore[no-untyped-call]
 
 
 def dense(
@@ -137,4 +178,4 @@ def dense(
     )
 
 
-__all__ = ["ISAS", "available", "dense", "head_lowrank", "isa", "supports", "token_lowrank"]
+__all__ = ["ISAS", "available", "dense", "head_lowrank", "isa", "supports", "token_lowrank", "trained"]

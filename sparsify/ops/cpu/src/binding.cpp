@@ -34,13 +34,13 @@ int64_t best_isa() {
   return best;
 }
 
-const Kernels* kernels(int64_t isa, bool bf16, bool dense) {
+const Kernels* kernels(int64_t isa, bool bf16, sparsify::Work work) {
   isa = isa > 0 ? std::min(isa, best_isa()) : best_isa();
-  const Kernels* found = isa == 3   ? sparsify::kernels_avx512bf16(bf16, dense)
-                         : isa == 2 ? sparsify::kernels_avx512(bf16, dense)
-                         : isa == 1 ? sparsify::kernels_avx2(bf16, dense)
+  const Kernels* found = isa == 3   ? sparsify::kernels_avx512bf16(bf16, work)
+                         : isa == 2 ? sparsify::kernels_avx512(bf16, work)
+                         : isa == 1 ? sparsify::kernels_avx2(bf16, work)
                                     : nullptr;
-  if (!found && bf16) return kernels(isa, false, dense);  // no bfloat16 arithmetic here: float32 storage
+  if (!found && bf16) return kernels(isa, false, work);  // no bfloat16 arithmetic here: float32 storage
   TORCH_CHECK(found, "sparsify_cpu: no kernel for this processor");
   return found;
 }
@@ -132,7 +132,7 @@ Tensor attend(TENSORS, CONSTANTS, const Tensor& kept, const Tensor& found_cells)
   TORCH_CHECK(p.N + p.M + p.P < 65536 && p.d <= 1024, "sparsify_cpu: too many tokens or too large a head");
   Probe probe{};
   if (kept.defined()) probe = {kept.data_ptr<int32_t>(), found_cells.data_ptr<int32_t>()};
-  run(p, kernels(isa, bf16, false), kept.defined() ? &probe : nullptr);
+  run(p, kernels(isa, bf16, sparsify::SPARSE), kept.defined() ? &probe : nullptr);
   return out;
 }
 
@@ -152,8 +152,44 @@ Tensor dense_attention(const Tensor& q, const Tensor& k, const Tensor& v, const 
   Problem p = shape(q, k, v, scale, out);
   const Tensor sizes = numbers(size, p, p.N, at::kFloat);
   p.size = floats(sizes);
-  run(p, kernels(isa, bf16, true), nullptr);
+  run(p, kernels(isa, bf16, sparsify::DENSE), nullptr);
   return out;
+}
+
+// Whether all of [rows, n] numbers but those of the first P rows of every N are in 0..limit-1.
+bool within(const int32_t* x, int64_t rows, int64_t n, const Problem& p, int64_t limit) {
+  uint32_t most = 0;
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t j = 0; row % p.N >= p.P && j < n; j++) most = std::max(most, uint32_t(x[row * n + j]));
+  return int64_t(most) < limit;
+}
+
+// Gradients of q, k and v from that of the output and from what the forward kept, `kept` and `cells` of `probe_attention`.
+std::tuple<Tensor, Tensor, Tensor> sparse_backward(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& kept, const Tensor& cells,
+    const std::optional<Tensor>& size, double scale, int64_t prefix, int64_t tail, int64_t m, int64_t isa) {
+  auto like = [](const Tensor& x) {  // as `qkv` gives them
+    return at::empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options().memory_format(std::nullopt)).transpose(1, 2);
+  };
+  Tensor dq = like(q), dk = like(k), dv = like(v);
+  Problem p = shape(q, k, v, scale, grad);
+  p.P = std::min(prefix, p.N), p.budget = kept.size(3), p.tail = int(tail), p.M = p.P < p.N ? m : 0;
+  p.grad = view(grad), p.dq = view(dq), p.dk = view(dk), p.dv = view(dv);
+  const int64_t rows = p.B * p.H * p.N;
+  TORCH_CHECK(
+      grad.sizes() == q.sizes() && k.sizes() == q.sizes() && v.sizes() == q.sizes() && kept.is_contiguous() &&
+          cells.is_contiguous() && kept.numel() == rows * p.budget && cells.numel() == rows && p.budget >= 1 &&
+          p.N + p.M + p.P < 65536 && p.d <= 1024,
+      "sparsify_cpu: inconsistent sizes");
+  p.kept = kept.const_data_ptr<int32_t>(), p.cells = cells.const_data_ptr<int32_t>();
+  TORCH_CHECK(within(p.kept, rows, p.budget, p, p.N) && (!p.M || within(p.cells, rows, 1, p, p.M)),
+              "sparsify_cpu: no such key or cell");
+  const Tensor sizes = numbers(size, p, p.N, at::kFloat);
+  p.size = floats(sizes);
+  const std::vector<int64_t> none(p.H, 0);  // no predictor
+  p.ranks = p.feature_dims = none.data(), p.feature_is_col = true;
+  run(p, kernels(isa, false, sparsify::BACKWARD), nullptr);
+  return {dq, dk, dv};
 }
 }  // namespace
 
@@ -165,10 +201,14 @@ TORCH_LIBRARY(sparsify_cpu, m) {
   m.def(("sparse_attention" + sparse + "Tensor").c_str());
   m.def(("probe_attention" + sparse + "(Tensor, Tensor, Tensor)").c_str());
   m.def("dense_attention(Tensor q, Tensor k, Tensor v, Tensor? size, float scale, bool bf16, int isa) -> Tensor");
+  m.def(
+      "sparse_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor kept, Tensor cells, Tensor? size, float scale, "
+      "int prefix, int tail, int m, int isa) -> (Tensor, Tensor, Tensor)");
   m.def("best_isa() -> int", best_isa);
 }
 TORCH_LIBRARY_IMPL(sparsify_cpu, CPU, m) {
   m.impl("sparse_attention", sparse_attention);
   m.impl("probe_attention", probe_attention);
   m.impl("dense_attention", dense_attention);
+  m.impl("sparse_backward", sparse_backward);
 }

@@ -1,10 +1,12 @@
 // AVX2 and FMA: float32 storage only.
+#include "backward.h"
 #include "dense.h"
 #include "tiles.h"
 
 namespace sparsify {
-const Kernels* kernels_avx2(bool bf16_storage, bool dense) {
+const Kernels* kernels_avx2(bool bf16_storage, Work work) {
+  if (work == BACKWARD) return backward_kernels();
   if (bf16_storage) return nullptr;
-  return dense ? dense_kernels<float>() : sparse_kernels<float>();
+  return work == DENSE ? dense_kernels<float>() : sparse_kernels<float>();
 }
 }  // namespace sparsify

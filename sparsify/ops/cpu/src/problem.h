@@ -35,9 +35,12 @@ struct Problem {
   int64_t tile_rows;          // tokens of the largest tile
   void* out;                  // [B, N, H*d]
   bool out_bf16;
+  // Of a backward call alone, with `kept` and `cells` as the Probe of the forward got them.
+  View grad, dq, dk, dv;      // gradient of the output, read; of queries, keys and values, written
+  const int32_t *kept, *cells;
 };
 
-// What the probe of the tests reads: the kept keys of every row and the cell of every key.
+// What the tests and the backward read: the kept keys of every row and the cell of every key.
 struct Probe {
   int32_t* kept;   // [B, H, N, budget]; rows of prefix tokens are not written
   int32_t* cells;  // [B, H, N]
@@ -53,8 +56,10 @@ struct Kernels {
   void (*block)(const Problem&, int64_t b, int64_t h, int64_t block, const void* head, void* scratch, const Probe*);
 };
 
-const Kernels* kernels_avx2(bool bf16, bool dense);        // nullptr: no such storage on this instruction set
-const Kernels* kernels_avx512(bool bf16, bool dense);
-const Kernels* kernels_avx512bf16(bool bf16, bool dense);
+enum Work { SPARSE, DENSE, BACKWARD };  // BACKWARD: float32 storage whatever is asked
+
+const Kernels* kernels_avx2(bool bf16, Work work);        // nullptr: no such storage on this instruction set
+const Kernels* kernels_avx512(bool bf16, Work work);
+const Kernels* kernels_avx512bf16(bool bf16, Work work);
 
 }  // namespace sparsify

@@ -1,0 +1,175 @@
+"""`sparsify convert`: a name in, one file and its reports out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsify import options
+from sparsify.errors import SparsifyError
+from sparsify.preflight import preflight
+
+
+def convert(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="Alias (deit_small), timm name, hf-hub:ORG/NAME, local-dir:DIR or digits."),
+    ],
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="Share of keys that each query attends to, above 0 and up to 1, or dense; or one a block, 0.2,dense,...",
+            show_default="the recipe's, 0.1; dense with --token-keep alone",
+        ),
+    ] = None,
+    token_keep: Annotated[
+        str | None,
+        typer.Option(
+            help="Share of patch tokens that go on at each stage; or a rate for each block, 1,1,0.8,...",
+            show_default="all tokens",
+        ),
+    ] = None,
+    token_stages: Annotated[
+        str | None,
+        typer.Option(help="Blocks, counted from 1, after whose attention tokens leave.", show_default="4,7,10"),
+    ] = None,
+    token_way: Annotated[
+        str | None,
+        typer.Option(help="How tokens leave: merge, evit or evit-fused.", show_default="merge"),
+    ] = None,
+    target_macs: Annotated[
+        float | None,
+        typer.Option(
+            help="Choose keep and tokens of every block for this share of the dense model's MACs.", show_default="none"
+        ),
+    ] = None,
+    target_latency: Annotated[
+        float | None,
+        typer.Option(help="The same for this share of its time, on this machine at batch 1.", show_default="none"),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = options.MODEL_FILE,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite another model's file.")] = False,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Recipe name ('sparsify recipes' lists them) or YAML file.",
+            show_default="distill with --data, else calibrate",
+        ),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Any field of the recipe: stages.0.epochs=3 (from 0).",
+            show_default=False,
+        ),
+    ] = None,
+    predictor: Annotated[
+        str | None,
+        typer.Option(help="head-lowrank or token-lowrank (the paper's).", show_default="the recipe's, head-lowrank"),
+    ] = None,
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            help="Coordinates of the predictor: a mean over all heads, or one for each block.",
+            show_default="the recipe's, 16",
+        ),
+    ] = None,
+    tail: Annotated[
+        str | None,
+        typer.Option(
+            help="What stands for dropped keys: none, mean, cells or clusters.", show_default="the recipe's, clusters"
+        ),
+    ] = None,
+    cells: Annotated[
+        str | None,
+        typer.Option(help="Grid of cells of the tail, ROWSxCOLUMNS.", show_default="by tokens and keep: 4x3 of 197"),
+    ] = None,
+    granularity: Annotated[
+        str | None,
+        typer.Option(help="token: a key set for each query; tile: one for 4x4 neighbours.", show_default="token"),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or timm data set of images to calibrate on and to learn from.",
+            show_default="built-in pictures, calibration only",
+        ),
+    ] = None,
+    val: Annotated[
+        str | None,
+        typer.Option(
+            help="Labelled images that decide which weights are written.", show_default="a part of --data is held back"
+        ),
+    ] = None,
+    calib_images: Annotated[
+        int | None, typer.Option(min=1, help="Images to calibrate on.", show_default="the recipe's, 128")
+    ] = None,
+    calibrate_only: Annotated[bool, typer.Option("--calibrate-only", help="Closed form only, no training.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the interrupted fine-tuning of this output.")
+    ] = False,
+    save_minutes: Annotated[float, typer.Option(min=0, help="Minutes between two saved states of a fine-tuning.")] = 5,
+    micro_batch: Annotated[
+        int, typer.Option(min=1, help="Most images of a step computed together: less memory, the same result.")
+    ] = 64,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Your own checkpoint of that architecture, .safetensors or .pth.", show_default="timm's"),
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=0, help="Classes of that checkpoint.", show_default="read off the file")
+    ] = None,
+    img_size: options.ImgSize = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of the choice of images.", show_default="the recipe's, 0")
+    ] = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
+    backend: options.Backend = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images computed together.")] = 16,
+    workers: options.Workers = 0,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Turn a pretrained model into a sparse one and write it with its MACs report."""
+    from sparsify.recipe import default_recipe, load_recipe
+
+    base = load_recipe(recipe or default_recipe(data is not None and not calibrate_only))
+    target = options.target(target_macs, target_latency, keep, token_keep)
+    tokens = options.tokens(token_keep, token_stages, token_way, base.sparsity.tokens)
+    if token_keep is not None and keep is None and recipe is None:
+        keep = "dense"
+    chosen = base.override(
+        keep=None if target else options.keeps(keep, "--keep"), tokens=tokens, predictor=predictor,
+        rank=options.whole_numbers(rank, "--rank"), tail=tail,
+        cells=options.rectangle(cells, "--cells"), granularity=granularity, calib_images=calib_images, seed=seed,
+    ).set(assignments or [])  # fmt: skip
+    if calibrate_only:
+        chosen = chosen.without_training()
+    options.backend(backend)
+    preflight()
+    from sparsify import conversion, processes
+    from sparsify.report import tables
+    from sparsify.report.progress import Reporter
+
+    quiet = quiet or not processes.main()
+    with Reporter(quiet) as reporter:
+        made = conversion.convert(
+            name, chosen, output, weights=weights, num_classes=num_classes, img_size=img_size, images=data, val=val,
+            force=force, resume=resume, save_minutes=save_minutes, device=options.torch_device(device),
+            dtype=options.torch_dtype(dtype), batch_size=batch_size, micro_batch=micro_batch, workers=workers,
+            backend=backend, target=target, say=options.say(quiet), progress=reporter.update,
+        )  # fmt: skip
+    if not processes.main():
+        return
+    if not quiet:
+        tables.show(tables.profile_table(made.profile))
+    also = f"{made.recipe.name}, " if made.recipe else ""
+    run = f"; the run is in {made.run}" if made.run else ""
+    print(f"wrote {made.path}, {also}{made.report_json.name} and {made.report_md.name} in {made.seconds:.0f} s{run}")
+    if made.tuning is not None and made.tuning.stopped:
+        raise SparsifyError(f"{made.tuning.stopped}; {made.path} has the best weights up to there")

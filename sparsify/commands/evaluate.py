@@ -1,0 +1,70 @@
+"""`sparsify eval`: accuracy of a file on labelled images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsify import options, processes
+from sparsify.errors import UsageError
+from sparsify.preflight import preflight
+
+
+def evaluate(
+    file: options.Model = options.MODEL_FILE,
+    imagenet: Annotated[
+        str | None, typer.Option(help="ImageNet root with val/, its val folder, or any folder of class folders.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Another labelled set: folder, timm data set name, or digits.")
+    ] = None,
+    dense: options.Dense = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images computed together.")] = 32,
+    img_size: options.ImgSize = None,
+    workers: options.Workers = 0,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
+    backend: options.Backend = "auto",
+    kernel_precision: options.KernelPrecision = "input",
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")] = False,
+    results_file: Annotated[Path | None, typer.Option(help="Write the results as .csv or .json.")] = None,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Top-1, top-5 and agreement of the sparse model beside its dense original.
+
+    Under `accelerate launch -m sparsify` or `torchrun -m sparsify` the processes share the images.
+    """
+    if (imagenet is None) == (data is None):
+        raise UsageError("give the labelled images: either --imagenet PATH or --data NAME")
+    if results_file is not None and results_file.suffix not in (".csv", ".json"):
+        raise UsageError(f"--results-file {results_file}: a name that ends in .csv or .json is expected")
+    options.backend(backend)
+    options.kernel_precision(kernel_precision)
+    quiet = quiet or not processes.main()
+    kind, where = options.torch_dtype(dtype), options.torch_device(processes.place(device))
+    preflight()
+    from sparsify import checkpoint, evaluation, original
+    from sparsify.report import files, tables
+    from sparsify.report.progress import Reporter
+
+    say = options.say(quiet)
+    processes.start(where)
+    with processes.agree():
+        header, model = checkpoint.read_header(file), checkpoint.load(file, img_size)
+        beside = original.load_original(header, dense, img_size, say) if dense else None
+    if header.backbone_changed and beside is None:
+        say(original.missing(header))
+    with Reporter(quiet) as reporter:
+        result = evaluation.evaluate_images(
+            model, str(imagenet or data), dense=beside, backbone_changed=header.backbone_changed, name=file.stem,
+            batch_size=batch_size, workers=workers, dtype=kind, device=where, strict=strict, backend=backend,
+            kernel_precision=kernel_precision, say=say,
+            progress=lambda done, total: reporter.update("eval", done, total),
+        )  # fmt: skip
+    if not quiet:
+        tables.show(tables.eval_table(result.as_dict()))
+    if results_file is not None and processes.main():
+        files.write_results(results_file, result.as_dict())

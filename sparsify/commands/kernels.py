@@ -1,0 +1,28 @@
+"""`sparsify build-kernels`: compile the CPU kernels now."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sparsify import options
+from sparsify.errors import SparsifyError
+from sparsify.preflight import preflight
+
+
+def build_kernels(
+    force: Annotated[bool, typer.Option("--force", help="Compile again, also what failed before.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the compiler's commands and all it said.")] = False,
+) -> None:
+    """Compile the CPU kernels now instead of at their first use."""
+    preflight()
+    from sparsify.ops import cpu
+    from sparsify.ops.cpu.build import build
+
+    built = build(force=force, verbose=verbose, say=options.say(False))
+    if reason := built.reason or cpu.available():
+        raise SparsifyError(f"the CPU kernels cannot be used, the reference is: {reason}")
+    print(f"library: {built.path}")
+    print(f"instruction set of this machine: {cpu.isa()}")
+    print(f"built in {built.seconds:.0f} s" if built.seconds else "already built")

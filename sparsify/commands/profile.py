@@ -1,0 +1,58 @@
+"""`sparsify profile`: MACs and measured latency of a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsify import options
+from sparsify.preflight import preflight
+
+
+def profile(
+    file: options.Model = options.MODEL_FILE,
+    dense: options.Dense = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one measured forward pass.")] = 1,
+    img_size: options.ImgSize = None,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
+    backend: options.Backend = "auto",
+    kernel_precision: options.KernelPrecision = "input",
+    tree: Annotated[bool, typer.Option("--tree", help="Show MACs by module.")] = False,
+    markdown: Annotated[Path | None, typer.Option(help="Write the report as Markdown.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write every figure as JSON.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="No effect: profile reads no images.")] = 0,
+    no_measure: Annotated[bool, typer.Option("--no-measure", help="Theoretical figures only.")] = False,
+    count_as: Annotated[str, typer.Option(help="product, or paper: the authors' MHSA accounting besides.")] = "product",
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """MACs by module and measured latency, dense beside sparse."""
+    options.torch_dtype(dtype)
+    options.backend(backend)
+    options.kernel_precision(kernel_precision)
+    options.torch_device(device)
+    preflight()
+    from sparsify import checkpoint, original, profiling
+    from sparsify.report import files, tables
+
+    say = options.say(quiet)
+    header, model = checkpoint.read_header(file), checkpoint.load(file, img_size)
+    beside = original.load_original(header, dense, img_size, say) if dense else None
+    if header.backbone_changed and beside is None:
+        say(original.missing(header))
+    result = profiling.profile(
+        model, dense=beside, batch_size=batch_size, dtype=dtype, device=device, backend=backend,
+        kernel_precision=kernel_precision, backbone_changed=header.backbone_changed, measure=not no_measure,
+        count_as=count_as,
+    )  # fmt: skip
+    if not quiet:
+        tables.show(tables.profile_table(result))
+        if tree:
+            tables.show(tables.module_tree(result))
+    if markdown:
+        files.write_text(markdown, files.to_markdown(result))
+    if json:
+        files.write_json(json, result.as_dict())

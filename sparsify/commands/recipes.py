@@ -1,0 +1,25 @@
+"""`sparsify recipes`: list them or print one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sparsify.errors import UsageError
+
+
+def recipes(
+    action: Annotated[str, typer.Argument(metavar="[show]", help="'show' prints one recipe.")] = "",
+    name: Annotated[str, typer.Argument(help="Recipe to show.")] = "",
+) -> None:
+    """List the recipes, or print one."""
+    from sparsify.recipe import load_recipe, recipe_names, recipe_text
+
+    if action not in ("", "show") or bool(action) != bool(name):
+        raise UsageError("'sparsify recipes' lists the recipes, 'sparsify recipes show NAME' prints one")
+    if action:
+        print(recipe_text(name), end="")
+        return
+    for each in recipe_names():
+        print(f"{each}  {load_recipe(each).description}")

@@ -1,0 +1,92 @@
+"""`sparsify sweep`: one model at many settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsify import options
+from sparsify.errors import UsageError
+from sparsify.preflight import preflight
+
+
+def sweep(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="Dense model: alias, timm name, hf-hub:ORG/NAME, local-dir:DIR or digits."),
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Images to measure on: labelled folder, timm data set, digits; loose images: agreement only."
+        ),
+    ] = None,
+    imagenet: Annotated[
+        str | None, typer.Option(help="The same: ImageNet root with val/, or its val folder; labels are required.")
+    ] = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(help="Folder or data set to calibrate on; labels are not used.", show_default="built-in pictures"),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Your own checkpoint of that architecture, .safetensors or .pth.", show_default="timm's"),
+    ] = None,
+    targets: Annotated[
+        str, typer.Option(help="Shares of the dense model's MACs to search a schedule for; or none.")
+    ] = "0.8,0.7,0.55,0.4",
+    keeps: Annotated[
+        str, typer.Option(help="Shares of keys to measure sparse attention at, all tokens; or none.")
+    ] = "0.25,0.1,0.05",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="PREFIX of the files .md, .json, .png and the folder .recipes.")
+    ] = Path("sweep"),
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one timed forward pass.")] = 1,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Images to measure on, drawn by --seed.", show_default="all")
+    ] = None,
+    calib_images: Annotated[int | None, typer.Option(min=1, help="Images to calibrate on.", show_default="128")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the choice of images.", show_default="0")] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=0, help="Classes of --weights; 0: features.", show_default="read off the file")
+    ] = None,
+    img_size: options.ImgSize = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
+    backend: options.Backend = "auto",
+    workers: options.Workers = 0,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Measure accuracy, MACs and time of one model at several keeps and MACs targets: a table and a picture."""
+    if (imagenet is None) == (data is None):
+        raise UsageError("give the images to measure on: either --imagenet PATH or --data NAME")
+    shares = {"targets": options.shares(targets, "--targets"), "keeps": options.shares(keeps, "--keeps")}
+    if not any(shares.values()):
+        raise UsageError("--targets none and --keeps none leave nothing to measure")
+    from sparsify.recipe import load_recipe
+
+    recipe = load_recipe("calibrate").override(calib_images=calib_images, seed=seed)
+    options.backend(backend)
+    kind, where = options.torch_dtype(dtype), options.torch_device(device)
+    preflight()
+    from sparsify import sweep as job
+    from sparsify.report import sweep as report
+    from sparsify.report import tables
+    from sparsify.report.progress import Reporter
+
+    report.can_write(output)
+    with Reporter(quiet) as reporter:
+        result = job.sweep(
+            name, recipe, str(imagenet or data), **shares, must_be_labelled=imagenet is not None, weights=weights,
+            num_classes=num_classes, img_size=img_size, calib=calib, limit=limit, batch_size=batch_size, device=where,
+            dtype=kind, backend=backend, workers=workers, say=options.say(quiet), progress=reporter.update,
+        )  # fmt: skip
+    paths, note = report.write(result, output)
+    if not quiet:
+        tables.show(report.table(result))
+    if note:
+        print(note)
+    print(f"wrote {', '.join(str(path) for path in paths)} in {result.seconds:.0f} s")

@@ -1,0 +1,330 @@
+"""The loop: stages, steps, validations, saved states. The same code on one CPU and on many GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from sparsify import processes
+from sparsify.calibration.repair import repair
+from sparsify.errors import Interrupted
+from sparsify.finetune import devices, learners, state
+from sparsify.finetune.batches import Batch
+from sparsify.finetune.cache import Cached
+from sparsify.finetune.interrupts import Interrupts
+from sparsify.finetune.judge import Judge, Score
+from sparsify.finetune.lesson import Forward, Lesson, Teacher
+from sparsify.finetune.plan import Plan, Planned
+from sparsify.finetune.record import Record
+from sparsify.nn.unfold import retract, unfold
+from sparsify.report.progress import training_note
+
+STATE = "state.safetensors"
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended; the student has the best weights then.
+
+    Attributes:
+        start, best: scores of the model that came in and of the one that goes out, on held-back images.
+        changed: the best is not the model that came in.
+        steps: optimiser steps done.
+        seconds: wall time of this process, since it began or resumed.
+        stopped: '' where the run went to its end; else why it did not.
+    """
+
+    start: Score
+    best: Score
+    changed: bool
+    steps: int
+    seconds: float
+    stopped: str = ""
+
+
+@dataclass(frozen=True)
+class How:
+    """Circumstances of a run that do not change its result: where it writes, how often it saves, whom it tells."""
+
+    folder: Path
+    device: str = "cpu"
+    save_minutes: float = 5.0
+    say: Callable[[str], None] = lambda line: None
+    progress: Callable[[str, int, int, str], None] = lambda step, done, total, note: None
+
+
+@dataclass
+class Standing:
+    """Where a run stands between two steps.
+
+    Attributes:
+        stage, step: number of the stage and steps of it that are done; done: steps in all.
+        best_weights: None while the best is the model that came in.
+    """
+
+    start: Score
+    best: Score
+    best_weights: Weights | None = None
+    stage: int = 0
+    step: int = 0
+    done: int = 0
+    saved_at: float = field(default_factory=time.monotonic)
+
+
+def finetune(
+    student: nn.Module, teacher: nn.Module, plan: Plan, how: How, resume: state.State | None = None
+) -> Outcome:
+    """Runs the stages of `plan` and leaves the best weights in `student`.
+
+    Args:
+        student: sparse, as calibrated; trained in place. Predictors that learn are unfolded.
+        teacher: the dense model that it was made from.
+        resume: a state that a former call with the same arguments saved.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the state is saved.
+    """
+    begun = time.monotonic()
+    accelerator = devices.accelerator(plan.precision, how.device)
+    device = accelerator.device
+    student.to(device)
+    teacher.to(device).eval()
+    if plan.unfolds:
+        unfold(student)
+    judge = Judge(plan.judged, teacher, str(device))
+    standing = _standing(judge(student), resume)
+    if resume is not None:
+        student.load_state_dict(resume.part("student"))
+    stopped = ""
+    with Interrupts() as interrupts, _record(plan, how, resume) as record:
+        if resume is None and record is not None:
+            record.validation(_row(standing, 0.0, standing.start, "start", True))
+        if resume is None and plan.repair is not None:
+            _repair(student, teacher, plan, how, judge, standing, record)
+        for number in range(standing.stage, len(plan.stages)):
+            standing.stage, resumed = number, resume
+            if resume is None or resume.facts["stage"] != number:
+                standing.step, resumed = 0, None
+            run = _Stage(student, teacher, plan, number, accelerator, judge, how, standing, record, interrupts)
+            stopped = run.run(resumed)
+            if stopped:
+                break
+    if standing.best_weights is not None:
+        student.load_state_dict(standing.best_weights)
+    student.requires_grad_(True).eval()
+    processes.barrier()
+    seconds = time.monotonic() - begun
+    changed = standing.best_weights is not None
+    return Outcome(standing.start, standing.best, changed, standing.done, seconds, stopped)
+
+
+def _repair(
+    student: nn.Module, teacher: nn.Module, plan: Plan, how: How, judge: Judge, standing: Standing, record: Record | None
+) -> None:  # fmt: skip
+    """The least squares before the first stage; its outcome is the first to be compared with what came in."""
+    assert plan.repair is not None
+    settings, images = plan.repair
+    student.eval()
+    batches = (x.to(next(student.parameters()).device) for x in images)
+    repair(student, teacher, batches, settings, lambda step, done, total: how.progress(step, done, total, ""))
+    _compare(student, judge, standing, record, how, 0.0, "repaired")
+
+
+def _compare(
+    model: nn.Module, judge: Judge, standing: Standing, record: Record | None, how: How, epoch: float, kind: str
+) -> None:  # fmt: skip
+    """Scores weights and remembers them where they are the best so far."""
+    score = judge(model)
+    best = score.better_than(standing.best)
+    if best:
+        standing.best = score
+        standing.best_weights = {k: t.detach().cpu().clone() for k, t in model.state_dict().items()}
+    if record is not None:
+        record.validation(_row(standing, epoch, score, kind, best))
+    words = "least squares" if kind == "repaired" else f"after {epoch:.3g} epochs of stage {standing.stage + 1}"
+    how.say(f"{words}: {score.words()}{' (best so far)' if best else ''}")
+
+
+class _Stage:
+    """One stage of one run."""
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, plan: Plan, number: int, accelerator: Accelerator, judge: Judge,
+        how: How, standing: Standing, record: Record | None, interrupts: Interrupts,
+    ) -> None:  # fmt: skip
+        self.student, self.plan, self.number, self.accelerator = student, plan, number, accelerator
+        self.judge, self.how, self.standing, self.record, self.interrupts = judge, how, standing, record, interrupts
+        self.planned: Planned = plan.stages[number]
+        self.stage = self.planned.stage
+        learners.trainable(student, self.stage)
+        learners.set_drop_path(student, self.stage.drop_path)
+        cast(Any, student).set_grad_checkpointing(self.stage.grad_checkpointing)
+        moved = any(plan.stages[i].stage.train != "predictors" for i in range(number + 1))
+        pairs = self.stage.losses.attention > 0 and self.stage.losses.attention_target == "teacher" and (
+            moved or self.stage.attention != "dense"
+        )  # fmt: skip
+        self.teacher, self.cached = Teacher(teacher, self.stage.losses, pairs), cast(Cached | None, None)
+        self.optimizer = learners.optimiser(student, self.stage)
+        self.schedule: Scheduler = learners.schedule(
+            self.optimizer, self.stage, self.planned.steps, self.planned.batches.steps_per_epoch or self.planned.steps
+        )
+        self.ema = ModelEmaV3(student, decay=self.stage.ema) if self.stage.ema else None
+        self.keeps = learners.Keeps(student, self.stage, self.planned.steps)
+
+    def run(self, resume: state.State | None) -> str:
+        """Steps until the stage ends; returns why it stopped before, or ''."""
+        first = self.standing.step
+        if resume is not None:
+            state.unpack(self.optimizer, resume.part("optimiser"), resume.facts["optimiser"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(resume.part("ema"))
+        if first >= self.planned.steps:
+            return ""
+        if self.stage.cache_teacher:
+            self.cached = Cached(self.teacher, self.planned.images, self.how.folder / f"teacher-{self.number}")
+        lesson, optimizer = self.accelerator.prepare(Lesson(self.student, self.stage), self.optimizer)
+        steps, batches = self.planned.steps, self.planned.batches.from_step(first)
+        per_epoch = self.planned.batches.steps_per_epoch or steps
+        clock, seen = time.monotonic(), 0
+        for step in range(first, steps):
+            self.keeps.at(step)
+            self.schedule.step_update(step)
+            with _drawn(self.plan.seed, self.number, step, self.accelerator.device):
+                self.student.train()
+                parts = self._step(lesson, optimizer, next(batches))
+            if not all(value == value and abs(value) != float("inf") for value in parts.values()):
+                return self._stop(step)
+            self.standing.step, self.standing.done = step + 1, self.standing.done + 1
+            seen += self.stage.batch_size
+            rate = seen / max(1e-9, time.monotonic() - clock)
+            self._tell(step + 1, parts, rate, (step + 1) / per_epoch)
+            whole = (step + 1) % (per_epoch * self.stage.validate_every) == 0
+            if whole or step + 1 == steps:
+                self._validate((step + 1) / per_epoch)
+            self._save_or_stop()
+        self.keeps.reset()
+        return ""
+
+    def _step(self, lesson: Forward, optimizer: Any, micros: list[Batch]) -> dict[str, float]:
+        """One optimiser step; the weighted losses by name, means over its images on all processes."""
+        sums: dict[str, Tensor] = {}
+        for i, batch in enumerate(micros):
+            x = batch.x.to(self.accelerator.device)
+            y = None if batch.y is None else batch.y.to(self.accelerator.device)
+            last = i + 1 == len(micros)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(cast(nn.Module, lesson)):
+                with self.accelerator.autocast():
+                    said = self.teacher(x) if self.cached is None else self.cached(x, batch.index)
+                parts = lesson(x, y, said)
+                self.accelerator.backward(torch.stack(list(parts.values())).sum() / len(micros))
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0) + value.detach() / len(micros)
+        found = self.accelerator.reduce(torch.stack([v.float() for v in sums.values()]), "mean").tolist()
+        parts_found = dict(zip(sums, found, strict=True))
+        if all(value == value and abs(value) != float("inf") for value in found):
+            if self.stage.optimiser.clip_grad is not None:
+                self.accelerator.clip_grad_norm_(self.student.parameters(), self.stage.optimiser.clip_grad)
+            optimizer.step()
+            if self.plan.unfolds and self.plan.folds_again and self.stage.train != "backbone":
+                retract(self.student)
+            if self.ema is not None:
+                self.ema.update(self.student)
+        optimizer.zero_grad()
+        return parts_found
+
+    def _tell(self, step: int, parts: dict[str, float], rate: float, epoch: float) -> None:
+        lr, loss = self.optimizer.param_groups[0]["lr"], sum(parts.values())
+        if self.record is not None:
+            row = {"step": self.standing.done, "stage": self.number, "epoch": epoch, "lr": lr, "loss": loss}
+            self.record.step({**row, **parts, "images_per_s": rate})
+        label = f"{self.stage.name} {self.number + 1}/{len(self.plan.stages)}"
+        self.how.progress(label, step, self.planned.steps, training_note(loss, lr, rate))
+
+    def _validate(self, epoch: float) -> None:
+        """Scores the weights (their running mean, where there is one) and remembers the best."""
+        model, kind = (self.student, "current") if self.ema is None else (self.ema.module, "ema")
+        if self.ema is None:
+            self.keeps.reset()
+        _compare(model, self.judge, self.standing, self.record, self.how, epoch, kind)
+
+    def _save_or_stop(self) -> None:
+        stop = self.interrupts.asked
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor([float(stop)], device=self.accelerator.device)
+            stop = bool(self.accelerator.reduce(flag, "sum").item())
+        late = time.monotonic() - self.standing.saved_at >= 60 * self.how.save_minutes
+        if (stop or late) and processes.main():
+            self._save()
+        if stop:
+            raise Interrupted(
+                f"interrupted after {self.standing.done} of {self.plan.steps} steps; the state is saved in "
+                f"{self.how.folder}: the same command with --resume goes on"
+            )
+
+    def _save(self) -> None:
+        """The state on disk, and the record's rows before it, so that no saved step lacks its row."""
+        s = self.standing
+        if self.record is not None:
+            self.record.flush()
+        moments, values = state.pack(self.optimizer)
+        tensors = state.prefixed("student", self.student.state_dict()) | state.prefixed("optimiser", moments)
+        if self.ema is not None:
+            tensors |= state.prefixed("ema", self.ema.module.state_dict())
+        if s.best_weights is not None:
+            tensors |= state.prefixed("best", s.best_weights)
+        facts = {
+            "identity": self.plan.identity, "stage": self.number, "step": s.step, "done": s.done, "optimiser": values,
+            "start": s.start.as_dict(), "best": s.best.as_dict(),
+        }  # fmt: skip
+        state.save(self.how.folder / STATE, state.State(tensors, facts))
+        s.saved_at = time.monotonic()
+
+    def _stop(self, step: int) -> str:
+        return (
+            f"stage '{self.stage.name}' stopped at step {step + 1}: its loss is not finite (lower optimiser.lr, or set "
+            "optimiser.clip_grad)"
+        )
+
+
+def _standing(start: Score, resume: state.State | None) -> Standing:
+    if resume is None:
+        return Standing(start, start)
+    facts = resume.facts
+    best = resume.part("best") or None
+    return Standing(Score(**facts["start"]), Score(**facts["best"]), best, facts["stage"], facts["step"], facts["done"])
+
+
+def _record(plan: Plan, how: How, resume: state.State | None) -> Any:
+    if not processes.main():
+        return contextlib.nullcontext()
+    names = [planned.stage.name for planned in plan.stages]
+    return Record(how.folder, names, None if resume is None else resume.facts["done"], how.say)
+
+
+def _row(standing: Standing, epoch: float, score: Score, weights: str, best: bool) -> dict[str, Any]:
+    row = {"step": standing.done, "stage": standing.stage, "epoch": epoch, "images": score.images, "weights": weights}
+    return {**row, "agreement": score.agreement, "kl": score.kl, "top1": score.top1, "best": int(best)}
+
+
+@contextlib.contextmanager
+def _drawn(seed: int, stage: int, step: int, device: torch.device) -> Iterator[None]:
+    """What a step draws (stochastic depth) depends on seed, stage, step and process alone."""
+    words = f"{seed} {stage} {step} {processes.rank()}".encode()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int.from_bytes(hashlib.sha256(words).digest()[:7]))
+        yield
+
+
+__all__ = ["STATE", "How", "Outcome", "finetune"]

@@ -1,0 +1,56 @@
+"""The losses: tensors in, one number out, a mean over the images of the call. No weights, no models."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SMALLEST = 1e-8  # of an estimated attention, where its logarithm is taken
+
+
+def classification(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of logits [B, classes] with soft targets y [B, classes], nats."""
+    return -(y * logits.float().log_softmax(-1)).sum(-1).mean()
+
+
+def kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(teacher || student) of class probabilities at temperature T, from logits [B, classes], nats."""
+    t, s = (teacher.float() / temperature).log_softmax(-1), (student.float() / temperature).log_softmax(-1)
+    return temperature**2 * (t.exp() * (t - s)).sum(-1).mean()
+
+
+def tokens(teacher: Tensor, student: Tensor, present: Tensor | None) -> Tensor:
+    """Mean squared error of patch tokens [B, n, C]; `present` [B, n], bool: those that count, None for all."""
+    error = (teacher.float() - student.float()).square().mean(-1)  # (B, n)
+    if present is None:
+        return error.mean()
+    return (error * present).sum() / present.sum().clamp_min(1)
+
+
+def features(teacher: Tensor, student: Tensor, present: Tensor | None, prefix: int) -> Tensor:
+    """Squared error of a block's output [B, N, C] as a share of the teacher's squares, prefix and patch tokens alike.
+
+    The prefix tokens, which the classifier reads, weigh as much as all patch tokens together. present: see `tokens`.
+    """
+    t, s = teacher.float(), student.float()
+    parts = []
+    if prefix < t.shape[1]:
+        size = t[:, prefix:].square().mean().clamp_min(1e-12)
+        parts.append(tokens(t[:, prefix:], s[:, prefix:], present) / size)
+    if prefix:
+        parts.append((t[:, :prefix] - s[:, :prefix]).square().mean() / t[:, :prefix].square().mean().clamp_min(1e-12))
+    return torch.stack(parts).mean()
+
+
+def attention(estimate: Tensor, target: Tensor, form: str, reference_batch: int) -> Tensor:
+    """The predictor's attention [B, H, n, N] against the true one, rows of the patch queries.
+
+    Args:
+        form: 'mse-sum': squares summed over everything, B images counting reference_batch / B (Sparsifiner, stage 1);
+            'kl': KL(target || estimate), the estimate's rows made positive and normalised, nats, mean over rows.
+    """
+    if form == "mse-sum":
+        return (estimate - target).square().sum() * (reference_batch / len(target))
+    estimate = estimate.clamp_min(SMALLEST)
+    estimate = estimate / estimate.sum(-1, keepdim=True)
+    return (target * (target.clamp_min(SMALLEST).log() - estimate.log())).sum(-1).mean()

@@ -1,0 +1,192 @@
+"""What a run will do, settled before anything is computed: every mistake in a recipe or its data shows here, in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from sparsify import data, processes
+from sparsify.calibration import repair
+from sparsify.config import SparsityConfig
+from sparsify.errors import BadData, UsageError
+from sparsify.finetune import devices, learners
+from sparsify.finetune.batches import Batches
+from sparsify.finetune.judge import Labelled
+from sparsify.loading import Decoded, ImageBatches, Items, Part, Stream
+from sparsify.recipe import Recipe, Repair
+from sparsify.stage import Stage
+from sparsify.trainset import TrainSet, trainset
+
+JUDGE_BATCH = 32  # images that are judged together
+REPAIR_BATCH = 32  # images whose least squares are summed together
+Images = Iterable[Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the images come from and how they are computed.
+
+    Attributes:
+        images: what is learned from (`sparsify.trainset`).
+        val: labelled images between the epochs (`sparsify.data.labelled`); None: a part of `images` is held back.
+        device: cpu, cuda, ...; workers: processes that read images.
+        micro_batch: most images computed together in one process.
+    """
+
+    images: str
+    val: str | None = None
+    device: str = "cpu"
+    workers: int = 0
+    micro_batch: int = 64
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage with its images: `steps` of its batches; `images` to learn from (0: a stream's)."""
+
+    stage: Stage
+    batches: Batches
+    steps: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run: its stages, what judges it, and what it must be the same in to be resumed.
+
+    Attributes:
+        judged: gives the images of the judge.
+        judged_on: them in words; note: what was left out, or ''.
+        repair: settings of the least squares before the stages, and its images, float32 [B, C, H, W], read anew at each
+            call; None: none.
+        unfolds: predictors learn that may be folded into qkv; folds_again: they are to be, where it is exact.
+        identity: recipe, data and model, JSON-able.
+    """
+
+    stages: tuple[Planned, ...]
+    judged: Labelled
+    judged_on: str
+    note: str
+    precision: str
+    seed: int
+    repair: tuple[Repair, Images] | None
+    unfolds: bool
+    folds_again: bool
+    identity: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of all stages."""
+        return sum(planned.steps for planned in self.stages)
+
+
+def plan(model: nn.Module, recipe: Recipe, source: Source, dense_sha256: str) -> Plan:
+    """The run of `recipe` on the images of `source` for the dense `model`.
+
+    Raises:
+        UsageError: stages that do not fit the model, its sparsity or the processes.
+        BadData: no images, too few, other classes than the model's.
+    """
+    classes = int(cast(Any, model).num_classes)
+    for stage in recipe.stages:
+        check(stage, recipe.sparsity, classes)
+    labels = any(stage.losses.classification > 0 for stage in recipe.stages)
+    hold_back = 0.0 if source.val is not None else recipe.hold_back
+    if source.val is None and hold_back == 0:
+        raise UsageError("hold_back 0 leaves nothing to judge by: give --val PATH with labelled images")
+    kind = devices.precision(recipe.precision, source.device)
+    images = trainset(source.images, classes, labels, recipe.seed, hold_back)
+    config = data.data_config(model)
+    judged, words = _judged(images, source, config, classes)
+    stages = []
+    for number, stage in enumerate(recipe.stages):
+        batches = Batches(
+            images.learn, stage.augmentation, config, recipe.seed, number, stage.batch_size, processes.world(),
+            processes.rank(), source.micro_batch, source.workers, classes if stage.losses.classification else None,
+            source.images,
+        )  # fmt: skip
+        if stage.cache_teacher and images.stream:
+            raise UsageError(f"stage '{stage.name}': cache_teacher needs images by number, not a stream")
+        steps = learners.steps_of(stage, batches.steps_per_epoch)
+        stages.append(Planned(stage, batches, steps, 0 if images.stream else len(cast(Items, images.learn))))
+    identity = {
+        "recipe": recipe.model_dump(mode="json"), "data": images.digest, "dense": dense_sha256, "val": source.val or "",
+    }  # fmt: skip
+    learns = recipe.sparsity.predictor == "head-lowrank" and any(
+        stage.train != "backbone" and stage.losses.attention > 0 for stage in recipe.stages
+    )
+    return Plan(
+        tuple(stages),
+        judged,
+        words,
+        images.note,
+        kind,
+        recipe.seed,
+        _repaired(model, recipe, images, source, config),
+        learns,
+        learns and recipe.sparsity.fold,
+        identity,
+    )
+
+
+def check(stage: Stage, sparsity: SparsityConfig, classes: int) -> None:
+    """Raise `UsageError` where a stage does not fit what is trained; `classes`: outputs of the model, 0 for features."""
+    name, losses = f"stage '{stage.name}'", stage.losses
+    if losses.classification > 0 and not classes:
+        raise UsageError(f"{name}: the loss classification needs a model with classes; use tokens, features or logits")
+    keeps = sparsity.keep if isinstance(sparsity.keep, tuple) else (sparsity.keep,)
+    if stage.train == "predictors" and all(keep == "dense" for keep in keeps):
+        raise UsageError(f"{name} trains nothing: with keep dense there are no predictors")
+    if sparsity.tokens is not None and stage.attention == "sparse" and losses.attention > 0:
+        raise UsageError(
+            f"{name}: the loss attention compares all tokens, and tokens leave this model: set attention: dense"
+        )
+    if stage.attention == "dense" and stage.keep is not None:
+        raise UsageError(f"{name}: keep has no effect with attention: dense")
+    if losses.basis_l1 > 0 and (sparsity.predictor != "token-lowrank" or sparsity.token_lowrank.shared_projection):
+        raise UsageError(
+            f"{name}: the loss basis_l1 is of W_up, which predictor {sparsity.predictor} does not have here"
+        )
+    if stage.train == "predictors" and sparsity.predictor == "head-lowrank" and not losses.attention:
+        raise UsageError(f"{name} trains nothing: head-lowrank predictors learn from the loss attention only")
+
+
+def _repaired(
+    model: nn.Module, recipe: Recipe, images: TrainSet, source: Source, config: dict[str, Any]
+) -> tuple[Repair, Images] | None:
+    if recipe.repair is None:
+        return None
+    repair.check(model)
+    n, transform = recipe.repair.images, data.transform(config)
+    if images.stream:
+        stream = Stream(cast(Any, images.learn), transform, n)
+        return recipe.repair, ImageBatches(stream, REPAIR_BATCH, 0, place=source.images)
+    learn = cast(Items, images.learn)
+    some = Part(learn, data.draw(len(learn), n, recipe.seed))
+    return recipe.repair, ImageBatches(Decoded(some, transform), REPAIR_BATCH, source.workers, place=source.images)
+
+
+def _judged(images: TrainSet, source: Source, config: dict[str, Any], classes: int) -> tuple[Labelled, str]:
+    transform, rank, world = data.transform(config), processes.rank(), processes.world()
+    if source.val is not None:
+        found = data.labelled(source.val, classes, transform, JUDGE_BATCH, source.workers)
+        return (lambda: _every(found, rank, world)), f"the labelled images of {source.val}"
+    if images.stream:
+        stream = ImageBatches(Stream(cast(Any, images.held), transform), JUDGE_BATCH, 0, place=source.images)
+        return (lambda: _every(stream.pairs(), rank, world)), f"the first images of {source.images}"
+    held = cast(Items, images.held)
+    own = Part(held, list(range(rank, len(held), world)))
+    if not len(own):
+        raise BadData(f"{source.images}: {len(held)} images are held back, too few for {world} processes")
+    loader = ImageBatches(Decoded(own, transform), JUDGE_BATCH, source.workers, place=source.images)
+    return loader.pairs, f"{len(held)} images of {source.images} that nothing learns from"
+
+
+def _every(batches: Iterable[tuple[Tensor, Tensor]], rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each process's share of every batch."""
+    for x, y in batches:
+        if len(x[rank::world]):
+            yield x[rank::world], y[rank::world]

@@ -1,0 +1,125 @@
+"""Images to learn from and images held back from them: one place, divided once by a seed (`finetune.batches` reads it)."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import IterableDataset
+
+from sparsify.data import TRAIN, VAL, all_images, class_images, draw, is_digits, is_prefixed, split_folder
+from sparsify.errors import BadData
+from sparsify.loading import Items, Part, StreamPart
+
+MOST_HELD = 1024
+HELD_OF_UNKNOWN = 256  # images held back from a stream that does not know its length
+
+
+@dataclass(frozen=True)
+class TrainSet:
+    """Images of one place, in two parts without a common image.
+
+    Attributes:
+        learn: to learn from, in the listed order.
+        held: held back, in random order; empty for `hold_back` 0. A stream's are the first of each pass.
+        place: as the user named it.
+        note: one line for the user (what was left out or mapped), or ''.
+        stream: both parts are a `StreamPart` (wds, tfds, hfids), which has no length and is read from its beginning.
+        digest: SHA-256 (hex) over the names, where they are files, and the number of all images; not over their bytes.
+    """
+
+    learn: Items | StreamPart
+    held: Items | StreamPart
+    place: str
+    note: str
+    stream: bool
+    digest: str
+
+
+def trainset(
+    path: str | Path, num_classes: int | None, labels: bool, seed: int, hold_back: float, split: str = "train"
+) -> TrainSet:
+    """The images of `path`, divided for `seed`: `hold_back` (0 to below 1) of them, 1 to 1024, are held back.
+
+    Args:
+        path: folder, .tar, timm data set (`hfds/NAME`, ...), `digits` (its train split) or `digits:SPLIT`. Of a folder
+            with `train/` (or `training/`) that holds folders, or has a validation folder beside it, that is taken.
+        num_classes: outputs of the model, which the labels must fit; without `labels` not looked at.
+        labels: False: every label is -1, and images of a folder may lie at any depth. True: as `data.labelled`.
+        split: of timm data sets.
+
+    A stream holds back its first images: `hold_back` of them where its length is known, else 256.
+
+    Raises:
+        BadData: nothing there, no images, fewer than two images with `hold_back` above 0; as `data.labelled`.
+    """
+    spec, note = str(path), ""
+    plain = not is_digits(spec) and not is_prefixed(spec)
+    folder = _train_folder(Path(path)) if plain else path
+    if labels:
+        images, note = class_images(folder, num_classes, split, "train", ())
+    else:
+        images = all_images(folder, split)
+    if plain and folder != Path(path):
+        note = "; ".join(filter(None, (f"the images of {folder}", note)))
+    if isinstance(images, IterableDataset):
+        return _of_stream(images, labels, hold_back, spec, split)
+    total = len(images)
+    held = draw(total, _held(total, hold_back, spec), seed)
+    left_out = set(held)
+    learn = array("q", (index for index in range(total) if index not in left_out))
+    names = [images.name(index) for index in range(total)] if plain else []
+    digest = _digest(*_source(spec, split, plain), total, *names)
+    return TrainSet(Part(images, learn, labels), Part(images, held, labels), spec, note, False, digest)
+
+
+def _of_stream(images: Any, labels: bool, hold_back: float, spec: str, split: str) -> TrainSet:
+    """timm's readers give each process of a distributed run other images; here each reads all and takes its share."""
+    reader = getattr(images, "reader", None)
+    if reader is not None and hasattr(reader, "dist_num_replicas"):
+        reader.dist_rank, reader.dist_num_replicas = 0, 1
+    try:
+        total = len(images)
+    except TypeError:
+        total = 0
+    held = _held(total, hold_back, spec) if total else HELD_OF_UNKNOWN * (hold_back > 0)
+    parts = StreamPart(images, held, None, labels), StreamPart(images, 0, held, labels)
+    return TrainSet(*parts, spec, "", True, _digest(*_source(spec, split, False), total))
+
+
+def _train_folder(path: Path) -> Path:
+    """The train folder in a data set's root; a class may be called `train` too, so one of images alone is none."""
+    folder = split_folder(path, TRAIN)
+    if folder == path or split_folder(path, (*VAL, "test")) != path:
+        return folder
+    return folder if any(inside.is_dir() for inside in folder.iterdir()) else path
+
+
+def _held(total: int, hold_back: float, place: str) -> int:
+    if not total:
+        raise BadData(f"{place} holds no images")
+    if not hold_back:
+        return 0
+    if total < 2:
+        raise BadData(
+            f"{place} holds 1 image: at least 2 are expected, one to learn from and one to hold back; add images, or set "
+            "hold_back to 0"
+        )
+    return min(MOST_HELD, max(1, round(hold_back * total)), total - 1)
+
+
+def _source(spec: str, split: str, plain: bool) -> tuple[str, ...]:
+    """What tells data sets without file names apart. A folder may be moved: its own name does not count."""
+    if is_digits(spec):
+        return ("digits", spec.partition(":")[2] or "train")
+    return () if plain else (spec, split)
+
+
+def _digest(*parts: object) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(str(part).encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()

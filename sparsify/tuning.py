@@ -1,0 +1,124 @@
+"""The training half of `convert`: a calibrated model in, the better of it and the fine-tuned one out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sparsify import checkpoint, processes
+from sparsify.config import SparsityConfig
+from sparsify.finetune import How, Outcome, Plan, RunFolder, finetune
+from sparsify.nn.unfold import fold
+from sparsify.recipe import Recipe, load_recipe, recipe_yaml
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A sparse model before any training: its configuration, the recipe that gives it again, and what it was calibrated on."""
+
+    model: nn.Module
+    config: SparsityConfig
+    recipe: Recipe
+    words: str
+    images: int
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What fine-tuning made.
+
+    Attributes:
+        model: on the CPU, eval mode: fine-tuned, or the calibrated one where that was better.
+        config: of `model`.
+        start: what was calibrated.
+    """
+
+    model: nn.Module
+    config: SparsityConfig
+    start: Calibrated
+    outcome: Outcome
+    plan: Plan
+
+    def provenance(self) -> dict[str, Any]:
+        """What the file's header says of it."""
+        changed = self.outcome.changed
+        backbone = self.plan.repair is not None or any(p.stage.train != "predictors" for p in self.plan.stages)
+        return {
+            "backbone_changed": changed and backbone,
+            "finetuned": {
+                "kept": "fine-tuned" if changed else "calibrated",
+                "judged_on": self.plan.judged_on, "start": self.outcome.start.as_dict(), "best": self.outcome.best.as_dict(),
+                "steps": self.outcome.steps, "stopped": self.outcome.stopped, "precision": self.plan.precision,
+                "processes": processes.world(), "images": max((p.images for p in self.plan.stages), default=0),
+            },
+        }  # fmt: skip
+
+
+def tune(
+    dense: nn.Module,
+    plan: Plan,
+    run: RunFolder,
+    how: How,
+    calibrated: Callable[[], Calibrated],
+    header: Callable[[Calibrated], checkpoint.Header],
+    resume: bool,
+    force: bool,
+) -> Tuned:
+    """Calibrates `dense` (in place) or takes up an interrupted run, trains, and gives back what is better.
+
+    Args:
+        calibrated: calibrates `dense`.
+        header: what a file of the calibrated model says of itself.
+        resume, force: see `RunFolder.open`.
+
+    Raises:
+        SparsifyError: see `RunFolder` and `finetune`.
+    """
+    teacher = copy.deepcopy(dense)
+    begun, state = run.open(plan.identity, resume, force, how.say)
+    if begun:
+        start = _taken_up(run, calibrated)
+    else:
+        start = calibrated()
+        if processes.main():
+            run.begin(plan.identity, recipe_yaml(start.recipe))
+            checkpoint.save(start.model, run.start, header(start))
+        processes.barrier()
+    how.say(_announced(plan))
+    student = start.model
+    outcome = finetune(student, teacher, plan, how, state)
+    config = start.config
+    if outcome.changed:
+        student = student.to("cpu")
+        if plan.unfolds and not (plan.folds_again and fold(student)):
+            config = config.model_copy(update={"fold": False})
+    else:
+        student = checkpoint.load(run.start)
+    how.say(verdict(outcome, plan))
+    return Tuned(student, config, start, outcome, plan)
+
+
+def verdict(outcome: Outcome, plan: Plan) -> str:
+    """Which was kept, and by how much it is better."""
+    start, best = outcome.start, outcome.best
+    where = f"on {plan.judged_on} ({start.images})"
+    if not outcome.changed:
+        return f"kept the calibrated model: fine-tuning did not get past its {start.words()} {where}"
+    return f"kept the fine-tuned model: {best.words()}; calibrated only {start.words()}; {where}"
+
+
+def _announced(plan: Plan) -> str:
+    words = [f"least squares on up to {plan.repair[0].images} images"] if plan.repair else []
+    stages = ", ".join([*words, *(f"{p.stage.name} {p.steps} steps of {p.stage.batch_size}" for p in plan.stages)])
+    note = f"; {plan.note}" if plan.note else ""
+    return f"fine-tuning ({plan.precision}): {stages}; judged on {plan.judged_on}{note}"
+
+
+def _taken_up(run: RunFolder, calibrated: Callable[[], Calibrated]) -> Calibrated:
+    header = checkpoint.read_header(run.start)
+    images = int(header.provenance["calibration"]["images"])
+    return Calibrated(checkpoint.load(run.start), header.config, load_recipe(str(run.recipe)), "as before", images)
