@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST_TIMM := 1.0.28
 
-.PHONY: venv demo test test-oldest sanitize lint format bench-accuracy bench-equality bench-tokens frontier clean
+.PHONY: venv demo test test-oldest sanitize lint format bench bench-kernels-accuracy bench-auto bench-accuracy bench-equality \
+	bench-tokens bench-finetune bench-survive frontier clean
 
 venv: $(VENV)/.installed
 
@@ -19,6 +20,8 @@ demo: venv
 	$(BIN)/sparsify convert digits --keep 0.1 --force -o demo/model.safetensors
 	$(BIN)/sparsify profile demo/model.safetensors --batch-size 8 --tree --markdown demo/profile.md --json demo/profile.json
 	$(BIN)/sparsify eval demo/model.safetensors --data digits --results-file demo/eval.json
+	$(BIN)/sparsify convert digits --data digits --recipe paper-digits --force -o demo/paper.safetensors
+	$(BIN)/sparsify eval demo/paper.safetensors --data digits --dense digits --results-file demo/paper-eval.json
 	@echo "demo: tables above, files in demo/"
 
 test: venv
@@ -68,6 +71,14 @@ bench-accuracy: venv
 bench-tokens: venv
 	$(BIN)/python benchmarks/tokens.py
 	$(BIN)/python benchmarks/tokens_speed.py --markdown build/bench/tokens.md --json build/bench/tokens.json
+
+# What fine-tuning brings back on real weights and photographs, label-free; an hour on two cores.
+bench-finetune: venv
+	$(BIN)/python benchmarks/finetune.py
+
+# Runs killed (SIGKILL) at ten random moments and resumed: the same weights as the uninterrupted one.
+bench-survive: venv
+	$(BIN)/python benchmarks/survive.py --times 10
 
 # keep=1 equals dense, one model of each kind at its own image size and depth.
 bench-equality: venv

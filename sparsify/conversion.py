@@ -139,6 +139,8 @@ def convert(
     if plan is None:
         found = calibrated()
         sparse, config = found.model.to("cpu"), found.config
+        if images is None:
+            say("calibrated only: --data FOLDER gives images to learn from")
     else:
         run = finetune.RunFolder(output.with_name(f"{output.name.removesuffix('.safetensors')}.run"))
         how = finetune.How(run.path, device, save_minutes, say, progress)

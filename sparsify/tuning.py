@@ -18,7 +18,7 @@ from sparsify.recipe import Recipe, load_recipe, recipe_yaml
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A sparse model before any training: its configuration, the recipe that gives it again, and what it was calibrated on."""
+    """A sparse model before any training, its configuration, and the recipe that gives it again."""
 
     model: nn.Module
     config: SparsityConfig
@@ -79,7 +79,8 @@ def tune(
         SparsifyError: see `RunFolder` and `finetune`.
     """
     teacher = copy.deepcopy(dense)
-    begun, state = run.open(plan.identity, resume, force, how.say)
+    with processes.agree():  # nobody begins before all have looked
+        begun, state = run.open(plan.identity, resume, force, how.say)
     if begun:
         start = _taken_up(run, calibrated)
     else:

@@ -334,6 +334,7 @@ def test_never_dense_in_training_nor_where_a_gradient_is_needed(path, kernels, f
         )
         module.execution = Execution(dense_fallback=True, choose=Always(path))
         assert (module.train()(x) == SPARSE).all()
+    module.execution = Execution("reference", dense_fallback=True, choose=Always(path))
     out = module.eval()(x)
     torch.testing.assert_close(out, reference)  # and by the reference, whose gradient it is
     out.sum().backward()

@@ -3,7 +3,7 @@
 With h the input of such a map (`attn.proj`, `mlp.fc2`) in the sparse model, x the residual stream that it is added to, and
 t what the dense model's residual stream is behind it,
 
-    dW = argmin  sum over rows  w |t - x - W h - dW h|^2  +  lambda |dW|^2                                           (bias too)
+    dW = argmin  sum over rows  w |t - x - W h - dW h|^2  +  lambda |dW|^2            (and the bias)
 
 The blocks before are repaired already, so what they left is made good as far as a linear map can. No gradient, no label: the
 Gram matrices of h, one block at a time. Where tokens have left, t is the mean over the patches that went into a token.
@@ -109,9 +109,9 @@ class Fit:
         damp = torch.full_like(self.gram[0], float(ridge))
         damp[-1] = 1e-6 * ridge if self.linear.bias is not None else 1e12 * ridge
         found = torch.linalg.solve(self.gram + damp.diag(), self.cross)  # (k + 1, C)
-        self.linear.weight += found[:-1].mT.to(self.linear.weight)
+        self.linear.weight.add_(found[:-1].mT.to(self.linear.weight))
         if self.linear.bias is not None:
-            self.linear.bias += found[-1].to(self.linear.bias)
+            self.linear.bias.add_(found[-1].to(self.linear.bias))
 
 
 def _first(model: nn.Module, x: Tensor) -> Tensor:
@@ -154,8 +154,7 @@ def _of_tokens(t: Tensor, tokens: Tokens | None, prefix: int) -> Tensor:
         return t
     n = tokens.place.shape[1]
     index = torch.where(tokens.owner < 0, n, tokens.owner)  # (B, n0): the dropped go where nobody looks
-    total = t.new_zeros(len(t), n + 1, t.shape[2]).scatter_add(
-        1, index.unsqueeze(-1).expand(-1, -1, t.shape[2]), t[:, prefix:]
-    )
+    rows = index.unsqueeze(-1).expand(-1, -1, t.shape[2])
+    total = t.new_zeros(len(t), n + 1, t.shape[2]).scatter_add(1, rows, t[:, prefix:])
     count = t.new_zeros(len(t), n + 1).scatter_add(1, index, torch.ones_like(index, dtype=t.dtype))
     return torch.cat([t[:, :prefix], (total / count.clamp_min(1).unsqueeze(-1))[:, :n]], 1)

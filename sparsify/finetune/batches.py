@@ -25,6 +25,9 @@ from sparsify.loading import Items, StreamPart, drawn, drawn_number, ignore_inte
 from sparsify.stage import Augmentation
 
 
+ATTEMPTS = 4  # draws of an augmentation: Pillow 13 refuses one in 300 of timm's rand-m9 (posterize to 0 bits)
+
+
 class Batch(NamedTuple):
     """Images computed together.
 
@@ -229,8 +232,14 @@ class _Maker:
             )
 
     def augmented(self, image: Image.Image, epoch: int, index: int) -> Tensor:
-        with drawn(self.seed, "image", self.stage, epoch, index):
-            return self.transform(image)  # [C, H, W]
+        for attempt in range(ATTEMPTS):
+            with drawn(self.seed, "image", self.stage, epoch, index, *([attempt] if attempt else [])):
+                try:
+                    return self.transform(image)  # [C, H, W]
+                except ValueError:
+                    if attempt + 1 == ATTEMPTS:
+                        raise
+        raise AssertionError
 
     def finished(self, images: list[Tensor], labels: list[int], indices: list[int], step: int, micro: int) -> _Made:
         classes = self.num_classes

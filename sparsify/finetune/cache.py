@@ -11,6 +11,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from sparsify import processes
+from sparsify.atomic import whole
 from sparsify.finetune.lesson import Said, Teacher
 
 
@@ -59,5 +60,6 @@ class Cached:
         path = self.folder / f"{processes.rank()}-{name}.npy"
         if not path.exists():
             first = empty()
-            open_memmap(path, "w+", first.dtype, first.shape).flush()
+            with whole(path) as temporary:
+                open_memmap(temporary, "w+", first.dtype, first.shape).flush()
         return open_memmap(path, "r+")

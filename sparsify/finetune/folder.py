@@ -21,6 +21,8 @@ from sparsify.atomic import whole
 from sparsify.errors import BadFile, UsageError, one_line
 from sparsify.finetune import state
 
+HALF = ".*.*.????????"  # files that a kill left half-written (`sparsify.atomic`)
+
 
 class RunFolder:
     """Paths and rules of one run's folder; nothing is read or written before `open`."""
@@ -90,14 +92,14 @@ class RunFolder:
             os.link(model, self.model)
         except OSError:
             shutil.copyfile(model, self.model)
-        self._remove(self.start, self.state, *self.path.glob("teacher-*"), *self.path.glob(".*.safetensors.*"))
+        self._remove(self.start, self.state, *self.path.glob("teacher-*"), *self.path.glob(HALF))
 
     def clear(self) -> None:
         """Removes what a run leaves here, and nothing else."""
         names = ("metrics.csv", "validation.csv", "curve.png", "tensorboard")
         self._remove(
             self.start, self.state, self.facts, self.recipe, self.model, *(self.path / name for name in names),
-            *self.path.glob("teacher-*"), *self.path.glob(".*.safetensors.*"),
+            *self.path.glob("teacher-*"), *self.path.glob(HALF),
         )  # fmt: skip
 
     def _former(self) -> Any:

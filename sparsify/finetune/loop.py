@@ -124,6 +124,10 @@ def finetune(
     if standing.best_weights is not None:
         student.load_state_dict(standing.best_weights)
     student.requires_grad_(True).eval()
+    learners.set_drop_path(student, 0.0)
+    cast(Any, student).set_grad_checkpointing(False)
+    learners.set_drop_path(student, 0.0)
+    cast(Any, student).set_grad_checkpointing(False)
     processes.barrier()
     seconds = time.monotonic() - begun
     changed = standing.best_weights is not None
@@ -138,7 +142,7 @@ def _repair(
     settings, images = plan.repair
     student.eval()
     batches = (x.to(next(student.parameters()).device) for x in images)
-    repair(student, teacher, batches, settings, lambda step, done, total: how.progress(step, done, total, ""))
+    repair(student, teacher, batches, settings, lambda step, done, total: how.progress(step, done, total, "blocks"))
     _compare(student, judge, standing, record, how, 0.0, "repaired")
 
 
@@ -171,7 +175,7 @@ class _Stage:
         learners.trainable(student, self.stage)
         learners.set_drop_path(student, self.stage.drop_path)
         cast(Any, student).set_grad_checkpointing(self.stage.grad_checkpointing)
-        moved = any(plan.stages[i].stage.train != "predictors" for i in range(number + 1))
+        moved = plan.repair is not None or any(p.stage.train != "predictors" for p in plan.stages[: number + 1])
         pairs = self.stage.losses.attention > 0 and self.stage.losses.attention_target == "teacher" and (
             moved or self.stage.attention != "dense"
         )  # fmt: skip
@@ -205,6 +209,7 @@ class _Stage:
                 self.student.train()
                 parts = self._step(lesson, optimizer, next(batches))
             if not all(value == value and abs(value) != float("inf") for value in parts.values()):
+                self.keeps.reset()
                 return self._stop(step)
             self.standing.step, self.standing.done = step + 1, self.standing.done + 1
             seen += self.stage.batch_size

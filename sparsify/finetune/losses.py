@@ -28,18 +28,26 @@ def tokens(teacher: Tensor, student: Tensor, present: Tensor | None) -> Tensor:
 
 
 def features(teacher: Tensor, student: Tensor, present: Tensor | None, prefix: int) -> Tensor:
-    """Squared error of a block's output [B, N, C] as a share of the teacher's squares, prefix and patch tokens alike.
+    """Squared error of a block's output [B, N, C] as a share of the teacher's squares, image by image.
 
     The prefix tokens, which the classifier reads, weigh as much as all patch tokens together. present: see `tokens`.
     """
-    t, s = teacher.float(), student.float()
+    error = (teacher.float() - student.float()).square().mean(-1)  # (B, N)
+    size = teacher.float().square().mean(-1)
     parts = []
-    if prefix < t.shape[1]:
-        size = t[:, prefix:].square().mean().clamp_min(1e-12)
-        parts.append(tokens(t[:, prefix:], s[:, prefix:], present) / size)
+    if prefix < error.shape[1]:
+        weight = torch.ones_like(error[:, prefix:]) if present is None else present.float()
+        wrong = (error[:, prefix:] * weight).sum(1) / weight.sum(1).clamp_min(1)
+        parts.append(wrong / size[:, prefix:].mean(1).clamp_min(1e-12))
     if prefix:
-        parts.append((t[:, :prefix] - s[:, :prefix]).square().mean() / t[:, :prefix].square().mean().clamp_min(1e-12))
+        parts.append(error[:, :prefix].mean(1) / size[:, :prefix].mean(1).clamp_min(1e-12))
     return torch.stack(parts).mean()
+
+
+def pooled(teacher: Tensor, student: Tensor) -> Tensor:
+    """Squared error of pooled features [B, C] as a share of the teacher's squares, image by image."""
+    t, s = teacher.float(), student.float()
+    return ((t - s).square().sum(-1) / t.square().sum(-1).clamp_min(1e-12)).mean()
 
 
 def attention(estimate: Tensor, target: Tensor, form: str, reference_batch: int) -> Tensor:

@@ -1,0 +1,138 @@
+"""Fine-tuning on real weights: what label-free recipes bring back, and what stage 1 of the paper learns: `make bench-finetune`.
+
+    python benchmarks/finetune.py [--threads 2] [--only paper,default,tokens,reconstruct] [--seed 0]
+
+DeiT-Tiny's weights and photographs from SPARSIFY_TEST_DATA, as in accuracy.py: everything learns from the 800 photographs of
+`imagenet-sample/train` without labels; accuracy is measured on the 950 others. About an hour on two cores.
+
+    paper         the paper's form (token-lowrank, no tail), keep 0.1: recipe paper-distill
+    default       the default recipe at keep 0.05
+    tokens        fewer tokens, whole-model MACs down by more than 60 %: recipe distill-tokens, --target-macs 0.395
+    reconstruct   stage 1 alone, from the closed-form start: loss and kept share of the true attention's mass, by layer
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from accuracy import DATA, WEIGHTS, photographs
+from torch import Tensor, nn
+
+from sparsify import checkpoint, conversion, zoo
+from sparsify.config import Target
+from sparsify.evaluation import evaluate
+from sparsify.finetune.lesson import true_attention
+from sparsify.finetune.losses import attention
+from sparsify.nn import graft
+from sparsify.nn.observe import observe
+from sparsify.nn.predictor import Reconstruction, TokenLowrank
+from sparsify.ops.reference import top_b
+from sparsify.ops.spec import budget
+from sparsify.profiling import profile
+from sparsify.recipe import Recipe, load_recipe
+
+HEAD = (
+    "| recipe | minutes | MHSA | whole model | | top-1 (dense) | agreement | KL | lost / gained | bar |\n" + "|---" * 10 + "|"
+)
+
+
+def convert(recipe: Recipe, folder: Path, name: str, target: float | None = None) -> tuple[nn.Module, float]:
+    """`sparsify convert deit_tiny` by `recipe` on the photographs to learn from, and its minutes."""
+    start = time.perf_counter()
+    conversion.convert(
+        "deit_tiny", recipe, folder / f"{name}.safetensors", weights=WEIGHTS, images=str(DATA / "imagenet-sample" / "train"),
+        target=None if target is None else Target(macs=target), say=lambda line: print(f"<!-- {line} -->", flush=True),
+    )  # fmt: skip
+    return checkpoint.load(folder / f"{name}.safetensors"), (time.perf_counter() - start) / 60
+
+
+def rows(name: str, recipe: Recipe, dense: nn.Module, bar: str, target: float | None = None) -> None:
+    """Two lines of the table: calibrated only, and fine-tuned."""
+    with tempfile.TemporaryDirectory() as folder:
+        for label, chosen in (("calibrated", recipe.without_training()), ("fine-tuned", recipe)):
+            model, minutes = convert(chosen, Path(folder), label, target)
+            p, e = profile(model, measure=False), evaluate(model, dense, photographs(model))
+            mhsa, whole = 100 * (p.mhsa_macs_sparse / p.mhsa_macs_dense - 1), 100 * (p.macs_sparse / p.macs_dense - 1)
+            print(
+                f"| {name} | {minutes:.1f} | {mhsa:+.1f} % | {whole:+.2f} % | {label} | {e.top1:.2f} ({e.dense_top1:.2f}) | "
+                f"{e.agreement:.2f} % | {e.kl:.4f} | {e.images_lost} / {e.images_gained} | {bar} |",
+                flush=True,
+            )
+
+
+def by_layer(model: nn.Module, dense: nn.Module, batches: list[Tensor]) -> list[tuple[float, float]]:
+    """For each block: squared error per row of the reconstructed attention, and the kept share of the true one's mass."""
+    modules = list(graft.attention_modules(model).values())
+    sums = torch.zeros(len(modules), 3, dtype=torch.float64)
+
+    def add(block: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        module = modules[block]
+        assert isinstance(module.predictor, TokenLowrank)
+        P = module.sparsity.prefix
+        true = true_attention(q, k, module.scale, P)  # (B, H, n, N)
+        raw = module.predictor.reconstruct(q, k, module.scale, Reconstruction(True, True))[:, :, P:]
+        scores = module.predictor.reconstruct(q, k, module.scale, Reconstruction(False, False))[:, :, P:]
+        kept = top_b(scores, budget(module.sparsity.keep, q.shape[2]))
+        count = true[..., 0].numel()
+        error = float(attention(raw, true, "mse-sum", len(q)))
+        sums[block] += torch.tensor([error, float((true * kept).sum()), count], dtype=torch.float64)
+
+    observe(dense, batches, add)
+    return [(float(e / n), float(mass / n)) for e, mass, n in sums]
+
+
+def reconstruct(seed: int, dense: nn.Module) -> None:
+    """Prints the table of stage 1."""
+    recipe = load_recipe("paper-distill").override(seed=seed)
+    first = load_recipe("paper").stages[0]
+    stage = first.model_copy(
+        update={
+            "batch_size": 16, "epochs": 5.0, "ema": None,
+            "augmentation": recipe.stages[0].augmentation, "schedule": first.schedule.model_copy(update={"warmup": 0.5}),
+        }
+    )  # fmt: skip
+    trained = recipe.model_copy(update={"stages": (stage,), "repair": None})
+    batches = [x for x, _ in photographs(dense)]
+    with tempfile.TemporaryDirectory() as folder:
+        start, _ = convert(recipe.without_training(), Path(folder), "start")
+        learned, _ = convert(trained, Path(folder), "learned")
+        found = by_layer(start, dense, batches), by_layer(learned, dense, batches)
+    print("| block | squared error per row: closed form | after stage 1 | kept mass: closed form | after stage 1 |")
+    print("|---" * 5 + "|")
+    for i, ((e0, m0), (e1, m1)) in enumerate(zip(*found, strict=True), 1):
+        print(f"| {i} | {e0:.5f} | {e1:.5f} | {100 * m0:.1f} % | {100 * m1:.1f} % |", flush=True)
+    means = [sum(x[i] for x in part) / len(part) for part in found for i in (0, 1)]
+    print(f"| mean | {means[0]:.5f} | {means[2]:.5f} | {100 * means[1]:.1f} % | {100 * means[3]:.1f} % |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
+    parser.add_argument("--only", default="paper,default,tokens,reconstruct", help="tables to print")
+    parser.add_argument("--seed", type=int, default=0, help="of split, order and augmentation")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if not WEIGHTS.exists():
+        raise SystemExit(f"no weights at {DATA}: set SPARSIFY_TEST_DATA")
+    wanted = arguments.only.split(",")
+    dense = zoo.load(zoo.resolve("deit_tiny"), WEIGHTS)
+    print(HEAD)
+    seeded = {"seed": arguments.seed}
+    if "paper" in wanted:
+        rows("paper-distill, keep 0.1", load_recipe("paper-distill").override(**seeded), dense, "84 % in 20 min")
+    if "default" in wanted:
+        recipe = load_recipe("distill").override(keep=0.05, **seeded)
+        rows("distill, keep 0.05", recipe, dense, "+2 points, top-1 within 1, in 10 min")
+    if "tokens" in wanted:
+        recipe = load_recipe("distill-tokens").override(**seeded)
+        rows("distill-tokens", recipe, dense, "86 % in 20 min", 0.395)
+    if "reconstruct" in wanted:
+        reconstruct(arguments.seed, dense)
+
+
+if __name__ == "__main__":
+    main()
