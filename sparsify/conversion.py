@@ -7,7 +7,8 @@ import datetime
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -102,27 +103,17 @@ def convert(
         SparsifyError: see `zoo`, `data`, `graft`, `checkpoint` and `finetune`; nothing is written then.
         Interrupted: a fine-tuning was asked to stop; its state is saved.
     """
-    source = zoo.resolve(name)
-    if source.note:
-        say(source.note)
-    execution = Execution(backend)
     device = processes.place(device)
+    processes.start(device)
+    execution = Execution(backend)
     graft.check_execution(execution, torch.device(device), dtype)
-    hosts = graft.check(zoo.skeleton(source, num_classes, img_size), source.asked)  # before anything is loaded
-    recipe.sparsity.check(*graft.shape(hosts))
-    if recipe.trains and images is None:
-        raise UsageError("this recipe learns from images: give them with --data, or calibrate only (--calibrate-only)")
-    if recipe.start == "random" and recipe.sparsity.predictor != "token-lowrank":
-        raise UsageError("start random is the authors' way for predictor token-lowrank: use start closed-form")
-    model = zoo.load(source, weights, num_classes, img_size).to(device)
-    architecture = zoo.describe(model, source)
-    if differs := zoo.note(model, source):
-        say(differs)
-    checkpoint.may_overwrite(output, architecture, force)
-    dense_sha256 = checkpoint.digest_of(model)
-    plan = None
-    if recipe.trains and images is not None:
-        plan = finetune.plan(model, recipe, finetune.Source(images, val, device, workers, micro_batch), dense_sha256)
+    with processes.agree():
+        source, model = _loaded(name, recipe, weights, num_classes, img_size, say)
+        architecture, dense_sha256 = zoo.describe(model, source), checkpoint.digest_of(model)
+        checkpoint.may_overwrite(output, architecture, force)
+        learns_from = partial(finetune.Source, val=val, device=device, workers=workers, micro_batch=micro_batch)
+        plan = _planned(model, recipe, images, learns_from, dense_sha256, target)
+    model.to(device)
     start = time.perf_counter()
 
     def calibrated() -> Calibrated:
@@ -166,6 +157,38 @@ def convert(
         output, report_json, report_md, recipe_file, sparse, described, figures, found.words, seconds,
         None if tuned is None else tuned.outcome, None if run is None else run.path,
     )  # fmt: skip
+
+
+def _loaded(
+    name: str, recipe: Recipe, weights: Path | None, num_classes: int | None, img_size: int | None,
+    say: Callable[[str], None],
+) -> tuple[zoo.Source, nn.Module]:  # fmt: skip
+    """The dense model on the CPU, once `recipe` is known to fit it."""
+    source = zoo.resolve(name)
+    if source.note:
+        say(source.note)
+    hosts = graft.check(zoo.skeleton(source, num_classes, img_size), source.asked)  # before anything is loaded
+    recipe.sparsity.check(*graft.shape(hosts))
+    if recipe.start == "random" and recipe.sparsity.predictor != "token-lowrank":
+        raise UsageError("start random is the authors' way for predictor token-lowrank: use start closed-form")
+    model = zoo.load(source, weights, num_classes, img_size)
+    if differs := zoo.note(model, source):
+        say(differs)
+    return source, model
+
+
+def _planned(
+    model: nn.Module, recipe: Recipe, images: str | None, source: Callable[[str], finetune.Source], dense_sha256: str,
+    target: Target | None,
+) -> finetune.Plan | None:  # fmt: skip
+    """The fine-tuning of `recipe`; None where it has none."""
+    if not recipe.trains:
+        return None
+    if images is None:
+        raise UsageError("this recipe learns from images: give them with --data, or calibrate only (--calibrate-only)")
+    plan = finetune.plan(model, recipe, source(images), dense_sha256)
+    asked = None if target is None else target.model_dump(mode="json")
+    return replace(plan, identity=plan.identity | {"target": asked})
 
 
 def _calibrated(

@@ -19,12 +19,12 @@ class Repair(Frozen):
     """Least squares before the first stage: the last linear map of each attention and MLP is fitted to the dense model."""
 
     images: Annotated[int, Field(ge=1)] = 512
-    layers: tuple[Literal["attention", "mlp"], ...] = ("attention", "mlp")
+    layers: tuple[Literal["attention", "mlp"], ...] = ("attention",)
     ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        1e-3, description="lambda as a share of the mean square of the map's inputs"
+        1e-2, description="lambda as a share of the mean square of the map's inputs"
     )
     prefix_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        20.0, description="of a prefix token's row, which the classifier reads; a patch token's is 1"
+        3.0, description="of a prefix token's row, which the classifier reads; a patch token's is 1"
     )
 
 

@@ -82,7 +82,7 @@ class Setting:
     @property
     def share(self) -> float:
         """Of the dense model's MACs."""
-        return self.profile.macs_sparse / self.profile.macs_dense
+        return self.profile.macs_sparse / self.profile.dense.macs
 
 
 @dataclass(frozen=True)

@@ -285,7 +285,7 @@ def test_no_dense_fallback_where_the_backbone_was_changed(changed, monkeypatch):
     assert [choice["taken"] for choice in found.choices] == ["reference" if changed else "sdpa"]
     if changed:
         assert found.choices[0]["ms"] == {}
-        assert tables.auto(found)[1] == "auto: blocks 0-2 sparse reference (no dense fallback for this model)"
+        assert report.auto(found)[1] == "auto: blocks 0-2 sparse reference (no dense fallback for this model)"
 
 
 def test_dense_blocks_and_blocks_of_prefix_rows_alone_are_no_choice(monkeypatch):
@@ -361,6 +361,35 @@ def test_nothing_measured_says_so():
     assert "Measured" not in shown(tables.profile_table(p))
     assert "latency" not in files.to_markdown(p)
     assert report.verdict(p) == "" and report.auto(p) == []
+
+
+@pytest.mark.parametrize("count_as", ["product", "paper"])
+def test_without_a_dense_model_a_dash_stands_for_every_dense_figure_and_change(count_as, monkeypatch):
+    fake_race(monkeypatch, reference=0.42, sdpa=0.31)
+    p = profile(small(), repeats=1, backbone_changed=True, count_as=count_as)
+    with_dense = dataclasses.replace(profile(small(), repeats=1, count_as=count_as), stage_macs=7)
+    p = dataclasses.replace(p, stage_macs=7)
+    for rows in (report.headline, report.measured):
+        assert [(row[0], row[1], row[3]) for row in rows(p)] == [(row[0], "–", "–") for row in rows(with_dense)]
+    assert [row[2] for row in report.headline(p)] == [row[2] for row in report.headline(with_dense)]
+    assert report.remarks(p) == report.remarks(with_dense)
+    assert report.verdict(p) == report.NO_DENSE and "dense" not in report.auto(p)[0]
+    assert report.auto(p)[0].endswith(f"{p.measured.auto.p10:.4g}-{p.measured.auto.p90:.4g})")
+    for text in (shown(tables.profile_table(p), tables.module_tree(p)), files.to_markdown(p)):
+        assert text.count("No dense figures") == 1 and "%" not in text and "than dense" not in text
+    bare = dataclasses.replace(p, measured=None, choices=())
+    for text in (shown(tables.profile_table(bare)), files.to_markdown(bare)):
+        assert text.count("No dense figures") == 1
+    assert with_dense.dense == (with_dense.macs_dense, with_dense.mhsa_macs_dense)
+    with pytest.raises(SparsifyError, match="no dense figures"):
+        _ = p.dense
+
+
+def test_markdown_and_the_screen_have_the_same_rows(found):
+    screen, text = " ".join(shown(tables.profile_table(found)).split()), files.to_markdown(found)
+    for row in (*report.headline(found), *report.measured(found)):
+        assert f"| {' | '.join(row)} |" in text and " ".join(" ".join(row).split()) in screen
+    assert "| HeadLowrank |" in text and " | – | " in text.split("## By module")[1]
 
 
 def test_uncounted_ops_are_said_loudly(found):

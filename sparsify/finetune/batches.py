@@ -24,7 +24,6 @@ from sparsify.errors import BadData, UsageError
 from sparsify.loading import Items, StreamPart, drawn, drawn_number, ignore_interrupt, read
 from sparsify.stage import Augmentation
 
-
 ATTEMPTS = 4  # draws of an augmentation: Pillow 13 refuses one in 300 of timm's rand-m9 (posterize to 0 bits)
 
 

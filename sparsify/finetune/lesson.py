@@ -12,7 +12,7 @@ from sparsify.finetune import losses
 from sparsify.nn import graft
 from sparsify.nn.attention import SparseAttention
 from sparsify.nn.fewer import FewerTokens
-from sparsify.nn.observe import watching
+from sparsify.nn.observe import heads, hosts
 from sparsify.nn.predictor import Reconstruction, TokenLowrank
 from sparsify.nn.tokens import Tokens
 from sparsify.stage import Losses, Stage
@@ -132,27 +132,22 @@ def true_attention(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
 
 
 def _listen(model: nn.Module, x: Tensor, wanted: Losses, pairs: bool) -> tuple[Said, Tokens | None]:
-    """What `model` says of x, as far as the losses want to know it, and what is known of its tokens where they leave."""
-    seen: list[tuple[int, Tensor, Tensor]] = []
-    blocks: list[tuple[Tensor, Tensor | None]] = []
-    prefix = graft.num_prefix_tokens(model)
+    """What `model` says of x, as far as the losses want to know it, and what is known of its tokens where they leave.
 
-    def consume(block: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        seen.append((block, q, k))
-
-    def after(module: nn.Module, args: Any, out: Any) -> None:
-        z, tokens = out if isinstance(out, tuple) else (out, None)
-        if tokens is not None:
-            z = torch.cat([z[:, :prefix], tokens.spread(z[:, prefix:])], 1)  # (B, N0, C)
-        blocks.append((z, _present(tokens)))
-
-    hooks = [block.register_forward_hook(after) for block in cast(Any, model).blocks] if wanted.features else []
+    The hooks compute nothing: they are gone when gradient checkpointing computes a block again.
+    """
+    outputs: dict[int, Any] = {}  # of the blocks
+    projected: dict[int, Tensor] = {}  # of qkv, by block
+    prefix, attention = graft.num_prefix_tokens(model), hosts(model) if pairs else []
+    hooks = [_keep(host.qkv, i, projected) for i, host in enumerate(attention)]
+    hooks += [_keep(block, i, outputs) for i, block in enumerate(cast(Any, model).blocks)] if wanted.features else []
     try:
-        with watching(model, consume if pairs else _nothing):
-            features, own, tokens = _run(model, x)
+        features, own, tokens = _run(model, x)
     finally:
         for hook in hooks:
             hook.remove()
+    seen = ((i, *heads(attention[i], out)[:2]) for i, out in projected.items())
+    blocks = (_whole(out, prefix) for out in outputs.values())
     logits = None
     if wanted.classification or wanted.logits:
         logits = cast(Any, model).forward_head(own)
@@ -176,8 +171,21 @@ def _present(tokens: Tokens | None) -> Tensor | None:
     return None if tokens is None or tokens.owner is None else tokens.owner >= 0
 
 
-def _nothing(block: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-    return None
+def _keep(module: nn.Module, key: int, found: dict[int, Any]) -> Any:
+    """A hook that puts what `module` gives into `found`."""
+
+    def hook(module: nn.Module, args: Any, out: Any) -> None:
+        found[key] = out
+
+    return module.register_forward_hook(hook)
+
+
+def _whole(out: Any, prefix: int) -> tuple[Tensor, Tensor | None]:
+    """What a block gives on the full grid, [B, N0, C], and which patches are present."""
+    z, tokens = out if isinstance(out, tuple) else (out, None)
+    if tokens is not None:
+        z = torch.cat([z[:, :prefix], tokens.spread(z[:, prefix:])], 1)
+    return z, _present(tokens)
 
 
 Forward = Callable[[Tensor, Tensor | None, Said], dict[str, Tensor]]

@@ -126,8 +126,6 @@ def finetune(
     student.requires_grad_(True).eval()
     learners.set_drop_path(student, 0.0)
     cast(Any, student).set_grad_checkpointing(False)
-    learners.set_drop_path(student, 0.0)
-    cast(Any, student).set_grad_checkpointing(False)
     processes.barrier()
     seconds = time.monotonic() - begun
     changed = standing.best_weights is not None

@@ -19,6 +19,7 @@ from sparsify.atomic import whole
 from sparsify.errors import BadFile, one_line
 
 FORMAT = "1"
+GROUP = "group"  # of parameters: some optimisers keep a tensor there
 
 
 class State(NamedTuple):
@@ -81,19 +82,26 @@ def pack(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str,
                 tensors[f"{index}.{key}"] = value
             else:
                 values[f"{index}.{key}"] = value
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
+    groups: list[dict[str, Any]] = []
+    for number, group in enumerate(state["param_groups"]):
+        groups.append({k: v for k, v in group.items() if k != "params" and not isinstance(v, Tensor)})
+        tensors |= {f"{GROUP}{number}.{k}": v for k, v in group.items() if isinstance(v, Tensor)}
     return tensors, {"values": values, "groups": groups}
 
 
 def unpack(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Puts back what `pack` took, into an optimiser over the same parameters."""
     state: dict[int, dict[str, Any]] = {}
+    own_tensors: list[dict[str, Tensor]] = [{} for _ in facts["groups"]]
     for name, value in [*facts["values"].items(), *tensors.items()]:
         index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
+        if index.startswith(GROUP):
+            own_tensors[int(index.removeprefix(GROUP))][key] = value
+        else:
+            state.setdefault(int(index), {})[key] = value
     former = optimizer.state_dict()["param_groups"]
     groups = [
-        {**own, **{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}, "params": own["params"]}
-        for own, saved in zip(former, facts["groups"], strict=True)
+        {**own, **{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}, **more, "params": own["params"]}
+        for own, saved, more in zip(former, facts["groups"], own_tensors, strict=True)
     ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

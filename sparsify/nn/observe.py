@@ -19,9 +19,7 @@ Consumer = Callable[[int, Tensor, Tensor, Tensor], None]
 @contextlib.contextmanager
 def watching(model: nn.Module, consume: Consumer) -> Iterator[None]:
     """Inside, every forward pass of `model` hands each block's q, k, v to `consume`, with their gradients."""
-    hosts: list[Attention | GraftedAttention] = [*graft.attention_modules(model).values()]
-    hosts = hosts or [*graft.check(model).values()]
-    handles = [host.qkv.register_forward_hook(_hook(i, host, consume)) for i, host in enumerate(hosts)]
+    handles = [host.qkv.register_forward_hook(_hook(i, host, consume)) for i, host in enumerate(hosts(model))]
     try:
         yield
     finally:
@@ -44,12 +42,22 @@ def observe(model: nn.Module, batches: Iterable[Tensor], consume: Consumer) -> i
     return seen
 
 
+def hosts(model: nn.Module) -> list[Attention | GraftedAttention]:
+    """The attention of each block, dense or grafted."""
+    return [*graft.attention_modules(model).values()] or [*graft.check(model).values()]
+
+
+def heads(host: Attention | GraftedAttention, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, H, N, d] each, after q/k normalisation, of what `qkv` gives, [B, N, 3*H*d]."""
+    B, N, _ = out.shape
+    q, k, v = out.reshape(B, N, 3, host.num_heads, host.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    return host.q_norm(q), host.k_norm(k), v
+
+
 def _hook(
     block: int, host: Attention | GraftedAttention, consume: Consumer
 ) -> Callable[[nn.Module, tuple, Tensor], None]:
     def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
-        B, N, _ = out.shape
-        q, k, v = out.reshape(B, N, 3, host.num_heads, host.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        consume(block, host.q_norm(q), host.k_norm(k), v)  # (B, H, N, d)
+        consume(block, *heads(host, out))
 
     return hook

@@ -19,7 +19,7 @@ from sparsify.ops.auto import Chooser
 from sparsify.ops.machine import device_name
 from sparsify.ops.spec import Execution
 from sparsify.profiling import analytic, choices, latency, macs, paper
-from sparsify.profiling.figures import Measured, Profile
+from sparsify.profiling.figures import Measured, PaperMacs, Profile
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ACCOUNTINGS = ("product", "paper")
@@ -83,7 +83,7 @@ def profile(
     if beside is not None:
         dense_counts, _ = _count("dense", beside, image, attention)
     sparse_counts, expected = _count("sparse", sparse, image, attention)
-    authors = None
+    authors: PaperMacs | None = None
     if count_as == "paper":
         present = [before for before, _ in expected.tokens]
         mhsa = paper.count(list(graft.attention_modules(model).values()), present, graft.num_prefix_tokens(model))

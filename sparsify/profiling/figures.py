@@ -4,22 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
+from sparsify.errors import SparsifyError
 from sparsify.profiling.latency import Timing
 
-MaybeNone = Any
-"""None where there is no dense model. Not `None`, so that a caller who knows that there is one need not ask."""
+
+class DenseMacs(NamedTuple):
+    """MACs of a dense model, per image: the whole of it, and its MHSA."""
+
+    macs: int
+    mhsa_macs: int
+
+
+class PaperMacs(TypedDict):
+    """MHSA by the authors' accounting; None: no dense model."""
+
+    mhsa_macs_dense: int | None
+    mhsa_macs_sparse: int
 
 
 @dataclass(frozen=True)
 class Measured:
     """What was measured: `dense`, `sparse` and `auto` in one interleaved run; peak memory in bytes. None: no dense model."""
 
-    dense: Timing | MaybeNone
+    dense: Timing | None
     sparse: Timing
     auto: Timing
-    peak_memory_dense: int | MaybeNone
+    peak_memory_dense: int | None
     peak_memory_sparse: int
 
 
@@ -85,11 +97,12 @@ class Profile:
                                             prefix_macs, predictor_macs, tail_macs, full_macs
 
     Attributes are named as the keys; latencies, throughputs and memory are in `measured` (None: nothing was measured).
+    `dense` has the dense model's MACs as whole numbers, never None.
     """
 
-    macs_dense: int | MaybeNone
+    macs_dense: int | None
     macs_sparse: int
-    mhsa_macs_dense: int | MaybeNone
+    mhsa_macs_dense: int | None
     mhsa_macs_sparse: int
     kept_macs: int
     prefix_macs: int
@@ -100,13 +113,26 @@ class Profile:
     tokens: tuple[tuple[int, int], ...]
     unsupported: Mapping[str, int]
     param_count: int
-    param_count_dense: int | MaybeNone
+    param_count_dense: int | None
     measured: Measured | None
     backend: str
     conditions: Mapping[str, Any]
     modules: tuple[Mapping[str, Any], ...]
     choices: tuple[Mapping[str, Any], ...] = ()
-    paper: Mapping[str, int | MaybeNone] | None = None
+    paper: PaperMacs | None = None
+
+    @property
+    def dense(self) -> DenseMacs:
+        """`macs_dense` and `mhsa_macs_dense`, for who knows that there is a dense model.
+
+        Raises:
+            SparsifyError: there is none.
+        """
+        if self.macs_dense is None or self.mhsa_macs_dense is None:
+            raise SparsifyError(
+                "this profile has no dense figures: the weights are not the dense original's, which was not given"
+            )
+        return DenseMacs(self.macs_dense, self.mhsa_macs_dense)
 
     @property
     def batch_size(self) -> int:

@@ -12,7 +12,6 @@ from typing import Any
 from sparsify import report
 from sparsify.atomic import whole
 from sparsify.profiling import Profile
-from sparsify.report import tables
 
 TIMM_COLUMNS = (
     "model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation",
@@ -24,29 +23,26 @@ def to_markdown(profile: Profile, title: str = "Profile") -> str:
     """The whole profile as GitHub Markdown: headline, breakdown, what was measured, and the module tree in full."""
     height, width = profile.conditions["img_size"]
     lines = [f"# {title}", "", f"## {report.THEORETICAL}", "", f"Image size {height}x{width}.", ""]
-    lines += markdown_table(("", "dense", "sparse", "change"), tables.theoretical(profile))
-    lines += [part for line in tables.remarks(profile) for part in ("", f"{line}.")]
-    if profile.macs_dense is None:
-        lines += ["", "No dense figures: the weights are not the dense original's, which was not given (`--dense`)."]
+    lines += markdown_table(("", "dense", "sparse", "change"), report.headline(profile))
+    lines += [part for line in report.remarks(profile) for part in ("", f"{line}.")]
     warning = report.uncounted(profile.unsupported)
     if warning:
         lines += ["", f"**{warning}**"]
+    verdict = report.verdict(profile)
     if profile.measured is not None:
         lines += ["", "## Measured", ""]
-        lines += markdown_table(("", "dense", "sparse", "change"), tables.measured(profile))
-        lines += ["", f"{report.conditions(profile)}.", ""]
-        lines += [part for line in tables.verdict(profile) for part in (f"**{line}**", "")]
-        lines += [*(f"- {line}" for line in tables.auto(profile)), "", report.NOT_SPEED]
+        lines += markdown_table(("", "dense", "sparse", "change"), report.measured(profile))
+        lines += ["", f"{report.conditions(profile)}.", "", f"**{verdict}**", ""]
+        lines += [*(f"- {line}" for line in report.auto(profile)), "", report.NOT_SPEED]
     else:
+        lines += ["", f"**{verdict}**"] if verdict else []
         lines += ["", "Nothing was measured: fewer MACs are no promise of speed (`sparsify profile` measures)."]
     rows = [
         (
             "&nbsp;" * 2 * row["depth"] + (row["name"].rpartition(".")[2] or "(model)"),
             row["type"],
             f"{row['params']:,}",
-            f"{row['macs_dense']:,}" if row["type_dense"] else "",
-            f"{row['macs_sparse']:,}",
-            report.change(row["macs_dense"], row["macs_sparse"]) if row["macs_dense"] != row["macs_sparse"] else "",
+            *report.module_cells(row, lambda count: f"{count:,}"),
         )
         for row in profile.modules
     ]

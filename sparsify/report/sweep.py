@@ -86,14 +86,14 @@ def table(sweep: Sweep) -> Group:
         short = {"lost/gained": "-/+"}.get(heading, heading.removesuffix(" %"))
         shown.add_column(short, justify="right" if heading else "left", no_wrap=True)
     dense = [cell for _, cell, _ in quality(one.evaluation)]
-    shown.add_row("dense", report.human(one.profile.macs_dense), "", "", *dense, "1.00x", "")
+    shown.add_row("dense", report.human(one.profile.dense.macs), "", "", *dense, "1.00x", "")
     for s in sweep.settings:
         p, speed = s.profile, s.speed
         shown.add_row(
             label(s),
             report.human(p.macs_sparse),
-            report.change(p.macs_dense, p.macs_sparse).removesuffix(" %") + "%",
-            report.change(p.mhsa_macs_dense, p.mhsa_macs_sparse).removesuffix(" %") + "%",
+            report.change(p.dense.macs, p.macs_sparse).removesuffix(" %") + "%",
+            report.change(p.dense.mhsa_macs, p.mhsa_macs_sparse).removesuffix(" %") + "%",
             *(cell[:-1] if name == "agree %" else cell for name, _, cell in quality(s.evaluation)),
             f"{speed.median:.2f}x",
             f"{speed.p10:.2f}-{speed.p90:.2f}",
@@ -121,13 +121,13 @@ def to_markdown(sweep: Sweep, prefix: str, picture: bool) -> str:
     headings += [name for name, _, _ in cells[:1]] + (["change"] if change else [])
     headings += [name for name, _, _ in cells[1:]] + ["ms (p10-p90)", "speed"]
     dense = [cell for _, cell, _ in cells]
-    first = ["dense", report.human(p.macs_dense), "", report.human(p.mhsa_macs_dense), ""]
+    first = ["dense", report.human(p.dense.macs), "", report.human(p.dense.mhsa_macs), ""]
     rows = [[*first, *dense[:1], *([""] if change else []), *dense[1:], _ms(sweep.dense), "1"]]
     for s in sweep.settings:
         p, own, speed = s.profile, [cell for _, _, cell in quality(s.evaluation)], s.speed
         rows.append([
-            label(s), report.human(p.macs_sparse), report.change(p.macs_dense, p.macs_sparse),
-            report.human(p.mhsa_macs_sparse), report.change(p.mhsa_macs_dense, p.mhsa_macs_sparse),
+            label(s), report.human(p.macs_sparse), report.change(p.dense.macs, p.macs_sparse),
+            report.human(p.mhsa_macs_sparse), report.change(p.dense.mhsa_macs, p.mhsa_macs_sparse),
             *own[:1], *([_top1_change(s.evaluation)] if change else []), *own[1:],
             _ms(s.timing), f"{speed.median:.2f}x ({speed.p10:.2f}-{speed.p90:.2f})",
         ])  # fmt: skip
@@ -175,9 +175,9 @@ def as_dict(sweep: Sweep, prefix: str) -> dict[str, Any]:
         settings.append({
             "name": s.choice.name, "kind": s.choice.kind, "asked": s.choice.asked,
             "macs": p.macs_sparse, "macs_share": s.share, "mhsa_macs": p.mhsa_macs_sparse,
-            "mhsa_macs_share": p.mhsa_macs_sparse / p.mhsa_macs_dense, "stage_macs": p.stage_macs, **figures,
+            "mhsa_macs_share": p.mhsa_macs_sparse / p.dense.mhsa_macs, "stage_macs": p.stage_macs, **figures,
             "top1_change": None if s.evaluation.top1 is None else s.evaluation.top1 - (s.evaluation.dense_top1 or 0),
-            "top1_change_error": top1_error(s.evaluation), "latency_ms": _timing(s.timing),
+            "top1_change_error": top1_error(s.evaluation), "latency_ms": asdict(s.timing),
             "speed": s.speed.median, "speed_p10": s.speed.p10, "speed_p90": s.speed.p90,
             "keeps": _keeps(s), "tokens": _tokens(s),
             "predicted_damage": None if found is None else found.damage,
@@ -189,8 +189,8 @@ def as_dict(sweep: Sweep, prefix: str) -> dict[str, Any]:
         "classes": sweep.classes, "data": sweep.images, "labelled": sweep.labelled, "images": e.images,
         "broken": e.broken, "calibration": sweep.calibration, "seed": one.recipe.seed,
         "dense": {
-            "macs": one.profile.macs_dense, "mhsa_macs": one.profile.mhsa_macs_dense, "top1": e.dense_top1,
-            "top5": e.dense_top5, "knn_top1": e.dense_knn_top1, "latency_ms": _timing(sweep.dense),
+            "macs": one.profile.dense.macs, "mhsa_macs": one.profile.dense.mhsa_macs, "top1": e.dense_top1,
+            "top5": e.dense_top5, "knn_top1": e.dense_knn_top1, "latency_ms": asdict(sweep.dense),
         },
         "settings": settings, "skipped": dict(sweep.skipped), "conditions": dict(sweep.conditions),
         "convert": " ".join(sweep.convert), "published": [p._asdict() for p in published(sweep)],
@@ -293,10 +293,6 @@ def _top1_change(e: Evaluation) -> str:
 
 def _ms(t: Timing) -> str:
     return f"{report.plain(t.median)} ({report.plain(t.p10)}-{report.plain(t.p90)})"
-
-
-def _timing(t: Timing) -> dict[str, Any]:
-    return asdict(t)
 
 
 def _number(value: float | None, form: str) -> str:

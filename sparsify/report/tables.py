@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -12,9 +11,6 @@ from rich.text import Text
 
 from sparsify import report
 from sparsify.profiling import Profile
-
-NOTHING = "–"  # a figure that there is not
-Row = tuple[str, str, str, str]  # what, dense, sparse, change
 
 
 def show(what: RenderableType) -> None:
@@ -26,92 +22,25 @@ def profile_table(profile: Profile) -> Group:
     """Theoretical MACs with their breakdown; then, where something was measured, time, memory and a plain verdict."""
     parts: list[RenderableType] = [
         Text(f"{report.THEORETICAL} ({_pixels(profile)})", style="italic"),
-        _table(theoretical(profile)),
-        *(Text(line, style="dim") for line in remarks(profile)),
+        _table(report.headline(profile)),
+        *(Text(line, style="dim") for line in report.remarks(profile)),
     ]
     warning = report.uncounted(profile.unsupported)
     if warning:
         parts.append(Text(warning, style="bold red"))
+    verdict = Text(report.verdict(profile), style="bold")
     if profile.measured is not None:
         parts += [
             Text(),
             Text("Measured", style="italic"),
-            _table(measured(profile)),
+            _table(report.measured(profile)),
             Text(report.conditions(profile), style="dim"),
-            *(Text(line, style="bold") for line in verdict(profile)),
-            *(Text(line) for line in auto(profile)),
+            verdict,
+            *(Text(line) for line in report.auto(profile)),
         ]
+    elif verdict:
+        parts.append(verdict)
     return Group(*parts)
-
-
-def theoretical(p: Profile) -> list[tuple[str, str, str, str]]:
-    """Rows of the theoretical table, the whole model first: what, dense, sparse, change."""
-    rows = _alone(p, report.headline)
-    if p.stage_macs:
-        rows.insert(2, ("choosing tokens", "0", report.human(p.stage_macs), ""))
-    if p.paper is not None:
-        dense, sparse = p.paper["mhsa_macs_dense"], p.paper["mhsa_macs_sparse"]
-        what = "MHSA, authors' accounting"
-        if dense is None:
-            rows.append((what, NOTHING, report.human(sparse), ""))
-        else:
-            rows.append((what, report.human(dense), report.human(sparse), report.change(dense, sparse)))
-    return rows
-
-
-def measured(p: Profile) -> list[tuple[str, str, str, str]]:
-    """Rows of the measured table: what, dense, sparse, change; empty where nothing was measured."""
-    return _alone(p, report.measured)
-
-
-def verdict(p: Profile) -> list[str]:
-    """One plain sentence on speed; none where nothing was measured, or nothing dense."""
-    return [report.verdict(p)] if p.measured is not None and p.measured.dense is not None else []
-
-
-def auto(p: Profile) -> list[str]:
-    """`report.auto`, which compares with dense where there is dense."""
-    if p.measured is None or p.measured.dense is not None:
-        return report.auto(p)
-    first, *others = report.auto(_stand_in(p))
-    return [first.partition("), ")[0] + ")", *others]
-
-
-def _alone(p: Profile, rows: Callable[[Profile], list[Row]]) -> list[Row]:
-    """Rows of a table; without a dense model their dense column and their change are empty."""
-    if p.macs_dense is not None:
-        return rows(p)
-    return [(what, NOTHING, sparse, "") for what, _, sparse, _ in rows(_stand_in(p))]
-
-
-def _stand_in(p: Profile) -> Profile:
-    """`p` with its sparse figures where the dense ones are missing, to be written and then left out."""
-    m = p.measured
-    if m is not None:
-        m = replace(m, dense=m.auto, peak_memory_dense=m.peak_memory_sparse)
-    return replace(
-        p, macs_dense=p.macs_sparse, mhsa_macs_dense=p.mhsa_macs_sparse, param_count_dense=p.param_count, measured=m
-    )
-
-
-def remarks(p: Profile) -> list[str]:
-    """Lines under the theoretical table: what the sparse MHSA is made of, and the tokens of each block where some leave."""
-    own = report.breakdown(p)
-    if p.full_macs:
-        full = f"dense blocks {report.human(p.full_macs)}"
-        own = f"sparse MHSA = {full}" if p.full_macs == p.mhsa_macs_sparse else f"{own} + {full}"
-    lines = [own]
-    if p.stage_macs or p.tokens[0][0] != p.tokens[-1][1]:
-        last, end = p.tokens[-1]
-        lines.append(
-            f"tokens per block {' '.join(str(before) for before, _ in p.tokens)}"
-            + (f", then {end} into the last MLP" if end != last else "")
-        )
-    if p.paper is not None:
-        lines.append(
-            "authors' accounting: as Sparsifiner's tables count; not what is executed, nor checked by a second count"
-        )
-    return lines
 
 
 def module_tree(profile: Profile, *, full: bool = False) -> Group:
@@ -124,14 +53,9 @@ def module_tree(profile: Profile, *, full: bool = False) -> Group:
     for heading in ("params", "dense", "sparse", "change"):
         table.add_column(heading, justify="right", no_wrap=True)
     for label, row in tree_rows(profile, full=full):
-        dense, sparse = row["macs_dense"], row["macs_sparse"]
-        table.add_row(
-            Text("  " * row["depth"] + label, style="dim" if dense == sparse else ""),
-            report.human(row["params"]),
-            report.human(dense) if row["type_dense"] else NOTHING,
-            report.human(sparse),
-            report.change(dense, sparse) if dense != sparse else "",
-        )
+        same = row["macs_dense"] == row["macs_sparse"]
+        name = Text("  " * row["depth"] + label, style="dim" if same else "")
+        table.add_row(name, report.human(row["params"]), *report.module_cells(row, report.human))
     return Group(Text(f"{report.THEORETICAL}, by module", style="italic"), table)
 
 
@@ -212,7 +136,7 @@ def eval_table(result: Mapping[str, Any]) -> Group:
     return Group(*parts)
 
 
-def _table(rows: list[tuple[str, str, str, str]]) -> Table:
+def _table(rows: list[report.Row]) -> Table:
     table = Table(box=None, pad_edge=False)
     for heading in ("", "dense", "sparse", "change"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -238,5 +162,5 @@ def _pixels(profile: Profile) -> str:
 
 def _number(value: float | None, form: str | None) -> str:
     if value is None:
-        return NOTHING
+        return report.NOTHING
     return report.plain(value) if form is None else format(value, form)

@@ -1,0 +1,61 @@
+"""Fine-tuning in small, on the built-in digits: seconds."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from torch import Tensor
+
+from sparsify import conversion
+from sparsify.config import validate
+from sparsify.recipe import Recipe
+from sparsify.report import curve
+
+PLAIN = {"form": "eval"}
+SMALL: dict[str, Any] = {"precision": "float32", "calib_images": 8, "hold_back": 0.01}
+SPARSITY: dict[str, Any] = {"keep": 0.1, "rank": 12, "spread_rank": False}
+STAGE: dict[str, Any] = {
+    "steps": 3, "batch_size": 8, "losses": {"logits": 1.0, "tokens": 0.5}, "augmentation": PLAIN,
+    "optimiser": {"lr": 1e-4, "weight_decay": 0.0}, "schedule": {"warmup_share": 0.3},
+}  # fmt: skip
+LOSSES = ("classification", "logits", "tokens", "features", "attention", "basis_l1", "loss", "lr")
+
+
+def recipe(*stages: dict[str, Any], sparsity: dict[str, Any] | None = None, **more: Any) -> Recipe:
+    """A recipe of stages, each like `STAGE` but for what is given; float32, 8 images to calibrate on, 12 to judge by."""
+    tree = {**SMALL, "sparsity": {**SPARSITY, **(sparsity or {})}, "stages": [{**STAGE, **s} for s in stages], **more}
+    return validate(Recipe, tree, "test")
+
+
+def convert(output: Path, chosen: Recipe, picture: bool = False, **more: Any) -> conversion.Conversion:
+    """`digits` by that recipe, learning from the digits; `picture`: the curve is drawn, which takes longer than three steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not picture:
+            patch.setattr(curve, "draw", lambda *figures: None)
+        return conversion.convert("digits", chosen, output, **{"images": "digits", **more})
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    """Rows of metrics.csv as text, without how fast it was."""
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    return [{name: cell for name, cell in row.items() if name != "images_per_s"} for row in rows]
+
+
+def validations(run: Path) -> list[dict[str, str]]:
+    """Rows of validation.csv as text."""
+    return list(csv.DictReader((run / "validation.csv").open()))
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    """The losses of each step."""
+    return [{name: float(row[name]) for name in LOSSES if row[name]} for row in metrics(run)]
