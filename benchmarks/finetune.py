@@ -1,4 +1,4 @@
-"""Fine-tuning on real weights: what label-free recipes bring back, and what stage 1 of the paper learns: `make bench-finetune`.
+"""Fine-tuning on real weights: what label-free recipes bring back, what stage 1 learns: `make bench-finetune`.
 
     python benchmarks/finetune.py [--threads 2] [--only paper,default,tokens,reconstruct] [--seed 0]
 
@@ -36,7 +36,9 @@ from sparsify.profiling import profile
 from sparsify.recipe import Recipe, load_recipe
 
 HEAD = (
-    "| recipe | minutes | MHSA | whole model | | top-1 (dense) | agreement | KL | lost / gained | bar |\n" + "|---" * 10 + "|"
+    "| recipe | minutes | MHSA | whole model | | top-1 (dense) | agreement | KL | lost / gained | bar |\n"
+    + "|---" * 10
+    + "|"
 )
 
 
@@ -74,11 +76,10 @@ def by_layer(model: nn.Module, dense: nn.Module, batches: list[Tensor]) -> list[
         assert isinstance(module.predictor, TokenLowrank)
         P = module.sparsity.prefix
         true = true_attention(q, k, module.scale, P)  # (B, H, n, N)
-        raw = module.predictor.reconstruct(q, k, module.scale, Reconstruction(True, True))[:, :, P:]
         scores = module.predictor.reconstruct(q, k, module.scale, Reconstruction(False, False))[:, :, P:]
         kept = top_b(scores, budget(module.sparsity.keep, q.shape[2]))
         count = true[..., 0].numel()
-        error = float(attention(raw, true, "mse-sum", len(q)))
+        error = float(attention(scores, true, "mse-sum", len(q)))
         sums[block] += torch.tensor([error, float((true * kept).sum()), count], dtype=torch.float64)
 
     observe(dense, batches, add)
@@ -91,7 +92,8 @@ def reconstruct(seed: int, dense: nn.Module) -> None:
     first = load_recipe("paper").stages[0]
     stage = first.model_copy(
         update={
-            "batch_size": 16, "epochs": 5.0, "ema": None,
+            "batch_size": 16, "ema": None,
+            "losses": first.losses.model_copy(update={"coefficients": "kept", "basis": "used"}),  # as the keys are chosen
             "augmentation": recipe.stages[0].augmentation, "schedule": first.schedule.model_copy(update={"warmup": 0.5}),
         }
     )  # fmt: skip

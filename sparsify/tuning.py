@@ -82,7 +82,7 @@ def tune(
     with processes.agree():  # nobody begins before all have looked
         begun, state = run.open(plan.identity, resume, force, how.say)
     if begun:
-        start = _taken_up(run, calibrated)
+        start = _taken_up(run)
     else:
         start = calibrated()
         if processes.main():
@@ -119,7 +119,7 @@ def _announced(plan: Plan) -> str:
     return f"fine-tuning ({plan.precision}): {stages}; judged on {plan.judged_on}{note}"
 
 
-def _taken_up(run: RunFolder, calibrated: Callable[[], Calibrated]) -> Calibrated:
+def _taken_up(run: RunFolder) -> Calibrated:
     header = checkpoint.read_header(run.start)
     images = int(header.provenance["calibration"]["images"])
     return Calibrated(checkpoint.load(run.start), header.config, load_recipe(str(run.recipe)), "as before", images)

@@ -32,7 +32,7 @@ def recipe(*stages: dict[str, Any], sparsity: dict[str, Any] | None = None, **mo
 
 
 def convert(output: Path, chosen: Recipe, picture: bool = False, **more: Any) -> conversion.Conversion:
-    """`digits` by that recipe, learning from the digits; `picture`: the curve is drawn, which takes longer than three steps."""
+    """`digits` by that recipe, learning from the digits; `picture`: draw the curve (longer than three steps)."""
     with pytest.MonkeyPatch.context() as patch:
         if not picture:
             patch.setattr(curve, "draw", lambda *figures: None)

@@ -7,7 +7,8 @@ folder     what a run leaves on disk, and how a killed one goes on
 """
 
 from sparsify.finetune.folder import RunFolder
-from sparsify.finetune.loop import How, Outcome, finetune
 from sparsify.finetune.plan import Plan, Source, check, plan
+from sparsify.finetune.run import finetune
+from sparsify.finetune.standing import How, Outcome
 
 __all__ = ["How", "Outcome", "Plan", "RunFolder", "Source", "check", "finetune", "plan"]

@@ -1,13 +1,11 @@
-"""The loop: stages, steps, validations, saved states. The same code on one CPU and on many GPUs."""
+"""The loop of one stage: steps, validations, saved states. The same code on one CPU and on many GPUs."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -17,149 +15,23 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from sparsify import processes
-from sparsify.calibration.repair import repair
 from sparsify.errors import Interrupted
-from sparsify.finetune import devices, learners, state
+from sparsify.finetune import learners, state
 from sparsify.finetune.batches import Batch
 from sparsify.finetune.cache import Cached
 from sparsify.finetune.interrupts import Interrupts
-from sparsify.finetune.judge import Judge, Score
+from sparsify.finetune.judge import Judge
 from sparsify.finetune.lesson import Forward, Lesson, Teacher
 from sparsify.finetune.plan import Plan, Planned
 from sparsify.finetune.record import Record
-from sparsify.nn.unfold import retract, unfold
+from sparsify.finetune.standing import How, Standing
+from sparsify.nn.unfold import retract
 from sparsify.report.progress import training_note
 
 STATE = "state.safetensors"
-Weights = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended; the student has the best weights then.
-
-    Attributes:
-        start, best: scores of the model that came in and of the one that goes out, on held-back images.
-        changed: the best is not the model that came in.
-        steps: optimiser steps done.
-        seconds: wall time of this process, since it began or resumed.
-        stopped: '' where the run went to its end; else why it did not.
-    """
-
-    start: Score
-    best: Score
-    changed: bool
-    steps: int
-    seconds: float
-    stopped: str = ""
-
-
-@dataclass(frozen=True)
-class How:
-    """Circumstances of a run that do not change its result: where it writes, how often it saves, whom it tells."""
-
-    folder: Path
-    device: str = "cpu"
-    save_minutes: float = 5.0
-    say: Callable[[str], None] = lambda line: None
-    progress: Callable[[str, int, int, str], None] = lambda step, done, total, note: None
-
-
-@dataclass
-class Standing:
-    """Where a run stands between two steps.
-
-    Attributes:
-        stage, step: number of the stage and steps of it that are done; done: steps in all.
-        best_weights: None while the best is the model that came in.
-    """
-
-    start: Score
-    best: Score
-    best_weights: Weights | None = None
-    stage: int = 0
-    step: int = 0
-    done: int = 0
-    saved_at: float = field(default_factory=time.monotonic)
-
-
-def finetune(
-    student: nn.Module, teacher: nn.Module, plan: Plan, how: How, resume: state.State | None = None
-) -> Outcome:
-    """Runs the stages of `plan` and leaves the best weights in `student`.
-
-    Args:
-        student: sparse, as calibrated; trained in place. Predictors that learn are unfolded.
-        teacher: the dense model that it was made from.
-        resume: a state that a former call with the same arguments saved.
-
-    Raises:
-        Interrupted: Ctrl-C or SIGTERM; the state is saved.
-    """
-    begun = time.monotonic()
-    accelerator = devices.accelerator(plan.precision, how.device)
-    device = accelerator.device
-    student.to(device)
-    teacher.to(device).eval()
-    if plan.unfolds:
-        unfold(student)
-    judge = Judge(plan.judged, teacher, str(device))
-    standing = _standing(judge(student), resume)
-    if resume is not None:
-        student.load_state_dict(resume.part("student"))
-    stopped = ""
-    with Interrupts() as interrupts, _record(plan, how, resume) as record:
-        if resume is None and record is not None:
-            record.validation(_row(standing, 0.0, standing.start, "start", True))
-        if resume is None and plan.repair is not None:
-            _repair(student, teacher, plan, how, judge, standing, record)
-        for number in range(standing.stage, len(plan.stages)):
-            standing.stage, resumed = number, resume
-            if resume is None or resume.facts["stage"] != number:
-                standing.step, resumed = 0, None
-            run = _Stage(student, teacher, plan, number, accelerator, judge, how, standing, record, interrupts)
-            stopped = run.run(resumed)
-            if stopped:
-                break
-    if standing.best_weights is not None:
-        student.load_state_dict(standing.best_weights)
-    student.requires_grad_(True).eval()
-    learners.set_drop_path(student, 0.0)
-    cast(Any, student).set_grad_checkpointing(False)
-    processes.barrier()
-    seconds = time.monotonic() - begun
-    changed = standing.best_weights is not None
-    return Outcome(standing.start, standing.best, changed, standing.done, seconds, stopped)
-
-
-def _repair(
-    student: nn.Module, teacher: nn.Module, plan: Plan, how: How, judge: Judge, standing: Standing, record: Record | None
-) -> None:  # fmt: skip
-    """The least squares before the first stage; its outcome is the first to be compared with what came in."""
-    assert plan.repair is not None
-    settings, images = plan.repair
-    student.eval()
-    batches = (x.to(next(student.parameters()).device) for x in images)
-    repair(student, teacher, batches, settings, lambda step, done, total: how.progress(step, done, total, "blocks"))
-    _compare(student, judge, standing, record, how, 0.0, "repaired")
-
-
-def _compare(
-    model: nn.Module, judge: Judge, standing: Standing, record: Record | None, how: How, epoch: float, kind: str
-) -> None:  # fmt: skip
-    """Scores weights and remembers them where they are the best so far."""
-    score = judge(model)
-    best = score.better_than(standing.best)
-    if best:
-        standing.best = score
-        standing.best_weights = {k: t.detach().cpu().clone() for k, t in model.state_dict().items()}
-    if record is not None:
-        record.validation(_row(standing, epoch, score, kind, best))
-    words = "least squares" if kind == "repaired" else f"after {epoch:.3g} epochs of stage {standing.stage + 1}"
-    how.say(f"{words}: {score.words()}{' (best so far)' if best else ''}")
-
-
-class _Stage:
+class StageRun:
     """One stage of one run."""
 
     def __init__(
@@ -260,7 +132,7 @@ class _Stage:
         model, kind = (self.student, "current") if self.ema is None else (self.ema.module, "ema")
         if self.ema is None:
             self.keeps.reset()
-        _compare(model, self.judge, self.standing, self.record, self.how, epoch, kind)
+        self.standing.compare(model, self.judge, self.record, self.how, epoch, kind)
 
     def _save_or_stop(self) -> None:
         stop = self.interrupts.asked
@@ -271,10 +143,13 @@ class _Stage:
         if (stop or late) and processes.main():
             self._save()
         if stop:
-            raise Interrupted(
+            processes.barrier()  # a launcher ends all where one has ended: the state is on the disk first
+            stopped = Interrupted(
                 f"interrupted after {self.standing.done} of {self.plan.steps} steps; the state is saved in "
                 f"{self.how.folder}: the same command with --resume goes on"
             )
+            vars(stopped)["agreed"] = True  # all processes raise it, one says it
+            raise stopped
 
     def _save(self) -> None:
         """The state on disk, and the record's rows before it, so that no saved step lacks its row."""
@@ -301,26 +176,6 @@ class _Stage:
         )
 
 
-def _standing(start: Score, resume: state.State | None) -> Standing:
-    if resume is None:
-        return Standing(start, start)
-    facts = resume.facts
-    best = resume.part("best") or None
-    return Standing(Score(**facts["start"]), Score(**facts["best"]), best, facts["stage"], facts["step"], facts["done"])
-
-
-def _record(plan: Plan, how: How, resume: state.State | None) -> Any:
-    if not processes.main():
-        return contextlib.nullcontext()
-    names = [planned.stage.name for planned in plan.stages]
-    return Record(how.folder, names, None if resume is None else resume.facts["done"], how.say)
-
-
-def _row(standing: Standing, epoch: float, score: Score, weights: str, best: bool) -> dict[str, Any]:
-    row = {"step": standing.done, "stage": standing.stage, "epoch": epoch, "images": score.images, "weights": weights}
-    return {**row, "agreement": score.agreement, "kl": score.kl, "top1": score.top1, "best": int(best)}
-
-
 @contextlib.contextmanager
 def _drawn(seed: int, stage: int, step: int, device: torch.device) -> Iterator[None]:
     """What a step draws (stochastic depth) depends on seed, stage, step and process alone."""
@@ -330,4 +185,4 @@ def _drawn(seed: int, stage: int, step: int, device: torch.device) -> Iterator[N
         yield
 
 
-__all__ = ["STATE", "How", "Outcome", "finetune"]
+__all__ = ["STATE", "StageRun"]

@@ -110,10 +110,12 @@ def plan(model: nn.Module, recipe: Recipe, source: Source, dense_sha256: str) ->
         )  # fmt: skip
         if stage.cache_teacher and images.stream:
             raise UsageError(f"stage '{stage.name}': cache_teacher needs images by number, not a stream")
+        learners.optimiser(model, stage)  # refused now, not after the calibration
         steps = learners.steps_of(stage, batches.steps_per_epoch)
         stages.append(Planned(stage, batches, steps, 0 if images.stream else len(cast(Items, images.learn))))
     identity = {
         "recipe": recipe.model_dump(mode="json"), "data": images.digest, "dense": dense_sha256, "val": source.val or "",
+        "precision": kind,
     }  # fmt: skip
     learns = recipe.sparsity.predictor == "head-lowrank" and any(
         stage.train != "backbone" and stage.losses.attention > 0 for stage in recipe.stages

@@ -101,7 +101,12 @@ def unpack(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], fact
             state.setdefault(int(index), {})[key] = value
     former = optimizer.state_dict()["param_groups"]
     groups = [
-        {**own, **{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}, **more, "params": own["params"]}
+        {
+            **own,
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()},
+            **more,
+            "params": own["params"],
+        }
         for own, saved, more in zip(former, facts["groups"], own_tensors, strict=True)
     ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

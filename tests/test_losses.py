@@ -1,0 +1,118 @@
+"""The losses of the fine-tuning, against sums written out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from sparsify.finetune import losses
+
+
+@pytest.fixture
+def drawn():
+    return torch.Generator().manual_seed(0)
+
+
+def test_classification_is_the_cross_entropy_with_soft_targets(drawn):
+    logits, y = torch.randn(4, 3, generator=drawn), torch.rand(4, 3, generator=drawn)
+    y = y / y.sum(1, keepdim=True)
+    by_hand = 0.0
+    for row, target in zip(logits.tolist(), y.tolist(), strict=True):
+        total = math.log(sum(map(math.exp, row)))
+        by_hand += sum(t * (total - z) for z, t in zip(row, target, strict=True)) / 4
+    assert float(losses.classification(logits, y)) == pytest.approx(by_hand, rel=1e-5)
+    hard = torch.tensor([0, 2, 1, 1])
+    one_hot = torch.nn.functional.one_hot(hard, 3).float()
+    expected = torch.nn.functional.cross_entropy(logits, hard)
+    assert float(losses.classification(logits, one_hot)) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_kl_is_of_the_student_from_the_teacher_times_the_square_of_the_temperature(drawn, temperature):
+    teacher, student = torch.randn(3, 5, generator=drawn), torch.randn(3, 5, generator=drawn)
+    by_hand = 0.0
+    for t, s in zip(teacher.tolist(), student.tolist(), strict=True):
+        p = [math.exp(z / temperature) for z in t]
+        q = [math.exp(z / temperature) for z in s]
+        p, q = [a / sum(p) for a in p], [a / sum(q) for a in q]
+        by_hand += temperature**2 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) / 3
+    assert float(losses.kl(teacher, student, temperature)) == pytest.approx(by_hand, rel=1e-5)
+    assert float(losses.kl(student, teacher, temperature)) != pytest.approx(by_hand, rel=1e-2)  # it has a direction
+    assert float(losses.kl(teacher, teacher + 3, temperature)) == pytest.approx(0, abs=1e-6)
+
+
+def test_tokens_count_where_they_are_present(drawn):
+    teacher, student = torch.randn(2, 3, 4, generator=drawn), torch.randn(2, 3, 4, generator=drawn)
+    square = (teacher - student) ** 2
+    assert float(losses.tokens(teacher, student, None)) == pytest.approx(float(square.sum()) / 24, rel=1e-5)
+    present = torch.tensor([[True, False, True], [False, True, False]])
+    by_hand = float(square[0, 0].sum() + square[0, 2].sum() + square[1, 1].sum()) / 12
+    assert float(losses.tokens(teacher, student, present)) == pytest.approx(by_hand, rel=1e-5)
+    student[0, 1] = 1e6
+    assert float(losses.tokens(teacher, student, present)) == pytest.approx(by_hand, rel=1e-5)
+    assert float(losses.tokens(teacher, student, torch.zeros(2, 3, dtype=torch.bool))) == 0
+
+
+def test_features_weigh_the_prefix_as_much_as_all_patches():
+    teacher, student = torch.full((2, 5, 3), 2.0), torch.full((2, 5, 3), 2.0)
+    student[:, 0] = 3.0  # the prefix is off by 1, whose square is a quarter of the teacher's
+    assert float(losses.features(teacher, student, None, 1)) == pytest.approx(0.25 / 2)
+    student = torch.full((2, 5, 3), 2.0)
+    student[:, 1:] = 4.0  # all patches are off by 2
+    assert float(losses.features(teacher, student, None, 1)) == pytest.approx(1 / 2)
+    assert float(losses.features(teacher, student, None, 0)) == pytest.approx(4 / 5)
+    present = torch.tensor([[False, True, True, True]] * 2)
+    student[:, 1] = -99.0  # the first patch has left
+    assert float(losses.features(teacher, student, present, 1)) == pytest.approx(1 / 2)
+    assert float(losses.features(teacher[:, :1], student[:, :1], None, 1)) == 0  # a prefix alone
+
+
+def attention(drawn, images=6):
+    target = torch.randn(images, 2, 3, 5, generator=drawn).softmax(-1)
+    return target, torch.randn(images, 2, 3, 5, generator=drawn).softmax(-1)
+
+
+def test_summed_squares_of_attention_count_the_reference_batch(drawn):
+    target, estimate = attention(drawn)
+    by_hand = float(((estimate - target) ** 2).sum())
+    assert float(losses.attention(estimate, target, "mse-sum", 6)) == pytest.approx(by_hand, rel=1e-5)
+    assert float(losses.attention(estimate, target, "mse-sum", 168)) == pytest.approx(28 * by_hand, rel=1e-5)
+
+
+def test_kl_of_attention_is_nothing_for_the_same_and_something_otherwise(drawn):
+    target, estimate = attention(drawn)
+    assert float(losses.attention(target, target, "kl", 1)) == pytest.approx(0, abs=1e-6)
+    assert float(losses.attention(7 * target, target, "kl", 1)) == pytest.approx(0, abs=1e-6)  # rows are normalised
+    by_hand = float((target * (target / estimate).log()).sum()) / (6 * 2 * 3)
+    found = losses.attention(estimate, target, "kl", 1)
+    assert float(found) == pytest.approx(by_hand, rel=1e-4) and found > 0.1
+    assert losses.attention(-estimate, target, "kl", 1).isfinite()  # negative estimates are allowed to happen
+
+
+def parts(drawn):
+    """Each loss of 6 images as a function of a slice of them."""
+    t, s = torch.randn(6, 4, generator=drawn), torch.randn(6, 4, generator=drawn)
+    z, w = torch.randn(6, 5, 3, generator=drawn), 3 * torch.randn(6, 5, 3, generator=drawn)
+    target, estimate = attention(drawn)
+    kept = torch.tensor([[True, False, True, True, False]]).expand(6, -1)  # as many of each image, as stages do
+    return {
+        "classification": lambda i: losses.classification(s[i], t.softmax(1)[i]),
+        "kl": lambda i: losses.kl(t[i], s[i], 2.0),
+        "tokens": lambda i: losses.tokens(z[i], w[i], None),
+        "tokens present": lambda i: losses.tokens(z[i], w[i], kept[i]),
+        "features": lambda i: losses.features(z[i] * (1 + torch.arange(6)[i, None, None]), w[i], None, 1),
+        "features present": lambda i: losses.features(
+            z[i] * (1 + torch.arange(6)[i, None, None]), w[i], kept[i, 1:], 1
+        ),
+        "attention mse-sum": lambda i: losses.attention(estimate[i], target[i], "mse-sum", 168),
+        "attention kl": lambda i: losses.attention(estimate[i], target[i], "kl", 168),
+    }
+
+
+@pytest.mark.parametrize("name", parts(torch.Generator()))
+def test_the_mean_over_equal_parts_is_the_whole(drawn, name):
+    loss = parts(drawn)[name]
+    whole = float(loss(slice(None)))
+    for size in (1, 2, 3):
+        values = [float(loss(slice(i, i + size))) for i in range(0, 6, size)]
+        assert sum(values) / len(values) == pytest.approx(whole, rel=1e-5), size
