@@ -8,6 +8,7 @@ import tune
 from tune import recipe
 
 from sparsify import processes
+from sparsify.calibration.repair import repair
 from sparsify.errors import BadFile, Interrupted, UsageError
 from sparsify.finetune import loop, state
 from sparsify.finetune import run as runs
@@ -62,6 +63,15 @@ def stop_after(monkeypatch, steps):
             return self.looked == steps
 
     monkeypatch.setattr(runs, "Interrupts", Asked)
+    monkeypatch.setattr(runs, "repair", lambda sparse, dense, images, how, tell: repair(sparse, dense, images, how))
+
+
+def test_a_run_that_is_stopped_before_its_first_step_goes_on(monkeypatch, tmp_path, undisturbed):
+    output = tmp_path / "m.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(Interrupts, "__enter__", lambda self: setattr(self, "asked", True) or self)
+        assert "before the first step" in interrupted(output)
+    same(undisturbed, tune.convert(output, CHOSEN, resume=True))
 
 
 def interrupted(output, chosen=CHOSEN, **more):

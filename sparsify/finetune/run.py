@@ -81,7 +81,9 @@ def _repair(
 
     def tell(step: str, done: int, total: int) -> None:
         if interrupts.asked:
-            raise Interrupted(f"interrupted before the first step; --resume goes on from what is in {how.folder}")
+            stopped = Interrupted(f"interrupted before the first step: --resume goes on from what is in {how.folder}")
+            vars(stopped)["agreed"] = True  # a launcher tells all processes
+            raise stopped
         how.progress(step, done, total, "blocks")
 
     batches = (x.to(next(student.parameters()).device) for x in images)
