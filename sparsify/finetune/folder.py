@@ -21,7 +21,7 @@ from sparsify.atomic import whole
 from sparsify.errors import BadFile, UsageError, one_line
 from sparsify.finetune import state
 
-HALF = ".*.*.????????"  # files that a kill left half-written (`sparsify.atomic`)
+HALF = (".*.*.????????", ".tmp*")  # files that a kill left half-written: `sparsify.atomic`'s and safetensors' own
 
 
 class RunFolder:
@@ -92,15 +92,18 @@ class RunFolder:
             os.link(model, self.model)
         except OSError:
             shutil.copyfile(model, self.model)
-        self._remove(self.start, self.state, *self.path.glob("teacher-*"), *self.path.glob(HALF))
+        self._remove(self.start, self.state, *self._left())
 
     def clear(self) -> None:
         """Removes what a run leaves here, and nothing else."""
         names = ("metrics.csv", "validation.csv", "curve.png", "tensorboard")
         self._remove(
             self.start, self.state, self.facts, self.recipe, self.model, *(self.path / name for name in names),
-            *self.path.glob("teacher-*"), *self.path.glob(HALF),
+            *self._left(),
         )  # fmt: skip
+
+    def _left(self) -> list[Path]:
+        return [path for pattern in ("teacher-*", *HALF) for path in self.path.glob(pattern)]
 
     def _former(self) -> Any:
         try:
