@@ -86,14 +86,19 @@ def by_layer(model: nn.Module, dense: nn.Module, batches: list[Tensor]) -> list[
     return [(float(e / n), float(mass / n)) for e, mass, n in sums]
 
 
-def reconstruct(seed: int, dense: nn.Module) -> None:
-    """Prints the table of stage 1."""
+def reconstruct(seed: int, dense: nn.Module, form: str) -> None:
+    """Prints the table of stage 1, which learns from the loss `attention` in that form."""
     recipe = load_recipe("paper-distill").override(seed=seed)
     first = load_recipe("paper").stages[0]
     stage = first.model_copy(
         update={
             "batch_size": 16, "ema": None,
-            "losses": first.losses.model_copy(update={"coefficients": "kept", "basis": "used"}),  # as the keys are chosen
+            "losses": first.losses.model_copy(  # from the coefficients and basis that choose the keys
+                update={
+                    "coefficients": "kept", "basis": "used", "attention_form": form,
+                    "attention": first.losses.attention if form == "mse-sum" else 1.0,
+                }
+            ),
             "augmentation": recipe.stages[0].augmentation, "schedule": first.schedule.model_copy(update={"warmup": 0.5}),
         }
     )  # fmt: skip
@@ -115,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--only", default="paper,default,tokens,reconstruct", help="tables to print")
+    parser.add_argument("--form", default="mse-sum", help="of the loss of `reconstruct`: mse-sum or kl")
     parser.add_argument("--seed", type=int, default=0, help="of split, order and augmentation")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -133,7 +139,7 @@ def main() -> None:
         recipe = load_recipe("distill-tokens").override(**seeded)
         rows("distill-tokens", recipe, dense, "86 % in 20 min", 0.395)
     if "reconstruct" in wanted:
-        reconstruct(arguments.seed, dense)
+        reconstruct(arguments.seed, dense, arguments.form)
 
 
 if __name__ == "__main__":
