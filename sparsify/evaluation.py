@@ -7,18 +7,15 @@ The sparse form is always computed: there is no dense fallback here. All percent
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
-from sparsify import data, original, processes
+from sparsify import data, original, processes, sharing
 from sparsify.errors import BadData
-from sparsify.loading import LabelledBatches, Stream
 from sparsify.metrics import Evaluation, Features, Logits
 from sparsify.nn import graft
 from sparsify.ops import backends
@@ -104,44 +101,6 @@ def _whole(parts: Sequence[Found]) -> Evaluation:
     )  # fmt: skip
 
 
-class _Share(LabelledBatches):
-    """Every P-th image of a loader; that there is none to read is for all processes together to say."""
-
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        try:
-            yield from super()._batches()
-        except BadData:
-            if self.strict and self.broken:
-                raise
-
-
-class _Every:
-    """Items rank, rank + P, ... of a stream. timm's readers share out themselves, unevenly, unless told not to."""
-
-    def __init__(self, source: Any) -> None:
-        self.source = source
-        reader: Any = getattr(source, "reader", None)
-        if hasattr(reader, "dist_num_replicas"):
-            reader.dist_rank, reader.dist_num_replicas = 0, 1
-
-    def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self.source), processes.rank(), None, processes.world())
-
-
-def _share(loader: LabelledBatches) -> LabelledBatches:
-    """What this process evaluates of the images of `loader`: all of them if it is the only one."""
-    if processes.world() == 1:
-        return loader
-    whole: Any = loader.dataset
-    if isinstance(whole, Stream):
-        dataset: Any = Stream(_Every(whole.source), whole.transform)
-    else:
-        dataset = Subset(whole, range(processes.rank(), len(whole), processes.world()))
-    return _Share(
-        dataset, loader.batch_size, loader.workers, loader.strict, place=loader.place, num_classes=loader.num_classes
-    )
-
-
 def evaluate_images(
     model: nn.Module,
     images: str,
@@ -195,7 +154,7 @@ def evaluate_images(
         sparse = model.to(device, dtype).eval()
         if dense is None and not backbone_changed:
             dense = graft.dense_twin(sparse)
-        share, total, every = _share(loader), loader.total, processes.world()
+        share, total, every = sharing.share(loader), loader.total, processes.world()
         part = _part(
             sparse, None if dense is None else dense.to(device, dtype).eval(), share, device, dtype,
             lambda done: progress(done * every if total is None else min(done * every, total), total),

@@ -140,6 +140,7 @@ class _Loader:
     Attributes:
         total: images that will be tried; None for streams.
         note: one line for the user (what was left out or mapped), or ''.
+        part: of what several processes read (`sparsify.sharing`): it may hold nothing.
     """
 
     def __init__(
@@ -151,7 +152,9 @@ class _Loader:
         note: str = "",
         place: str = "",
         num_classes: int | None = None,
+        part: bool = False,
     ) -> None:
+        self.part = part
         self.dataset, self.batch_size, self.workers, self.strict = dataset, batch_size, workers, strict
         self.note, self.place, self.num_classes = note, place, num_classes
         self.total = None if isinstance(dataset, IterableDataset) else len(cast(Any, dataset))
@@ -181,7 +184,7 @@ class _Loader:
             shutdown = getattr(batches, "_shutdown_workers", None)
             if shutdown is not None:
                 shutdown()
-        if not good:
+        if not good and not self.part:
             first = f"; the first: {self.first_broken}" if self.first_broken else ""
             raise BadData(f"{self.place}: none of the {self.broken} images could be read{first}")
 

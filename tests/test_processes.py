@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import sparsify
-from sparsify import evaluation, processes
+from sparsify import evaluation, processes, sharing
 from sparsify.errors import BadData, SparsifyError
 from sparsify.loading import LabelledBatches, Stream
 from sparsify.metrics import Evaluation, Features, Logits
@@ -109,9 +109,9 @@ def labels(loader):
 
 
 def test_shares_are_every_third_item(second_of_three):
-    share = evaluation._share(LabelledBatches(Pictures(8), 2, place="here"))
+    share = sharing.share(LabelledBatches(Pictures(8), 2, place="here"))
     assert labels(share) == [1, 4, 7] and share.total == 3
-    assert labels(evaluation._share(LabelledBatches(Pictures(1), 2))) == []  # nothing for this one is no error
+    assert labels(sharing.share(LabelledBatches(Pictures(1), 2))) == []  # nothing for this one is no error
 
 
 def test_streams_are_shared_out_and_do_not_share_out_themselves(second_of_three):
@@ -120,7 +120,7 @@ def test_streams_are_shared_out_and_do_not_share_out_themselves(second_of_three)
 
     source = Source((Image.new("RGB", (2, 2)), i) for i in range(8))
     source.reader = type("Reader", (), {"dist_rank": 1, "dist_num_replicas": 3})()
-    share = evaluation._share(LabelledBatches(Stream(source, lambda image: torch.zeros(1)), 2))
+    share = sharing.share(LabelledBatches(Stream(source, lambda image: torch.zeros(1)), 2))
     assert labels(share) == [1, 4, 7]
     assert (source.reader.dist_rank, source.reader.dist_num_replicas) == (0, 1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from sparsify import data, processes
 from sparsify.calibration import repair
 from sparsify.config import SparsityConfig
-from sparsify.errors import BadData, UsageError
+from sparsify.errors import UsageError
 from sparsify.finetune import devices, learners
 from sparsify.finetune.batches import Batches
 from sparsify.finetune.judge import Labelled
 from sparsify.loading import Decoded, ImageBatches, Items, Part, Stream
 from sparsify.recipe import Recipe, Repair
+from sparsify.sharing import share
 from sparsify.stage import Stage
 from sparsify.trainset import TrainSet, trainset
 
@@ -121,17 +122,10 @@ def plan(model: nn.Module, recipe: Recipe, source: Source, dense_sha256: str) ->
         stage.train != "backbone" and stage.losses.attention > 0 for stage in recipe.stages
     )
     return Plan(
-        tuple(stages),
-        judged,
-        words,
-        images.note,
-        kind,
-        recipe.seed,
-        _repaired(model, recipe, images, source, config),
-        learns,
-        learns and recipe.sparsity.fold,
-        identity,
-    )
+        stages=tuple(stages), judged=judged, judged_on=words, note=images.note, precision=kind, seed=recipe.seed,
+        repair=_repaired(model, recipe, images, source, config), unfolds=learns,
+        folds_again=learns and recipe.sparsity.fold, identity=identity,
+    )  # fmt: skip
 
 
 def check(stage: Stage, sparsity: SparsityConfig, classes: int) -> None:
@@ -172,23 +166,15 @@ def _repaired(
 
 
 def _judged(images: TrainSet, source: Source, config: dict[str, Any], classes: int) -> tuple[Labelled, str]:
-    transform, rank, world = data.transform(config), processes.rank(), processes.world()
+    transform = data.transform(config)
     if source.val is not None:
-        found = data.labelled(source.val, classes, transform, JUDGE_BATCH, source.workers)
-        return (lambda: _every(found, rank, world)), f"the labelled images of {source.val}"
+        found = share(data.labelled(source.val, classes, transform, JUDGE_BATCH, source.workers))
+        return lambda: iter(found), f"the labelled images of {source.val}"
     if images.stream:
-        stream = ImageBatches(Stream(cast(Any, images.held), transform), JUDGE_BATCH, 0, place=source.images)
-        return (lambda: _every(stream.pairs(), rank, world)), f"the first images of {source.images}"
-    held = cast(Items, images.held)
-    own = Part(held, list(range(rank, len(held), world)))
-    if not len(own):
-        raise BadData(f"{source.images}: {len(held)} images are held back, too few for {world} processes")
-    loader = ImageBatches(Decoded(own, transform), JUDGE_BATCH, source.workers, place=source.images)
-    return loader.pairs, f"{len(held)} images of {source.images} that nothing learns from"
-
-
-def _every(batches: Iterable[tuple[Tensor, Tensor]], rank: int, world: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each process's share of every batch."""
-    for x, y in batches:
-        if len(x[rank::world]):
-            yield x[rank::world], y[rank::world]
+        dataset: Any = Stream(cast(Any, images.held), transform)
+        words = f"the first images of {source.images}"
+    else:
+        held = cast(Items, images.held)
+        dataset, words = Decoded(held, transform), f"{len(held)} images of {source.images} that nothing learns from"
+    workers = 0 if images.stream else source.workers
+    return share(ImageBatches(dataset, JUDGE_BATCH, workers, place=source.images)).pairs, words
