@@ -47,7 +47,7 @@ class Cached:
 
     def _names(self) -> list[str]:
         wanted = self.teacher.wanted
-        asked = (("logits", wanted.logits or wanted.classification), ("patch", wanted.tokens))
+        asked = (("logits", wanted.logits), ("patch", wanted.tokens))
         return [name for name, weight in asked if weight]
 
     def _of(self, name: str, like: Tensor | None) -> np.memmap:

@@ -36,7 +36,7 @@ class RunFolder:
     @property
     def unfinished(self) -> bool:
         """Whether a run began here and did not end."""
-        return self.facts.exists() and (self.start.exists() or self.state.exists())
+        return self.facts.exists() and self.start.exists()
 
     def open(
         self, identity: dict[str, Any], resume: bool, force: bool, say: Callable[[str], None]
@@ -60,9 +60,6 @@ class RunFolder:
         former = self._former()
         if difference := _difference(former, json.loads(json.dumps(identity)), ""):
             raise UsageError(f"{self.path} is another run ({difference}): resume it as it was, or give --force instead")
-        if not self.start.exists():
-            say(f"{self.path} was interrupted before its first step: starting anew")
-            return False, None
         if not self.state.exists():
             say(f"{self.path}: no state was saved yet, going on from its calibrated model")
             return True, None

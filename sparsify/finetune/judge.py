@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsify import processes
-from sparsify.calibration.distance import distance
+from sparsify.finetune import losses
+from sparsify.metrics import Logits
 from sparsify.nn import graft
 
 Labelled = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -68,22 +69,41 @@ class Judge:
     @torch.inference_mode()
     def __call__(self, model: nn.Module) -> Score:
         """The score of a sparse model, computed in its sparse form; it is left in the mode that it was in."""
-        training, logits = model.training, bool(getattr(model, "num_classes", 0))
-        first = not self.answers
-        sums = torch.zeros(5, dtype=torch.float64)  # images, distance, agree, labelled, right
+        training, first = model.training, not self.answers
+        part = Part()
         model.eval()
         with graft.sparse_form(model):
             for i, (x, y) in enumerate(self.images()):
                 x = x.to(self.device)
                 if first:
                     self.answers.append(self.teacher(x).float().cpu())
-                dense, own = self.answers[i], model(x).float().cpu()
-                far = distance(dense, own, logits)
-                agree = int((dense.argmax(1) == own.argmax(1)).sum())
-                right = int((own.argmax(1) == y).sum())
-                sums += torch.tensor([len(x), far * len(x), agree, int((y >= 0).sum()), right], dtype=torch.float64)
+                own = model(x).float().cpu()
+                if getattr(model, "num_classes", 0):
+                    part.logits.add(self.answers[i], own, y)
+                part.error += len(x) * float(losses.pooled(self.answers[i], own))
+                part.images += len(x)
+                part.labelled += int((y >= 0).sum())
         model.train(training)
-        n, far, agree, labelled, right = torch.stack(processes.gather(sums)).sum(0).tolist()
-        n = max(1.0, n)
-        top1 = 100 * right / labelled if logits and labelled else None
-        return Score(far / n, 100 * agree / n if logits else None, top1, int(n))
+        return _score(processes.gather(part))
+
+
+@dataclass
+class Part:
+    """What one process found: sums over its images."""
+
+    logits: Logits = field(default_factory=Logits)
+    error: float = 0.0  # squared error of the output as a share of the teacher's squares
+    images: int = 0
+    labelled: int = 0
+
+
+def _score(parts: list[Part]) -> Score:
+    whole = parts[0].logits
+    for part in parts[1:]:
+        whole.merge(part.logits)
+    images = sum(part.images for part in parts)
+    if not whole.compared:
+        return Score(sum(part.error for part in parts) / max(1, images), None, None, images)
+    found = whole.result(images)
+    assert found.kl is not None
+    return Score(found.kl, found.agreement, found.top1 if any(part.labelled for part in parts) else None, images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import math
 import time
 from collections.abc import Iterator
 from typing import Any, cast
@@ -25,6 +25,7 @@ from sparsify.finetune.lesson import Forward, Lesson, Teacher
 from sparsify.finetune.plan import Plan, Planned
 from sparsify.finetune.record import Record
 from sparsify.finetune.standing import How, Standing
+from sparsify.loading import drawn_number
 from sparsify.nn.unfold import retract
 from sparsify.report.progress import training_note
 
@@ -78,7 +79,7 @@ class StageRun:
             with _drawn(self.plan.seed, self.number, step, self.accelerator.device):
                 self.student.train()
                 parts = self._step(lesson, optimizer, next(batches))
-            if not all(value == value and abs(value) != float("inf") for value in parts.values()):
+            if not _finite(parts):
                 self.keeps.reset()
                 return self._stop(step)
             self.standing.step, self.standing.done = step + 1, self.standing.done + 1
@@ -108,7 +109,7 @@ class StageRun:
                 sums[name] = sums.get(name, 0) + value.detach() / len(micros)
         found = self.accelerator.reduce(torch.stack([v.float() for v in sums.values()]), "mean").tolist()
         parts_found = dict(zip(sums, found, strict=True))
-        if all(value == value and abs(value) != float("inf") for value in found):
+        if _finite(parts_found):
             if self.stage.optimiser.clip_grad is not None:
                 self.accelerator.clip_grad_norm_(self.student.parameters(), self.stage.optimiser.clip_grad)
             optimizer.step()
@@ -176,12 +177,15 @@ class StageRun:
         )
 
 
+def _finite(parts: dict[str, float]) -> bool:
+    return all(map(math.isfinite, parts.values()))
+
+
 @contextlib.contextmanager
 def _drawn(seed: int, stage: int, step: int, device: torch.device) -> Iterator[None]:
     """What a step draws (stochastic depth) depends on seed, stage, step and process alone."""
-    words = f"{seed} {stage} {step} {processes.rank()}".encode()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(int.from_bytes(hashlib.sha256(words).digest()[:7]))
+        torch.manual_seed(drawn_number(seed, "step", stage, step, processes.rank()) >> 1)
         yield
 
 
