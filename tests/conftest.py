@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+import tune
 
 from sparsify.cli import main
+from sparsify.conversion import Conversion
+from sparsify.finetune.judge import Judge, Score
 from sparsify.ops import cpu
 from sparsify.ops.cpu import build
 
@@ -50,5 +57,42 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
             main([str(a) for a in arguments])
         out, err = capsys.readouterr()
         return caught.value.code, out, err
+
+    return call
+
+
+@pytest.fixture
+def scores(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Judges say these one after the other (KL); the last again and again."""
+    given: list[float] = []
+
+    def judged(self: Judge, model: object) -> Score:
+        return Score(given.pop(0) if len(given) > 1 else given[0], 50.0, None, 24)
+
+    monkeypatch.setattr(Judge, "__call__", judged)
+    return given
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Conversion:
+    """`tune.CHOSEN` from its first step to its last, whose weights are written."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Score, "better_than", lambda self, other: True)
+        return tune.convert(folder / "m.safetensors", tune.CHOSEN)
+
+
+@pytest.fixture
+def ctrl_c(tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    """Runs a command line in an empty folder, sends Ctrl-C once it calibrates: (exit code, stderr)."""
+
+    def call(*arguments: str) -> tuple[int, str]:
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test run in the background has it ignored
+        how, pipe = [sys.executable, "-m", "sparsify", *arguments], subprocess.PIPE
+        process = subprocess.Popen(how, cwd=tmp_path, preexec_fn=heard, stdout=pipe, stderr=pipe, text=True)
+        assert process.stdout is not None and process.stdout.readline().startswith("calibrating")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        return process.returncode, err.strip()
 
     return call

@@ -2,13 +2,12 @@
 
 import csv
 import json
-import signal
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import timm
+from folders import class_folders
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -24,14 +23,6 @@ def converted(tmp_path_factory):
         main(["convert", "digits", "--calib-images", "16", "-o", str(path), "--quiet"])
     assert caught.value.code == 0
     return path
-
-
-def picture_folder(root, classes, images=1):
-    for c in classes:
-        (root / c).mkdir(parents=True)
-        for i in range(images):
-            Image.new("RGB", (8, 8), (30 * i, 90, 9)).save(root / c / f"{i}.png")
-    return root
 
 
 def test_convert_writes_model_and_reports(run, tmp_path):
@@ -171,9 +162,9 @@ BAD = {  # arguments, exit code, words of the one line
 def test_bad_input_is_one_line_and_an_exit_code(kind, run, converted, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.safetensors").write_text("hello")
-    picture_folder(tmp_path / "flat", ["."]) if (tmp_path / "flat").mkdir() else None
+    class_folders(tmp_path / "flat", ["."]) if (tmp_path / "flat").mkdir() else None
     Image.new("RGB", (8, 8)).save(tmp_path / "flat" / "a.png")
-    picture_folder(tmp_path / "three", ["a", "b", "c"])
+    class_folders(tmp_path / "three", ["a", "b", "c"])
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=10, depth=1, img_size=32)
     save_file(vit.state_dict(), tmp_path / "vit.safetensors")
     before = sorted(p.name for p in tmp_path.iterdir())
@@ -195,15 +186,8 @@ def test_debug_shows_the_traceback(run):
     assert code == 1 and "Traceback" in err and err.splitlines()[-1].startswith("error: ")
 
 
-def test_ctrl_c_leaves_nothing_and_says_so(tmp_path):
-    how = [sys.executable, "-m", "sparsify", "convert", "digits"]
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test run in the background has it ignored
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(how, cwd=tmp_path, preexec_fn=heard, **pipes)
-    assert process.stdout.readline().startswith("calibrating")
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err.strip() == "error: interrupted; nothing half-written is left"
+def test_ctrl_c_leaves_nothing_and_says_so(ctrl_c, tmp_path):
+    assert ctrl_c("convert", "digits") == (130, "error: interrupted; nothing half-written is left")
     assert not list(tmp_path.iterdir())
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import tune
-from tune import recipe
+from tune import ATTENTION, recipe
 
 from sparsify import api, checkpoint, digits, tuning
 from sparsify.finetune import loop
@@ -11,20 +11,6 @@ from sparsify.finetune import run as runs
 from sparsify.finetune.judge import Score
 from sparsify.nn import graft
 from sparsify.recipe import load_recipe, recipe_yaml
-
-ATTENTION = {"attention": 1.0, "attention_form": "kl"}
-
-
-@pytest.fixture
-def scores(monkeypatch):
-    """Judges say these one after the other (KL); the last again and again."""
-    given = []
-
-    def judged(self, model):
-        return Score(given.pop(0) if len(given) > 1 else given[0], 50.0, None, 24)
-
-    monkeypatch.setattr(loop.Judge, "__call__", judged)
-    return given
 
 
 def spied(monkeypatch, name="_step", take=lambda stage, found: None):

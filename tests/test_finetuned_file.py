@@ -2,32 +2,14 @@
 
 import json
 
-import pytest
 import torch
 import tune
 from safetensors.torch import load_file
-from tune import recipe
+from tune import ATTENTION, recipe
 
 from sparsify import checkpoint, conversion, digits, tuning
-from sparsify.finetune import loop
-from sparsify.finetune.judge import Score
 from sparsify.nn import graft
 from sparsify.recipe import load_recipe, recipe_yaml
-
-ATTENTION = {"attention": 1.0, "attention_form": "kl"}
-
-
-@pytest.fixture
-def scores(monkeypatch):
-    """Judges say these one after the other (KL); the last again and again."""
-    given = []
-
-    def judged(self, model):
-        return Score(given.pop(0) if len(given) > 1 else given[0], 50.0, None, 24)
-
-    monkeypatch.setattr(loop.Judge, "__call__", judged)
-    return given
-
 
 # predictors that learn, and what the file says
 

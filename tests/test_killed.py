@@ -11,22 +11,11 @@ import time
 import pytest
 import torch
 import tune
-from test_resume import CHOSEN
-from tune import recipe
+from tune import CHOSEN, recipe
 
 from sparsify.finetune import state
 from sparsify.finetune.interrupts import Interrupts
-from sparsify.finetune.judge import Score
 from sparsify.recipe import recipe_yaml
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Score, "better_than", lambda self, other: True)
-        return tune.convert(folder / "m.safetensors", CHOSEN)
-
 
 # signals
 

@@ -6,7 +6,7 @@ import pytest
 import timm
 import tune
 import yaml
-from PIL import Image
+from folders import class_folders
 from safetensors.torch import save_file
 
 from sparsify import conversion, digits
@@ -240,20 +240,12 @@ def test_weights_of_another_model_are_one_line(run, tmp_path):
     refused(run, tmp_path, 1, "other.safetensors", how=[*written(tmp_path), "--weights", "other.safetensors"])
 
 
-def folder(root, classes, images=1):
-    for c in classes:
-        (root / c).mkdir(parents=True)
-        for i in range(images):
-            Image.new("RGB", (8, 8), (30 * i, 90, 9)).save(root / c / f"{i}.png")
-    return root
-
-
 def test_images_that_do_not_fit_are_one_line(run, tmp_path):
     how = written(tmp_path, {"losses": {"classification": 1.0}})[:2]
     (tmp_path / "empty").mkdir()
     refused(run, tmp_path, 1, "empty", how=[*how, "--data", "empty"])
     refused(run, tmp_path, 1, "nowhere", how=[*how, "--data", "nowhere"])
-    folder(tmp_path / "three", "abc", 10)
+    class_folders(tmp_path / "three", "abc", 10)
     refused(run, tmp_path, 1, "three has 3 classes, but the model has 10", how=[*how, "--data", "three"])
     refused(
         run, tmp_path, 1, "three has 3 classes, but the model has 10", how=[*how, "--data", "digits", "--val", "three"]
@@ -261,7 +253,7 @@ def test_images_that_do_not_fit_are_one_line(run, tmp_path):
     shutil.copytree(tmp_path / "three" / "a", tmp_path / "flat")
     refused(run, tmp_path, 1, "flat", how=[*how, "--data", "flat"])  # no labels
     unlabelled = written(tmp_path)[:2]
-    folder(tmp_path / "eight", ["x"], 8)  # one is held back
+    class_folders(tmp_path / "eight", ["x"], 8)  # one is held back
     refused(run, tmp_path, 1, "batch of 8 is larger than the 7 images", how=[*unlabelled, "--data", "eight"])
     refused(run, tmp_path, 2, "hold_back 0", "--val", how=[*unlabelled, "--data", "digits", "--set", "hold_back=0"])
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import tune
-from tune import recipe
+from tune import CHOSEN, recipe
 
 from sparsify import processes
 from sparsify.calibration.repair import repair
@@ -16,36 +16,11 @@ from sparsify.finetune.folder import RunFolder
 from sparsify.finetune.interrupts import Interrupts
 from sparsify.finetune.judge import Score
 
-AUGMENTED = {
-    "form": "train",
-    "scale": [0.5, 1.0],
-    "auto_augment": "rand-m5",
-    "erase": 0.3,
-    "mixup": 0.4,
-    "smoothing": 0.1,
-}
-STAGES = (
-    {
-        "name": "first", "train": "all", "augmentation": AUGMENTED, "ema": 0.8, "drop_path": 0.3, "batch_size": 4,
-        "keep": {"start": 0.5, "until": 1.0}, "losses": {"logits": 1.0, "attention": 0.5, "attention_form": "kl"},
-    },
-    {"name": "second", "cache_teacher": True, "optimiser": {"name": "sgd", "lr": 1e-3}, "batch_size": 4},
-)  # fmt: skip
-CHOSEN = recipe(*STAGES, repair={"images": 8})
-
 
 @pytest.fixture(autouse=True)
 def latest(monkeypatch):
     """The latest weights are the best: what the last step gives is what is written."""
     monkeypatch.setattr(Score, "better_than", lambda self, other: True)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Score, "better_than", lambda self, other: True)
-        return tune.convert(folder / "m.safetensors", CHOSEN)
 
 
 def stop_after(monkeypatch, steps):

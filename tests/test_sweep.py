@@ -5,11 +5,9 @@ import io
 import json
 import random
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -320,15 +318,8 @@ def test_a_converted_file_is_refused_with_the_name_of_its_dense_model(run):
     assert code == 2 and "dense model" in err and "such as digits" in err
 
 
-def test_ctrl_c_leaves_nothing_and_says_so(tmp_path):
-    how = [sys.executable, "-m", "sparsify", "sweep", "digits", "--data", "digits"]
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test run in the background has it ignored
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(how, cwd=tmp_path, preexec_fn=heard, **pipes)
-    assert process.stdout.readline().startswith("calibrating")
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err.strip() == "error: interrupted; nothing half-written is left"
+def test_ctrl_c_leaves_nothing_and_says_so(ctrl_c, tmp_path):
+    assert ctrl_c("sweep", "digits", "--data", "digits") == (130, "error: interrupted; nothing half-written is left")
     assert not list(tmp_path.iterdir())
 
 

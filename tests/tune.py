@@ -22,6 +22,7 @@ STAGE: dict[str, Any] = {
     "steps": 3, "batch_size": 8, "losses": {"logits": 1.0, "tokens": 0.5}, "augmentation": PLAIN,
     "optimiser": {"lr": 1e-4, "weight_decay": 0.0}, "schedule": {"warmup_share": 0.3},
 }  # fmt: skip
+ATTENTION: dict[str, Any] = {"attention": 1.0, "attention_form": "kl"}
 LOSSES = ("classification", "logits", "tokens", "features", "attention", "basis_l1", "loss", "lr")
 
 
@@ -29,6 +30,25 @@ def recipe(*stages: dict[str, Any], sparsity: dict[str, Any] | None = None, **mo
     """A recipe of stages, each like `STAGE` but for what is given; float32, 8 images to calibrate on, 12 to judge by."""
     tree = {**SMALL, "sparsity": {**SPARSITY, **(sparsity or {})}, "stages": [{**STAGE, **s} for s in stages], **more}
     return validate(Recipe, tree, "test")
+
+
+AUGMENTED: dict[str, Any] = {
+    "form": "train",
+    "scale": [0.5, 1.0],
+    "auto_augment": "rand-m5",
+    "erase": 0.3,
+    "mixup": 0.4,
+    "smoothing": 0.1,
+}
+STAGES: tuple[dict[str, Any], ...] = (
+    {
+        "name": "first", "train": "all", "augmentation": AUGMENTED, "ema": 0.8, "drop_path": 0.3, "batch_size": 4,
+        "keep": {"start": 0.5, "until": 1.0}, "losses": {"logits": 1.0, "attention": 0.5, "attention_form": "kl"},
+    },
+    {"name": "second", "cache_teacher": True, "optimiser": {"name": "sgd", "lr": 1e-3}, "batch_size": 4},
+)  # fmt: skip
+CHOSEN = recipe(*STAGES, repair={"images": 8})
+"""All that a resumed run could get wrong: least squares, predictors, a running mean, what is drawn, annealing, a cache."""
 
 
 def convert(output: Path, chosen: Recipe, picture: bool = False, **more: Any) -> conversion.Conversion:
