@@ -16,7 +16,7 @@ from torch import nn
 
 from sparsify import digits
 from sparsify.errors import BadFile, one_line
-from sparsify.nn import graft
+from sparsify.nn import graft, hosts
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
@@ -82,7 +82,7 @@ def image_side(pos_embed: torch.Tensor | None, frame: nn.Module) -> int | None:
     side = math.isqrt(max(patches, 0))
     if side * side != patches or not patches or patches == grid[0] * grid[1]:
         return None
-    return side * int(cast(Any, frame).patch_embed.patch_size[0])
+    return side * hosts.stride(frame)[0]
 
 
 def check_keys(state: dict[str, torch.Tensor], model: nn.Module, path: Path, architecture: str, headless: bool) -> None:

@@ -17,6 +17,7 @@ from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import norm_flop_counter
 from torch import nn
 
+from sparsify.nn import hosts
 from sparsify.nn.attention import SparseAttention
 from sparsify.nn.fewer import TokenBlock, TokenResPostBlock
 from sparsify.nn.graft import sparse_modules
@@ -137,10 +138,9 @@ def replica(model: nn.Module, device: torch.device, dtype: torch.dtype | None = 
 
 def image_shape(model: nn.Module, img_size: tuple[int, int] | None = None) -> tuple[int, int, int]:
     """Channels, height and width of the image that `model` takes; `img_size` (height, width) overrides its own."""
-    embed = cast(Any, model.patch_embed)
-    convolution = next((m for m in embed.modules() if isinstance(m, nn.Conv2d)), None)
+    convolution = next((m for m in hosts.embedding(model).modules() if isinstance(m, nn.Conv2d)), None)
     channels = 3 if convolution is None else convolution.in_channels
-    height, width = img_size or embed.img_size
+    height, width = img_size or hosts.image_size(model)
     return channels, int(height), int(width)
 
 
