@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import Attention, AttentionPoolLatent
-from timm.models.vision_transformer import Block, ResPostBlock
+from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
-from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention, Sparsity
+from sparsify.nn import hosts, projection
+from sparsify.nn.attention import GraftedAttention, SparseAttention, Sparsity
 from sparsify.nn.fewer import TokenBlock, TokenResPostBlock
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
 from sparsify.nn.tokens import Tokens, rounds
@@ -56,7 +56,7 @@ def count(model: nn.Module, images: Tensor) -> Analytic:
     """Count the MACs of `model(images)` by running it once (meta tensors will do).
 
     Args:
-        model: a timm VisionTransformer, dense or sparse, in eval mode.
+        model: a timm model that is understood, dense or sparse, in eval mode.
         images: [B, C, H, W]; all counts are for the B images together.
     """
     macs: Counter[str] = Counter()
@@ -65,14 +65,18 @@ def count(model: nn.Module, images: Tensor) -> Analytic:
 
     def hook(name: str) -> Any:
         def called(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if isinstance(module, (Block, ResPostBlock)):
+            if not args:  # of constants alone, as a shared bias
+                return
+            if isinstance(module, hosts.BLOCKS):
                 out = output[0] if isinstance(output, tuple) else output
                 tokens.append((args[0].shape[1], out.shape[1]))
             found: dict[str, int] = {}
             if isinstance(module, (TokenBlock, TokenResPostBlock)):
                 found = token_block(module, *args)
-            elif isinstance(module, (GraftedAttention, Attention)):
+            elif isinstance(module, GraftedAttention):
                 found = attention(module, args[0].shape[1])
+            elif isinstance(module, projection.UNDERSTOOD):
+                found = host_attention(module, args[0].shape[1])
             if found:
                 parts.update({part: args[0].shape[0] * m for part, m in found.items()})
                 macs[name] += args[0].shape[0] * sum(found.values())
@@ -130,16 +134,25 @@ def token_block(block: TokenBlock | TokenResPostBlock, x: Tensor, tokens: Tokens
     return attention(block.attn, N, patches) | {"stages": importance + pairs * C}
 
 
-def attention(module: Attention | GraftedAttention, N: int, patches: int | None = None) -> dict[str, int]:
+def host_attention(module: Any, N: int) -> dict[str, int]:
+    """MACs of timm's own attention over N tokens of one image: pairs, and a projection that is no module's call because
+    its bias is the attention's."""
+    width = module.proj.weight.shape[1]  # H d
+    found = {"pairs": N * N * 2 * width}
+    if getattr(module, "q_bias", None) is not None and not module.qkv_bias_separate:
+        found["projection"] = N * module.qkv.weight.numel()
+    return found
+
+
+def attention(module: GraftedAttention, N: int, patches: int | None = None) -> dict[str, int]:
     """MACs of a block's attention over N tokens of one image, projections excluded: pairs, predictor, tail.
 
     patches: of the whole grid, where some tokens have left.
     """
-    H = module.num_heads
-    d = module.qkv.weight.shape[0] // 3 // H
-    if isinstance(module, (Attention, DenseAttention)):
-        return {"pairs": H * N * N * 2 * d}
-    assert isinstance(module, SparseAttention)
+    width, H = module.proj.weight.shape[1], module.num_heads  # type: ignore[union-attr]
+    d = width // H
+    if not isinstance(module, SparseAttention):
+        return {"pairs": N * N * 2 * width}
     s = module.sparsity
     P = min(s.prefix, N)
     b = min(N, max(1, math.ceil(s.keep * N - 1e-9)))
