@@ -14,7 +14,9 @@ from sparsify.nn import hosts
 ATTENTION = {"gated": dict(gated=True), "attn-dim": dict(attn_head_dim=40)}  # no timm name has these: built by hand
 
 SMALL = dict(embed_dim=96, num_heads=3)
-RAGGED = dict(attn_type="rope", qkv_fused=False, qk_norm=True, num_kv_heads=1, attn_only_layer_scale=True, init_values=1)
+RAGGED = dict(
+    attn_type="rope", qkv_fused=False, qk_norm=True, num_kv_heads=1, attn_only_layer_scale=True, init_values=1
+)
 """Arguments of sapiens2: fewer heads of keys than of queries, q/k norms, no LayerScale behind the MLP."""
 
 FAMILIES = {

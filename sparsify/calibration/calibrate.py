@@ -70,7 +70,7 @@ def calibrate(
     Raises:
         UnsupportedModel, UsageError: see `graft.graft`; the model is as it was then.
     """
-    config.check(*graft.shape(graft.check(model)), graft.num_prefix_tokens(model))
+    graft.check_config(model, config)
     config = config.with_cells(graft.num_tokens(model))
     with torch.no_grad():
         if config.predictor == "head-lowrank":

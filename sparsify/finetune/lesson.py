@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsify.finetune import losses
 from sparsify.nn import graft, hosts
 from sparsify.nn.attention import SparseAttention
-from sparsify.nn.fewer import FewerTokens
+from sparsify.nn.fewer import TokensLeave
 from sparsify.nn.observe import watching
 from sparsify.nn.predictor import Reconstruction, TokenLowrank
 from sparsify.nn.tokens import Tokens
@@ -163,7 +163,7 @@ def _listen(model: nn.Module, x: Tensor, wanted: Losses, pairs: bool) -> tuple[S
 def _run(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tokens | None]:
     """Normed tokens on the full grid, those that the model's own head reads, and what is known of them."""
     host = cast(Any, model)
-    if not isinstance(model, FewerTokens):
+    if not isinstance(model, TokensLeave):
         features = host.forward_features(x)
         return features, features, None
     z, tokens = model.forward_tokens(x, True)

@@ -54,13 +54,16 @@ class GraftedAttention(nn.Module):
         watch: called with q, k, v of every pass; set by `observe.watching` for as long as it lasts.
     """
 
+    proj: nn.Linear
+    attn_drop: nn.Dropout
     OWN = ("predictor", "sparsity", "execution", "watch", "host_class", "rotary")
 
     def __init__(self, host: nn.Module, rotary: bool = False) -> None:
         super().__init__()
-        grafted = isinstance(host, GraftedAttention)
-        self.host_class: type[nn.Module] = host.host_class if grafted else type(host)
-        self.rotary: bool = host.rotary if grafted else rotary
+        self.host_class: type[nn.Module] = type(host)
+        self.rotary = rotary
+        if isinstance(host, GraftedAttention):
+            self.host_class, self.rotary = host.host_class, host.rotary
         self.execution = Execution()
         self.watch: Callable[[Tensor, Tensor, Tensor], None] | None = None
         _hand_over(host, self, self.OWN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -16,7 +16,7 @@ from sparsify.config import grid_of, growth
 from sparsify.errors import UsageError
 from sparsify.nn import fewer, projection
 from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention, Sparsity
-from sparsify.nn.hosts import biased, check, num_prefix_tokens, num_tokens, patch_grid, rotary, set_image_size, shape
+from sparsify.nn.hosts import check, num_prefix_tokens, num_tokens, patch_grid, rotary, set_image_size, shape
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
 from sparsify.ops import backends, reference
 from sparsify.ops.spec import Execution
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from sparsify.config import SparsityConfig
 
 Predictor = HeadLowrank | TokenLowrank
+
+
 def graft(model: nn.Module, config: SparsityConfig, predictors: Sequence[Predictor | None] | None = None) -> nn.Module:
     """Exchange every block's attention for a sparse one (or our dense one), and let tokens leave; in place.
 
@@ -36,7 +38,7 @@ def graft(model: nn.Module, config: SparsityConfig, predictors: Sequence[Predict
         UsageError: a list or a rank in `config` that does not fit the model.
     """
     hosts = check(model)
-    config.check(*shape(hosts), num_prefix_tokens(model))
+    check_config(model, config)
     config = config.with_cells(num_tokens(model))
     for i, (name, host) in enumerate(hosts.items()):
         predictor = new_predictor(model, host, config, i) if predictors is None else predictors[i]
@@ -44,6 +46,13 @@ def graft(model: nn.Module, config: SparsityConfig, predictors: Sequence[Predict
     if config.tokens is not None:
         reduce(model, config)
     return model
+
+
+def check_config(model: nn.Module, config: SparsityConfig) -> None:
+    """Raise `UsageError` where `config` does not fit a dense model that is understood (`hosts.check`)."""
+    config.check(*shape(check(model)), num_prefix_tokens(model))
+    if config.tokens is not None:
+        fewer.check(model)
 
 
 def reduce(model: nn.Module, config: SparsityConfig) -> None:
@@ -250,7 +259,7 @@ def foldable(module: GraftedAttention) -> bool:
 
 
 __all__ = [
-    "Predictor", "applied", "apply", "attention_modules", "check", "check_execution", "dense_twin", "draw", "foldable",
+    "Predictor", "applied", "apply", "attention_modules", "check", "check_config", "check_execution", "dense_twin", "draw", "foldable",
     "graft", "new_predictor", "num_prefix_tokens", "num_tokens", "patch_grid", "reduce", "resize", "set_basis",
     "set_execution", "shape", "sparse_block", "sparse_form", "sparse_modules",
 ]  # fmt: skip

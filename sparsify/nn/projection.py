@@ -116,7 +116,7 @@ def _rotated(t: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
 
 
 def position_bias(attention: nn.Module, shared: Tensor | None = None) -> Tensor | None:
-    """What is added to the logits by relative position, [1, H, N, N]: the module's own and what its model shares; or None."""
+    """What is added to the logits by relative position, [1, H, N, N]: the module's own and what its model shares."""
     host = cast(Any, attention)
     if shared is not None and shared.ndim == 3:
         shared = shared.unsqueeze(0)

@@ -43,7 +43,8 @@ def fold(model: nn.Module) -> bool:
     """Folds the unfolded predictors of `model` into `qkv`, in place, where that is exact.
 
     Returns:
-        Whether all are folded now: False, with nothing changed, where something stands between projection and product, or A_k' A_q is not I.
+        Whether all are folded now: False, with nothing changed, where something stands between projection and product, or
+        A_k' A_q is not I.
     """
     modules = [m for m in graft.sparse_modules(model).values() if isinstance(m.predictor, HeadLowrank)]
     modules = [m for m in modules if not m.predictor.folded]  # type: ignore[union-attr]

@@ -209,10 +209,8 @@ def _rows(
         sized = member if size is None else member * size.unsqueeze(-1)
         held = _nonzero(sized.sum(-2, keepdim=True).mT)  # (B, H, m, 1)
         k_mean, v_mean = sized.mT @ k / held, sized.mT @ v / held  # (B, H, m, d)
-        if bias is None:
-            dropped = (~kept).to(q.dtype) @ sized  # (B, H, rows, m)
-        else:  # has the sizes in it
-            dropped = bias.exp().masked_fill(kept, 0) @ member
+        share, each = ((~kept).to(q.dtype), sized) if bias is None else (bias.exp().masked_fill(kept, 0), member)
+        dropped = share @ each  # (B, H, rows, m); a bias has the sizes in it
         tail_logits = (q @ k_mean.mT) * scale  # (B, H, rows, m)
     else:  # every row has its own cell means: over the keys it may attend to, weighted with e^bias
         assert bias is not None

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sparsify.nn import hosts, projection
 from sparsify.nn.attention import GraftedAttention, SparseAttention, Sparsity
-from sparsify.nn.fewer import TokenBlock, TokenResPostBlock
+from sparsify.nn.fewer import token_blocks
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
 from sparsify.nn.tokens import Tokens, rounds
 from sparsify.ops.tails import LLOYD_STEPS
@@ -62,6 +62,7 @@ def count(model: nn.Module, images: Tensor) -> Analytic:
     macs: Counter[str] = Counter()
     parts: Counter[str] = Counter()
     tokens: list[tuple[int, int]] = []
+    blocks = token_blocks(model)
 
     def hook(name: str) -> Any:
         def called(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -71,7 +72,7 @@ def count(model: nn.Module, images: Tensor) -> Analytic:
                 out = output[0] if isinstance(output, tuple) else output
                 tokens.append((args[0].shape[1], out.shape[1]))
             found: dict[str, int] = {}
-            if isinstance(module, (TokenBlock, TokenResPostBlock)):
+            if name in blocks:
                 found = token_block(module, *args)
             elif isinstance(module, GraftedAttention):
                 found = attention(module, args[0].shape[1])
@@ -113,7 +114,7 @@ def layer(module: nn.Module, x: Tensor, y: Tensor) -> int:
     return 0
 
 
-def token_block(block: TokenBlock | TokenResPostBlock, x: Tensor, tokens: Tokens) -> dict[str, int]:
+def token_block(block: Any, x: Tensor, tokens: Tokens) -> dict[str, int]:
     """MACs of one image in a block with tokens x [B, N, C], beside its submodules: attention, and the stage's choice.
 
     `slices` are the projections of a block that only its prefix rows leave: queries of P rows, keys and values of all.
@@ -122,11 +123,12 @@ def token_block(block: TokenBlock | TokenResPostBlock, x: Tensor, tokens: Tokens
     patches = None if tokens.place is None else tokens.patches
     if stage is None:
         return attention(block.attn, N, patches)
-    inner = block.attn.qkv.weight.shape[0] // 3  # H d
+    inner = int(block.attn.proj.weight.shape[1])  # H d
     n = N - P
     left = min(n, math.ceil(stage.share * tokens.patches - 1e-9))
     if left == 0:
-        return {"pairs": P * N * 2 * inner, "slices": (P + 2 * N) * C * inner}
+        fused = block.attn.qkv is not None  # else q_proj, k_proj and v_proj are calls of their own
+        return {"pairs": P * N * 2 * inner, "slices": (P + 2 * N) * C * inner if fused else 0}
     importance = (block.ranking_rows or 1) * N * inner  # logits of the rows that ask, or of the mean query
     pairs = 0
     if stage.way == "merge":  # cosines between the two halves, in every round
@@ -149,7 +151,7 @@ def attention(module: GraftedAttention, N: int, patches: int | None = None) -> d
 
     patches: of the whole grid, where some tokens have left.
     """
-    width, H = module.proj.weight.shape[1], module.num_heads  # type: ignore[union-attr]
+    width, H = int(module.proj.weight.shape[1]), module.num_heads
     d = width // H
     if not isinstance(module, SparseAttention):
         return {"pairs": N * N * 2 * width}

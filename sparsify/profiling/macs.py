@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from fvcore.nn import FlopCountAnalysis
@@ -19,7 +19,7 @@ from torch import nn
 
 from sparsify.nn import hosts
 from sparsify.nn.attention import SparseAttention
-from sparsify.nn.fewer import TokenBlock, TokenResPostBlock
+from sparsify.nn.fewer import token_blocks
 from sparsify.nn.graft import sparse_modules
 from sparsify.ops.macs import HANDLES, PARTS
 
@@ -41,7 +41,6 @@ ELEMENTWISE = frozenset({
 convention. Any other op that has no
 handle is reported in `Counts.unsupported`."""
 
-TOKEN_BLOCKS = (TokenBlock, TokenResPostBlock)
 DENSE_OPS = ("scaled_dot_product_attention", "matmul")  # matmul: timm with TIMM_FUSED_ATTN=0
 
 
@@ -90,9 +89,9 @@ def count(model: nn.Module, image: tuple[int, int, int], attention: list[str]) -
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         operators = {name: Counter(found) for name, found in analysis.by_module_and_operator().items()}
-    blocks = [name for name, module in model.named_modules() if isinstance(module, TOKEN_BLOCKS)]
-    for name in blocks:
-        _give_to_submodules(operators, name, model.get_submodule(name))
+    blocks = token_blocks(model)
+    for name, block in blocks.items():
+        _give_to_submodules(operators, name, block)
     return Counts(
         total=int(analysis.total()),
         by_module={name: int(found.total()) for name, found in operators.items()},

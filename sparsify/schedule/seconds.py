@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsify.nn import fewer
+from sparsify.nn import fewer, hosts, projection
 from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention
 from sparsify.nn.tokens import Stage, Tokens, importance
 from sparsify.profiling.latency import interleaved
@@ -58,7 +58,7 @@ def measured(model: nn.Module, way: str, options: Options, batch: int) -> list[B
     block = blocks[len(blocks) // 2]
     attn = cast(GraftedAttention, block.attn)
     prefix, rows = int(cast(int, model.num_prefix_tokens)), fewer.ranking_rows(model)
-    patches = int(np.prod(cast(Any, model.patch_embed).grid_size))
+    patches = int(np.prod(hosts.patch_grid(model)))
     dense = DenseAttention(cast(Any, attn))
     dense.execution = attn.execution
     counts = sorted({max(2, round(share * patches)) for share in POINTS})
@@ -66,7 +66,7 @@ def measured(model: nn.Module, way: str, options: Options, batch: int) -> list[B
     generator = torch.Generator().manual_seed(0)
     like = next(model.parameters())
     for n in counts:
-        x = torch.randn(batch, prefix + n, attn.qkv.in_features, generator=generator).to(like)  # (B, N, C)
+        x = torch.randn(batch, prefix + n, projection.channels(attn), generator=generator).to(like)  # (B, N, C)
         q, k, v = attn.qkv_heads(x)
         place = torch.arange(n, device=x.device).expand(batch, -1)
         tokens = Tokens(patches, place=place) if n < patches else Tokens(patches)
