@@ -167,8 +167,9 @@ def _loaded(
     source = zoo.resolve(name)
     if source.note:
         say(source.note)
-    hosts = graft.check(zoo.skeleton(source, num_classes, img_size), source.asked)  # before anything is loaded
-    recipe.sparsity.check(*graft.shape(hosts))
+    frame = zoo.skeleton(source, num_classes, img_size)  # what does not fit is refused before anything is loaded
+    graft.check(frame, source.asked)
+    graft.check_config(frame, recipe.sparsity)
     if recipe.start == "random" and recipe.sparsity.predictor != "token-lowrank":
         raise UsageError("start random is the authors' way for predictor token-lowrank: use start closed-form")
     model = zoo.load(source, weights, num_classes, img_size)

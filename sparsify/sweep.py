@@ -155,8 +155,9 @@ def sweep(
         say(source.note)
     where, execution = torch.device(device), Execution(backend)
     graft.check_execution(execution, where, dtype)
-    hosts = graft.check(zoo.skeleton(source, num_classes, img_size), source.asked)  # before anything is loaded
-    recipe.sparsity.check(*graft.shape(hosts))
+    frame = zoo.skeleton(source, num_classes, img_size)  # what does not fit is refused before anything is loaded
+    graft.check(frame, source.asked)
+    graft.check_config(frame, recipe.sparsity)
     model = zoo.load(source, weights, num_classes, img_size).to(where)
     if differs := zoo.note(model, source):
         say(differs)

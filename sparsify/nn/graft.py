@@ -259,7 +259,7 @@ def foldable(module: GraftedAttention) -> bool:
 
 
 __all__ = [
-    "Predictor", "applied", "apply", "attention_modules", "check", "check_config", "check_execution", "dense_twin", "draw", "foldable",
-    "graft", "new_predictor", "num_prefix_tokens", "num_tokens", "patch_grid", "reduce", "resize", "set_basis",
+    "Predictor", "applied", "apply", "attention_modules", "check", "check_config", "check_execution", "dense_twin", "draw",
+    "foldable", "graft", "new_predictor", "num_prefix_tokens", "num_tokens", "patch_grid", "reduce", "resize", "set_basis",
     "set_execution", "shape", "sparse_block", "sparse_form", "sparse_modules",
 ]  # fmt: skip
