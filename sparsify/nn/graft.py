@@ -176,12 +176,12 @@ def set_execution(model: nn.Module, execution: Execution) -> None:
         UsageError: an unknown backend or precision; backend cpu where the kernels cannot be used.
     """
     weight = next(model.parameters())
-    check_execution(execution, weight.device, weight.dtype)
+    check_execution(execution, weight.device, weight.dtype, biased(model))
     for module in attention_modules(model).values():
         module.execution = execution
 
 
-def check_execution(execution: Execution, device: torch.device, dtype: torch.dtype) -> None:
+def check_execution(execution: Execution, device: torch.device, dtype: torch.dtype, biased: bool = False) -> None:
     """Raise as `set_execution` does, for a model that would be there; change nothing."""
     for what, given, known in (
         ("backend", execution.backend, ops.BACKENDS),
@@ -189,7 +189,7 @@ def check_execution(execution: Execution, device: torch.device, dtype: torch.dty
     ):
         if given not in known:
             raise UsageError(f"{what} '{given}': expected one of {', '.join(known)}")
-    if execution.backend == "cpu" and (reason := backends.unavailable(device, dtype)):
+    if execution.backend == "cpu" and (reason := backends.unavailable(device, dtype, biased)):
         raise UsageError(f"backend 'cpu' cannot be used here: {reason}; 'auto' or 'reference' needs no kernels")
 
 

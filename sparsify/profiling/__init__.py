@@ -71,7 +71,7 @@ def profile(
     if count_as not in ACCOUNTINGS:
         raise UsageError(f"count as '{count_as}': expected one of {', '.join(ACCOUNTINGS)}")
     execution = Execution(backend, kernel_precision)
-    graft.check_execution(execution, place, kind)
+    graft.check_execution(execution, place, kind, hosts.biased(model))
     image = _image(model, img_size)
     if dense is not None:
         original.check(dense, model)
@@ -101,7 +101,7 @@ def profile(
         made = choices.taken(auto, images)
         models = {"sparse": sparse, "auto": auto}
         measured = _measure(models if beside is None else {"dense": beside, **models}, images, repeats, budget_s)
-        backend = backends.describe(backend, kernel_precision, place, kind)
+        backend = backends.describe(backend, kernel_precision, place, kind, hosts.biased(model))
         conditions |= _conditions(images, dtype, measured.sparse.runs)
     return Profile(
         macs_dense=dense_counts.total if dense_counts else None,
