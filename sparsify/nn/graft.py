@@ -14,7 +14,7 @@ from torch import nn
 from sparsify import ops
 from sparsify.config import grid_of, growth
 from sparsify.errors import UsageError
-from sparsify.nn import fewer, projection
+from sparsify.nn import fewer, hosts, projection
 from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention, Sparsity
 from sparsify.nn.hosts import check, num_prefix_tokens, num_tokens, patch_grid, rotary, set_image_size, shape
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
@@ -176,7 +176,7 @@ def set_execution(model: nn.Module, execution: Execution) -> None:
         UsageError: an unknown backend or precision; backend cpu where the kernels cannot be used.
     """
     weight = next(model.parameters())
-    check_execution(execution, weight.device, weight.dtype, biased(model))
+    check_execution(execution, weight.device, weight.dtype, hosts.biased(model))
     for module in attention_modules(model).values():
         module.execution = execution
 
