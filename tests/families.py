@@ -1,11 +1,12 @@
 """One small dense model of each supported kind, with random weights that attend unevenly."""
 
+import inspect
 import re
 
 import timm
 import torch
 from timm.layers import Attention
-from timm.models.eva import EvaBlockPostNorm
+from timm.models.eva import Eva, EvaBlockPostNorm
 from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
@@ -39,6 +40,7 @@ FAMILIES = {
     "eva": ("eva_giant_patch14_224", SMALL),
     "eva02": ("eva02_tiny_patch14_224", {}),
     "eva02-unfused": ("eva02_base_patch14_448", SMALL),
+    "eva-unfused": ("eva02_base_patch14_448", dict(SMALL, use_rot_pos_emb=False)),
     "eva02-clip": ("eva02_base_patch16_clip_224", SMALL),
     "eva-post-norm": ("eva02_enormous_patch14_clip_224", SMALL),
     "dinov3": ("vit_small_patch16_dinov3", SMALL),
@@ -54,6 +56,8 @@ FAMILIES = {
     "naflexvit-rope": ("naflexvit_base_patch16_gap", dict(SMALL, rope_type="axial", reg_tokens=2)),
     "hybrid": ("vit_tiny_r_s16_p8_224", {}),
 }
+if "num_kv_heads" not in inspect.signature(Eva.__init__).parameters:  # timm before 1.0.31
+    del FAMILIES["rope-qk-norm-few-keys"]
 
 
 def build(family: str, patches: int | None = 6, depth: int | None = 2, **more: object) -> nn.Module:

@@ -26,6 +26,7 @@ NEW = [
     "naflexvit",
     "hybrid",
 ]
+NEW = [family for family in NEW if family in FAMILIES]  # an older timm has fewer
 
 
 def close(found, expected, tolerance=1e-4):

@@ -33,6 +33,7 @@ PLACED = [
     "eva", "eva02", "eva-post-norm", "dinov3", "rope-mixed", "rope-qk-norm-few-keys", "beit", "beit-shared-bias",
     "beit-both-biases",
 ]  # fmt: skip
+PLACED = [family for family in PLACED if family in FAMILIES]  # an older timm has fewer
 LEAVING = [family for family in FAMILIES if not family.startswith("naflex")]
 NO_PREFIX = ["vit-avg-pool", "siglip", "res-post-norm"]
 NARROW = {
