@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sparsify.errors import UnsupportedModel, UsageError
 from sparsify.nn import projection
 
-MODULES = ("vision_transformer", "deit", "beit", "eva", "naflexvit", "vision_transformer_hybrid")
+MODULES = ("vision_transformer", "deit", "beit", "eva", "naflexvit", "vision_transformer_hybrid", "vitamin")
 """timm's modules that hold the models that can be converted."""
 MODELS = (VisionTransformer, VisionTransformerDistilled, Eva, Beit, naflexvit.NaFlexVit)
 BLOCKS = (Block, ResPostBlock, EvaBlock, EvaBlockPostNorm, BeitBlock)
