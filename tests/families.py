@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Sequence
 
 import timm
 import torch
@@ -58,6 +59,14 @@ FAMILIES = {
 }
 if "num_kv_heads" not in inspect.signature(Eva.__init__).parameters:  # timm before 1.0.31
     del FAMILIES["rope-qk-norm-few-keys"]
+PLAIN = list(FAMILIES)[: list(FAMILIES).index("eva")]
+"""Those where the place of a token does not enter the attention."""
+
+
+def ways_of(ways: Sequence[str]) -> list[tuple[str, str]]:
+    """Families that tokens may leave, each with one of `ways`: the plain ones with all, the others with the first."""
+    others = [f for f in FAMILIES if f not in PLAIN and not f.startswith("naflex")]
+    return [(f, way) for f in PLAIN for way in ways] + [(f, ways[0]) for f in others]
 
 
 def build(family: str, patches: int | None = 6, depth: int | None = 2, **more: object) -> nn.Module:

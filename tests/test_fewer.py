@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import FAMILIES, build, images
+from families import FAMILIES, build, images, ways_of
 from test_tokens import merged_by_hand, ranked_by_hand
 from timm.layers import Attention
 from timm.models.beit import Beit
@@ -163,8 +163,7 @@ RATES = [
 ] + [(f, (0.6, 0.5, 1.0)) for f in ("deit", "siglip")]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("family", LEAVING)
+@pytest.mark.parametrize("family,way", ways_of(WAYS))
 def test_keep_one_and_token_keep_one_equal_dense(family, way):
     """Through importance, matching or ranking, means, sizes, places and the sparse op with b = N: no short-cut."""
     dense = host(family)
