@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLDEST_TIMM := 1.0.28
 
 .PHONY: venv demo test test-oldest sanitize lint format bench bench-kernels-accuracy bench-auto bench-accuracy bench-equality \
-	bench-tokens bench-finetune bench-survive frontier clean
+	bench-families bench-tokens bench-finetune bench-survive families frontier clean
 
 venv: $(VENV)/.installed
 
@@ -83,6 +83,14 @@ bench-survive: venv
 # keep=1 equals dense, one model of each kind at its own image size and depth.
 bench-equality: venv
 	$(BIN)/python benchmarks/equality.py
+
+# docs/families.md: which of timm's names convert, from the classes that the installed timm builds.
+families: venv
+	$(BIN)/python benchmarks/families.py --write
+
+# Every one of them, small: keep=1 through the sparse op beside dense; every other name of timm refused by its name.
+bench-families: venv
+	$(BIN)/python benchmarks/families.py
 
 # MHSA MACs against agreement over rank, tail and keep: docs/frontier.md and docs/frontier.png.
 frontier: venv

@@ -21,7 +21,7 @@ from sparsify.calibration import Calibration, calibrate, first, spends_ranks
 from sparsify.config import SparsityConfig, Target
 from sparsify.errors import UsageError
 from sparsify.finetune import Outcome
-from sparsify.nn import graft
+from sparsify.nn import fewer, graft, hosts
 from sparsify.ops import backends
 from sparsify.ops.spec import Execution
 from sparsify.profiling import Profile, profile
@@ -109,6 +109,9 @@ def convert(
     graft.check_execution(execution, torch.device(device), dtype)
     with processes.agree():
         source, model = _loaded(name, recipe, weights, num_classes, img_size, say)
+        graft.check_execution(execution, torch.device(device), dtype, hosts.biased(model))
+        if target is not None:  # its schedule lets tokens leave
+            fewer.check(model)
         architecture, dense_sha256 = zoo.describe(model, source), checkpoint.digest_of(model)
         checkpoint.may_overwrite(output, architecture, force)
         learns_from = partial(finetune.Source, val=val, device=device, workers=workers, micro_batch=micro_batch)
@@ -167,8 +170,9 @@ def _loaded(
     source = zoo.resolve(name)
     if source.note:
         say(source.note)
-    hosts = graft.check(zoo.skeleton(source, num_classes, img_size), source.asked)  # before anything is loaded
-    recipe.sparsity.check(*graft.shape(hosts))
+    frame = zoo.skeleton(source, num_classes, img_size)  # what does not fit is refused before anything is loaded
+    graft.check(frame, source.asked)
+    graft.check_config(frame, recipe.sparsity)
     if recipe.start == "random" and recipe.sparsity.predictor != "token-lowrank":
         raise UsageError("start random is the authors' way for predictor token-lowrank: use start closed-form")
     model = zoo.load(source, weights, num_classes, img_size)
@@ -203,7 +207,8 @@ def _calibrated(
         return Calibrated(model, config, recipe, "nothing: predictors are drawn at random", 0)
     batches, words = calibration_images(model, source, recipe, images, device, batch_size, workers)
     say(f"calibrating on {words}")
-    if spends_ranks(recipe.sparsity) and (note := backends.note(execution.backend, torch.device(device), dtype)):
+    note = backends.note(execution.backend, torch.device(device), dtype, hosts.biased(model))
+    if note and spends_ranks(recipe.sparsity):
         say(note)
     with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
         result = calibrate(

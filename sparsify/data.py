@@ -19,6 +19,7 @@ from torch.utils.data import IterableDataset
 from sparsify import digits
 from sparsify.errors import BadData, SparsifyError, UsageError, one_line
 from sparsify.loading import Decoded, ImageBatches, Items, LabelledBatches, Mapped, Part, Reader, Stream, Transform
+from sparsify.nn import hosts
 from sparsify.pictures import CalibrationImages
 from sparsify.stage import Augmentation
 
@@ -35,9 +36,7 @@ def data_config(model: nn.Module, img_size: int | None = None) -> dict[str, Any]
     The size is the model's own; `img_size` (pixels, square) overrides it.
     """
     config = resolve_model_data_config(model)
-    own = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if own is not None:
-        config["input_size"] = (config["input_size"][0], *own)
+    config["input_size"] = (config["input_size"][0], *hosts.image_size(model))
     if img_size is not None:
         config["input_size"] = (config["input_size"][0], img_size, img_size)
     return config

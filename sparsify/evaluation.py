@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsify import data, original, processes, sharing
 from sparsify.errors import BadData
 from sparsify.metrics import Evaluation, Features, Logits
-from sparsify.nn import graft
+from sparsify.nn import graft, hosts
 from sparsify.ops import backends
 from sparsify.ops.spec import Execution
 
@@ -138,7 +138,7 @@ def evaluate_images(
     """
     device = processes.place(device)
     execution = Execution(backend or "auto", kernel_precision or "input")
-    graft.check_execution(execution, torch.device(device), dtype)  # before anything is read
+    graft.check_execution(execution, torch.device(device), dtype, hosts.biased(model))  # before anything is read
     if dense is not None:
         original.check(dense, model)
     config = data.data_config(model)
@@ -149,7 +149,7 @@ def evaluate_images(
         loader = data.labelled(images, classes, data.transform(config), batch_size, workers, strict=strict)
         if loader.note:
             say(loader.note)
-        if note := backends.note(backend or "auto", torch.device(device), dtype):
+        if note := backends.note(backend or "auto", torch.device(device), dtype, hosts.biased(model)):
             say(note)
         sparse = model.to(device, dtype).eval()
         if dense is None and not backbone_changed:

@@ -25,7 +25,7 @@ from sparsify.calibration import calibrate, first, spends_ranks
 from sparsify.config import SparsityConfig
 from sparsify.errors import BadFile, UsageError
 from sparsify.metrics import Evaluation
-from sparsify.nn import graft
+from sparsify.nn import graft, hosts
 from sparsify.ops import backends
 from sparsify.ops.machine import device_name
 from sparsify.ops.spec import Execution
@@ -155,8 +155,10 @@ def sweep(
         say(source.note)
     where, execution = torch.device(device), Execution(backend)
     graft.check_execution(execution, where, dtype)
-    hosts = graft.check(zoo.skeleton(source, num_classes, img_size), source.asked)  # before anything is loaded
-    recipe.sparsity.check(*graft.shape(hosts))
+    frame = zoo.skeleton(source, num_classes, img_size)  # what does not fit is refused before anything is loaded
+    graft.check(frame, source.asked)
+    graft.check_config(frame, recipe.sparsity)
+    graft.check_execution(execution, where, dtype, hosts.biased(frame))
     model = zoo.load(source, weights, num_classes, img_size).to(where)
     if differs := zoo.note(model, source):
         say(differs)
@@ -172,7 +174,7 @@ def sweep(
     )
     calibration = calibration.replace("no --data was given", "no --calib was given")
     say(f"calibrating on {calibration}")
-    if spends_ranks(recipe.sparsity) and (note := backends.note(backend, where, dtype)):
+    if spends_ranks(recipe.sparsity) and (note := backends.note(backend, where, dtype, hosts.biased(frame))):
         say(note)
     with torch.autocast(where.type, dtype, enabled=dtype != torch.float32):
         fitted = calibrate(
@@ -229,7 +231,7 @@ def sweep(
             "device_name": device_name(where),
             "threads": torch.get_num_threads(),
             "runs": times["dense"].runs,
-            "backend": backends.describe(backend, execution.precision, where, dtype),
+            "backend": backends.describe(backend, execution.precision, where, dtype, hosts.biased(base)),
             "platform": platform.platform(),
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import safetensors
 import timm
@@ -16,7 +16,7 @@ from torch import nn
 
 from sparsify import digits
 from sparsify.errors import BadFile, one_line
-from sparsify.nn import graft
+from sparsify.nn import graft, hosts
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
@@ -73,16 +73,23 @@ def original_format(architecture: str) -> Callable[[dict[str, torch.Tensor], nn.
     return found
 
 
-def image_side(pos_embed: torch.Tensor | None, frame: nn.Module) -> int | None:
-    """Image size (px) that a file's position embedding was made for; None where it is the model's or not square."""
-    if pos_embed is None or pos_embed.ndim != 3:
+def image_side(state: Mapping[str, torch.Tensor], frame: nn.Module) -> int | None:
+    """Image size (px) that a file's position embedding or position biases were made for; None where it is the model's, not
+    square, or not to be seen (a model that has rotary embeddings alone)."""
+    pos_embed, grid = state.get("pos_embed"), graft.patch_grid(frame)
+    tables = [t for name, t in state.items() if name.endswith("relative_position_bias_table")]
+    if tables:  # (2h - 1)(2w - 1) distances, and three of the cls token
+        root = math.isqrt(max(0, tables[0].shape[0] - 3))
+        patches = ((root + 1) // 2) ** 2 if root % 2 and root * root == tables[0].shape[0] - 3 else 0
+    elif pos_embed is not None and pos_embed.ndim == 3:
+        prefix = 0 if getattr(frame, "no_embed_class", False) else graft.num_prefix_tokens(frame)
+        patches = pos_embed.shape[1] - prefix
+    else:
         return None
-    patches = pos_embed.shape[1] - (0 if frame.no_embed_class else graft.num_prefix_tokens(frame))
-    grid = graft.patch_grid(frame)
     side = math.isqrt(max(patches, 0))
     if side * side != patches or not patches or patches == grid[0] * grid[1]:
         return None
-    return side * int(cast(Any, frame).patch_embed.patch_size[0])
+    return side * hosts.stride(frame)[0]
 
 
 def check_keys(state: dict[str, torch.Tensor], model: nn.Module, path: Path, architecture: str, headless: bool) -> None:

@@ -29,10 +29,9 @@ from sparsify import digits
 from sparsify import weights as weights_
 from sparsify.errors import BadFile, SparsifyError, UnsupportedModel, UsageError, one_line
 from sparsify.hub import quick_hub
-from sparsify.nn import graft
+from sparsify.nn import graft, hosts
 
 DIGITS = "digits"
-MODULES = ("vision_transformer", "deit")  # timm modules that hold the models that can be converted
 ALIASES = {
     **{f"deit_{size}": f"deit_{size}_patch16_224.fb_in1k" for size in ("tiny", "small", "base")},
     **{f"deit_{size}_distilled": f"deit_{size}_distilled_patch16_224.fb_in1k" for size in ("tiny", "small", "base")},
@@ -47,6 +46,20 @@ ALIASES = {
     "siglip_so400m": "vit_so400m_patch14_siglip_224.webli",
     "siglip2_base": "vit_base_patch16_siglip_224.v2_webli",
     "siglip2_so400m": "vit_so400m_patch14_siglip_224.v2_webli",
+    **{f"dinov3_{size}": f"vit_{size}_patch16_dinov3.lvd1689m" for size in ("small", "base", "large")},
+    "dinov3_small_plus": "vit_small_plus_patch16_dinov3.lvd1689m",
+    "dinov3_huge_plus": "vit_huge_plus_patch16_dinov3.lvd1689m",
+    "dinov3_7b": "vit_7b_patch16_dinov3.lvd1689m",
+    **{f"eva02_{size}": f"eva02_{size}_patch14_336.mim_in22k_ft_in1k" for size in ("tiny", "small")},
+    **{f"eva02_{size}": f"eva02_{size}_patch14_448.mim_in22k_ft_in22k_in1k" for size in ("base", "large")},
+    **{f"eva02_clip_{size}": f"eva02_{size}_clip_224.merged2b" for size in ("base_patch16", "large_patch14")},
+    **{f"beit_{size}": f"beit_{size}_patch16_224.in22k_ft_in22k_in1k" for size in ("base", "large")},
+    **{f"beitv2_{size}": f"beitv2_{size}_patch16_224.in1k_ft_in22k_in1k" for size in ("base", "large")},
+    **{f"pe_core_{size}": f"vit_pe_core_{size}_patch16_384.fb" for size in ("tiny", "small")},
+    "pe_core_base": "vit_pe_core_base_patch16_224.fb",
+    "pe_core_large": "vit_pe_core_large_patch14_336.fb",
+    **{f"vit_rope_{size}": f"vit_{size}_patch16_rope_224.naver_in1k" for size in ("small", "base", "large")},
+    "naflexvit_base": "naflexvit_base_patch16_gap.e300_s576_in1k",
 }
 _SOURCE_KEYS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")  # where weights came from
 
@@ -108,8 +121,8 @@ def skeleton(source: Source, num_classes: int | None = None, img_size: int | Non
         raise UsageError(f"number of classes {num_classes}: 0 (features) or more is expected")
     args = _args(source, num_classes, img_size)
     model = _meta(source.architecture, args, source.pretrained_cfg or _tag(source))
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
-    if img_size is not None and any(img_size % int(side) for side in patch):
+    patch = hosts.stride(model) if type(model) in hosts.MODELS else (1, 1)
+    if img_size is not None and any(img_size % side for side in patch):
         raise UsageError(f"image size {img_size} is not a multiple of the patch size {patch[0]} of {source.asked}")
     return model
 
@@ -186,7 +199,7 @@ def listing(pattern: str = "") -> list[tuple[str, str]]:
     """Models that can be converted, as (name, note): `digits`, aliases, timm architectures.
 
     `pattern` is a part of the name, or a shell pattern (`vit_*dinov2*`). Each architecture is really checked, on the
-    meta device and one block deep (its blocks are alike): 179 architectures in 3 s.
+    meta device and one block deep (its blocks are alike): 279 architectures in about 20 s, those of a pattern sooner.
     """
     wanted = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
     tags: dict[str, list[str]] = {}
@@ -196,10 +209,10 @@ def listing(pattern: str = "") -> list[tuple[str, str]]:
     rows = [(DIGITS, "built in: 28 px, 197 tokens, 10 classes; weights and data come with the package")]
     rows += [(alias, f"-> {target}") for alias, target in ALIASES.items()]
     rows = [row for row in rows if fnmatch.fnmatch(row[0], wanted)]
-    for architecture in sorted({n for module in MODULES for n in timm.list_models(module=module)}):
+    for architecture in architectures():
         if fnmatch.fnmatch(architecture, wanted):
             try:
-                graft.check(_meta(architecture, {"depth": 1}, None), architecture)
+                graft.check(shallow(architecture), architecture)
             except UnsupportedModel:
                 continue
             known = tags.get(architecture)
@@ -207,14 +220,43 @@ def listing(pattern: str = "") -> list[tuple[str, str]]:
     return rows
 
 
+def architectures() -> list[str]:
+    """timm's names in the modules that hold models that can be converted; a few of them cannot."""
+    return sorted({name for module in hosts.MODULES for name in timm.list_models(module=module)})
+
+
+def shallow(architecture: str, **arguments: Any) -> nn.Module:
+    """An architecture on the meta device, one block deep.
+
+    Raises:
+        UnsupportedModel: timm cannot build it so.
+    """
+    try:
+        return _meta(architecture, {"depth": 1, **arguments}, None)
+    except UnsupportedModel as error:
+        if "num_kv_heads" not in str(error):
+            raise
+    return _meta(architecture, {"depth": 1, "num_kv_heads": (1,), **arguments}, None)  # it lists one for each block
+
+
 # building
 
 
 def _build(architecture: str, args: dict[str, Any], config: dict[str, Any] | str | None) -> nn.Module:
     if architecture != digits.ARCHITECTURE:
-        return timm.create_model(architecture, pretrained=False, pretrained_cfg=config, **args)
+        return _sized(timm.create_model(architecture, pretrained=False, pretrained_cfg=config, **args), args)
     model = VisionTransformer(**args)
     return _with_config(model, config if isinstance(config, dict) else digits.DATA_CONFIG)
+
+
+def _sized(model: nn.Module, args: dict[str, Any]) -> nn.Module:
+    """The model, with the image size asked for where its constructor takes no notice of it (NaFlexVit)."""
+    size = args.get("img_size")
+    if size is not None and type(model) in hosts.MODELS:
+        height, width = (size, size) if isinstance(size, int) else size
+        if hosts.image_size(model) != (height, width):
+            hosts.set_image_size(model, height, width)
+    return model
 
 
 def _with_config(model: nn.Module, config: dict[str, Any]) -> nn.Module:
@@ -261,8 +303,7 @@ def _settle(model: nn.Module) -> nn.Module:
 
 
 def _side(model: nn.Module) -> tuple[int, int]:
-    h, w = cast(Any, model).patch_embed.img_size
-    return int(h), int(w)
+    return hosts.image_size(model)
 
 
 def _tag(source: Source) -> str | None:
@@ -305,7 +346,7 @@ def _download(source: Source, num_classes: int | None, img_size: int | None) -> 
     local = source.pretrained_name.startswith("local-dir:")
     try:
         with contextlib.nullcontext() if local else quick_hub():
-            return timm.create_model(source.architecture, pretrained=True, pretrained_cfg=config, **args)
+            return _sized(timm.create_model(source.architecture, pretrained=True, pretrained_cfg=config, **args), args)
     except Exception as error:
         text = one_line(error)
         if "No pretrained weights exist" in text or "Invalid pretrained config" in text:
@@ -327,14 +368,14 @@ def _load_file(source: Source, path: Path, num_classes: int | None, img_size: in
     """Strict, apart from what can be read off the file: size of the head, and number of patches."""
     state = weights_.read_checkpoint(path)
     frame = skeleton(source, num_classes, img_size)
-    if type(frame) not in graft.MODELS:
+    if type(frame) not in hosts.MODELS:
         raise UnsupportedModel(f"{source.asked}: model class {type(frame).__name__} is not understood")
-    patch = tuple(cast(Any, frame).patch_embed.patch_size)
+    patch = tuple(cast(Any, hosts.embedding(frame)).patch_size)
     stem = state.get("patch_embed.proj.weight")
     if stem is not None and stem.ndim == 4 and tuple(stem.shape[2:]) != patch:
         raise BadFile(f"{path} has patches of {stem.shape[2]} px, {source.architecture} of {patch[0]} px")
     if img_size is None:
-        img_size = weights_.image_side(state.get("pos_embed"), frame)
+        img_size = weights_.image_side(state, frame)
     frame = skeleton(source, num_classes, img_size)
     try:
         state = weights_.original_format(source.architecture)(state, frame)

@@ -1,11 +1,25 @@
 """One small dense model of each supported kind, with random weights that attend unevenly."""
 
+import inspect
+import re
+from collections.abc import Sequence
+
 import timm
 import torch
 from timm.layers import Attention
+from timm.models.eva import Eva, EvaBlockPostNorm
+from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
+from sparsify.nn import hosts
+
 ATTENTION = {"gated": dict(gated=True), "attn-dim": dict(attn_head_dim=40)}  # no timm name has these: built by hand
+
+SMALL = dict(embed_dim=96, num_heads=3)
+RAGGED = dict(
+    attn_type="rope", qkv_fused=False, qk_norm=True, num_kv_heads=1, attn_only_layer_scale=True, init_values=1
+)
+"""Arguments of sapiens2: fewer heads of keys than of queries, q/k norms, no LayerScale behind the MLP."""
 
 FAMILIES = {
     "deit": ("deit_tiny_patch16_224", {}),
@@ -24,7 +38,35 @@ FAMILIES = {
     "gated": ("vit_tiny_patch16_224", {}),
     "attn-dim": ("vit_tiny_patch16_224", {}),
     "scale-norm": ("vit_tiny_patch16_224", dict(scale_attn_norm=True)),
+    "eva": ("eva_giant_patch14_224", SMALL),
+    "eva02": ("eva02_tiny_patch14_224", {}),
+    "eva02-unfused": ("eva02_base_patch14_448", SMALL),
+    "eva-unfused": ("eva02_base_patch14_448", dict(SMALL, use_rot_pos_emb=False)),
+    "eva02-clip": ("eva02_base_patch16_clip_224", SMALL),
+    "eva-post-norm": ("eva02_enormous_patch14_clip_224", SMALL),
+    "dinov3": ("vit_small_patch16_dinov3", SMALL),
+    "dinov3-qkv-bias": ("vit_small_patch16_dinov3_qkvb", SMALL),
+    "perception-encoder": ("vit_pe_core_tiny_patch16_384", dict(SMALL, attn_pool_num_heads=2)),
+    "rope-axial": ("vit_small_patch16_rope_224", SMALL),
+    "rope-mixed": ("vit_small_patch16_rope_mixed_ape_224", SMALL),
+    "rope-qk-norm-few-keys": ("eva02_tiny_patch14_224", {**SMALL, **RAGGED}),
+    "beit": ("beit_base_patch16_224", dict(SMALL)),
+    "beit-shared-bias": ("beit_base_patch16_224", dict(SMALL, use_rel_pos_bias=False, use_shared_rel_pos_bias=True)),
+    "beit-both-biases": ("beitv2_base_patch16_224", dict(SMALL, use_shared_rel_pos_bias=True)),
+    "naflexvit": ("naflexvit_base_patch16_map", SMALL),
+    "naflexvit-rope": ("naflexvit_base_patch16_gap", dict(SMALL, rope_type="axial", reg_tokens=2)),
+    "hybrid": ("vit_tiny_r_s16_p8_224", {}),
 }
+if "num_kv_heads" not in inspect.signature(Eva.__init__).parameters:  # timm before 1.0.31
+    del FAMILIES["rope-qk-norm-few-keys"]
+PLAIN = list(FAMILIES)[: list(FAMILIES).index("eva")]
+"""Those where the place of a token does not enter the attention."""
+
+
+def ways_of(ways: Sequence[str]) -> list[tuple[str, str]]:
+    """Families that tokens may leave, each with one of `ways`: the plain ones with all, the others with the first."""
+    others = [f for f in FAMILIES if f not in PLAIN and not f.startswith("naflex")]
+    return [(f, way) for f in PLAIN for way in ways] + [(f, ways[0]) for f in others]
 
 
 def build(family: str, patches: int | None = 6, depth: int | None = 2, **more: object) -> nn.Module:
@@ -35,7 +77,7 @@ def build(family: str, patches: int | None = 6, depth: int | None = 2, **more: o
     name, arguments = FAMILIES[family]
     arguments = {**arguments, **more}
     if patches is not None:
-        side = 32 if "patch32" in name else 14 if "patch14" in name else 16
+        side = 32 if "patch32" in name or "_r_s16" in name else 14 if "patch14" in name else 16
         arguments["img_size"] = side * patches
     if depth is not None:
         arguments["depth"] = depth
@@ -44,16 +86,32 @@ def build(family: str, patches: int | None = 6, depth: int | None = 2, **more: o
     if family in ATTENTION:
         for block in model.blocks:
             block.attn = Attention(192, 3, qkv_bias=True, **ATTENTION[family]).eval()
+    if hosts.image_size(model) != (arguments.get("img_size"),) * 2 and patches is not None:
+        hosts.set_image_size(model, arguments["img_size"], arguments["img_size"])  # NaFlexVit: its argument is another
+    return raise_attention(model)
+
+
+def raise_attention(model: nn.Module) -> nn.Module:
+    """The model with attention that is uneven and reaches the output, as that of trained models; in place."""
+    post = any(type(block) in (ResPostBlock, EvaBlockPostNorm) for block in model.blocks)
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if "gamma" in parameter_name or (family == "res-post-norm" and "norm" in parameter_name):
+        for name, parameter in model.named_parameters():
+            if "gamma" in name or (post and re.search(r"blocks\.\d+\.norm\d", name)):
                 parameter.fill_(0.5)  # these start at 1e-5, which would hide the attention
-            elif "qkv.weight" in parameter_name:
+            elif re.search(r"attn\.(qkv|q_proj|k_proj)\.weight", name):
                 parameter.normal_(std=2 * parameter.shape[1] ** -0.5)  # logits of a few units, as trained models have
+            elif re.search(r"attn\.(v_proj|proj)\.weight|mlp\.fc\d.*weight", name) and hosts.rotary(model):
+                parameter.normal_(std=parameter.shape[1] ** -0.5)  # these start so small that nothing is left of images
+            elif name.endswith("relative_position_bias_table"):
+                parameter.normal_()
+            elif re.search(r"\b(q|v)_bias$", name):
+                parameter.normal_(std=0.5)
+            elif name == "head.weight" and float(parameter.std()) < 0.015:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)  # Eva's and Beit's start a thousand times smaller
     return model
 
 
 def images(model: nn.Module, batch: int = 2) -> torch.Tensor:
     """Random images of the model's size: [batch, 3, H, W]."""
-    h, w = model.patch_embed.img_size
+    h, w = hosts.image_size(model)
     return torch.randn(batch, 3, h, w, generator=torch.Generator().manual_seed(1))

@@ -11,21 +11,30 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import FAMILIES, build, images
+from families import FAMILIES, build, images, ways_of
 from test_tokens import merged_by_hand, ranked_by_hand
 from timm.layers import Attention
+from timm.models.beit import Beit
+from timm.models.beit import Block as BeitBlock
+from timm.models.eva import Eva, EvaBlockPostNorm
 from timm.models.vision_transformer import ResPostBlock
 
 from sparsify import ops
 from sparsify.config import SparsityConfig, Tokens, validate
 from sparsify.errors import UsageError
-from sparsify.nn import fewer, graft
+from sparsify.nn import fewer, graft, projection
 from sparsify.nn.attention import SparseAttention
 from sparsify.nn.predictor import TokenLowrank
 from sparsify.nn.tokens import WAYS, Stage, matching
 from sparsify.ops.spec import Execution, budget
 
 KINDS = ["deit", "deit-distilled", "dinov2-registers", "vit-avg-pool", "siglip", "res-post-norm", "qk-norm", "gated"]
+PLACED = [
+    "eva", "eva02", "eva-post-norm", "dinov3", "rope-mixed", "rope-qk-norm-few-keys", "beit", "beit-shared-bias",
+    "beit-both-biases",
+]  # fmt: skip
+PLACED = [family for family in PLACED if family in FAMILIES]  # an older timm has fewer
+LEAVING = [family for family in FAMILIES if not family.startswith("naflex")]
 NO_PREFIX = ["vit-avg-pool", "siglip", "res-post-norm"]
 NARROW = {
     family: dict(embed_dim=96, num_heads=3) for family in ("clip", "siglip", "dinov2", "dinov2-registers", "deit3")
@@ -64,6 +73,24 @@ def close(found, expected, tolerance=1e-4):
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
+def first_input(dense, image):
+    """What the first block is given, the rotary embedding of each block (or None), and the bias that blocks share."""
+    h = dense.patch_embed(image)
+    if isinstance(dense, Beit):
+        h = torch.cat([dense.cls_token, h], 1)
+        h = h if dense.pos_embed is None else h + dense.pos_embed
+        return h, [None] * len(dense.blocks), 0 if dense.rel_pos_bias is None else dense.rel_pos_bias()
+    h, rope = dense._pos_embed(h), None
+    if isinstance(dense, Eva):
+        h, rope = h
+    own = rope is not None and rope.ndim > 2
+    return dense.norm_pre(h), list(rope) if own else [rope] * len(dense.blocks), 0
+
+
+def times(gamma, x):
+    return x if gamma is None else gamma * x
+
+
 def by_hand(dense, x, way, shares):
     """Timm's own blocks, one image at a time, where nothing is gathered: what left is a masked key.
 
@@ -73,22 +100,29 @@ def by_hand(dense, x, way, shares):
     P, left, whole = dense.num_prefix_tokens, [], []
     rows = 0 if dense.cls_token is None else 2 if hasattr(dense, "dist_token") else 1
     for image in x.split(1):
-        h = dense.norm_pre(dense._pos_embed(dense.patch_embed(image)))
+        h, ropes, shared = first_input(dense, image)
         N = h.shape[1]
         present, owner, last, size = list(range(N - P)), list(range(N - P)), h[0, P:].clone(), torch.ones(N)
-        for block, share in zip(dense.blocks, shares, strict=True):
-            post, before = isinstance(block, ResPostBlock), h[0].clone()
+        for block, share, rope in zip(dense.blocks, shares, ropes, strict=True):
+            post, before = isinstance(block, ResPostBlock | EvaBlockPostNorm), h[0].clone()
+            scaled = [getattr(block, f"ls{i}", None) or functools.partial(times, getattr(block, f"gamma_{i}", None))
+                      for i in (1, 2)]  # fmt: skip
             seen = torch.cat([torch.arange(P), torch.tensor(present, dtype=torch.int64) + P])
             mask = torch.full((N,), -torch.inf).index_put((seen,), size[seen].log())
             a = h if post else block.norm1(h)
-            out = block.attn(a, attn_mask=mask.view(1, 1, 1, N))
-            h = h + (block.norm1(out) if post else block.ls1(out))
+            mask, bias = mask.expand(block.attn.num_heads, N, N), torch.zeros(())
+            if isinstance(block, BeitBlock):
+                bias = (0 if block.attn.window_size is None else block.attn._get_rel_pos_bias()[0]) + shared
+                out = block.attn(a, shared_rel_pos_bias=mask + shared)
+            else:
+                out = block.attn(a, attn_mask=mask, **({} if rope is None else {"rope": rope}))
+            h = h + (block.norm1(out) if post else scaled[0](out))
             if share is not None:
                 m = min(len(present), math.ceil(share * (N - P) - 1e-9))
-                q, k, _ = block.attn.qkv(a).view(N, 3, block.attn.num_heads, -1).unbind(1)
-                q, k = block.attn.q_norm(q), block.attn.k_norm(k)
+                q, k = (t[0].transpose(0, 1) for t in projection.heads(block.attn, a, rope)[:2])  # (N, H, d)
                 asking = q[:rows] if rows else q[seen].mean(0, keepdim=True)
-                logits = torch.einsum("ihd,jhd->hij", asking, k) * q.shape[-1] ** -0.5 + mask
+                logits = torch.einsum("ihd,jhd->hij", asking, k) * q.shape[-1] ** -0.5 + mask[:, : len(asking)]
+                logits = logits + (bias[:, : len(asking)] if bias.ndim else 0)
                 I = logits.softmax(-1).mean((0, 1))[P:][present]
                 patch = h[0, P:][present]
                 if m == 0:
@@ -111,7 +145,7 @@ def by_hand(dense, x, way, shares):
                         if owner[p] is None:
                             last[p] = before[P + slot] if m == 0 else patch[present.index(slot)]
                 present = [present[j] for j in keep]
-            h = h + (block.norm2(block.mlp(h)) if post else block.ls2(block.mlp(block.norm2(h))))
+            h = h + (block.norm2(block.mlp(h)) if post else scaled[1](block.mlp(block.norm2(h))))
         left.append(torch.cat([h[0, :P], h[0, P:][present]]))
         whole.append(
             torch.cat([h[0, :P], *(last[p : p + 1] if s is None else h[0, P + s, None] for p, s in enumerate(owner))])
@@ -129,8 +163,7 @@ RATES = [
 ] + [(f, (0.6, 0.5, 1.0)) for f in ("deit", "siglip")]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family,way", ways_of(WAYS))
 def test_keep_one_and_token_keep_one_equal_dense(family, way):
     """Through importance, matching or ranking, means, sizes, places and the sparse op with b = N: no short-cut."""
     dense = host(family)
@@ -156,6 +189,26 @@ def test_dense_attention_over_the_tokens_left_is_masked_attention(family, way, t
         close(model.forward_features(x, full_grid=True), whole)
         close(model(x), dense.forward_head(whole if way == "merge" and family in NO_PREFIX else left))
         assert (model(x) - dense(x)).abs().max() > 1e-4  # tokens really leave
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "family,tokens", [(f, 0.5) for f in PLACED] + [("beit", (0.6, 0.0)), ("rope-mixed", (0.0, 0.5))]
+)
+def test_rope_and_biases_are_those_of_the_places_that_stay(family, way, tokens):
+    """A merged token has the place of the one that the others went into."""
+    dense = host(family)
+    model, x = reduced(dense, way, tokens), images(dense, 3)
+    with torch.no_grad():
+        left, whole = (dense.norm(t) for t in by_hand(dense, x, way, Tokens(keep=tokens, stages=(1, 2)).shares(2)))
+        close(model.forward_features(x, full_grid=False), left)
+        close(model.forward_features(x, full_grid=True), whole)
+        assert (model(x) - dense(x)).abs().max() > 1e-4  # tokens really leave
+
+
+def test_tokens_do_not_leave_a_naflexvit():
+    with pytest.raises(UsageError, match="NaFlexVit.*without --token-keep"):
+        reduced(host("naflexvit"))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -187,10 +240,11 @@ def test_merging_equal_patches_loses_nothing():
 
 
 @pytest.mark.parametrize("keep", ["dense", 0.3])
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in NO_PREFIX])
+@pytest.mark.parametrize("family", [f for f in LEAVING if f not in (*NO_PREFIX, "perception-encoder")])
 def test_rate_0_at_the_last_block_changes_nothing_that_a_class_token_reads(family, keep):
     dense = host(family)
-    assert dense.global_pool == "token"
+    if dense.global_pool != "token":
+        dense = build(family, global_pool="token", **NARROW.get(family, {}))
     model, x = reduced(dense, "merge", (1.0, 0.0), keep=keep), images(dense)
     with torch.no_grad():
         logits = model(x)
@@ -505,7 +559,7 @@ def test_folding_does_not_change_which_tokens_merge():
         models[fold] = model = reduced(dense, "merge", 0.5, keep=0.5, rank=64, fold=fold)
         for module in graft.sparse_modules(model).values():
             assert module.predictor.folded is fold
-            graft.set_basis(module.qkv, module.predictor, basis, inverse)
+            graft.set_basis(module, module.predictor, basis, inverse)
     found, keys = {}, {}
     with torch.no_grad():
         for fold, model in models.items():

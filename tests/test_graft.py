@@ -150,8 +150,6 @@ def test_another_image_size_has_the_cells_that_a_conversion_at_that_size_has():
     [
         ("swin_tiny_patch4_window7_224", "WindowAttention"),
         ("vit_relpos_small_patch16_224", "RelPosAttention"),
-        ("eva02_tiny_patch14_224", "EvaAttention"),
-        ("beit_base_patch16_224", "Attention"),
         ("samvit_base_patch16", "Attention"),
         ("xcit_nano_12_p16_224", "Attention"),
         ("cait_xxs24_224", "Attn"),

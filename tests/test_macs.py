@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import families
 import pytest
 import timm
 import torch
@@ -34,6 +35,11 @@ FAMILIES = {
     "gate": ("vit_tiny_patch16_224", {"img_size": 64, "attention": {"gated": True, "qkv_bias": True}}),
     "attn-dim": ("vit_tiny_patch16_224", {"img_size": 64, "attention": {"attn_head_dim": 32}}),
 }
+PLACED = [
+    "eva", "eva02-clip", "eva-post-norm", "dinov3", "dinov3-qkv-bias", "perception-encoder", "rope-mixed",
+    "rope-qk-norm-few-keys", "beit", "beit-both-biases", "naflexvit", "naflexvit-rope",
+]  # fmt: skip
+PLACED = [family for family in PLACED if family in families.FAMILIES]  # an older timm has fewer
 CONFIGS = {
     "head-clusters": SparsityConfig(keep=0.2, rank=8),
     "head-unfolded-cells": SparsityConfig(keep=0.3, rank=4, fold=False, tail="cells", cells=(2, 2)),
@@ -209,6 +215,17 @@ def test_fvcore_equals_analytic(family, config):
         assert not counts.unsupported
         verify(family, counts, other)
         assert counts.total == other.total > 0
+        assert counts.mhsa == other.pairs + other.predictor + other.tail > 0
+
+
+@pytest.mark.parametrize("config", ["head-clusters", "token-mean"])
+@pytest.mark.parametrize("family", PLACED)
+def test_fvcore_equals_analytic_where_places_enter_the_attention(family, config):
+    model = families.build(family, patches=4)
+    graft.graft(model, CONFIGS[config])
+    for counts, other in both(model):
+        assert not counts.unsupported
+        verify(family, counts, other)
         assert counts.mhsa == other.pairs + other.predictor + other.tail > 0
 
 

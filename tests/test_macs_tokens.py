@@ -87,8 +87,7 @@ def test_both_counts_agree_for_every_tail(tail, attention, way):
     assert (counts.part("tail") > 0) == (tail["tail"] != "none")
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family,way", families.ways_of(WAYS))
 def test_both_counts_agree_for_every_family(family, way):
     model = families.build(family, patches=4, depth=3)
     last = 0.0 if graft.num_prefix_tokens(model) else 0.5

@@ -28,7 +28,7 @@ def sparse(family="deit", **more):
     graft.graft(model, SparsityConfig(**{"keep": 0.4, "rank": RANKS, "spread_rank": False, **more}))
     generator = torch.Generator().manual_seed(3)
     for module in graft.sparse_modules(model).values():
-        graft.set_basis(module.qkv, module.predictor, *rotations(generator, module.num_heads, module.head_dim))
+        graft.set_basis(module, module.predictor, *rotations(generator, module.num_heads, module.head_dim))
     return model
 
 

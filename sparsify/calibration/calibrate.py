@@ -22,7 +22,7 @@ from sparsify.calibration.lowrank import Moments
 from sparsify.calibration.ranks import allocate, candidates
 from sparsify.calibration.tokens import Ridge, pooling
 from sparsify.config import SparsityConfig
-from sparsify.nn import graft
+from sparsify.nn import graft, hosts, projection
 from sparsify.nn.attention import SparseAttention
 from sparsify.nn.observe import observe
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
@@ -70,8 +70,7 @@ def calibrate(
     Raises:
         UnsupportedModel, UsageError: see `graft.graft`; the model is as it was then.
     """
-    hosts = graft.check(model)
-    config.check(*graft.shape(hosts), graft.num_prefix_tokens(model))
+    graft.check_config(model, config)
     config = config.with_cells(graft.num_tokens(model))
     with torch.no_grad():
         if config.predictor == "head-lowrank":
@@ -92,10 +91,10 @@ def spends_ranks(config: SparsityConfig) -> bool:
 def _fit_head_lowrank(
     model: nn.Module, config: SparsityConfig, batches: Batches, progress: Progress, execution: Execution
 ) -> Calibration:
-    hosts = list(graft.check(model).values())
+    attentions = list(graft.check(model).values())
     prefix = graft.num_prefix_tokens(model)
-    moments = [Moments(host.num_heads, host.head_dim) for host in hosts]
-    if not any_sparse(config, len(hosts)):
+    moments = [Moments(projection.heads_of(host), projection.head_dim(host)) for host in attentions]
+    if not any_sparse(config, len(attentions)):
         graft.graft(model, config)
         return Calibration(model, config, 0)
     seen = observe(
@@ -108,7 +107,7 @@ def _fit_head_lowrank(
     graft.graft(model, config)
     for (t_q, t_k), module in zip(bases, graft.attention_modules(model).values(), strict=True):
         if isinstance(module, SparseAttention):
-            graft.set_basis(module.qkv, cast(HeadLowrank, module.predictor), t_q, t_k)
+            graft.set_basis(module, cast(HeadLowrank, module.predictor), t_q, t_k)
     return Calibration(model, config, seen)
 
 
@@ -117,25 +116,25 @@ def _spread(
     execution: Execution,
 ) -> tuple[tuple[int, ...], ...]:  # fmt: skip
     """One rank for each head of each block, their sum over the sparse blocks at most their heads times config.rank."""
-    hosts = graft.check(model)
-    depth, heads, head_dim = graft.shape(hosts)
+    attentions = list(graft.check(model).values())
+    depth, heads, head_dim = graft.shape(graft.check(model))
     mean_rank = cast(int, config.rank)
     prefix, grid = graft.num_prefix_tokens(model), graft.patch_grid(model)
     ranks = candidates(mean_rank, head_dim)
     error = torch.zeros(depth, heads, len(ranks), dtype=torch.float64)
     sparse = [i for i in range(depth) if config.keep_of(i) is not None]
-    attentions = list(hosts.values())
+    biases = [hosts.position_bias(model, host) for host in attentions]
 
     def compare(i: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         keep = config.keep_of(i)
         if keep is None:
             return
-        host, (t_q, t_k) = attentions[i], (t.to(q) for t in bases[i])
-        dense = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # (B, N, H, d)
+        bias, (t_q, t_k) = biases[i], (t.to(q) for t in bases[i])
+        dense = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)  # (B, N, H, d)
         q, k = q @ t_q, k @ t_k
         spec = Spec(budget(keep, q.shape[2]), prefix, config.tail, grid, config.cells_of(i), ())
-        path = resolve(execution.backend, q)
-        w = host.proj.weight.unflatten(1, (heads, -1))  # (C, H, d)
+        path = resolve(execution.backend, q, bias)
+        w = cast(nn.Linear, attentions[i].proj).weight.unflatten(1, (heads, -1))  # (C, H, d)
         gram = torch.einsum("chd,che->hde", w, w)
         for j, r in enumerate(ranks):
             out = ops.head_lowrank(
@@ -144,11 +143,11 @@ def _spread(
                 v,
                 None,
                 None,
-                None,
+                bias,
                 None,
                 None,
                 (r,) * heads,
-                host.head_dim**-0.5,
+                head_dim**-0.5,
                 spec,
                 path,
                 execution.precision,
@@ -186,13 +185,15 @@ def _weights(
 
 
 def _fit_token_lowrank(model: nn.Module, config: SparsityConfig, batches: Batches, progress: Progress) -> Calibration:
-    hosts = list(graft.check(model).values())
+    attentions = list(graft.check(model).values())
+    _, heads, head_dim = graft.shape(graft.check(model))
     prefix, grid = graft.num_prefix_tokens(model), graft.patch_grid(model)
     channels = config.token_lowrank.channels
-    moments = [Moments(host.num_heads, host.head_dim) for host in hosts] if channels else []
+    moments = [Moments(heads, head_dim) for _ in attentions] if channels else []
+    biases = [hosts.position_bias(model, host) for host in attentions]
     if moments:
         observe(model, _counted(batches(), "moments", progress), lambda i, q, k, v: moments[i].add(q, k, prefix))
-    predictors = [graft.new_predictor(model, host, config, i) for i, host in enumerate(hosts)]
+    predictors = [graft.new_predictor(model, host, config, i) for i, host in enumerate(attentions)]
     for i, predictor in enumerate(predictors):
         if not isinstance(predictor, TokenLowrank):
             continue
@@ -202,11 +203,11 @@ def _fit_token_lowrank(model: nn.Module, config: SparsityConfig, batches: Batche
             assert predictor.w_q is not None and predictor.w_k is not None
             predictor.w_q.copy_(t_q[0, :, :channels].T)
             predictor.w_k.copy_(t_k[0, :, :channels].T)
-    fits = {i: Ridge(p, hosts[i].num_heads) for i, p in enumerate(predictors) if isinstance(p, TokenLowrank)}
+    fits = {i: Ridge(p, heads) for i, p in enumerate(predictors) if isinstance(p, TokenLowrank)}
 
     def add(i: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         if i in fits:
-            fits[i].add(q, k, hosts[i].head_dim ** -0.5, prefix)
+            fits[i].add(q, k, head_dim**-0.5, prefix, biases[i])
 
     seen = observe(model, _counted(batches(), "attention", progress), add) if fits else 0
     for fit in fits.values():

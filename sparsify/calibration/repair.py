@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from sparsify.errors import UsageError
@@ -26,6 +26,7 @@ from sparsify.nn.tokens import Tokens
 from sparsify.recipe import Repair
 
 Progress = Callable[[str, int, int], None]
+LEAVE_OUT = "leave it out (--set repair=null)"
 
 
 @torch.no_grad()
@@ -76,8 +77,10 @@ def repair(
 
 def check(model: nn.Module) -> None:
     """Raise `UsageError` where the maps of `model` do not end in the residual stream."""
+    if not isinstance(model, VisionTransformer):
+        raise UsageError(f"repair: not for a {type(model).__name__}, only for a VisionTransformer; {LEAVE_OUT}")
     if not all(isinstance(block, Block) for block in cast(Any, model).blocks):
-        raise UsageError("repair: this model has norms behind its attention and MLP; leave it out (--set repair=null)")
+        raise UsageError(f"repair: this model has norms behind its attention and MLP; {LEAVE_OUT}")
 
 
 class Fit:

@@ -47,8 +47,8 @@ class Ridge:
         self.gram = torch.zeros(heads, r, r, dtype=torch.float64)
         self.cross = torch.zeros(heads, r, n, dtype=torch.float64)
 
-    def add(self, q: Tensor, k: Tensor, scale: float, prefix: int) -> None:
-        """Adds a batch: q, k [B, H, N, d]."""
+    def add(self, q: Tensor, k: Tensor, scale: float, prefix: int, bias: Tensor | None = None) -> None:
+        """Adds a batch: q, k [B, H, N, d]; bias of the logits, [1, H, N, N]."""
         p = self.predictor
         spec = Spec(
             1, prefix, "none", (1, 1), (1, 1),
@@ -56,7 +56,8 @@ class Ridge:
         )  # fmt: skip
         weights = (p.w_down, p.w_q, p.b_q, p.w_k, p.b_k)
         coef = reference.token_lowrank_coefficients(q, k, weights, p.coef_scale, spec)[:, :, prefix:]  # (B, H, n, r)
-        attention = ((q[:, :, prefix:] @ k.mT) * scale).softmax(-1)  # (B, H, n, N)
+        logits = (q[:, :, prefix:] @ k.mT) * scale  # (B, H, n, N)
+        attention = (logits if bias is None else logits + bias[:, :, prefix:]).softmax(-1)
         self.gram += torch.einsum("bhnr,bhns->hrs", coef, coef).double().cpu()
         self.cross += torch.einsum("bhnr,bhnm->hrm", coef, attention).double().cpu()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.finetune import losses
-from sparsify.nn import graft
+from sparsify.nn import graft, hosts
 from sparsify.nn.attention import SparseAttention
-from sparsify.nn.fewer import FewerTokens
-from sparsify.nn.observe import heads, hosts
+from sparsify.nn.fewer import TokensLeave
+from sparsify.nn.observe import watching
 from sparsify.nn.predictor import Reconstruction, TokenLowrank
 from sparsify.nn.tokens import Tokens
 from sparsify.stage import Losses, Stage
@@ -114,8 +115,9 @@ class Lesson(nn.Module):
         for i, q, k in own.pairs:
             module = modules[i]
             if isinstance(module, SparseAttention):
-                true = true_attention(*targets[i], module.scale, module.sparsity.prefix)
-                estimate = module.predictor.reconstruct(q, k, module.scale, form)[:, :, module.sparsity.prefix :]
+                bias = hosts.position_bias(self.student, module)
+                true = true_attention(*targets[i], module.scale, module.sparsity.prefix, bias)
+                estimate = module.predictor.reconstruct(q, k, module.scale, form, bias)[:, :, module.sparsity.prefix :]
                 found.append(losses.attention(estimate, true, wanted.attention_form, wanted.reference_batch))
         return torch.stack(found).mean()
 
@@ -126,27 +128,30 @@ class Lesson(nn.Module):
 
 
 @torch.no_grad()
-def true_attention(q: Tensor, k: Tensor, scale: float, prefix: int) -> Tensor:
-    """Dense attention of the patch queries: q, k [B, H, N, d] -> float32 [B, H, N - P, N], without a gradient."""
-    return ((q[:, :, prefix:].float() @ k.float().mT) * scale).softmax(-1)
+def true_attention(q: Tensor, k: Tensor, scale: float, prefix: int, bias: Tensor | None = None) -> Tensor:
+    """Dense attention of the patch queries: q, k [B, H, N, d], bias of the logits [1, H, N, N] or None -> float32
+    [B, H, N - P, N], without a gradient."""
+    logits = (q[:, :, prefix:].float() @ k.float().mT) * scale
+    return (logits if bias is None else logits + bias[:, :, prefix:].float()).softmax(-1)
 
 
 def _listen(model: nn.Module, x: Tensor, wanted: Losses, pairs: bool) -> tuple[Said, Tokens | None]:
     """What `model` says of x, as far as the losses want to know it, and what is known of its tokens where they leave.
 
-    The hooks compute nothing: they are gone when gradient checkpointing computes a block again.
+    What listens computes nothing: it is gone when gradient checkpointing computes a block again.
     """
     outputs: dict[int, Any] = {}  # of the blocks
-    projected: dict[int, Tensor] = {}  # of qkv, by block
-    prefix, attention = graft.num_prefix_tokens(model), hosts(model) if pairs else []
-    hooks = [_keep(host.qkv, i, projected) for i, host in enumerate(attention)]
-    hooks += [_keep(block, i, outputs) for i, block in enumerate(cast(Any, model).blocks)] if wanted.features else []
+    heads: dict[int, tuple[Tensor, Tensor]] = {}  # q and k, by block
+    prefix = graft.num_prefix_tokens(model)
+    hooks = [_keep(block, i, outputs) for i, block in enumerate(cast(Any, model).blocks)] if wanted.features else []
+    listening = watching(model, lambda i, q, k, v: heads.update({i: (q, k)})) if pairs else contextlib.nullcontext()
     try:
-        features, own, tokens = _run(model, x)
+        with listening:
+            features, own, tokens = _run(model, x)
     finally:
         for hook in hooks:
             hook.remove()
-    seen = ((i, *heads(attention[i], out)[:2]) for i, out in projected.items())
+    seen = ((i, q, k) for i, (q, k) in heads.items())
     blocks = (_whole(out, prefix) for out in outputs.values())
     logits = None
     if wanted.classification or wanted.logits:
@@ -158,7 +163,7 @@ def _listen(model: nn.Module, x: Tensor, wanted: Losses, pairs: bool) -> tuple[S
 def _run(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tokens | None]:
     """Normed tokens on the full grid, those that the model's own head reads, and what is known of them."""
     host = cast(Any, model)
-    if not isinstance(model, FewerTokens):
+    if not isinstance(model, TokensLeave):
         features = host.forward_features(x)
         return features, features, None
     z, tokens = model.forward_tokens(x, True)

@@ -1,18 +1,19 @@
-"""Attention in the place of timm's `Attention`: same parameters, same names. Sparse with a `predictor`, or dense.
+"""Attention in the place of a host's: same parameters, same names. Sparse with a `predictor`, or dense.
 
 Both know tokens that have left or were merged (`sparsify.nn.tokens`), which timm's own does not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from timm.layers import Attention
 from torch import Tensor, nn
 
 from sparsify import ops
 from sparsify.config import grid_of, growth
+from sparsify.nn import projection
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
 from sparsify.nn.tokens import Tokens
 from sparsify.ops import auto, backends, tails
@@ -39,75 +40,114 @@ class Sparsity:
 
 
 class GraftedAttention(nn.Module):
-    """The frame of timm's `Attention`: q, k, v = qkv(x); attention; proj. How queries meet keys is the subclass's.
+    """The frame of timm's attention classes: q, k, v of x; attention; proj. How queries meet keys is the subclass's.
 
-    Takes over the host's submodules (qkv, q_norm, k_norm, gate, norm, proj, dropouts), so state dict keys stay timm's.
+    Takes over everything that the host has (parameters, buffers, submodules, constants), so state dict keys stay timm's;
+    what differs between the hosts is `sparsify.nn.projection`'s.
+
+    Args:
+        host: of a class of `projection.UNDERSTOOD`, or a grafted attention.
+        rotary: the host's model passes a rotary embedding.
 
     Attributes:
         execution: backend, precision and whether dense attention may stand in; `graft.set_execution` sets it.
+        watch: called with q, k, v of every pass; set by `observe.watching` for as long as it lasts.
     """
 
-    def __init__(self, host: Attention) -> None:
+    proj: nn.Linear
+    attn_drop: nn.Dropout
+    OWN = ("predictor", "sparsity", "execution", "watch", "host_class", "rotary")
+
+    def __init__(self, host: nn.Module, rotary: bool = False) -> None:
         super().__init__()
-        self.num_heads, self.head_dim, self.attn_dim = host.num_heads, host.head_dim, host.attn_dim
-        self.scale = host.head_dim**-0.5  # scaled_dot_product_attention's, which the host uses
-        self.qkv, self.q_norm, self.k_norm = host.qkv, host.q_norm, host.k_norm
-        self.attn_drop, self.norm, self.gate = host.attn_drop, host.norm, host.gate
-        self.proj, self.proj_drop = host.proj, host.proj_drop
+        self.host_class: type[nn.Module] = type(host)
+        self.rotary = rotary
+        if isinstance(host, GraftedAttention):
+            self.host_class, self.rotary = host.host_class, host.rotary
         self.execution = Execution()
+        self.watch: Callable[[Tensor, Tensor, Tensor], None] | None = None
+        _hand_over(host, self, self.OWN)
+        self.num_heads, self.head_dim = projection.heads_of(host), projection.head_dim(host)
+        self.scale = self.head_dim**-0.5  # scaled_dot_product_attention's, which the host uses
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: Tokens | None) -> Tensor:
         """[B, H, N, d] x 3 -> [B, N, H*d]."""
         raise NotImplementedError
 
-    def qkv_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised queries, keys and values of x [B, N, C]: [B, H, N, d] each, one dtype."""
-        B, N, _ = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim)
-        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # one copy in the backward; a permutation makes it two
-        q, k = self.q_norm(q), self.k_norm(k)
-        return q.to(v.dtype), k.to(v.dtype), v  # q/k norms of some hosts return float32
+    def qkv_heads(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x [B, N, C] as their product meets them: [B, H, N, d] each, one dtype."""
+        if rope is not None and not self.rotary:
+            raise ValueError("this attention was grafted for a model without rotary embedding: it takes none")
+        q, k, v = projection.heads(self, x, rope)
+        if self.watch is not None:
+            self.watch(q, k, v)
+        return q, k, v
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """x [B, N, C] -> [B, N, C]. attn_mask: bool (True: may attend) or additive, broadcastable to [B, H, N, N]."""
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None,
+        shared_rel_pos_bias: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x [B, N, C] -> [B, N, C].
+
+        Args:
+            attn_mask: bool (True: may attend) or additive, broadcastable to [B, H, N, N].
+            rope: see `projection.heads`.
+            shared_rel_pos_bias: added to the logits, [1, H, N, N], with the module's own bias where it has one.
+        """
         if is_causal:
             attn_mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-        return self.close(self.attend(*self.qkv_heads(x), attn_mask, None), x)
+        bias = projection.position_bias(self, shared_rel_pos_bias)
+        q, k, v = self.qkv_heads(x, rope)
+        return self.close(self.attend(q, k, v, joined(attn_mask, bias), None), x)
 
     def close(self, out: Tensor, x: Tensor) -> Tensor:
-        """What follows the attention, for rows x [B, N, C] of the input: gate, norm and projection of out [B, N, H*d]."""
-        out = self.norm(out)
-        if self.gate is not None:
-            out = out * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(out))
+        """What follows the attention, for rows x [B, N, C] of the input: norm, gate and projection of out [B, N, H*d]."""
+        return projection.close(self, out, x)
 
-    def prefix_rows(self, x: Tensor, prefix: int, tokens: Tokens) -> Tensor:
-        """The rows of the P prefix tokens alone, which attend to all keys: x [B, N, C] -> [B, P, C]."""
+    def prefix_rows(
+        self, x: Tensor, prefix: int, tokens: Tokens, rope: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """The rows of the P prefix tokens alone, which attend to all keys: x [B, N, C] -> [B, P, C]; bias [B, H, N, N]."""
         self._refuse_dropout()
-        B, N, _ = x.shape
-        H, d, rows = self.num_heads, self.head_dim, x[:, :prefix]
-        weight, bias = self.qkv.weight, self.qkv.bias
-        q = nn.functional.linear(rows, weight[: H * d], None if bias is None else bias[: H * d])
-        kv = nn.functional.linear(x, weight[H * d :], None if bias is None else bias[H * d :])
-        q = self.q_norm(q.reshape(B, prefix, H, d).transpose(1, 2))  # (B, H, P, d)
-        k, v = kv.reshape(B, N, 2, H, d).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, d)
-        k = self.k_norm(k)
-        out = ops.dense("sdpa", q.to(v.dtype), k.to(v.dtype), v, None, self.scale, "input", tokens.size)
-        return self.close(out, rows)
+        q, k, v = projection.prefix_heads(self, x, prefix, rope)
+        bias = None if bias is None else bias[:, :, :prefix]
+        out = ops.dense("sdpa", q, k, v, bias, self.scale, "input", tokens.size)
+        return self.close(out, x[:, :prefix])
 
     def _refuse_dropout(self) -> None:
         if self.training and self.attn_drop.p > 0:
             raise NotImplementedError("attention dropout is not defined for grafted attention: set attn_drop_rate=0")
 
-    def dense(self) -> Attention:
-        """The host again: timm's `Attention` over the same parameters."""
-        with torch.device("meta"):
-            host = Attention(
-                self.qkv.in_features, self.num_heads, attn_head_dim=self.head_dim, dim_out=self.proj.out_features
-            )
-        for name in ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"):
-            setattr(host, name, getattr(self, name))
+    def dense(self) -> nn.Module:
+        """The host again: timm's own class over the same parameters."""
+        host = self.host_class.__new__(self.host_class)
+        nn.Module.__init__(host)
+        _hand_over(self, host, self.OWN)
         return host.train(self.training)
+
+    def take(self, host: nn.Module) -> None:
+        """What the host has become (another image size), in place; the rest stays."""
+        _hand_over(host, self, self.OWN)
+
+
+def joined(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """A mask (bool or additive) and a bias of the logits as one additive mask."""
+    if mask is None or bias is None:
+        return bias if mask is None else mask
+    return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else mask + bias
+
+
+def _hand_over(host: nn.Module, to: nn.Module, leave: tuple[str, ...]) -> None:
+    """Parameters, buffers, submodules and constants of `host`, shared with `to`, under the same names."""
+    for name, parameter in host._parameters.items():
+        to.register_parameter(name, parameter)
+    for name, buffer in host._buffers.items():
+        to.register_buffer(name, buffer, persistent=name not in host._non_persistent_buffers_set)
+    for name, module in host._modules.items():
+        if name not in leave:
+            to.register_module(name, module)
+    plain = {k: v for k, v in host.__dict__.items() if not k.startswith("_") and k not in (*leave, "training")}
+    to.__dict__.update(plain)
 
 
 class DenseAttention(GraftedAttention):
@@ -132,19 +172,17 @@ class SparseAttention(GraftedAttention):
         q, k, v = qkv(x);  out_i = sum over the b keys of i with the highest predicted score, and the tail;  proj(out)
 
     Args:
-        host: the dense attention.
+        host, rotary: see `GraftedAttention`.
         predictor: see `sparsify.nn.predictor`.
         sparsity: keep share, prefix tokens, tail.
     """
 
-    def __init__(self, host: Attention, predictor: HeadLowrank | TokenLowrank, sparsity: Sparsity) -> None:
-        super().__init__(host)
+    def __init__(
+        self, host: nn.Module, predictor: HeadLowrank | TokenLowrank, sparsity: Sparsity, rotary: bool = False
+    ) -> None:
+        super().__init__(host, rotary)
         self.sparsity = sparsity
         self.predictor = predictor
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """x [B, N, C] -> [B, N, C]; see `GraftedAttention.forward`."""
-        return super().forward(x, attn_mask, is_causal)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: Tokens | None) -> Tensor:
         """[B, H, N, d] x 3 -> [B, N, H*d], by the path that `execution` leads to."""

@@ -1,4 +1,4 @@
-"""timm's blocks and models where tokens leave on the way: what is known of the tokens travels beside them.
+"""timm's models where tokens leave on the way: what is known of the tokens travels beside them.
 
 `install` turns a model's own blocks and the model itself into the subclasses below, in place: parameters, names and
 everything else stay timm's. `remove` turns them back.
@@ -10,84 +10,24 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
+from timm.layers import PatchEmbed
 from timm.models._features import feature_take_indices
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparsify.nn.attention import GraftedAttention
-from sparsify.nn.tokens import Stage, Tokens, importance
+from sparsify.errors import UsageError
+from sparsify.nn import blocks as blocks_
+from sparsify.nn.blocks import AnyTokenBlock
+from sparsify.nn.hosts import ranking_rows
+from sparsify.nn.tokens import Stage, Tokens
 
 
-class _TokenBlock(nn.Module):
-    """A block that takes and gives `Tokens`; its stage, if it has one, stands between attention and MLP.
-
-    Attributes:
-        stage: or None.
-        prefix: P; ranking_rows: see `importance`.
-    """
-
-    attn: GraftedAttention
-    stage: Stage | None
-    prefix: int
-    ranking_rows: int
-
-    def before(self, x: Tensor) -> Tensor:
-        """The attention's input."""
-        raise NotImplementedError
-
-    def added(self, out: Tensor) -> Tensor:
-        """What is added to the residual stream, of the attention's output."""
-        raise NotImplementedError
-
-    def after(self, x: Tensor) -> Tensor:
-        """x [B, N, C] with what the MLP adds."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
-        """x [B, N, C] -> [B, N or fewer, C], and what is known of them."""
-        P, h, stage = self.prefix, self.before(x), self.stage
-        if stage is not None and stage.count(x.shape[1] - P, tokens.patches) == 0:  # nobody reads the patch rows
-            out = self.added(self.attn.prefix_rows(h, P, tokens))
-            x, tokens = stage.drop_all(x, tokens)
-            return self.after(x + out), tokens
-        q, k, v = self.attn.qkv_heads(h)
-        x = x + self.added(self.attn.close(self.attn.attend(q, k, v, None, tokens), h))
-        if stage is not None:
-            given = importance(q, k, self.attn.scale, tokens.size, self.ranking_rows, P)  # (B, n)
-            x, tokens = stage(x, given, tokens)
-        return self.after(x), tokens
-
-
-class TokenBlock(_TokenBlock, Block):  # type: ignore[misc]
-    """timm's `Block`, its norms before attention and MLP."""
-
-    def before(self, x: Tensor) -> Tensor:
-        return self.norm1(x)
-
-    def added(self, out: Tensor) -> Tensor:
-        return self.drop_path1(self.ls1(out))
-
-    def after(self, x: Tensor) -> Tensor:
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-
-
-class TokenResPostBlock(_TokenBlock, ResPostBlock):  # type: ignore[misc]
-    """timm's `ResPostBlock`, its norms behind attention and MLP."""
-
-    def before(self, x: Tensor) -> Tensor:
-        return x
-
-    def added(self, out: Tensor) -> Tensor:
-        return self.drop_path1(self.norm1(out))
-
-    def after(self, x: Tensor) -> Tensor:
-        return x + self.drop_path2(self.norm2(self.mlp(x)))
-
-
-class FewerTokens(VisionTransformer):
-    """A VisionTransformer of `TokenBlock`s.
+class TokensLeave(nn.Module):
+    """A model of blocks that take and give `Tokens`: what timm's models are made of, with `Tokens` beside x.
 
     Attributes:
         merging, emptied: tokens merge somewhere; a stage lets all patch tokens leave.
@@ -97,11 +37,22 @@ class FewerTokens(VisionTransformer):
     merging: bool
     emptied: bool
     follow: bool
+    blocks: nn.Sequential
+    patch_embed: PatchEmbed
+    norm: nn.Module
+    num_prefix_tokens: int
+    num_classes: int
+    grad_checkpointing: bool
+
+    @property
+    def pools_token(self) -> bool:
+        """Whether the head reads the cls token."""
+        return bool(self.global_pool == "token")
 
     @property
     def reads_prefix(self) -> bool:
         """Whether nothing but a classifier over prefix tokens reads the output."""
-        pooled = self.num_prefix_tokens > 0 and self.global_pool == "token" and self.attn_pool is None
+        pooled = self.num_prefix_tokens > 0 and self.pools_token and getattr(self, "attn_pool", None) is None
         return pooled and self.num_classes > 0
 
     @property
@@ -135,7 +86,7 @@ class FewerTokens(VisionTransformer):
             full: keep track of where every patch went (`Tokens.owner`, `Tokens.seen`).
         """
         x, tokens = self.start(x, full)
-        for block in cast(Sequence[_TokenBlock], self.blocks):
+        for block in cast(Sequence[AnyTokenBlock], self.blocks):
             x, tokens = self.through(block, x, tokens)
         return x, tokens
 
@@ -149,10 +100,10 @@ class FewerTokens(VisionTransformer):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt '{output_fmt}': expected NCHW or NLC")
         taken, last = feature_take_indices(len(self.blocks), indices)
-        height, width = self.patch_embed.dynamic_feat_size(tuple(x.shape[-2:]))
+        height, width = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
         x, tokens = self.start(x, True)
         found: list[Tensor] = []
-        for i, block in enumerate(cast(Sequence[_TokenBlock], self.blocks)):
+        for i, block in enumerate(cast(Sequence[AnyTokenBlock], self.blocks)):
             if stop_early and i > last:
                 break
             x, tokens = self.through(block, x, tokens)
@@ -173,14 +124,18 @@ class FewerTokens(VisionTransformer):
 
     def start(self, x: Tensor, full: bool) -> tuple[Tensor, Tokens]:
         """Images [B, C, H, W] to the first block's input [B, P + n0, C]; `full`: the full grid will be asked for."""
-        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))  # (B, P + n0, C)
+        x, rope, bias = self.embedded(x)  # (B, P + n0, C)
         patch = x[:, self.num_prefix_tokens :]
         owner = None
         if full or self.follow:
             owner = torch.arange(patch.shape[1], device=x.device).expand(len(x), -1)  # (B, n0)
-        return x, Tokens(patch.shape[1], owner=owner, seen=patch if full else None)
+        return x, Tokens(patch.shape[1], owner=owner, seen=patch if full else None, rope=rope, bias=bias)
 
-    def through(self, block: _TokenBlock, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
+    def embedded(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Images [B, C, H, W] to the first block's input [B, P + n0, C], and `Tokens.rope` and `Tokens.bias`."""
+        raise NotImplementedError
+
+    def through(self, block: AnyTokenBlock, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
         """One block, with gradient checkpointing where it is on."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return cast(tuple[Tensor, Tokens], checkpoint(block, x, tokens, use_reentrant=False))
@@ -192,16 +147,55 @@ class FewerTokens(VisionTransformer):
         return torch.cat([x[:, :P], tokens.spread(x[:, P:])], 1)
 
 
+class FewerTokens(TokensLeave, VisionTransformer):  # type: ignore[misc]
+    """timm's `VisionTransformer`."""
+
+    def embedded(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x)))), None, None
+
+
 class FewerTokensDistilled(FewerTokens, VisionTransformerDistilled):
     """DeiT's model with a distillation token."""
 
 
-HOSTS: dict[type, type] = {
-    Block: TokenBlock,
-    ResPostBlock: TokenResPostBlock,
+class FewerTokensEva(TokensLeave, Eva):  # type: ignore[misc]
+    """timm's `Eva`."""
+
+    def embedded(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if self.training and self.patch_drop is not None:
+            raise NotImplementedError("patch dropout is not defined where tokens leave: set patch_drop_rate=0")
+        x, rope = self._pos_embed(self.patch_embed(x))
+        return self.norm_pre(x), rope, None
+
+
+class FewerTokensBeit(TokensLeave, Beit):  # type: ignore[misc]
+    """timm's `Beit`."""
+
+    @property
+    def pools_token(self) -> bool:
+        return self.global_pool not in ("", "avg")
+
+    def embedded(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x = self.patch_embed(x)
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), 1)
+        x = self.pos_drop(x if self.pos_embed is None else x + self.pos_embed)
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()  # ([1,] H, N, N)
+        return x, None, bias if bias is None or bias.ndim == 4 else bias.unsqueeze(0)
+
+
+MODELS: dict[type, type] = {
     VisionTransformer: FewerTokens,
     VisionTransformerDistilled: FewerTokensDistilled,
+    Eva: FewerTokensEva,
+    Beit: FewerTokensBeit,
 }
+HOSTS = blocks_.HOSTS | MODELS
+
+
+def check(model: nn.Module) -> None:
+    """Raise `UsageError` where tokens cannot leave `model`."""
+    if type(model) not in MODELS and not isinstance(model, TokensLeave):
+        raise UsageError(f"fewer tokens are not known for a {type(model).__name__}: convert without --token-keep")
 
 
 def install(model: nn.Module, way: str, shares: Sequence[float | None], follow: bool) -> None:
@@ -209,24 +203,23 @@ def install(model: nn.Module, way: str, shares: Sequence[float | None], follow: 
 
     Args:
         way, shares: of the stage of each block (`Stage`); None: a block without one.
-        follow: see `FewerTokens`.
+        follow: see `TokensLeave`.
+
+    Raises:
+        UsageError: see `check`.
     """
+    check(model)
     blocks = cast(Sequence[nn.Module], model.blocks)
     prefix = int(cast(int, model.num_prefix_tokens))
     rows = ranking_rows(model)
-    for block, share in zip(blocks, shares, strict=True):
+    for number, (block, share) in enumerate(zip(blocks, shares, strict=True)):
         block.__class__ = HOSTS[type(block)]
         token_block = cast(Any, block)
         token_block.stage = None if share is None else Stage(way, share, prefix)
-        token_block.prefix, token_block.ranking_rows = prefix, rows
+        token_block.number, token_block.prefix, token_block.ranking_rows = number, prefix, rows
     model.__class__ = HOSTS[type(model)]
     host = cast(Any, model)
     host.merging, host.emptied, host.follow = way == "merge", 0 in shares, follow
-
-
-def ranking_rows(model: nn.Module) -> int:
-    """Leading tokens whose attention ranks the others: cls and distillation; 0 where there is none (`importance`)."""
-    return 0 if getattr(model, "cls_token", None) is None else 1 + hasattr(model, "dist_token")
 
 
 def remove(model: nn.Module) -> None:
@@ -235,7 +228,7 @@ def remove(model: nn.Module) -> None:
     for module in [model, *cast(Sequence[nn.Module], model.blocks)]:
         if type(module) in own:
             module.__class__ = own[type(module)]
-            for name in ("stage", "prefix", "ranking_rows", "merging", "emptied", "follow"):
+            for name in ("stage", "number", "prefix", "ranking_rows", "merging", "emptied", "follow"):
                 if name in module._modules or name in module.__dict__:
                     delattr(module, name)
 
@@ -248,6 +241,14 @@ def stages(model: nn.Module) -> Iterator[tuple[int, Stage]]:
             yield i, stage
 
 
+def token_blocks(model: nn.Module) -> dict[str, AnyTokenBlock]:
+    """The blocks of a model that take and give `Tokens`, by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AnyTokenBlock)}
+
+
 def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
         raise NotImplementedError("attention masks are not defined where tokens leave: convert without --token-keep")
+
+
+__all__ = ["HOSTS", "TokensLeave", "check", "install", "ranking_rows", "remove", "stages", "token_blocks"]

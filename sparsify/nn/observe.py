@@ -4,27 +4,43 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
-from timm.layers import Attention
 from torch import Tensor, nn
 
 from sparsify.nn import graft
-from sparsify.nn.attention import GraftedAttention
+from sparsify.nn.attention import DenseAttention, GraftedAttention
+from sparsify.nn.hosts import rotary
+from sparsify.ops.spec import Execution
 
 Consumer = Callable[[int, Tensor, Tensor, Tensor], None]
-"""Called with block, q, k, v; [B, H, N, d] each, after q/k normalisation."""
+"""Called with block, q, k, v; [B, H, N, d] each, as their product meets them (norms and rotations done)."""
 
 
 @contextlib.contextmanager
 def watching(model: nn.Module, consume: Consumer) -> Iterator[None]:
-    """Inside, every forward pass of `model` hands each block's q, k, v to `consume`, with their gradients."""
-    handles = [host.qkv.register_forward_hook(_hook(i, host, consume)) for i, host in enumerate(hosts(model))]
+    """Inside, every forward pass of `model` hands each block's q, k, v to `consume`, with their gradients.
+
+    A dense model has our dense attention over the same parameters in the place of timm's for as long.
+    """
+    watched: dict[str, GraftedAttention] = graft.attention_modules(model)
+    hosts: dict[str, nn.Module] = {}
+    if not watched:
+        hosts = graft.check(model)
+        watched = {name: DenseAttention(host, rotary(model)).train(host.training) for name, host in hosts.items()}
+        for name, module in watched.items():
+            module.execution = Execution("reference")  # torch's own attention, as the host has it
+            model.set_submodule(name, module)
+    for i, module in enumerate(watched.values()):
+        module.watch = partial(consume, i)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for module in watched.values():
+            module.watch = None
+        for name, host in hosts.items():
+            model.set_submodule(name, host)
 
 
 @torch.inference_mode()
@@ -40,24 +56,3 @@ def observe(model: nn.Module, batches: Iterable[Tensor], consume: Consumer) -> i
             model(x)
             seen += x.shape[0]
     return seen
-
-
-def hosts(model: nn.Module) -> list[Attention | GraftedAttention]:
-    """The attention of each block, dense or grafted."""
-    return [*graft.attention_modules(model).values()] or [*graft.check(model).values()]
-
-
-def heads(host: Attention | GraftedAttention, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [B, H, N, d] each, after q/k normalisation, of what `qkv` gives, [B, N, 3*H*d]."""
-    B, N, _ = out.shape
-    q, k, v = out.reshape(B, N, 3, host.num_heads, host.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-    return host.q_norm(q), host.k_norm(k), v
-
-
-def _hook(
-    block: int, host: Attention | GraftedAttention, consume: Consumer
-) -> Callable[[nn.Module, tuple, Tensor], None]:
-    def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
-        consume(block, *heads(host, out))
-
-    return hook

@@ -60,10 +60,14 @@ class HeadLowrank(nn.Module):
             q, k, v, self.a_q, self.a_k, mask, size, place, self.ranks, scale, spec, backend, precision
         )
 
-    def reconstruct(self, q: Tensor, k: Tensor, scale: float, form: Reconstruction) -> Tensor:
-        """The attention that the scores stand for, softmax(scores scale): q, k [B, H, N, d] -> float32 [B, H, N, N]."""
+    def reconstruct(
+        self, q: Tensor, k: Tensor, scale: float, form: Reconstruction, bias: Tensor | None = None
+    ) -> Tensor:
+        """The attention that the scores stand for, softmax(scores scale + bias): q, k [B, H, N, d], bias of the logits
+        [1, H, N, N] or None -> float32 [B, H, N, N]."""
         row, col = reference.head_lowrank_scores(q.float(), k.float(), self.a_q, self.a_k, self.ranks)
-        return ((row @ col.mT) * scale).softmax(-1)
+        logits = (row @ col.mT) * scale
+        return (logits if bias is None else logits + bias.float()).softmax(-1)
 
     def spec(self, scale: float, budget: int, shape: TailShape) -> Spec:
         """The constants of a call."""
@@ -176,10 +180,12 @@ class TokenLowrank(nn.Module):
         total = total.scatter_add(3, owner[:, None, None].expand(*w.shape[:3], -1), w[..., self.prefix :])
         return torch.cat([w[..., : self.prefix], total], 3)
 
-    def reconstruct(self, q: Tensor, k: Tensor, scale: float, form: Reconstruction) -> Tensor:
+    def reconstruct(
+        self, q: Tensor, k: Tensor, scale: float, form: Reconstruction, bias: Tensor | None = None
+    ) -> Tensor:
         """The attention that the predictor writes as coefficients times basis: q, k [B, H, N, d] -> float32 [B, H, N, N].
 
-        Not a distribution: nothing makes its rows positive or sum to 1.
+        Not a distribution: nothing makes its rows positive or sum to 1. A bias of the logits is in what it is fitted to.
         """
         spec = self.spec(scale, 1, (self.prefix, "none", (1, 1), (1, 1), ()))
         if form.all_coefficients:

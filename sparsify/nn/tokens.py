@@ -35,6 +35,8 @@ class Tokens(NamedTuple):
         owner: for every patch the token (counted without prefix) that it went into, int64 [B, n0], -1 where it was dropped;
             None: nobody asked for it, or nothing has left.
         seen: features of every patch when they were last seen, [B, n0, C]; None: nobody asked, or nothing has left.
+        rope: sines and cosines of all places, [n0, 2d]; [blocks, H, n0, 2d] where every block has its own; None: none.
+        bias: what the model adds to all logits by place, [1, H, P + n0, P + n0]; None: nothing.
     """
 
     patches: int
@@ -42,6 +44,27 @@ class Tokens(NamedTuple):
     place: Tensor | None = None
     owner: Tensor | None = None
     seen: Tensor | None = None
+    rope: Tensor | None = None
+    bias: Tensor | None = None
+
+    def rope_of(self, block: int) -> Tensor | None:
+        """The rotary embedding of a block's patch tokens where they stand: a merged one's is that of the token that the
+        others went into. [n0, 2d], or [H, n0, 2d]; [B, 1 or H, n, 2d] once tokens have left."""
+        rope = self.rope if self.rope is None or self.rope.ndim == 2 else self.rope[block]
+        if rope is None or self.place is None:
+            return rope
+        if rope.ndim == 2:
+            return rope[self.place].unsqueeze(1)
+        return rope[:, self.place].transpose(0, 1)
+
+    def bias_of(self, bias: Tensor | None, prefix: int) -> Tensor | None:
+        """Rows and columns of a bias [1, H, P + n0, P + n0] of the tokens present, [B, H, P + n, P + n]; places as for
+        `rope_of`."""
+        if bias is None or self.place is None:
+            return bias
+        first = torch.arange(prefix, device=self.place.device).expand(len(self.place), -1)
+        index = torch.cat([first, self.place + prefix], 1)  # (B, P + n)
+        return bias[0][:, index.unsqueeze(2), index.unsqueeze(1)].transpose(0, 1)
 
     def moved(self, patch: Tensor, keep: Tensor, group: Tensor) -> Tokens:
         """After a step from the patch tokens [B, n, C] to those `keep` [B, m]; group [B, n]: see `matching`."""
@@ -64,7 +87,9 @@ class Tokens(NamedTuple):
         return found if self.seen is None else torch.where(index < 0, self.seen, found)
 
 
-def importance(q: Tensor, k: Tensor, scale: float, size: Tensor | None, rows: int, prefix: int) -> Tensor:
+def importance(
+    q: Tensor, k: Tensor, scale: float, size: Tensor | None, rows: int, prefix: int, bias: Tensor | None = None
+) -> Tensor:
     """I: attention that each patch token is given, mean over heads: float32 [B, n], above 0.
 
     Args:
@@ -72,10 +97,13 @@ def importance(q: Tensor, k: Tensor, scale: float, size: Tensor | None, rows: in
         size: [B, N] or None; its logarithm is added to the logits.
         rows: leading rows whose attention counts (cls, distillation); 0: that of the mean query.
         prefix: P.
+        bias: of the logits, [1 or B, H, N, N]; its mean goes with the mean query.
     """
     q, k = q.detach().float(), k.detach().float()
     asking = q[:, :, :rows] if rows else q.mean(2, keepdim=True)  # (B, H, rows or 1, d)
     logits = _product(asking, k.mT) * scale  # (B, H, rows, N)
+    if bias is not None:
+        logits = logits + (bias[:, :, :rows] if rows else bias.mean(2, keepdim=True)).detach().float()
     if size is not None:
         logits = logits + size.log()[:, None, None]
     return logits.softmax(-1).mean((1, 2))[:, prefix:].clamp_min(TINY)
@@ -136,7 +164,7 @@ class Stage(nn.Module):
             owner = torch.full_like(owner, -1)
         size = None if tokens.size is None else tokens.size[:, : self.prefix]
         place = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
-        return x[:, : self.prefix], Tokens(tokens.patches, size, place, owner, seen)
+        return x[:, : self.prefix], tokens._replace(size=size, place=place, owner=owner, seen=seen)
 
     def extra_repr(self) -> str:
         return f"way={self.way}, share={self.share:.4g}"

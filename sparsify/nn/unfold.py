@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparsify.nn import graft
+from sparsify.nn import graft, projection
 from sparsify.nn.attention import SparseAttention
 from sparsify.nn.predictor import HeadLowrank
 
@@ -23,7 +23,7 @@ def unfold(model: nn.Module) -> None:
     for module in graft.sparse_modules(model).values():
         predictor = module.predictor
         if isinstance(predictor, HeadLowrank) and predictor.folded:
-            module.predictor = HeadLowrank(module.head_dim, predictor.ranks, False).to(module.qkv.weight)
+            module.predictor = HeadLowrank(module.head_dim, predictor.ranks, False).to(projection.weight(module))
 
 
 @torch.no_grad()
@@ -43,7 +43,8 @@ def fold(model: nn.Module) -> bool:
     """Folds the unfolded predictors of `model` into `qkv`, in place, where that is exact.
 
     Returns:
-        Whether all are folded now: False, with nothing changed, where q/k norms stand between or A_k' A_q is not I.
+        Whether all are folded now: False, with nothing changed, where something stands between projection and product, or
+        A_k' A_q is not I.
     """
     modules = [m for m in graft.sparse_modules(model).values() if isinstance(m.predictor, HeadLowrank)]
     modules = [m for m in modules if not m.predictor.folded]  # type: ignore[union-attr]
@@ -54,21 +55,21 @@ def fold(model: nn.Module) -> bool:
         assert isinstance(predictor, HeadLowrank) and predictor.a_q is not None and predictor.a_k is not None
         bases = [_basis(predictor.a_q[h, :, :r], predictor.a_k[h, :, :r]) for h, r in enumerate(predictor.ranks)]
         t_q = torch.stack(bases)  # (H, d, d)
-        graft.fold(module.qkv, t_q, torch.linalg.inv(t_q).mT)
+        projection.fold(module, t_q, torch.linalg.inv(t_q).mT)
         module.predictor = HeadLowrank(module.head_dim, predictor.ranks, True)
     return True
 
 
 def _unfolded(model: nn.Module) -> list[HeadLowrank]:
     modules = graft.sparse_modules(model).values()
-    found = [m.predictor for m in modules if graft.foldable(m)]  # type: ignore[arg-type]
+    found = [m.predictor for m in modules if graft.foldable(m)]
     return [p for p in found if isinstance(p, HeadLowrank) and not p.folded]
 
 
 def _foldable(module: SparseAttention) -> bool:
     predictor = module.predictor
     assert isinstance(predictor, HeadLowrank) and predictor.a_q is not None and predictor.a_k is not None
-    if not graft.foldable(module):  # type: ignore[arg-type]
+    if not graft.foldable(module):
         return False
     for h, r in enumerate(predictor.ranks):
         product = predictor.a_k[h, :, :r].double().mT @ predictor.a_q[h, :, :r].double()

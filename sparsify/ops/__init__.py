@@ -37,8 +37,9 @@ def head_lowrank_attention(
     Args:
         q, k, v: [B, H, N, d], any strides, one floating dtype.
         a_q, a_k: [H, d, r]; None where they are folded into `qkv` (the first r coordinates of q and k are the scores').
-        mask: bool (True: may attend) or additive, broadcastable to [B, H, N, N]. Masked keys are neither kept nor in
-            the tail; a row that may attend to nothing gives 0.
+        mask: bool (True: may attend) or additive, broadcastable to [B, H, N, N]. Keys that it hides (-1e4 or lower is
+            added) are neither kept nor in the tail; a row that may attend to nothing gives 0. What is added to the other
+            keys' logits counts in the ranking too (divided by scale).
         size: tokens that each key stands for, float32 [B, N], above 0; None: 1 each. log s_j is added to the logit, and
             log s_j / scale to the score, of key j; the tail counts and averages key j s_j times.
         place: patch of `grid` that each patch token stands on, int64 [B, N - P]; None: the grid in order. Cells and
@@ -74,8 +75,8 @@ def token_lowrank_attention(
         w_down: [r, N], W_down; [B, 1, r, N] where tokens differ by image.
         w_up: [1 or H, r, N], W_up, already thresholded; [B, 1 or H, r, N] where tokens differ by image.
         w_q, b_q, w_k, b_k: channel reduction [c, d] and [c], shared by the heads; None for none.
-        mask, size, place, scale, backend, precision: as `head_lowrank_attention`; but sizes are not added to the scores,
-            which predict what a token as a whole is given: they are in `w_up`.
+        mask, size, place, scale, backend, precision: as `head_lowrank_attention`; but sizes and finite entries of the mask
+            are not added to the scores, which predict what a token as a whole is given: they are in `w_up`.
         coef_scale: factor of q' K_down' before its softmax.
         coef_topk, coef_threshold, budget, prefix, tail, grid, cells, tile: see `Spec`.
 
@@ -215,7 +216,7 @@ def _head_reference(  # type: ignore[no-untyped-def]
     spec = _spec(budget, prefix, tail, grid, cells, tile)
     row, col = reference.head_lowrank_scores(q, k, a_q, a_k, ranks)  # (B, H, N, r) each
     shift = None if size is None else size.log() / scale
-    return reference.attend(q, k, v, row, col, col, mask, scale, spec, size, place, shift)
+    return reference.attend(q, k, v, row, col, col, mask, scale, spec, size, place, shift, 1 / scale)
 
 
 def _token_reference(  # type: ignore[no-untyped-def]

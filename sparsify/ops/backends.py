@@ -26,8 +26,13 @@ def not_built() -> str | None:
     return cpu.available()
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot compute tensors of that device and dtype, in one line; None: they can."""
+def unavailable(device: torch.device, dtype: torch.dtype, biased: bool = False) -> str | None:
+    """Why the kernels cannot compute tensors of that device and dtype, in one line; None: they can.
+
+    biased: something is added to the logits of every call.
+    """
+    if biased:
+        return "this model adds position biases to its logits, which the kernels do not take"
     if device.type != "cpu":
         return f"the kernels compute on cpu, not on {device.type}"
     if dtype not in KERNEL_DTYPES:
@@ -54,20 +59,20 @@ def training(backend: str, q: Tensor, mask: Tensor | None = None) -> str:
     return "masked" if B * H * N * N <= MOST_MASKED else "reference"
 
 
-def describe(backend: str, precision: str, device: torch.device, dtype: torch.dtype) -> str:
+def describe(backend: str, precision: str, device: torch.device, dtype: torch.dtype, biased: bool = False) -> str:
     """What `backend` comes to, for people: 'cpu (avx512bf16)', 'reference', 'reference (no compiler found)'."""
     if backend == "reference":
         return "reference"
-    reason = unavailable(device, dtype)
+    reason = unavailable(device, dtype, biased)
     if reason is not None:
         return f"reference ({reason})"
     stored = ", q, k and v in bfloat16" if precision == "bf16" and dtype == torch.float32 else ""
     return f"cpu ({cpu.isa()}{stored})"
 
 
-def note(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def note(backend: str, device: torch.device, dtype: torch.dtype, biased: bool = False) -> str:
     """One line for people where the kernels were hoped for and cannot be used; '' where there is nothing to say."""
-    reason = None if backend == "reference" else unavailable(device, dtype)
+    reason = None if backend == "reference" else unavailable(device, dtype, biased)
     return "" if reason is None else f"sparse attention is computed by the slow PyTorch reference: {reason}"
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from sparsify.ops import tails
 from sparsify.ops.spec import Spec
 
+HIDDEN = -1e4  # what is added to the logit of a key that may not be attended to is this or lower: e^HIDDEN is 0
 CHUNK = 1 << 24  # elements of one [B, H, rows, N] tensor: 64 MB in float32
 
 
@@ -116,12 +117,12 @@ def token_lowrank_coefficients(q: Tensor, k: Tensor, p: tuple[Tensor | None, ...
 def alive(mask: Tensor, q: Tensor) -> Tensor:
     """1 for keys that some query may attend to, else 0: [B, H, N], dtype of q."""
     B, H, N, _ = q.shape
-    return (_bias(mask, q.dtype) > -torch.inf).expand(B, H, N, N).any(-2).to(q.dtype)
+    return (_bias(mask, q.dtype) > HIDDEN).expand(B, H, N, N).any(-2).to(q.dtype)
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, row: Tensor, col: Tensor, f: Tensor, mask: Tensor | None, scale: float, spec: Spec,
-    size: Tensor | None = None, place: Tensor | None = None, shift: Tensor | None = None,
+    size: Tensor | None = None, place: Tensor | None = None, shift: Tensor | None = None, ranked: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Sparse attention with tail; the scores that rank the keys are row @ col'.
 
@@ -129,8 +130,10 @@ def attend(
         q, k, v: [B, H, N, d].
         row, col: [B, H, N, r] and [B, H, N, r] (head-lowrank), or coefficients [B, H, N, r] and W_up' [H, N, r].
         f: features of the keys for `clusters`, [B, H, N, *].
-        mask: bool (True: may attend) or additive, broadcastable to [B, H, N, N]; None for none.
+        mask: bool (True: may attend) or additive, broadcastable to [B, H, N, N]; None for none. Where it hides nothing it
+            is a bias: a dropped key counts e^bias times in its cell, whose mean is that of all rows.
         scale: factor of q.k, usually 1/sqrt(d).
+        ranked: factor of the mask in the scores; 0: only what it hides counts there.
         size: tokens that each key stands for, [B, N], above 0; its logarithm is added to the logits; None: 1 each.
         place: patch of `spec.grid` that each of the N - P patch tokens stands on, [B, N - P]; None: the grid's own
             order (`tails.patch_grid`).
@@ -149,7 +152,10 @@ def attend(
     if size is not None:
         size = size.to(q.dtype)[:, None]  # (B, 1, N)
         weight = size.expand(B, H, N) if weight is None else weight * size
-    ranking = bias if shift is None else shift.to(q.dtype)[:, None, None] + (0 if bias is None else bias)
+    ranking = None if bias is None else torch.where(bias > HIDDEN, bias * ranked, bias)
+    if shift is not None:
+        ranking = shift.to(q.dtype)[:, None, None] + (0 if ranking is None else ranking)
+    hides = bias is not None and bool((bias <= HIDDEN).any())
     grid = (spec.grid[0], spec.grid[1])
     if place is None:
         grid = tails.patch_grid(N - P, grid)
@@ -172,7 +178,7 @@ def attend(
             ranking_i = ranking if ranking is None or ranking.shape[2] == 1 else ranking[:, :, rows]
             kept = top_b(_biased(row[:, :, rows] @ col.mT, ranking_i), spec.budget)
         kept = kept | dense[:, None]  # prefix rows attend to every key
-        out.append(_rows(q[:, :, rows], k, v, kept, bias_i, size, a, scale))
+        out.append(_rows(q[:, :, rows], k, v, kept, bias_i, hides, size, a, scale))
     return torch.cat(out, dim=2).transpose(1, 2).reshape(B, N, H * d).to(dtype)
 
 
@@ -182,6 +188,7 @@ def _rows(
     v: Tensor,
     kept: Tensor,
     bias: Tensor | None,
+    hides: bool,
     size: Tensor | None,
     a: Tensor | None,
     scale: float,
@@ -198,14 +205,15 @@ def _rows(
         return (e / _nonzero(e.sum(-1, keepdim=True))) @ v
     m = int(a.max()) + 1
     member = torch.nn.functional.one_hot(a, m).to(q.dtype)  # (B, H, N, m)
-    if bias is None:
-        if size is not None:
-            member = member * size.unsqueeze(-1)
-        held = _nonzero(member.sum(-2, keepdim=True).mT)  # (B, H, m, 1)
-        k_mean, v_mean = member.mT @ k / held, member.mT @ v / held  # (B, H, m, d)
-        dropped = (~kept).to(q.dtype) @ member  # (B, H, rows, m)
+    if not hides:
+        sized = member if size is None else member * size.unsqueeze(-1)
+        held = _nonzero(sized.sum(-2, keepdim=True).mT)  # (B, H, m, 1)
+        k_mean, v_mean = sized.mT @ k / held, sized.mT @ v / held  # (B, H, m, d)
+        share, each = ((~kept).to(q.dtype), sized) if bias is None else (bias.exp().masked_fill(kept, 0), member)
+        dropped = share @ each  # (B, H, rows, m); a bias has the sizes in it
         tail_logits = (q @ k_mean.mT) * scale  # (B, H, rows, m)
     else:  # every row has its own cell means: over the keys it may attend to, weighted with e^bias
+        assert bias is not None
         share = bias.exp()  # (B, H, rows, N)
         held = (share @ member).clamp_min(torch.finfo(q.dtype).tiny)
         dropped = share.masked_fill(kept, 0) @ member
@@ -215,7 +223,7 @@ def _rows(
     top = top.masked_fill(top == -torch.inf, 0)
     e, t = (kept_logits - top).exp(), dropped * (tail_logits - top).exp()
     z = _nonzero(e.sum(-1, keepdim=True) + t.sum(-1, keepdim=True))
-    tail = t @ v_mean if bias is None else ((t / held) @ member.mT * share) @ v
+    tail = t @ v_mean if not hides else ((t / held) @ member.mT * share) @ v
     return (e @ v + tail) / z
 
 

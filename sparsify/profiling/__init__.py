@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsify import original
 from sparsify.errors import SparsifyError, UsageError
-from sparsify.nn import graft
+from sparsify.nn import graft, hosts
 from sparsify.ops import backends
 from sparsify.ops.auto import Chooser
 from sparsify.ops.machine import device_name
@@ -71,7 +71,7 @@ def profile(
     if count_as not in ACCOUNTINGS:
         raise UsageError(f"count as '{count_as}': expected one of {', '.join(ACCOUNTINGS)}")
     execution = Execution(backend, kernel_precision)
-    graft.check_execution(execution, place, kind)
+    graft.check_execution(execution, place, kind, hosts.biased(model))
     image = _image(model, img_size)
     if dense is not None:
         original.check(dense, model)
@@ -101,7 +101,7 @@ def profile(
         made = choices.taken(auto, images)
         models = {"sparse": sparse, "auto": auto}
         measured = _measure(models if beside is None else {"dense": beside, **models}, images, repeats, budget_s)
-        backend = backends.describe(backend, kernel_precision, place, kind)
+        backend = backends.describe(backend, kernel_precision, place, kind, hosts.biased(model))
         conditions |= _conditions(images, dtype, measured.sparse.runs)
     return Profile(
         macs_dense=dense_counts.total if dense_counts else None,
@@ -183,8 +183,7 @@ def _image(model: nn.Module, img_size: int | tuple[int, int] | None) -> tuple[in
     if img_size is None:
         return own
     image = macs.image_shape(model, (img_size, img_size) if isinstance(img_size, int) else img_size)
-    dynamic = bool(getattr(model, "dynamic_img_size", False))
-    stride = cast(Any, model.patch_embed).patch_size
+    dynamic, stride = hosts.takes_any_size(model), hosts.stride(model)
     whole = image[1] % stride[0] == 0 and image[2] % stride[1] == 0 and min(image) > 0
     if image != own and not (dynamic and whole):
         raise UsageError(

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import Attention, AttentionPoolLatent
-from timm.models.vision_transformer import Block, ResPostBlock
+from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
-from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention, Sparsity
-from sparsify.nn.fewer import TokenBlock, TokenResPostBlock
+from sparsify.nn import hosts, projection
+from sparsify.nn.attention import GraftedAttention, SparseAttention, Sparsity
+from sparsify.nn.fewer import token_blocks
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
 from sparsify.nn.tokens import Tokens, rounds
 from sparsify.ops.tails import LLOYD_STEPS
@@ -56,23 +56,28 @@ def count(model: nn.Module, images: Tensor) -> Analytic:
     """Count the MACs of `model(images)` by running it once (meta tensors will do).
 
     Args:
-        model: a timm VisionTransformer, dense or sparse, in eval mode.
+        model: a timm model that is understood, dense or sparse, in eval mode.
         images: [B, C, H, W]; all counts are for the B images together.
     """
     macs: Counter[str] = Counter()
     parts: Counter[str] = Counter()
     tokens: list[tuple[int, int]] = []
+    blocks = token_blocks(model)
 
     def hook(name: str) -> Any:
         def called(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if isinstance(module, (Block, ResPostBlock)):
+            if not args:  # of constants alone, as a shared bias
+                return
+            if isinstance(module, hosts.BLOCKS):
                 out = output[0] if isinstance(output, tuple) else output
                 tokens.append((args[0].shape[1], out.shape[1]))
             found: dict[str, int] = {}
-            if isinstance(module, (TokenBlock, TokenResPostBlock)):
+            if name in blocks:
                 found = token_block(module, *args)
-            elif isinstance(module, (GraftedAttention, Attention)):
+            elif isinstance(module, GraftedAttention):
                 found = attention(module, args[0].shape[1])
+            elif isinstance(module, projection.UNDERSTOOD):
+                found = host_attention(module, args[0].shape[1])
             if found:
                 parts.update({part: args[0].shape[0] * m for part, m in found.items()})
                 macs[name] += args[0].shape[0] * sum(found.values())
@@ -109,7 +114,7 @@ def layer(module: nn.Module, x: Tensor, y: Tensor) -> int:
     return 0
 
 
-def token_block(block: TokenBlock | TokenResPostBlock, x: Tensor, tokens: Tokens) -> dict[str, int]:
+def token_block(block: Any, x: Tensor, tokens: Tokens) -> dict[str, int]:
     """MACs of one image in a block with tokens x [B, N, C], beside its submodules: attention, and the stage's choice.
 
     `slices` are the projections of a block that only its prefix rows leave: queries of P rows, keys and values of all.
@@ -118,11 +123,12 @@ def token_block(block: TokenBlock | TokenResPostBlock, x: Tensor, tokens: Tokens
     patches = None if tokens.place is None else tokens.patches
     if stage is None:
         return attention(block.attn, N, patches)
-    inner = block.attn.qkv.weight.shape[0] // 3  # H d
+    inner = int(block.attn.proj.weight.shape[1])  # H d
     n = N - P
     left = min(n, math.ceil(stage.share * tokens.patches - 1e-9))
     if left == 0:
-        return {"pairs": P * N * 2 * inner, "slices": (P + 2 * N) * C * inner}
+        fused = block.attn.qkv is not None  # else q_proj, k_proj and v_proj are calls of their own
+        return {"pairs": P * N * 2 * inner, "slices": (P + 2 * N) * C * inner if fused else 0}
     importance = (block.ranking_rows or 1) * N * inner  # logits of the rows that ask, or of the mean query
     pairs = 0
     if stage.way == "merge":  # cosines between the two halves, in every round
@@ -130,16 +136,25 @@ def token_block(block: TokenBlock | TokenResPostBlock, x: Tensor, tokens: Tokens
     return attention(block.attn, N, patches) | {"stages": importance + pairs * C}
 
 
-def attention(module: Attention | GraftedAttention, N: int, patches: int | None = None) -> dict[str, int]:
+def host_attention(module: Any, N: int) -> dict[str, int]:
+    """MACs of timm's own attention over N tokens of one image: pairs, and a projection that is no module's call because
+    its bias is the attention's."""
+    width = module.proj.weight.shape[1]  # H d
+    found = {"pairs": N * N * 2 * width}
+    if getattr(module, "q_bias", None) is not None and not module.qkv_bias_separate:
+        found["projection"] = N * module.qkv.weight.numel()
+    return found
+
+
+def attention(module: GraftedAttention, N: int, patches: int | None = None) -> dict[str, int]:
     """MACs of a block's attention over N tokens of one image, projections excluded: pairs, predictor, tail.
 
     patches: of the whole grid, where some tokens have left.
     """
-    H = module.num_heads
-    d = module.qkv.weight.shape[0] // 3 // H
-    if isinstance(module, (Attention, DenseAttention)):
-        return {"pairs": H * N * N * 2 * d}
-    assert isinstance(module, SparseAttention)
+    width, H = int(module.proj.weight.shape[1]), module.num_heads
+    d = width // H
+    if not isinstance(module, SparseAttention):
+        return {"pairs": N * N * 2 * width}
     s = module.sparsity
     P = min(s.prefix, N)
     b = min(N, max(1, math.ceil(s.keep * N - 1e-9)))

@@ -43,16 +43,18 @@ def _watch(module: GraftedAttention, entries: dict[str, Entry], name: str) -> No
     attend = module.attend
 
     def watched(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: Tokens | None) -> Tensor:
-        entries[name] = _sparse(module, q, tokens) if isinstance(module, SparseAttention) else _dense(module, q)
+        entries[name] = (
+            _sparse(module, q, mask, tokens) if isinstance(module, SparseAttention) else _dense(module, q, mask)
+        )
         return attend(q, k, v, mask, tokens)
 
     vars(module)["attend"] = watched
 
 
-def _sparse(module: SparseAttention, q: Tensor, tokens: Tokens | None) -> Entry:
+def _sparse(module: SparseAttention, q: Tensor, mask: Tensor | None, tokens: Tokens | None) -> Entry:
     e = module.execution
-    sparse = backends.resolve(e.backend, q)
-    shape = module.call(q, None, sparse, module.spec(q.shape[2], tokens))
+    sparse = backends.resolve(e.backend, q, mask)
+    shape = module.call(q, mask, sparse, module.spec(q.shape[2], tokens))
     if tokens is not None:
         shape = shape._replace(merged=tokens.size is not None, placed=tokens.place is not None)
     if e.dense_fallback and e.choose:
@@ -61,9 +63,9 @@ def _sparse(module: SparseAttention, q: Tensor, tokens: Tokens | None) -> Entry:
     return _entry(shape.as_dict(), sparse, "no dense fallback for this model")
 
 
-def _dense(module: GraftedAttention, q: Tensor) -> Entry:
+def _dense(module: GraftedAttention, q: Tensor, mask: Tensor | None) -> Entry:
     B, H, N, d = q.shape
-    path = "dense-cpu" if backends.resolve(module.execution.backend, q) == "cpu" else "sdpa"
+    path = "dense-cpu" if backends.resolve(module.execution.backend, q, mask) == "cpu" else "sdpa"
     shape = {"batch": B, "heads": H, "tokens": N, "head_dim": d, "dtype": str(q.dtype).removeprefix("torch.")}
     return _entry(shape, path, "dense by its configuration")
 

@@ -10,15 +10,16 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import norm_flop_counter
 from torch import nn
 
+from sparsify.nn import hosts
 from sparsify.nn.attention import SparseAttention
-from sparsify.nn.fewer import TokenBlock, TokenResPostBlock
+from sparsify.nn.fewer import token_blocks
 from sparsify.nn.graft import sparse_modules
 from sparsify.ops.macs import HANDLES, PARTS
 
@@ -32,12 +33,14 @@ ELEMENTWISE = frozenset({
     "aten::lift_fresh", "aten::repeat", "aten::expand_as", "aten::view_as", "aten::reshape_as", "aten::mT",
     "aten::ones_like", "aten::new_ones", "aten::lt", "aten::ge", "aten::clamp_min", "aten::linalg_vector_norm",
     "aten::sort", "aten::argsort", "aten::gather", "aten::scatter", "aten::scatter_add",
-    "aten::embedding_bag", "aten::searchsorted", "aten::masked_fill",
+    "aten::embedding_bag", "aten::searchsorted", "aten::masked_fill", "aten::sin", "aten::cos", "aten::meshgrid",
+    "aten::repeat_interleave", "aten::_upsample_bicubic2d_aa", "aten::upsample_bicubic2d",
+    "aten::_upsample_bilinear2d_aa", "aten::index", "aten::index_select", "aten::stack", "aten::avg_pool2d",
 })  # fmt: skip
-"""Ops of sums, activations, comparison, sorting and copies: 0 MACs, as in fvcore's convention. Any other op that has no
+"""Ops of sums, activations, comparison, sorting and copies, and those that make position embeddings: 0 MACs, as in fvcore's
+convention. Any other op that has no
 handle is reported in `Counts.unsupported`."""
 
-TOKEN_BLOCKS = (TokenBlock, TokenResPostBlock)
 DENSE_OPS = ("scaled_dot_product_attention", "matmul")  # matmul: timm with TIMM_FUSED_ATTN=0
 
 
@@ -86,9 +89,9 @@ def count(model: nn.Module, image: tuple[int, int, int], attention: list[str]) -
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         operators = {name: Counter(found) for name, found in analysis.by_module_and_operator().items()}
-    blocks = [name for name, module in model.named_modules() if isinstance(module, TOKEN_BLOCKS)]
-    for name in blocks:
-        _give_to_submodules(operators, name, model.get_submodule(name))
+    blocks = token_blocks(model)
+    for name, block in blocks.items():
+        _give_to_submodules(operators, name, block)
     return Counts(
         total=int(analysis.total()),
         by_module={name: int(found.total()) for name, found in operators.items()},
@@ -137,10 +140,9 @@ def replica(model: nn.Module, device: torch.device, dtype: torch.dtype | None = 
 
 def image_shape(model: nn.Module, img_size: tuple[int, int] | None = None) -> tuple[int, int, int]:
     """Channels, height and width of the image that `model` takes; `img_size` (height, width) overrides its own."""
-    embed = cast(Any, model.patch_embed)
-    convolution = next((m for m in embed.modules() if isinstance(m, nn.Conv2d)), None)
+    convolution = next((m for m in hosts.embedding(model).modules() if isinstance(m, nn.Conv2d)), None)
     channels = 3 if convolution is None else convolution.in_channels
-    height, width = img_size or embed.img_size
+    height, width = img_size or hosts.image_size(model)
     return channels, int(height), int(width)
 
 

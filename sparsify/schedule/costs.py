@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from sparsify.nn import projection
 from sparsify.nn.attention import GraftedAttention, SparseAttention
 from sparsify.nn.predictor import HeadLowrank
 from sparsify.nn.tokens import rounds
@@ -67,7 +68,8 @@ class MacsCost(BlockCost):
         self.attn = cast(GraftedAttention, block.attn)
         self.prefix, self.rows, self.way = prefix, max(1, ranking_rows), way
         self.width = self.attn.num_heads * self.attn.head_dim
-        self.channels = self.attn.qkv.in_features
+        self.channels = projection.channels(self.attn)
+        self.qkv = sum(map(_linears, projection.linears(self.attn)))
         self.norm = _norms(cast(nn.Module, block.norm1))
         self.mlp = _linears(cast(nn.Module, block.mlp)) + _norms(cast(nn.Module, block.norm2))
 
@@ -85,7 +87,7 @@ class MacsCost(BlockCost):
         return token_lowrank_macs(shape, p.rank, p.knobs["channels"], p.knobs["coef_topk"] or 0, *constants).total()
 
     def entering(self, n: int) -> float:
-        return (n + self.prefix) * (self.norm + _linears(self.attn.qkv) + _linears(self.attn.proj))
+        return (n + self.prefix) * (self.norm + self.qkv + _linears(cast(nn.Module, self.attn.proj)))
 
     def leaving(self, n: int) -> float:
         return (n + self.prefix) * self.mlp
@@ -97,9 +99,9 @@ class MacsCost(BlockCost):
         return asking + sum((k // 2) * (k - k // 2) for k in [n, *rounds(n, m)[:-1]]) * self.channels
 
     def last(self, n: int) -> float:
-        P, N, qkv = self.prefix, n + self.prefix, _linears(self.attn.qkv)
-        rows = P * (qkv / 3 + _linears(self.attn.proj)) + P * N * 2 * self.width
-        return N * (self.norm + 2 * qkv / 3) + rows
+        P, N, query = self.prefix, n + self.prefix, self.width * self.channels
+        rows = P * (query + _linears(cast(nn.Module, self.attn.proj))) + P * N * 2 * self.width
+        return N * (self.norm + self.qkv - query) + rows
 
 
 def _linears(module: nn.Module) -> int:

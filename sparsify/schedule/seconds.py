@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsify.nn import fewer
+from sparsify.nn import fewer, hosts, projection
 from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention
 from sparsify.nn.tokens import Stage, Tokens, importance
 from sparsify.profiling.latency import interleaved
@@ -58,7 +58,7 @@ def measured(model: nn.Module, way: str, options: Options, batch: int) -> list[B
     block = blocks[len(blocks) // 2]
     attn = cast(GraftedAttention, block.attn)
     prefix, rows = int(cast(int, model.num_prefix_tokens)), fewer.ranking_rows(model)
-    patches = int(np.prod(cast(Any, model.patch_embed).grid_size))
+    patches = int(np.prod(hosts.patch_grid(model)))
     dense = DenseAttention(cast(Any, attn))
     dense.execution = attn.execution
     counts = sorted({max(2, round(share * patches)) for share in POINTS})
@@ -66,18 +66,22 @@ def measured(model: nn.Module, way: str, options: Options, batch: int) -> list[B
     generator = torch.Generator().manual_seed(0)
     like = next(model.parameters())
     for n in counts:
-        x = torch.randn(batch, prefix + n, attn.qkv.in_features, generator=generator).to(like)  # (B, N, C)
-        q, k, v = attn.qkv_heads(x)
+        x = torch.randn(batch, prefix + n, projection.channels(attn), generator=generator).to(like)  # (B, N, C)
+        rope = None
+        if attn.rotary:
+            rope = torch.randn(n, 2 * attn.head_dim, generator=generator).to(like)
+        q, k, v = attn.qkv_heads(x, rope)
         place = torch.arange(n, device=x.device).expand(batch, -1)
         tokens = Tokens(patches, place=place) if n < patches else Tokens(patches)
-        given = importance(q, k, attn.scale, None, rows, prefix)
+        bias = tokens._replace(place=place).bias_of(hosts.position_bias(model, attn), prefix)
+        given = importance(q, k, attn.scale, None, rows, prefix, bias)
         stage = Stage(way, 0.8 * n / patches, prefix)
         runs: dict[Any, Callable[[], object]] = {
-            "entering": partial(_entering, block, x),
+            "entering": partial(_entering, block, x, rope),
             "leaving": partial(_leaving, block, x),
-            "ranking": partial(importance, q, k, attn.scale, None, rows, prefix),
+            "ranking": partial(importance, q, k, attn.scale, None, rows, prefix, bias),
             "choosing": partial(stage, x, given, tokens),
-            "last": partial(attn.prefix_rows, x, max(prefix, 1), tokens),
+            "last": partial(attn.prefix_rows, x, max(prefix, 1), tokens, rope, bias),
         }
         for keep, cells in options.items():
             module: GraftedAttention = dense
@@ -86,16 +90,16 @@ def measured(model: nn.Module, way: str, options: Options, batch: int) -> list[B
                     cast(Any, attn), attn.predictor, replace(attn.sparsity, keep=keep, cells=cells)
                 )
                 module.execution = attn.execution
-            runs["attention", keep] = partial(module.attend, q, k, v, None, tokens)
+            runs["attention", keep] = partial(module.attend, q, k, v, bias, tokens)
         found = interleaved(cast(Any, runs), rounds=ROUNDS)
         for part, timing in found.items():
             tables.setdefault(part, []).append(timing.median / batch)
     return [MeasuredCost(counts, cast(Any, tables))] * len(blocks)
 
 
-def _entering(block: Any, x: Tensor) -> Tensor:
+def _entering(block: Any, x: Tensor, rope: Tensor | None) -> Tensor:
     """Norm, qkv and projection of x [B, N, C]."""
-    block.attn.qkv_heads(block.norm1(x))
+    block.attn.qkv_heads(block.norm1(x), rope)
     return block.attn.proj(x)
 
 

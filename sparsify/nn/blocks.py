@@ -1,0 +1,132 @@
+"""timm's blocks where tokens leave on the way: each takes and gives x and `Tokens`, its stage between attention and MLP."""
+
+from __future__ import annotations
+
+from timm.models.beit import Block as BeitBlock
+from timm.models.eva import EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block, ResPostBlock
+from torch import Tensor, nn
+
+from sparsify.nn import projection
+from sparsify.nn.attention import GraftedAttention
+from sparsify.nn.tokens import Stage, Tokens, importance
+
+
+class AnyTokenBlock(nn.Module):
+    """A block that takes and gives `Tokens`; its stage, if it has one, stands between attention and MLP.
+
+    Attributes:
+        stage: or None.
+        number: of the block, counted from 0.
+        prefix: P; ranking_rows: see `importance`.
+    """
+
+    attn: GraftedAttention
+    norm1: nn.Module
+    norm2: nn.Module
+    mlp: nn.Module
+    drop_path1: nn.Module
+    drop_path2: nn.Module
+    stage: Stage | None
+    number: int
+    prefix: int
+    ranking_rows: int
+
+    def before(self, x: Tensor) -> Tensor:
+        """The attention's input."""
+        raise NotImplementedError
+
+    def added(self, out: Tensor) -> Tensor:
+        """What is added to the residual stream, of the attention's output."""
+        raise NotImplementedError
+
+    def after(self, x: Tensor) -> Tensor:
+        """x [B, N, C] with what the MLP adds."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
+        """x [B, N, C] -> [B, N or fewer, C], and what is known of them."""
+        P, h, stage = self.prefix, self.before(x), self.stage
+        rope = tokens.rope_of(self.number)
+        bias = tokens.bias_of(projection.position_bias(self.attn, tokens.bias), P)
+        if stage is not None and stage.count(x.shape[1] - P, tokens.patches) == 0:  # nobody reads the patch rows
+            out = self.added(self.attn.prefix_rows(h, P, tokens, rope, bias))
+            x, tokens = stage.drop_all(x, tokens)
+            return self.after(x + out), tokens
+        q, k, v = self.attn.qkv_heads(h, rope)
+        x = x + self.added(self.attn.close(self.attn.attend(q, k, v, bias, tokens), h))
+        if stage is not None:
+            given = importance(q, k, self.attn.scale, tokens.size, self.ranking_rows, P, bias)  # (B, n)
+            x, tokens = stage(x, given, tokens)
+        return self.after(x), tokens
+
+
+class TokenBlock(AnyTokenBlock, Block):  # type: ignore[misc]
+    """timm's `Block`, its norms before attention and MLP."""
+
+    def before(self, x: Tensor) -> Tensor:
+        return self.norm1(x)
+
+    def added(self, out: Tensor) -> Tensor:
+        return self.drop_path1(self.ls1(out))
+
+    def after(self, x: Tensor) -> Tensor:
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class _NormedBehind(AnyTokenBlock):
+    """Norms behind attention and MLP."""
+
+    def before(self, x: Tensor) -> Tensor:
+        return x
+
+    def added(self, out: Tensor) -> Tensor:
+        return self.drop_path1(self.norm1(out))
+
+    def after(self, x: Tensor) -> Tensor:
+        return x + self.drop_path2(self.norm2(self.mlp(x)))
+
+
+class TokenResPostBlock(_NormedBehind, ResPostBlock):  # type: ignore[misc]
+    """timm's `ResPostBlock`."""
+
+
+class _ScaledByGamma(AnyTokenBlock):
+    """Norms before attention and MLP, and LayerScale as bare parameters."""
+
+    gamma_1: nn.Parameter | None
+    gamma_2: nn.Parameter | None
+
+    def before(self, x: Tensor) -> Tensor:
+        return self.norm1(x)
+
+    def added(self, out: Tensor) -> Tensor:
+        return self.drop_path1(out if self.gamma_1 is None else self.gamma_1 * out)
+
+    def after(self, x: Tensor) -> Tensor:
+        out = self.mlp(self.norm2(x))
+        return x + self.drop_path2(out if self.gamma_2 is None else self.gamma_2 * out)
+
+
+class TokenEvaBlock(_ScaledByGamma, EvaBlock):  # type: ignore[misc]
+    """timm's `EvaBlock`."""
+
+
+class TokenBeitBlock(_ScaledByGamma, BeitBlock):  # type: ignore[misc]
+    """timm's `Block` of Beit."""
+
+
+class TokenEvaBlockPostNorm(_NormedBehind, EvaBlockPostNorm):  # type: ignore[misc]
+    """timm's `EvaBlockPostNorm`."""
+
+
+HOSTS: dict[type, type] = {
+    Block: TokenBlock,
+    ResPostBlock: TokenResPostBlock,
+    EvaBlock: TokenEvaBlock,
+    EvaBlockPostNorm: TokenEvaBlockPostNorm,
+    BeitBlock: TokenBeitBlock,
+}
+"""timm's class -> the one of the same parameters where tokens may leave."""
+
+__all__ = ["HOSTS", "AnyTokenBlock"]
