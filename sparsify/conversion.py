@@ -278,7 +278,7 @@ def _provenance(
         with contextlib.suppress(Exception):
             libraries[library] = version(library)
     return {
-        "source": asked,
+        "source": _without_folders(asked),
         "weights": weights.name if weights else None,
         "recipe": found.recipe.model_dump(mode="json"),
         "calibration": {"images": found.images, "set": "user" if own_images else "built-in"},
@@ -288,3 +288,9 @@ def _provenance(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
     }
+
+
+def _without_folders(source: str) -> str:
+    """A model's name for the file, which says nothing of the machine: of a folder its last part."""
+    scheme, _, place = source.partition(":")
+    return f"{scheme}:{Path(place).resolve().name}" if scheme == "local-dir" else source

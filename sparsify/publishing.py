@@ -212,7 +212,8 @@ def _push_error(repo: str, error: Exception, token: str) -> SparsifyError:
         )
     if status == 403:
         return SparsifyError(f"this token may not write to {repo}: it needs the right to, in that organisation too")
-    if status is None and isinstance(error, OSError | ConnectionError):
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # of httpx or requests, by huggingface_hub's version
+    if status is None and kinds & {"OSError", "TransportError", "RequestException"}:
         return SparsifyError(f"no connection to the hub, {repo} is as it was ({type(error).__name__}: {reason})")
     return SparsifyError(f"{repo} could not be written ({type(error).__name__}: {reason})")
 
@@ -293,7 +294,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _places(header: checkpoint.Header) -> str:
     """The first folder of a machine that the header names; '' where there is none."""
     text = json.dumps(header.provenance)
-    found = re.search(r"(?<![\w:/.])(?:/[\w.+-]+){2,}|[A-Za-z]:\\\\\\\\[\w.+-]+|~/[\w./-]+", text)
+    found = re.search(r"(?<![\w/.])(?:/[\w.+-]+){2,}|[A-Za-z]:\\\\\\\\[\w.+-]+|~/[\w./-]+", text)
     return found.group(0) if found else ""
 
 
