@@ -47,9 +47,13 @@ def hub(monkeypatch, tmp_path):
 
 def point_to(monkeypatch, url):
     import huggingface_hub.constants as constants
+    import huggingface_hub.file_download as file_download
 
+    template = "HUGGINGFACE_CO_URL_TEMPLATE"
     monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    for module in (constants, file_download):  # older clients have it under both names
+        if hasattr(module, template):
+            monkeypatch.setattr(module, template, url + "/{repo_id}/resolve/{revision}/{filename}")
 
 
 def logits(model):
