@@ -94,7 +94,8 @@ def load(
     """The sparse model of a file or of a hub's repository, eval mode, for inference or further training.
 
     For inference call it under `torch.inference_mode()` or `no_grad()`: where a gradient may be asked for, no dense
-    attention stands in, and without kernels the slow differentiable reference computes.
+    attention stands in, and without kernels the slow differentiable reference computes. Predictors take no gradients: a
+    choice of keys has none (`convert --data` trains them).
 
     Args:
         path: file; `hf-hub:ORG/NAME` or ORG/NAME of a repository that `sparsify push` wrote (@REVISION may follow),
@@ -114,7 +115,7 @@ def load(
     """
     file = hub.local(path)
     changed = checkpoint.read_header(file).backbone_changed
-    model = checkpoint.load(file, img_size, device, rates)
+    model = graft.freeze_predictors(checkpoint.load(file, img_size, device, rates))
     fallback = backend == "auto" and not changed
     graft.set_execution(model, Execution(backend, kernel_precision, fallback, Chooser() if fallback else None))
     return model

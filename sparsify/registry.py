@@ -23,6 +23,7 @@ from torch import nn
 
 from sparsify import checkpoint, hub
 from sparsify.errors import UsageError
+from sparsify.nn import graft
 
 ARCHITECTURE = "sparsify_vit"
 default_cfgs = generate_default_cfgs({ARCHITECTURE: {}})  # timm looks for this name; without it, it warns
@@ -69,7 +70,7 @@ def sparsify_vit(
     if not pretrained:
         raise UsageError(f"{ARCHITECTURE} is read from a file, which describes it: give pretrained=True")
     file = _file(resolve_pretrained_cfg(ARCHITECTURE, pretrained_cfg, pretrained_cfg_overlay), cache_dir)
-    model = cast(Any, checkpoint.load(file, _side(img_size), rates=rates))
+    model = cast(Any, graft.freeze_predictors(checkpoint.load(file, _side(img_size), rates=rates)))
     classes = model.num_classes if num_classes is None else num_classes
     if classes != model.num_classes or (global_pool is not None and global_pool != model.global_pool):
         model.reset_classifier(classes, global_pool)
