@@ -21,6 +21,7 @@ from sparsify.calibration import Calibration, calibrate, first, spends_ranks
 from sparsify.config import SparsityConfig, Target
 from sparsify.errors import UsageError
 from sparsify.finetune import Outcome
+from sparsify.naming import place
 from sparsify.nn import graft
 from sparsify.ops import backends
 from sparsify.ops.spec import Execution
@@ -278,7 +279,7 @@ def _provenance(
         with contextlib.suppress(Exception):
             libraries[library] = version(library)
     return {
-        "source": _without_folders(asked),
+        "source": _named(asked),
         "weights": weights.name if weights else None,
         "recipe": found.recipe.model_dump(mode="json"),
         "calibration": {"images": found.images, "set": "user" if own_images else "built-in"},
@@ -290,7 +291,7 @@ def _provenance(
     }
 
 
-def _without_folders(source: str) -> str:
-    """A model's name for the file, which says nothing of the machine: of a folder its last part."""
-    scheme, _, place = source.partition(":")
-    return f"{scheme}:{Path(place).resolve().name}" if scheme == "local-dir" else source
+def _named(source: str) -> str:
+    """A model's name for the file; of a folder its last part alone."""
+    scheme, _, folder = source.partition(":")
+    return f"{scheme}:{place(str(Path(folder).resolve()), 1)}" if scheme == "local-dir" else source

@@ -14,6 +14,7 @@ import yaml
 from sparsify import report
 from sparsify.checkpoint import Header
 from sparsify.licence import Licence
+from sparsify.naming import place
 from sparsify.profiling import Profile
 from sparsify.report.files import markdown_table
 
@@ -191,7 +192,7 @@ def _accuracy(facts: Facts) -> list[str]:
     c = r["conditions"]
     broken = f", {r['broken']} unreadable ones left out" if r.get("broken") else ""
     said = (
-        f"{r['images']:,} images of {_place(c['data'])}{broken}, {r['img_size']} px, crop {r['crop_pct']:g} "
+        f"{r['images']:,} images of {place(c['data'])}{broken}, {r['img_size']} px, crop {r['crop_pct']:g} "
         f"({r['interpolation']}), {c['dtype']}, {c['device_name']}, backend {c['backend']}, torch {c['torch']}, "
         f"timm {c['timm']}"
     )
@@ -281,12 +282,6 @@ def _grid(sides: Sequence[int]) -> str:
 def _range(shares: Sequence[float]) -> str:
     low, high = (f"{100 * share:g}" for share in (shares[0], shares[-1]))
     return f"{low} %" if low == high else f"{low} to {high} %"
-
-
-def _place(data: str) -> str:
-    """A data set's name; of a folder the last two parts, and nothing of the machine."""
-    parts = [part for part in data.replace("\\", "/").split("/") if part not in ("", ".", "..", "~")]
-    return "/".join(parts[-2:])
 
 
 def _listed(values: Sequence[Any]) -> str:
