@@ -6,6 +6,7 @@
     model = sparsify.load("model.safetensors")        # a timm model; model(x) as before
     sparsify.profile(model).as_dict()                 # MACs and latency, dense beside sparse
     sparsify.evaluate(model, "imagenet")              # top-1, top-5, agreement with dense
+    sparsify.save(model, "tuned.safetensors", like="model.safetensors")     # after a training loop of your own
 
 The names are resolved at first use, so that `import sparsify` does not load torch.
 """
@@ -16,11 +17,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparsify.api import convert, evaluate, load, profile
+    from sparsify.api import convert, evaluate, load, profile, save
     from sparsify.config import SparsityConfig
 
 __version__ = "0.1.0"
-__all__ = ["SparsityConfig", "__version__", "convert", "evaluate", "load", "profile"]
+__all__ = ["SparsityConfig", "__version__", "convert", "evaluate", "load", "profile", "save"]
 
 
 def __getattr__(name: str) -> Any:

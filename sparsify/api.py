@@ -1,4 +1,4 @@
-"""The library in four functions; `import sparsify` shows them."""
+"""The library in five functions; `import sparsify` shows them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify import checkpoint, original
+from sparsify import checkpoint, hub, original
 from sparsify import conversion as _conversion
 from sparsify import evaluation as _evaluation
 from sparsify import profiling as _profiling
+from sparsify import saving as _saving
 from sparsify.config import Target, validate
 from sparsify.errors import UsageError
 from sparsify.metrics import Evaluation
@@ -88,27 +89,53 @@ def load(
     *,
     backend: str = "auto",
     kernel_precision: str = "input",
+    **rates: float,
 ) -> nn.Module:
-    """The sparse model of a file, eval mode, for inference; see `sparsify.checkpoint.load`.
+    """The sparse model of a file or of a hub's repository, eval mode, for inference or further training.
 
-    Call it under `torch.inference_mode()` or `no_grad()`: where a gradient may be asked for, the slow differentiable
-    reference computes.
+    For inference call it under `torch.inference_mode()` or `no_grad()`: where a gradient may be asked for, no dense
+    attention stands in, and without kernels the slow differentiable reference computes. Predictors take no gradients: a
+    choice of keys has none (`convert --data` trains them).
 
     Args:
+        path: file; `hf-hub:ORG/NAME` or ORG/NAME of a repository that `sparsify push` wrote (@REVISION may follow),
+            downloaded once; or `local-dir:FOLDER`.
+        img_size: see `sparsify.checkpoint.load`.
         backend: cpu or reference computes the sparse form always. auto: per attention shape whatever was measured fastest
             on this machine (about 0.3 s at the first call of a shape, then remembered on disk): the CPU kernels, or
-            dense attention, unless the file's backbone was changed.
+            dense attention, unless the file's backbone was changed. From the first `model.train()` on, always sparse, in
+            this model and its copies.
         kernel_precision: input, or bf16: queries, keys and values of float32 models are stored in bfloat16 by the kernels.
+        rates: drop_rate, pos_drop_rate, proj_drop_rate, drop_path_rate of training, as timm's (0 to 1).
 
     Raises:
         BadFile: see `sparsify.checkpoint.load`.
-        UsageError: an unknown backend or precision, or backend cpu where the kernels cannot be used.
+        UsageError: an unknown backend, precision or rate, or backend cpu where the kernels cannot be used.
+        SparsifyError: a download that failed, see `sparsify.hub.fetch`.
     """
-    changed = checkpoint.read_header(Path(path)).backbone_changed
-    model = checkpoint.load(path, img_size, device)
+    file = hub.local(path)
+    changed = checkpoint.read_header(file).backbone_changed
+    model = graft.freeze_predictors(checkpoint.load(file, img_size, device, rates))
     fallback = backend == "auto" and not changed
     graft.set_execution(model, Execution(backend, kernel_precision, fallback, Chooser() if fallback else None))
     return model
+
+
+def save(model: nn.Module, path: str | Path, *, like: str | Path, force: bool = False) -> Path:
+    """Writes a model that `load` gave and that was trained further to a file that `load` reads; see `sparsify.saving.save`.
+
+    Args:
+        model: weights, number of classes, pooling and image size may have changed; other modules may not. Wrappers
+            (DistributedDataParallel, timm's ModelEmaV3, torch.compile) are taken off.
+        like: what `load` was given: the settings and the provenance are taken from there. The new file says that its
+            backbone was changed, if it was.
+        force: overwrite a file that holds another model.
+
+    Raises:
+        SparsifyError: see `sparsify.saving.save`; nothing is written then.
+    """
+    _saving.save(model, Path(path), hub.local(like), force)
+    return Path(path)
 
 
 def profile(
@@ -161,7 +188,8 @@ def _opened(
         if dense is not None and not isinstance(dense, nn.Module):
             raise UsageError(f"dense {dense}: beside a model that is no file, the dense model itself is expected")
         return model, dense, False
-    header = checkpoint.read_header(Path(model))
+    file = hub.local(model)
+    header = checkpoint.read_header(file)
     if dense is not None and not isinstance(dense, nn.Module):
         dense = original.load_original(header, dense)
-    return checkpoint.load(model), dense, header.backbone_changed
+    return checkpoint.load(file), dense, header.backbone_changed

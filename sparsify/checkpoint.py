@@ -34,6 +34,7 @@ from sparsify.nn import graft
 
 FORMAT = 1
 JSON_KEYS = ("architecture", "config", "provenance", "report")
+RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "drop_path_rate")  # timm's names; they change no tensor
 
 
 class Header(NamedTuple):
@@ -80,29 +81,42 @@ def read_header(path: Path) -> Header:
     return _parse(path, _metadata(path))
 
 
-def load(path: str | Path, img_size: int | None = None, device: str | torch.device = "cpu") -> nn.Module:
+def digest_in(path: Path) -> str:
+    """The digest of everything in the file, as the file says it; `load` checks it.
+
+    Raises:
+        BadFile: see `read_header`.
+    """
+    meta = _metadata(path)
+    _parse(path, meta)
+    return meta["sparsify.sha256"]
+
+
+def load(
+    path: str | Path,
+    img_size: int | None = None,
+    device: str | torch.device = "cpu",
+    rates: Mapping[str, float] | None = None,
+) -> nn.Module:
     """The sparse model of a file, in eval mode, float32; no network and no other file is needed.
 
     Args:
         img_size: side in pixels, when it is not the file's own; position embeddings and predictors are resampled.
+        rates: dropout and stochastic depth of training (`RATES`), when they are not the architecture's own.
 
     Returns:
         The timm model with sparse attention; `.to(dtype)` works as usual.
 
     Raises:
         BadFile: see `read_header`; also tensors that do not fit the architecture or the digest.
-        UsageError: an image size that the architecture cannot take.
+        UsageError: an image size that the architecture cannot take, or an unknown rate.
     """
     path = Path(path)
     meta = _metadata(path)
     header = _parse(path, meta)
+    extra = checked(rates or {})
     try:
-        host = zoo.rebuild(
-            header.architecture["architecture"],
-            header.architecture["model_args"],
-            header.architecture["pretrained_cfg"],
-        )
-        model = graft.graft(host, header.config)
+        model = rebuild(header, extra)
     except Exception as error:
         raise BadFile(f"{path}: its header does not describe a model: {one_line(error)}") from None
     tensors = _tensors(path)
@@ -113,6 +127,30 @@ def load(path: str | Path, img_size: int | None = None, device: str | torch.devi
     if img_size is not None:
         resize(model, img_size)
     return model.eval().to(device)
+
+
+def rebuild(header: Header, rates: Mapping[str, float] | None = None) -> nn.Module:
+    """The sparse model that `header` describes, eval mode, every parameter zero. Errors are the hosts' own."""
+    host = zoo.rebuild(
+        header.architecture["architecture"],
+        {**header.architecture["model_args"], **(rates or {})},
+        header.architecture["pretrained_cfg"],
+    )
+    return graft.graft(host, header.config)
+
+
+def checked(rates: Mapping[str, float]) -> dict[str, float]:
+    """`rates` if each is known and a share.
+
+    Raises:
+        UsageError: another name or value.
+    """
+    for name, rate in rates.items():
+        if name not in RATES:
+            raise UsageError(f"unknown argument {name}: expected one of {', '.join(RATES)}")
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+            raise UsageError(f"{name} {rate}: a number from 0 up to 1 is expected")
+    return dict(rates)
 
 
 def resize(model: nn.Module, img_size: int) -> None:

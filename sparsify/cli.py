@@ -17,6 +17,7 @@ from sparsify.commands.evaluate import evaluate
 from sparsify.commands.kernels import build_kernels
 from sparsify.commands.models import models
 from sparsify.commands.profile import profile
+from sparsify.commands.push import push
 from sparsify.commands.recipes import recipes
 from sparsify.commands.sweep import sweep
 from sparsify.errors import SparsifyError
@@ -52,6 +53,7 @@ app.command()(convert)
 app.command()(profile)
 app.command("eval")(evaluate)
 app.command()(sweep)
+app.command()(push)
 app.command()(models)
 app.command()(recipes)
 app.command("build-kernels")(build_kernels)

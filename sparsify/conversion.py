@@ -21,6 +21,7 @@ from sparsify.calibration import Calibration, calibrate, first, spends_ranks
 from sparsify.config import SparsityConfig, Target
 from sparsify.errors import UsageError
 from sparsify.finetune import Outcome
+from sparsify.naming import place
 from sparsify.nn import fewer, graft, hosts
 from sparsify.ops import backends
 from sparsify.ops.spec import Execution
@@ -283,7 +284,7 @@ def _provenance(
         with contextlib.suppress(Exception):
             libraries[library] = version(library)
     return {
-        "source": asked,
+        "source": _named(asked),
         "weights": weights.name if weights else None,
         "recipe": found.recipe.model_dump(mode="json"),
         "calibration": {"images": found.images, "set": "user" if own_images else "built-in"},
@@ -293,3 +294,9 @@ def _provenance(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
     }
+
+
+def _named(source: str) -> str:
+    """A model's name for the file; of a folder its last part alone."""
+    scheme, _, folder = source.partition(":")
+    return f"{scheme}:{place(str(Path(folder).resolve()), 1)}" if scheme == "local-dir" else source

@@ -6,19 +6,22 @@ The sparse form is always computed: there is no dense fallback here. All percent
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import timm
 import torch
 from torch import Tensor, nn
 
-from sparsify import data, original, processes, sharing
+from sparsify import __version__, data, original, processes, sharing
 from sparsify.errors import BadData
 from sparsify.metrics import Evaluation, Features, Logits
 from sparsify.nn import graft, hosts
 from sparsify.ops import backends
+from sparsify.ops.machine import device_name
 from sparsify.ops.spec import Execution
 
 
@@ -174,3 +177,16 @@ def evaluate_images(
         result, model=name, param_count=sum(p.numel() for p in model.parameters()),
         img_size=int(config["input_size"][-1]), crop_pct=float(config["crop_pct"]), interpolation=config["interpolation"],
     )  # fmt: skip
+
+
+def conditions(
+    images: str, batch_size: int, dtype: torch.dtype, device: str, backend: str, kernel_precision: str
+) -> dict[str, Any]:
+    """Under which circumstances figures were measured here, JSON-able."""
+    place = torch.device(device)
+    return {
+        "data": images, "batch_size": batch_size, "dtype": str(dtype).removeprefix("torch."), "device": str(place),
+        "device_name": device_name(place), "threads": torch.get_num_threads(), "processes": processes.world(),
+        "backend": backends.describe(backend, kernel_precision, place, dtype), "torch": torch.__version__,
+        "timm": timm.__version__, "sparsify": __version__, "python": platform.python_version(),
+    }  # fmt: skip

@@ -1,13 +1,103 @@
-"""The hub without network: fail in a moment and in one line, where the hub's client would retry for a minute."""
+"""The hub: names, downloads and quick failures; without network in a moment and in one line.
+
+    hf-hub:ORG/NAME    model.safetensors of that repository, as `sparsify push` puts it there; @REVISION may follow
+    ORG/NAME           the same, where no such file lies here
+    local-dir:FOLDER   FOLDER/model.safetensors
+
+Downloads go through huggingface_hub and stay in its cache; without network the cache alone is looked at.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import socket
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
+
+from sparsify.errors import BadFile, SparsifyError, UsageError, one_line
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+CARD = "README.md"
+SCHEMES = ("hf-hub:", "hf_hub:")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".json", ".yaml")
+
+
+def local(name: str | Path) -> Path:
+    """The file that `name` stands for: a path as it is, a hub's name downloaded.
+
+    Raises:
+        UsageError: a name that cannot be one of a hub.
+        SparsifyError: see `fetch`.
+    """
+    text = str(name)
+    if text.startswith("local-dir:"):
+        return Path(text.removeprefix("local-dir:")) / WEIGHTS
+    if text.startswith(SCHEMES):
+        return fetch(text.partition(":")[2])
+    path = Path(name)
+    if path.exists() or isinstance(name, Path) or not _NAME.fullmatch(text) or text.endswith(_SUFFIXES):
+        return path
+    return fetch(text)
+
+
+def split(name: str) -> tuple[str, str | None]:
+    """'ORG/NAME@REVISION' -> ('ORG/NAME', 'REVISION'); the revision is None where there is none.
+
+    Raises:
+        UsageError: not of that form.
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"'{name}' is no name of a model on the hub: ORG/NAME is expected, or ORG/NAME@REVISION")
+    place, _, revision = name.partition("@")
+    return place, revision or None
+
+
+def fetch(name: str, filename: str = WEIGHTS, cache_dir: str | Path | None = None) -> Path:
+    """`filename` of the repository ORG/NAME[@REVISION] in huggingface_hub's cache, downloaded where it is new.
+
+    Args:
+        cache_dir: of huggingface_hub; None: its own (HF_HUB_CACHE).
+
+    Raises:
+        UsageError: a name that cannot be one of a hub.
+        BadFile: the repository has no such file, or there is no such revision.
+        SparsifyError: no such repository, no access to it, no network, or a download that failed.
+    """
+    place, revision = split(name)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        with quick_hub():
+            return Path(hf_hub_download(place, filename, revision=revision, cache_dir=cache_dir))
+    except Exception as error:
+        raise _download_error(name, filename, error) from error
+
+
+def _download_error(name: str, filename: str, error: Exception) -> SparsifyError:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return SparsifyError(f"hf-hub:{name} asks for its terms to be accepted first: do so on its page, and log in")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return BadFile(f"hf-hub:{name}: the hub has no such revision of this model")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return SparsifyError(
+            f"the hub has no model {name}, or it is private: check the name, or log in ('hf auth login', or HF_TOKEN)"
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return SparsifyError(
+            f"hf-hub:{name} could not be downloaded: no connection to the hub, and {filename} is not in its cache"
+            " here; give a file, or try again with network"
+        )
+    if isinstance(error, errors.EntryNotFoundError):
+        return BadFile(f"hf-hub:{name} has no {filename}: it is no model that 'sparsify push' put there")
+    return SparsifyError(f"hf-hub:{name} could not be downloaded ({type(error).__name__}: {one_line(error, 120)})")
 
 
 @contextlib.contextmanager
@@ -18,7 +108,7 @@ def quick_hub() -> Iterator[None]:
     log, before = logging.getLogger("huggingface_hub"), constants.HF_HUB_OFFLINE
     level = log.level
     log.setLevel(logging.ERROR)
-    constants.HF_HUB_OFFLINE = before or not _reachable(str(constants.ENDPOINT))
+    constants.HF_HUB_OFFLINE = before or not reachable(str(constants.ENDPOINT))
     try:
         yield
     finally:
@@ -26,7 +116,7 @@ def quick_hub() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _reachable(url: str) -> bool:
+def reachable(url: str) -> bool:
     """Whether the host of `url` has an address, or a proxy would ask for it."""
     if urllib.request.getproxies():
         return True

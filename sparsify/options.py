@@ -15,7 +15,21 @@ if TYPE_CHECKING:
 
 MODEL_FILE = Path("model.safetensors")
 
-Model = Annotated[Path, typer.Argument(metavar="FILE", help="File that 'convert' wrote.")]
+
+def model_file(name: str | Path) -> Path:
+    """The file of a FILE argument; a hub's name is downloaded.
+
+    Raises:
+        SparsifyError: see `sparsify.hub.local`.
+    """
+    from sparsify import hub
+
+    return hub.local(name if str(name).startswith((*hub.SCHEMES, "local-dir:")) else Path(name))
+
+
+Model = Annotated[
+    Path, typer.Argument(metavar="FILE", parser=model_file, help="File that 'convert' wrote, or hf-hub:ORG/NAME.")
+]
 Dense = Annotated[
     str | None,
     typer.Option(

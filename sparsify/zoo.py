@@ -333,6 +333,8 @@ def _resolve_hub(name: str, scheme: str, place: str) -> Source:
         if scheme == "local-dir":
             raise BadFile(f"{place} is not a model folder (config.json and weights): {one_line(error)}") from error
         raise SparsifyError(_no_download(f"the configuration of {name}", error)) from error
+    if architecture == "sparsify_vit":
+        raise BadFile(f"{name} is sparse already: sparsify.load('{name}') loads it, and it is not converted again")
     if not timm.is_model(architecture):
         raise BadFile(f"{name} is a '{architecture}', which is not in timm {timm.__version__}")
     known = {field.name for field in dataclasses.fields(PretrainedCfg)}

@@ -379,7 +379,7 @@ def test_no_network_is_said_with_the_way_out(name, monkeypatch):
 def test_without_name_service_the_real_hub_client_gives_up_at_once(monkeypatch, tmp_path, capfd):
     import huggingface_hub.constants as constants
 
-    monkeypatch.setattr("sparsify.hub._reachable", lambda url: False)
+    monkeypatch.setattr("sparsify.hub.reachable", lambda url: False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     start = time.perf_counter()
     with pytest.raises(SparsifyError, match="could not be downloaded"):

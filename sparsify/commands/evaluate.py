@@ -67,4 +67,6 @@ def evaluate(
     if not quiet:
         tables.show(tables.eval_table(result.as_dict()))
     if results_file is not None and processes.main():
-        files.write_results(results_file, result.as_dict())
+        circumstances = evaluation.conditions(str(imagenet or data), batch_size, kind, where, backend, kernel_precision)
+        circumstances["file_sha256"] = checkpoint.digest_in(file)
+        files.write_results(results_file, result.as_dict(), circumstances)

@@ -16,6 +16,7 @@ from sparsify.finetune import devices, learners
 from sparsify.finetune.batches import Batches
 from sparsify.finetune.judge import Labelled
 from sparsify.loading import Decoded, ImageBatches, Items, Part, Stream
+from sparsify.naming import place
 from sparsify.recipe import Recipe, Repair
 from sparsify.sharing import share
 from sparsify.stage import Stage
@@ -169,12 +170,15 @@ def _judged(images: TrainSet, source: Source, config: dict[str, Any], classes: i
     transform = data.transform(config)
     if source.val is not None:
         found = share(data.labelled(source.val, classes, transform, JUDGE_BATCH, source.workers))
-        return lambda: iter(found), f"the labelled images of {source.val}"
+        return lambda: iter(found), f"the labelled images of {place(source.val)}"
     if images.stream:
         dataset: Any = Stream(cast(Any, images.held), transform)
-        words = f"the first images of {source.images}"
+        words = f"the first images of {place(source.images)}"
     else:
         held = cast(Items, images.held)
-        dataset, words = Decoded(held, transform), f"{len(held)} images of {source.images} that nothing learns from"
+        dataset, words = (
+            Decoded(held, transform),
+            f"{len(held)} images of {place(source.images)} that nothing learns from",
+        )
     workers = 0 if images.stream else source.workers
     return share(ImageBatches(dataset, JUDGE_BATCH, workers, place=source.images)).pairs, words

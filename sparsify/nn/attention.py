@@ -184,6 +184,15 @@ class SparseAttention(GraftedAttention):
         self.sparsity = sparsity
         self.predictor = predictor
 
+    def train(self, mode: bool = True) -> SparseAttention:
+        """As torch's. Weights that were trained are not the dense model's any more: from the first time on that the model
+        or a copy of it (an average of weights, a teacher) is in train mode, dense attention stands in for none of them.
+        """
+        if mode and self.execution.choose is not None:
+            self.execution.choose.withdraw()
+        super().train(mode)
+        return self
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: Tokens | None) -> Tensor:
         """[B, H, N, d] x 3 -> [B, N, H*d], by the path that `execution` leads to."""
         self._refuse_dropout()
@@ -195,7 +204,8 @@ class SparseAttention(GraftedAttention):
             path = backends.training(e.backend, q, mask)
         else:  # a predictor that learns alone gets no gradient of its choice, and the reference says so
             path = "reference" if needs_grad else backends.resolve(e.backend, q, mask)
-        if e.dense_fallback and e.choose and not needs_grad and not self.training and backends.eager(q):
+        may_be_dense = e.dense_fallback and e.choose and not needs_grad and not self.training and backends.eager(q)
+        if may_be_dense and e.choose and not e.choose.withdrawn:
             shape = self.call(q, mask, path, spec)._replace(merged=size is not None, placed=place is not None)
             path = e.choose.choose(shape).taken
         if path in auto.DENSE:

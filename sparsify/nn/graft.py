@@ -169,6 +169,13 @@ def attention_modules(model: nn.Module) -> dict[str, GraftedAttention]:
     return {name: module for name, module in model.named_modules() if isinstance(module, GraftedAttention)}
 
 
+def freeze_predictors(model: nn.Module) -> nn.Module:
+    """No gradients for predictors, in place: a choice of keys has none, and DistributedDataParallel would wait for them."""
+    for module in sparse_modules(model).values():
+        module.predictor.requires_grad_(False)
+    return model
+
+
 def set_execution(model: nn.Module, execution: Execution) -> None:
     """How all sparse attention of `model` is computed, in place; the device and dtype of its weights are looked at.
 

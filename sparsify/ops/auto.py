@@ -126,6 +126,16 @@ class Chooser:
         self._known: dict[Shape, Choice] = {}
         self._machines: dict[str, tuple[dict[str, str], Path | None]] = {}
         self._lock = threading.Lock()
+        self._withdrawn = False
+
+    @property
+    def withdrawn(self) -> bool:
+        """Whether dense attention may not stand in any more; see `withdraw`."""
+        return self._withdrawn
+
+    def withdraw(self) -> None:
+        """No dense attention from now on: the weights of the model, or of a copy that shares this, may have changed."""
+        self._withdrawn = True
 
     def choose(self, shape: Shape) -> Choice:
         """The decision of a shape; the first call of a new one measures for about `BUDGET_S` seconds."""
@@ -150,8 +160,15 @@ class Chooser:
     def __deepcopy__(self, memo: dict[int, Any]) -> Chooser:
         return self  # copies of a model share what was measured
 
-    def __reduce__(self) -> tuple[type[Chooser], tuple[()]]:
-        return Chooser, ()  # another process reads the disk's
+    def __reduce__(self) -> tuple[Callable[[bool], Chooser], tuple[bool]]:
+        return _again, (self._withdrawn,)  # another process reads the disk's
+
+
+def _again(withdrawn: bool) -> Chooser:
+    chooser = Chooser()
+    if withdrawn:
+        chooser.withdraw()
+    return chooser
 
 
 def race(

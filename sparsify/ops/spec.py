@@ -47,7 +47,8 @@ class Execution:
         backend: auto, cpu or reference (`sparsify.ops.backends`); auto is cpu where the kernels are available.
         precision: input, or bf16: float32 tensors with bfloat16 storage of q, k, v inside the kernels.
         dense_fallback: dense attention may be computed instead of the sparse form where `choose` measured it faster;
-            never in training, nor where a gradient is needed. For models whose weights are the dense original's.
+            never in training, nor where a gradient is needed, nor once the model or a copy of it has been in train mode
+            (`Chooser.withdraw`). For models whose weights are the dense original's.
         choose: measures and remembers; None: no dense fallback.
     """
 

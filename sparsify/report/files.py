@@ -56,11 +56,11 @@ def write_json(path: str | Path, tree: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(tree, indent=2) + "\n")
 
 
-def write_results(path: str | Path, result: Mapping[str, Any]) -> None:
+def write_results(path: str | Path, result: Mapping[str, Any], conditions: Mapping[str, Any] | None = None) -> None:
     """Write results of `eval` as one CSV row, or as JSON, by the ending of `path`: timm's columns first.
 
     As timm has them, top1_err and top5_err are added (100 - top1) and param_count is in millions. What was not measured
-    (None) is an empty cell in CSV and null in JSON.
+    (None) is an empty cell in CSV and null in JSON. `conditions` go into JSON only.
     """
     row: dict[str, Any] = {**dict.fromkeys(TIMM_COLUMNS), **result}
     if row["param_count"] is not None:
@@ -68,7 +68,7 @@ def write_results(path: str | Path, result: Mapping[str, Any]) -> None:
     for name in ("top1", "top5"):
         row[f"{name}_err"] = None if row[name] is None else 100 - row[name]
     if Path(path).suffix == ".json":
-        write_json(path, row)
+        write_json(path, row if conditions is None else {**row, "conditions": dict(conditions)})
         return
     text = io.StringIO()
     writer = csv.DictWriter(text, list(row), lineterminator="\n")

@@ -1,0 +1,61 @@
+"""The licence of a file's weights, as far as the file tells, in the hub's words and in plain ones."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from sparsify.checkpoint import Header
+
+KNOWN = {
+    "apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-sa-4.0", "cc-by-nc-sa-4.0", "cc0-1.0",
+    "gemma", "openrail", "apple-ascl", "apple-amlr",
+}  # fmt: skip
+"""Those of the hub's identifiers that timm's weights have; any other goes under `other` with its name."""
+_NON_COMMERCIAL = re.compile(r"(^|[-_ ])nc([-_ ]|$)|non-?commercial|research|amlr", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Licence:
+    """name: as given, '' where it is unknown; note: what a reader must know of it, one sentence, or ''."""
+
+    name: str
+    note: str
+
+    @property
+    def identifier(self) -> str:
+        """What the hub calls it: one of its own identifiers, `other` or `unknown`."""
+        lower = self.name.lower()
+        return lower if lower in KNOWN else "other" if self.name else "unknown"
+
+    @property
+    def non_commercial(self) -> bool:
+        return bool(_NON_COMMERCIAL.search(self.name))
+
+
+def licence_of(header: Header, given: str | None = None) -> Licence:
+    """The licence of the weights in a file: `given` by its owner, else that of the weights that were converted.
+
+    A checkpoint of the user's own has the licence that its owner gives it: what timm says of the architecture's weights
+    is no answer there.
+    """
+    if given:
+        return Licence(given, _warning(Licence(given, "")))
+    own = header.provenance.get("weights")
+    named = header.architecture.get("pretrained_cfg", {}).get("license")
+    if own:
+        return Licence("", "The licence of these weights is unknown: they come from a checkpoint that does not say.")
+    if not named or str(named).lower() == "unknown":
+        return Licence(
+            "", "The licence of these weights is unknown: ask where the original was published before using them."
+        )
+    return Licence(str(named), _warning(Licence(str(named), "")))
+
+
+def _warning(licence: Licence) -> str:
+    if licence.non_commercial:
+        return f"The licence, {licence.name}, forbids or restricts commercial use: read it before using the weights."
+    return ""
+
+
+__all__ = ["Licence", "licence_of"]

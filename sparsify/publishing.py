@@ -1,0 +1,301 @@
+"""The job behind `sparsify push`: a converted file, described, into a repository of the hub or into a folder.
+
+Everything is read, verified and described before anything is sent; one commit holds all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from sparsify import __version__, checkpoint, hub, zoo
+from sparsify import profiling as profiles
+from sparsify.atomic import whole
+from sparsify.errors import BadFile, SparsifyError, UsageError, one_line
+from sparsify.licence import licence_of
+from sparsify.nn import graft
+from sparsify.registry import ARCHITECTURE
+from sparsify.report.card import Facts, card
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".onnx", ".h5", ".msgpack", ".gguf")
+
+
+@dataclass(frozen=True)
+class Package:
+    """What a repository will hold.
+
+    Attributes:
+        repo: ORG/NAME.
+        file: the converted file, goes there as model.safetensors.
+        config, card: text of config.json and README.md.
+        notes: what the person who pushes should know, lines.
+    """
+
+    repo: str
+    file: Path
+    config: str
+    card: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where it is: page of the repository, commit, and the name that `load` takes."""
+
+    url: str
+    commit: str
+    name: str
+
+
+def package(
+    file: Path, repo: str, evaluation: Path | None = None, timing: Path | None = None, licence: str | None = None
+) -> Package:
+    """Reads and verifies `file` and describes it.
+
+    Args:
+        evaluation: results of `sparsify eval` of this very file, JSON; timing: figures of `sparsify profile --json`.
+        licence: of the weights, where their owner says it; None: what the file says.
+
+    Raises:
+        UsageError: `repo` is not ORG/NAME.
+        BadFile: a file that is no converted model, or figures that are not this model's.
+    """
+    place, revision = hub.split(repo)
+    if revision:
+        raise UsageError(f"{repo}: give the revision with --revision")
+    header, model = checkpoint.read_header(file), checkpoint.load(file)
+    digest = checkpoint.digest_in(file)
+    profile = profiles.profile(model, dense=graft.dense_twin(model), measure=False)
+    known = licence_of(header, licence)
+    original, base = _origin(header)
+    results = None if evaluation is None else _results(evaluation, digest)
+    measured = None if timing is None else _timing(timing, profile.macs_sparse, profile.param_count)
+    facts = Facts(place, header, profile, known, original, base, results, measured)
+    notes = [known.note] if known.note else []
+    if found := _places(header):
+        notes.append(f"the file's header names a folder of this machine ({found}): whoever downloads it can read that")
+    return Package(place, file, _config(header, digest, known.name), card(facts), tuple(notes))
+
+
+def write(made: Package, folder: Path, force: bool = False) -> None:
+    """The three files into `folder`, which timm reads as local-dir: (after `import sparsify.registry`).
+
+    Raises:
+        BadFile: such files lie there already, or it cannot be written.
+    """
+    taken = [name for name in (hub.WEIGHTS, hub.CONFIG, hub.CARD) if (folder / name).exists()]
+    if taken and not force:
+        raise BadFile(f"{folder} has {', '.join(taken)} already: choose another folder, or overwrite with --force")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadFile(f"cannot make the folder {folder}: {one_line(error)}") from None
+    if not (folder / hub.WEIGHTS).exists() or not (folder / hub.WEIGHTS).samefile(made.file):
+        with whole(folder / hub.WEIGHTS) as temporary:
+            shutil.copyfile(made.file, temporary)
+    for name, text in ((hub.CONFIG, made.config), (hub.CARD, made.card)):
+        with whole(folder / name) as temporary:
+            Path(temporary).write_text(text, encoding="utf-8", newline="\n")
+
+
+def push(
+    made: Package,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    force: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Pushed:
+    """Makes the repository where there is none, and sends the three files in one commit.
+
+    The token is huggingface_hub's: HF_TOKEN, or what `hf auth login` stored. It is neither shown nor written.
+
+    Args:
+        private: of a new repository; one that exists must be private already.
+        revision: branch, made where there is none; None: main.
+        force: also where the repository holds another model.
+
+    Raises:
+        SparsifyError: no token, no network, no right to write, another model there: one line each; nothing was sent then.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+
+    token = get_token()
+    if not token:
+        raise SparsifyError("not logged in to the hub: run 'hf auth login', or set HF_TOKEN to a token that may write")
+    api = HfApi(library_name="sparsify", library_version=__version__, token=token)
+    operations = [
+        CommitOperationAdd(hub.WEIGHTS, str(made.file)),
+        CommitOperationAdd(hub.CONFIG, made.config.encode()),
+        CommitOperationAdd(hub.CARD, made.card.encode()),
+    ]
+    try:
+        with hub.quick_hub():
+            _may_push(api, made, private, revision, force)
+            url = api.create_repo(made.repo, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(made.repo, branch=revision, exist_ok=True)
+            say(f"sending {made.file.stat().st_size / 1e6:.1f} MB to {url}")
+            commit = api.create_commit(
+                made.repo,
+                operations,
+                commit_message=message or f"Sparse model by sparsify {__version__}",
+                revision=revision,
+            )
+    except SparsifyError:
+        raise
+    except Exception as error:
+        raise _push_error(made.repo, error, token) from None
+    return Pushed(str(url), str(commit.oid), f"hf-hub:{made.repo}" + (f"@{revision}" if revision else ""))
+
+
+def _may_push(api: Any, made: Package, private: bool, revision: str | None, force: bool) -> None:
+    """Raise where the repository exists and is public though `private` is asked for, or holds another model."""
+    from huggingface_hub import errors
+
+    try:
+        info = api.model_info(made.repo)
+    except errors.RepositoryNotFoundError:
+        return
+    if private and not info.private:
+        raise SparsifyError(
+            f"{made.repo} exists and is public: make it private on its page first, or leave --private out"
+        )
+    try:
+        files = api.list_repo_files(made.repo, revision=revision)
+    except errors.RevisionNotFoundError:
+        files = api.list_repo_files(made.repo)  # a new branch starts from main
+        revision = None
+    if force or not any(name == hub.CONFIG or name.endswith(WEIGHT_SUFFIXES) for name in files):
+        return
+    there = _described(made.repo, revision) if hub.CONFIG in files else None
+    if there is None or there != _identity(json.loads(made.config)):
+        what = "a file that 'sparsify push' did not write" if there is None else f"a sparse {there[0]}"
+        raise SparsifyError(
+            f"{made.repo} holds another model ({what}): choose another name, or replace it with --force"
+        )
+
+
+def _described(repo: str, revision: str | None) -> tuple[str, int] | None:
+    file = hub.fetch(repo + (f"@{revision}" if revision else ""), hub.CONFIG)
+    try:
+        return _identity(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError:
+        return None
+
+
+def _identity(config: Any) -> tuple[str, int] | None:
+    """Architecture that was converted and number of classes of a config.json of ours; None: another's."""
+    if not isinstance(config, dict) or config.get("architecture") != ARCHITECTURE:
+        return None
+    own = config.get("sparsify")
+    return (str(own.get("architecture")), int(config.get("num_classes") or 0)) if isinstance(own, dict) else None
+
+
+def _push_error(repo: str, error: Exception, token: str) -> SparsifyError:
+    from huggingface_hub import errors
+
+    reason = one_line(error, 160).replace(token, "***")
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.HFValidationError):
+        return UsageError(f"'{repo}' cannot be the name of a model on the hub: {reason}")
+    if status == 401:
+        return SparsifyError(
+            f"the hub does not accept the token: log in again ('hf auth login', or HF_TOKEN); {repo} is as it was"
+        )
+    if status == 403:
+        return SparsifyError(f"this token may not write to {repo}: it needs the right to, in that organisation too")
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # of httpx or requests, by huggingface_hub's version
+    if status is None and kinds & {"OSError", "TransportError", "RequestException"}:
+        return SparsifyError(f"no connection to the hub, {repo} is as it was ({type(error).__name__}: {reason})")
+    return SparsifyError(f"{repo} could not be written ({type(error).__name__}: {reason})")
+
+
+def _config(header: checkpoint.Header, digest: str, licence: str) -> str:
+    """config.json as timm has it, but of an architecture that only `sparsify.registry` knows."""
+    classes = int(header.architecture["model_args"].get("num_classes") or 0)
+    own = {k: v for k, v in header.architecture["pretrained_cfg"].items() if k not in ("architecture", "license")}
+    if licence:
+        own["license"] = licence
+    tree = {
+        "architecture": ARCHITECTURE,
+        "num_classes": classes,
+        "pretrained_cfg": own,
+        "sparsify": {
+            "architecture": header.architecture["architecture"],
+            "format": checkpoint.FORMAT,
+            "config": header.config.model_dump(mode="json"),
+            "sha256": digest,
+        },
+    }
+    return json.dumps(tree, indent=2) + "\n"
+
+
+def _origin(header: checkpoint.Header) -> tuple[str, str]:
+    """What was converted, in words for the card, and its name on the hub ('' where it has none)."""
+    source, architecture = str(header.provenance.get("source") or ""), header.architecture["architecture"]
+    if header.provenance.get("weights"):
+        return f"`{architecture}` with a checkpoint of its owner's", ""
+    if source.startswith(hub.SCHEMES):
+        name = source.partition(":")[2].partition("@")[0]
+        return f"[{name}](https://huggingface.co/{name})", name
+    if source.startswith("local-dir:") or not source:
+        return f"`{architecture}` with weights from a folder of its owner's", ""
+    if source == zoo.DIGITS:
+        return "The `digits` model that comes with sparsify", ""
+    try:
+        full = zoo.resolve(source).pretrained_name
+        config = timm.get_pretrained_cfg(full)
+    except (SparsifyError, RuntimeError):
+        return f"`{source}`", ""
+    place = (config.hf_hub_id if config else None) or ""
+    name = f"{place}{full}" if place.endswith("/") else place
+    return (f"[{full}](https://huggingface.co/{name})" if name else f"`{full}`"), name
+
+
+def _results(path: Path, digest: str) -> dict[str, Any]:
+    found = _json(path)
+    conditions = found.get("conditions")
+    if not isinstance(conditions, dict) or not found.get("images"):
+        raise BadFile(
+            f"{path} has no results with their conditions: 'sparsify eval FILE --results-file NAME.json' writes them"
+        )
+    if conditions.get("file_sha256") != digest:
+        raise BadFile(f"{path} has the results of another file: evaluate this one")
+    return found
+
+
+def _timing(path: Path, macs: int, params: int) -> dict[str, Any]:
+    found = _json(path)
+    if found.get("latency_ms_sparse") is None:
+        raise BadFile(f"{path} has no measured times: 'sparsify profile FILE --json NAME.json' writes them")
+    if (found.get("macs_sparse"), found.get("param_count")) != (macs, params):
+        raise BadFile(f"{path} has the times of another model: profile this one")
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadFile(f"{path} cannot be read as JSON: {one_line(error)}") from None
+    if not isinstance(found, dict):
+        raise BadFile(f"{path} has no results: one mapping is expected")
+    return found
+
+
+def _places(header: checkpoint.Header) -> str:
+    """The first folder of a machine that the header names; '' where there is none."""
+    text = json.dumps(header.provenance)
+    found = re.search(r"(?<![\w/.])(?:/[\w.+-]+){2,}|[A-Za-z]:\\\\\\\\[\w.+-]+|~/[\w./-]+", text)
+    return found.group(0) if found else ""
+
+
+__all__ = ["Package", "Pushed", "package", "push", "write"]

@@ -1,0 +1,149 @@
+"""A model that `load` gave and an ordinary training loop changed: back into a file that `load` reads."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from safetensors import safe_open
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from sparsify import __version__, checkpoint, profiling, zoo
+from sparsify.config import SparsityConfig
+from sparsify.errors import UsageError, one_line
+from sparsify.nn import graft
+from sparsify.ops.spec import Execution
+
+Header = checkpoint.Header
+
+
+def save(model: nn.Module, path: Path, like: Path, force: bool = False) -> Header:
+    """Writes `model` to `path`, described as the file `like` describes the model that it was, with what has changed since.
+
+    Number of classes, image size, pooling and preprocessing (`pretrained_cfg`) are the model's own. What is written is a
+    model rebuilt from the new header with the weights of `model`; it must compute what `model` computes.
+
+    Args:
+        model: sparse; wrappers (DistributedDataParallel, ModelEmaV3, torch.compile) are taken off. It is not changed.
+        like: the file that `model` was loaded from.
+        force: overwrite a file that holds another model.
+
+    Returns:
+        What the file says of itself: `backbone_changed` unless every tensor outside the predictors is that of `like`.
+
+    Raises:
+        UsageError: a model that is not sparse, or that a file cannot describe (other modules than those of `like`).
+        BadFile: `like` cannot be read, `path` cannot be written or holds another model.
+    """
+    host = unwrap_model(model)
+    if not isinstance(host, nn.Module) or not graft.attention_modules(host):
+        raise UsageError("no sparse attention in this model: save takes a model that sparsify.load gave")
+    header = checkpoint.read_header(like)
+    state = _plain(host)
+    described = _described(host, header)
+    try:
+        fresh = checkpoint.rebuild(described)
+        fresh.load_state_dict(state)
+    except Exception as error:
+        raise UsageError(f"this model cannot be described in a file like {like}: {one_line(error)}") from None
+    if not _same_outputs(host, fresh):
+        raise UsageError(
+            f"rebuilt from {like} this model gives other outputs: its modules were changed in a way that a file cannot say"
+        )
+    described = described._replace(provenance=_provenance(header, like, state, described))
+    if described.architecture["model_args"] != header.architecture["model_args"]:
+        figures = profiling.profile(fresh, measure=False).as_dict()
+        described = described._replace(report={k: v for k, v in figures.items() if k in header.report})
+    checkpoint.may_overwrite(path, described.architecture, force)
+    checkpoint.save(fresh, path, described)
+    return described
+
+
+def _plain(host: nn.Module) -> dict[str, Tensor]:
+    """The state dict on the CPU, floating point numbers as float32."""
+    state = {}
+    for name, tensor in host.state_dict().items():
+        if type(tensor) not in (Tensor, nn.Parameter):
+            raise UsageError(f"{name} is a {type(tensor).__name__}: save the model before it is quantised or sharded")
+        t = tensor.detach().cpu()
+        state[name] = t.float() if t.is_floating_point() else t
+    return state
+
+
+def _described(host: nn.Module, header: Header) -> Header:
+    """`header` with what `host` says of itself now."""
+    architecture, args = header.architecture["architecture"], dict(header.architecture["model_args"])
+    before = checkpoint.rebuild(header)
+    model = cast(Any, host)
+    if getattr(model, "global_pool", None) != getattr(before, "global_pool", None):
+        args["global_pool"] = model.global_pool
+        if hasattr(
+            model, "fc_norm"
+        ):  # timm decides by the pooling where the last norm stands: here it stays where it was
+            args["fc_norm"] = not isinstance(model.fc_norm, nn.Identity)
+    described = zoo.describe(host, zoo.Source(architecture, architecture, architecture, args))
+    config = described["pretrained_cfg"]
+    if model.num_classes != cast(Any, before).num_classes:
+        for name in ("label_names", "label_descriptions", "label_offset"):
+            config.pop(name, None)
+    size = described["model_args"]["img_size"]
+    config.update(num_classes=model.num_classes, input_size=[3, *size])
+    return header._replace(architecture=described, config=_config(host, header.config))
+
+
+def _config(host: nn.Module, config: SparsityConfig) -> SparsityConfig:
+    """The configuration with the cells of the modules: they grow with the image (`graft.resize`)."""
+    modules = list(graft.attention_modules(host).values())
+    known = config.with_cells(graft.num_tokens(host))
+    own = [getattr(m, "sparsity", None) for m in modules]
+    cells = tuple(known.cells_of(i) if s is None else s.cells for i, s in enumerate(own))
+    if cells == tuple(known.cells_of(i) for i in range(len(modules))):
+        return config
+    return config.model_copy(update={"cells": cells[0] if len(set(cells)) == 1 else cells})
+
+
+@torch.inference_mode()
+def _same_outputs(host: nn.Module, fresh: nn.Module) -> bool:
+    """Whether both give the same for random images, on the CPU, in float32, eval mode, sparse."""
+    twin = copy.deepcopy(host).to("cpu", torch.float32).eval()
+    height, width = cast(Any, host).patch_embed.img_size
+    x = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    for model in (twin, fresh):
+        graft.set_execution(model, Execution())
+    own, other = twin(x).nan_to_num(), fresh(x).nan_to_num()  # a model that diverged can be saved too
+    return torch.allclose(own, other, rtol=1e-4, atol=1e-4 * float(own.abs().max()))
+
+
+def _provenance(header: Header, like: Path, state: dict[str, Tensor], described: Header) -> dict[str, Any]:
+    """That of `header`, with a note of what happened since; nothing of the machine."""
+    with safe_open(like, framework="pt") as file:
+        names = [name for name in file.keys() if not _of_predictor(name)]  # noqa: SIM118
+        same = set(names) == {n for n in state if not _of_predictor(n)} and all(
+            torch.equal(file.get_tensor(name), state[name]) for name in names
+        )
+    further = {
+        "of": checkpoint.digest_in(like),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "sparsify-vit": __version__,
+            "torch": torch.__version__.partition("+")[0],
+            "timm": timm.__version__,
+        },
+        "architecture_changed": described.architecture["model_args"] != header.architecture["model_args"],
+    }
+    history = header.provenance.get("further")
+    changed = header.backbone_changed or not same
+    return header.provenance | {
+        "backbone_changed": changed,
+        "further": [*(history or []), json.loads(json.dumps(further))],
+    }
+
+
+def _of_predictor(name: str) -> bool:
+    return ".attn.predictor." in name
