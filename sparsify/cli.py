@@ -18,6 +18,8 @@ from sparsify.commands.kernels import build_kernels
 from sparsify.commands.models import models
 from sparsify.commands.profile import profile
 from sparsify.commands.recipes import recipes
+from sparsify.commands.report import report
+from sparsify.commands.show import show
 from sparsify.commands.sweep import sweep
 from sparsify.errors import SparsifyError
 
@@ -52,6 +54,8 @@ app.command()(convert)
 app.command()(profile)
 app.command("eval")(evaluate)
 app.command()(sweep)
+app.command()(show)
+app.command()(report)
 app.command()(models)
 app.command()(recipes)
 app.command("build-kernels")(build_kernels)

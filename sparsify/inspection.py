@@ -18,7 +18,7 @@ from sparsify.config import SparsityConfig
 from sparsify.errors import SparsifyError, UsageError
 from sparsify.nn import fewer, graft, observe
 from sparsify.nn.attention import GraftedAttention, SparseAttention
-from sparsify.nn.tokens import Tokens, importance
+from sparsify.nn.tokens import Tokens
 from sparsify.ops import choice
 
 OWN, DENSE = "own", "dense"  # whose attention the kept share is of
@@ -124,13 +124,13 @@ def inspect(model: nn.Module, x: Tensor, queries: Sequence[int] = (), dense: nn.
     check(model)
     grid, prefix = graft.patch_grid(model), prefix_names(model)
     patches = grid[0] * grid[1]
-    queries = tuple(queries) or default_queries(model, x)
+    queries = tuple(queries) or default_queries(grid)
     if not all(0 <= patch < patches for patch in queries):
         raise UsageError(f"queries {queries}: patches from 0 to {patches - 1} are expected")
     originals = None if dense is None else _dense_maps(dense, x, grid)
     layers: list[Layer] = []
     stages: list[Survivors] = []
-    staged = {i: stage for i, stage in fewer.stages(model)}
+    staged = dict(fewer.stages(model))
     present = patches
 
     def witness(
@@ -161,28 +161,11 @@ def check(model: nn.Module) -> None:
         raise SparsifyError("this model has no sparse attention: convert it first")
 
 
-@torch.inference_mode()
-def default_queries(model: nn.Module, x: Tensor) -> tuple[int, ...]:
-    """The patch that the cls token (where there is none, the mean query) attends to most, and the one it does least.
-
-    Mean over the heads of all layers in which every patch is present; equal ones by the lower number; the patch in the
-    middle where there is no such layer.
-    """
-    given: list[Tensor] = []
-    (rows, columns), P, asking = graft.patch_grid(model), len(prefix_names(model)), fewer.ranking_rows(model)
-
-    def witness(
-        block: int, module: GraftedAttention, q: Tensor, k: Tensor, mask: Tensor | None, tokens: Tokens | None
-    ) -> None:
-        if tokens is None or tokens.place is None:
-            given.append(importance(q, k, module.scale, None, asking, P)[0])  # (n0)
-
-    with graft.sparse_form(model, "reference", "input"), observe.attending(model, witness):
-        _features(model, x)
-    if not given:
-        return (rows // 2 * columns + columns // 2,)
-    mean = torch.stack(given).mean(0)
-    return tuple(dict.fromkeys((int(mean.argmax()), int(mean.argmin()))))
+def default_queries(grid: tuple[int, int]) -> tuple[int, ...]:
+    """The patch in the middle, and one near the top left corner, an eighth in from both sides: subject and surroundings."""
+    rows, columns = grid
+    middle, corner = rows // 2 * columns + columns // 2, rows // 8 * columns + columns // 8
+    return tuple(dict.fromkeys((middle, corner)))
 
 
 def prefix_names(model: nn.Module) -> tuple[str, ...]:
@@ -196,7 +179,9 @@ def _features(model: nn.Module, x: Tensor) -> None:
     weight = next(model.parameters())
     batch = x.unsqueeze(0).to(weight.device, weight.dtype)
     host = cast(Any, model)
-    host.forward_features(batch, full_grid=True) if isinstance(model, fewer.FewerTokens) else host.forward_features(batch)
+    host.forward_features(batch, full_grid=True) if isinstance(model, fewer.FewerTokens) else host.forward_features(
+        batch
+    )
 
 
 Map = tuple[Tensor, Tensor, Tensor | None, float]
@@ -303,4 +288,15 @@ def _on_tokens(original: Map, h: int, owner: Tensor, P: int, N: int) -> tuple[Te
     return out.index_add_(1, into, full[:, rows]), into.cpu()
 
 
-__all__ = ["DENSE", "OWN", "REFERENCES", "Inspection", "Layer", "Survivors", "check", "default_queries", "inspect"]
+__all__ = [
+    "DENSE",
+    "OWN",
+    "REFERENCES",
+    "Inspection",
+    "Layer",
+    "Survivors",
+    "check",
+    "default_queries",
+    "inspect",
+    "prefix_names",
+]

@@ -18,7 +18,7 @@ from sparsify.errors import BadData, UsageError, one_line
 
 
 class Line(NamedTuple):
-    """Pixel u of the view lies at `start` + `step` u of the original, along one side; both count from the left or top edge."""
+    """Pixel u of the view lies at `start` + `step` u of the original, along one side; counted from the left or top edge."""
 
     start: float
     step: float
@@ -59,7 +59,9 @@ class Photograph:
             share = (at - line.start) / line.step / side
             found.append(-1 if not 0 <= share <= 1 else min(patches - 1, int(share * patches)))
         if not (0 <= x <= self.width and 0 <= y <= self.height):
-            raise UsageError(f"--query {point.text}: outside {self.path.name}, which has {self.width}x{self.height} pixels")
+            raise UsageError(
+                f"--query {point.text}: outside {self.path.name}, which has {self.width}x{self.height} pixels"
+            )
         if min(found) < 0:
             left, right = _ends(self.across, self.view.shape[1], self.width)
             top, bottom = _ends(self.down, self.view.shape[0], self.height)

@@ -93,7 +93,9 @@ def _hook(
     return hook
 
 
-def _told(block: int, module: GraftedAttention, attend: Callable[..., Tensor], witness: Witness) -> Callable[..., Tensor]:
+def _told(
+    block: int, module: GraftedAttention, attend: Callable[..., Tensor], witness: Witness
+) -> Callable[..., Tensor]:
     def told(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: Tokens | None) -> Tensor:
         witness(block, module, q, k, mask, tokens)
         return attend(q, k, v, mask, tokens)

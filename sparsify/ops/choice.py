@@ -56,7 +56,9 @@ def kept(ranking: Ranking, mask: Tensor | None, spec: Spec, place: Tensor | None
     return torch.nn.functional.pad(reference.top_b(patch, spec.budget), (0, 0, P, 0), value=True)
 
 
-def cells(ranking: Ranking, mask: Tensor | None, size: Tensor | None, spec: Spec, place: Tensor | None) -> Tensor | None:
+def cells(
+    ranking: Ranking, mask: Tensor | None, size: Tensor | None, spec: Spec, place: Tensor | None
+) -> Tensor | None:
     """The tail's cell of every key, int64 [B, H, N]; None: no tail. size [B, N]: as `reference.attend` takes it."""
     if spec.tail == "none":
         return None
