@@ -96,9 +96,9 @@ def point(text: str) -> Point:
     """
     parts = [part.strip() for part in text.split(",")]
     if len(parts) == 2:
-        if all(re.fullmatch(r"\d{1,6}", part) for part in parts):
+        if all(re.fullmatch(r"[0-9]{1,6}", part) for part in parts):
             return Point(float(parts[0]), float(parts[1]), False, text)
-        if all(re.fullmatch(r"\d?\.\d*", part) and part != "." and float(part) <= 1 for part in parts):
+        if all(re.fullmatch(r"[0-9]?\.[0-9]*", part) and part != "." and float(part) <= 1 for part in parts):
             return Point(float(parts[0]), float(parts[1]), True, text)
     raise UsageError(
         f"--query {text}: X,Y in whole pixels of the image (120,80) or as shares of its sides with a decimal point "

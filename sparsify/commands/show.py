@@ -80,7 +80,7 @@ def show(
     paths = report.write(files, output)
     say(f"true attention: {REFERENCES[OWN if beside is None else DENSE]}")
     for each in shown:
-        say(f"{each.photo.path.name}: {captions.mass(each.found)}")
+        say(f"{each.photo.path.name}: {captions.mass(each.found)}.")
     if not shown[0].found.stages:
         say("no tokens leave in this model: no pictures of tokens")
     print(f"wrote {len(paths)} pictures to {output}: {', '.join(path.name for path in paths)}")

@@ -10,11 +10,11 @@ GONE = "the query's patch has left"
 
 
 def percent(share: float) -> str:
-    """0.0312 -> '3.1 %', 0.31 -> '31 %', 0.0004 -> '0.04 %'."""
+    """0.0312 -> '3.1 %', 0.31 -> '31 %', 0.0004 -> '0.04 %'; the space does not break."""
     value = 100 * share
     if value >= 9.95:
-        return f"{value:.0f} %"
-    return f"{value:.1f} %" if value >= 0.1 or value == 0 else f"{value:.2f} %"
+        return f"{value:.0f}\u00a0%"
+    return f"{value:.1f}\u00a0%" if value >= 0.095 or value == 0 else f"{value:.2f}\u00a0%"
 
 
 def layer(layer: Layer | None) -> str:
@@ -61,11 +61,12 @@ def mass(found: Inspection) -> str:
     """One line: how much of the true attention the kept keys hold, over all sparse layers, and where least."""
     some = [each for each in found.layers if each.sparse]
     if not some:
-        return "no sparse attention: every key is kept"
+        return "No sparse attention: every key is kept"
     mean = sum(float(each.mass.mean()) for each in some) / len(some)
     best = sum(float(each.best.mean()) for each in some) / len(some)
     least = min(some, key=lambda each: float(each.mass.min()))
     return (
-        f"kept keys hold {percent(mean)} of the true attention (the best choice of as many: {percent(best)}; least in "
-        f"layer {least.block + 1}, head {int(least.mass.argmin()) + 1}: {percent(float(least.mass.min()))})"
+        f"The kept keys hold {100 * mean:.1f} % of the true attention; the best choice of as many keys would hold "
+        f"{100 * best:.1f} %. Least: {100 * float(least.mass.min()):.1f} % in layer {least.block + 1}, head "
+        f"{int(least.mass.argmin()) + 1}"
     )

@@ -42,7 +42,7 @@ def origin(header: Header, file: Path) -> list[Fact]:
 
 def settings(config: SparsityConfig) -> list[Fact]:
     """The sparse attention, and which tokens go on."""
-    facts = [("keep", f"{_each(config.keep)} of the keys for each query")]
+    facts = [("keep, share of keys", _each(config.keep))]
     if not set(_listed(config.keep)) <= {"dense"}:
         facts += [
             ("predictor", f"{config.predictor}, rank {_rank(config.rank)}"),
@@ -56,7 +56,7 @@ def settings(config: SparsityConfig) -> list[Fact]:
         return [*facts, ("tokens", "all go on")]
     t = config.tokens
     if isinstance(t.keep, tuple):
-        return [*facts, ("tokens", f"{t.way}; rate of each layer {_each(t.keep)}")]
+        return [*facts, ("tokens", f"{t.way}; rates of the layers {_each(t.keep)}")]
     layers = ", ".join(map(str, sorted(t.stages)))
     return [*facts, ("tokens", f"{t.way}; {t.keep:g} of the patch tokens go on behind layers {layers}")]
 
@@ -93,7 +93,7 @@ def _rank(rank: Any) -> str:
 
 def _each(value: Any) -> str:
     """0.1 -> '0.1'; (0.1, 0.1, 'dense') -> '0.1 (2 layers), dense'."""
-    return _runs([each if isinstance(each, str) else f"{each:g}" for each in _listed(value)])
+    return _runs([each if isinstance(each, str) else f"{each:.3g}" for each in _listed(value)])
 
 
 def _runs(words: Sequence[str]) -> str:

@@ -114,7 +114,7 @@ def mass(shown: Shown) -> bytes:
     found = shown.found
     value, best, dense = mass_table(found)
     across = min(0.85, max(0.44, 3.4 / found.heads))
-    down, left, right, top, bottom = 0.4, 1.0, 0.3, 1.0, 0.75
+    down, left, right, top, bottom = 0.4, 1.0, 0.3, 1.0, 0.88
     width, height = max(left + across * found.heads + right, 4.3), top + down * found.depth + bottom
     figure = _figure(width, height)
     _title(figure, f"{shown.photo.path.name}: attention kept, %")
@@ -144,6 +144,8 @@ def mass(shown: Shown) -> bytes:
     axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="both", length=0)
     lines = ["Of: the most that as many keys could hold.", *textwrap.wrap(captions.true_attention(found.reference), 62)]
+    if np.isnan(value).any():
+        lines.insert(1, "–: only the prefix tokens' rows are computed.")
     at = {"x": 0.15 / width, "y": 0.14 / height}
     figure.text(**at, s="\n".join(lines), fontsize=7.5, color=GREYS[0], va="bottom", linespacing=1.3)
     return _png(figure)
@@ -184,7 +186,7 @@ def _bar(axes: Any, scale: panels.Scale) -> None:
     axes.imshow(panels.colours(np.linspace(0, 1, 256))[None], aspect="auto", extent=(0, 1, 0, 1))
     at = [0, 0.5, 1]
     marks = [scale.low * (scale.high / scale.low) ** x for x in at]
-    axes.set_xticks(at, [captions.percent(mark).replace(" %", "%") for mark in marks], fontsize=7)
+    axes.set_xticks(at, [captions.percent(mark) for mark in marks], fontsize=7)
     axes.set_yticks([])
     for text, how in zip(axes.get_xticklabels(), ("left", "center", "right"), strict=True):
         text.set_horizontalalignment(how)

@@ -43,7 +43,8 @@ def evaluation(path: Path) -> Mapping[str, Any]:
     tree = _json(path)
     numbers = ("top1", "agreement", "cosine_pooled", "knn_top1")
     figures = [tree.get(name) for name in (*numbers, "images", "kl", "dense_top1", "param_count")]
-    if not isinstance(tree.get("images"), int) or not all(each is None or _number(each) for each in figures):
+    right = any(name in tree for name in numbers) and isinstance(tree.get("images"), int)
+    if not right or not all(each is None or _number(each) for each in figures):
         raise BadFile(f"{path} holds no results of eval: 'sparsify eval --results-file {path.stem}.json' writes them")
     return tree
 
@@ -93,11 +94,10 @@ def _sweep_in(folder: Path) -> Path:
 
 
 def _is_sweep(tree: Mapping[str, Any]) -> bool:
-    settings = tree.get("settings")
-    whole = isinstance(settings, list) and bool(settings) and isinstance(tree.get("dense"), Mapping)
-    return whole and all(
-        isinstance(each, Mapping) and {"name", "macs_share", "speed"} <= each.keys() for each in settings
-    )
+    settings: Any = tree.get("settings")
+    if not isinstance(settings, list) or not settings or not isinstance(tree.get("dense"), Mapping):
+        return False
+    return all(isinstance(s, Mapping) and _number(s.get("macs_share")) and _number(s.get("speed")) for s in settings)
 
 
 def _maybe(path: Path) -> Mapping[str, Any]:

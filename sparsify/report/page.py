@@ -96,9 +96,9 @@ def _tiles(c: Content) -> list[tuple[str, str, str]]:
         )
     m = p.measured
     if m is not None and m.dense is not None:
-        found.append(
-            (f"{m.dense.median / m.sparse.median:.2f}×", f"as fast as dense, batch {p.batch_size}", "measured")
-        )
+        same = m.dense.p10 <= m.sparse.p90 and m.sparse.p10 <= m.dense.p90
+        words = f"the speed of dense, batch {p.batch_size}{'; within the spread' if same else ''}"
+        found.append((f"{m.dense.median / m.sparse.median:.2f}×", words, "measured"))
     e = c.evaluation or {}
     if e.get("top1") is not None and e.get("dense_top1") is not None:
         found.append((_signed(f"{e['top1'] - e['dense_top1']:+.2f}"), "points of top-1", "measured"))
@@ -108,7 +108,7 @@ def _tiles(c: Content) -> list[tuple[str, str, str]]:
     if sparse:
         mean = sum(float(layer.mass.mean()) for layer in sparse) / len(sparse)
         some = "1 image" if len(c.shown) == 1 else f"{len(c.shown)} images"
-        found.append((captions.percent(mean), "of the true attention kept", f"measured, {some}"))
+        found.append((captions.percent(mean), f"of the true attention kept, {some}", "measured"))
     return found
 
 
@@ -175,10 +175,15 @@ def _sweep(sweep: SweepFiles | None) -> dict[str, Any] | None:
         f"batch {c['batch_size']}" if c.get("batch_size") else "", f"{c['runs']} runs in turns" if c.get("runs") else "",
     ]  # fmt: skip
     return {
-        "model": tree.get("model", ""), "images": tree.get("images", ""), "data": tree.get("data", ""), "rows": rows,
+        "model": tree.get("model", ""), "images": tree.get("images", ""), "data": _place(tree.get("data", "")), "rows": rows,
         "dense_top1": _form(_mapping(tree["dense"]).get("top1"), ".2f"), "timed": ", ".join(part for part in timed if part),
         "picture": None if sweep.picture is None else _uri(sweep.picture, "png"),
     }  # fmt: skip
+
+
+def _place(data: Any) -> str:
+    """Where the images lie, without the folders above: a page goes to people whom they do not concern."""
+    return "/".join(Path(str(data)).parts[-2:]) if Path(str(data)).is_absolute() else str(data)
 
 
 def _picture(shown: Shown) -> dict[str, Any]:
@@ -238,7 +243,11 @@ def _mass(found: Inspection) -> list[tuple[str, list[tuple[str, str, str]]]]:
 
 
 def _mass_legend(shown: Sequence[Shown]) -> str:
-    return captions.true_attention(shown[0].found.reference) if shown else ""
+    if not shown:
+        return ""
+    words = f"{captions.true_attention(shown[0].found.reference)}. Of: the most that as many keys could hold."
+    missing = any(len(each.found.layers) < each.found.depth for each in shown)
+    return words + (f" {report.NOTHING}: only the prefix tokens' rows are computed." if missing else "")
 
 
 def _jpeg(picture: np.ndarray) -> tuple[str, int, int]:

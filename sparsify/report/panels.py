@@ -153,7 +153,7 @@ def _outline(picture: Array, owner: Array, grid: tuple[int, int], cell: int, col
 def _frame(picture: Array, inside: Array, grid: tuple[int, int], cell: int) -> None:
     """A white frame with a black one around it, around patches `inside` [n0]; in place."""
     wide = np.pad(_wide(inside, grid, cell)[..., 0].astype(bool), 1)
-    thick = max(1, round(cell / 9))
+    thick = max(1, round(cell / 11))
     grown = wide.copy()
     for colour in (1.0, 0.0):
         before = grown.copy()
