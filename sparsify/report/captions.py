@@ -32,9 +32,9 @@ def panel(found: Inspection, layer: Layer, head: int, query: int) -> str:
     for name in dict.fromkeys(found.prefix):
         at = [i for i, each in enumerate(found.prefix) if each == name]
         kept, weight = layer.kept[head, query, at], layer.weight[head, query, at]
-        parts.append(f"{name} {percent(float(weight.sum())) if bool(kept.any()) else '–'}")
+        parts.append(f"{name}\u00a0{percent(float(weight.sum())) if bool(kept.any()) else '–'}")
     if float(layer.tail[head, query]) > 0:
-        parts.append(f"tail {percent(float(layer.tail[head, query]))}")
+        parts.append(f"tail\u00a0{percent(float(layer.tail[head, query]))}")
     return ", ".join(parts)
 
 

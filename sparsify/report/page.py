@@ -170,8 +170,9 @@ def _sweep(sweep: SweepFiles | None) -> dict[str, Any] | None:
         ))  # fmt: skip
     c = tree.get("conditions")
     c = c if isinstance(c, Mapping) else {}
+    threads = "1 thread" if c.get("threads") == 1 else f"{c['threads']} threads" if c.get("threads") else ""
     timed = [
-        str(c.get("device_name", "")), f"{c['threads']} threads" if c.get("threads") else "", str(c.get("dtype", "")),
+        str(c.get("device_name", "")), threads, str(c.get("dtype", "")),
         f"batch {c['batch_size']}" if c.get("batch_size") else "", f"{c['runs']} runs in turns" if c.get("runs") else "",
     ]  # fmt: skip
     return {
