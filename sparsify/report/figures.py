@@ -212,5 +212,5 @@ def _title(figure: Any, text: str) -> None:
 
 def _png(figure: Any) -> bytes:
     file = BytesIO()
-    figure.savefig(file, format="png", pil_kwargs={"optimize": True})
+    figure.savefig(file, format="png")
     return file.getvalue()
