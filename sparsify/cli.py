@@ -19,6 +19,8 @@ from sparsify.commands.models import models
 from sparsify.commands.profile import profile
 from sparsify.commands.push import push
 from sparsify.commands.recipes import recipes
+from sparsify.commands.report import report
+from sparsify.commands.show import show
 from sparsify.commands.sweep import sweep
 from sparsify.errors import SparsifyError
 
@@ -53,6 +55,8 @@ app.command()(convert)
 app.command()(profile)
 app.command("eval")(evaluate)
 app.command()(sweep)
+app.command()(show)
+app.command()(report)
 app.command()(push)
 app.command()(models)
 app.command()(recipes)

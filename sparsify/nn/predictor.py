@@ -15,6 +15,7 @@ from sparsify import ops
 from sparsify.nn.tokens import Tokens
 from sparsify.ops import reference
 from sparsify.ops.auto import Kind
+from sparsify.ops.choice import Ranking
 from sparsify.ops.spec import Spec
 
 
@@ -59,6 +60,14 @@ class HeadLowrank(nn.Module):
         return ops.head_lowrank(
             q, k, v, self.a_q, self.a_k, mask, size, place, self.ranks, scale, spec, backend, precision
         )
+
+    def ranking(
+        self, q: Tensor, k: Tensor, mask: Tensor | None, tokens: Tokens | None, scale: float, spec: Spec
+    ) -> Ranking:
+        """What chooses the keys in `attend`, written out (`sparsify.ops.choice`); q, k [B, H, N, d]."""
+        row, col = reference.head_lowrank_scores(q, k, self.a_q, self.a_k, self.ranks)
+        shift = None if tokens is None or tokens.size is None else tokens.size.log() / scale
+        return Ranking(row, col, col, shift, 1 / scale)
 
     def reconstruct(
         self, q: Tensor, k: Tensor, scale: float, form: Reconstruction, bias: Tensor | None = None
@@ -179,6 +188,17 @@ class TokenLowrank(nn.Module):
         total = torch.zeros(*w.shape[:3], N - self.prefix, dtype=w.dtype, device=w.device)
         total = total.scatter_add(3, owner[:, None, None].expand(*w.shape[:3], -1), w[..., self.prefix :])
         return torch.cat([w[..., : self.prefix], total], 3)
+
+    def ranking(
+        self, q: Tensor, k: Tensor, mask: Tensor | None, tokens: Tokens | None, scale: float, spec: Spec
+    ) -> Ranking:
+        """What chooses the keys in `attend`, written out (`sparsify.ops.choice`); q, k [B, H, N, d]."""
+        w_down, w_up = self.weights_of(q.shape[2], tokens)
+        seen = k if mask is None else k * reference.alive(mask, q).unsqueeze(-1)
+        p = (w_down, self.w_q, self.b_q, self.w_k, self.b_k)
+        coef = reference.token_lowrank_coefficients(q, seen, p, self.coef_scale, spec)  # (B, H, N, r)
+        col = w_up.to(coef.dtype).mT  # ([B,] H or 1, N, r)
+        return Ranking(coef, col if col.dim() == 4 else col.unsqueeze(0), k, None, 0.0)
 
     def reconstruct(
         self, q: Tensor, k: Tensor, scale: float, form: Reconstruction, bias: Tensor | None = None

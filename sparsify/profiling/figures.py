@@ -163,5 +163,32 @@ class Profile:
         found["peak_memory_dense"], found["peak_memory_sparse"] = m.peak_memory_dense, m.peak_memory_sparse
         return found
 
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> Profile:
+        """The profile that `as_dict` gave these keys, from JSON too.
+
+        Raises:
+            KeyError, TypeError, ValueError: they are not a profile's.
+        """
+        names = cls.__dataclass_fields__.keys() - {"measured", "choices", "paper", "tokens", "modules"}
+        found = {name: tree[name] for name in names}
+        measured = None
+        if tree.get("latency_ms_sparse") is not None:
+            dense, sparse, auto = (_timing(tree, name) for name in ("dense", "sparse", "auto"))
+            if sparse is None or auto is None:
+                raise KeyError("latency_ms_auto")
+            measured = Measured(dense, sparse, auto, tree["peak_memory_dense"], tree["peak_memory_sparse"])
+        return cls(
+            **found, measured=measured, tokens=tuple((int(a), int(b)) for a, b in tree["tokens"]),
+            modules=tuple(tree["modules"]), choices=tuple(tree.get("choices") or ()), paper=tree.get("paper"),
+        )  # fmt: skip
+
+
+def _timing(tree: Mapping[str, Any], name: str) -> Timing | None:
+    median = tree[f"latency_ms_{name}"]
+    if median is None:
+        return None
+    return Timing(median, tree[f"latency_ms_{name}_p10"], tree[f"latency_ms_{name}_p90"], tree["conditions"]["runs"])
+
 
 __all__ = ["Measured", "Profile"]

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from sparsify import report
 from sparsify.profiling import Profile
+from sparsify.report import accuracy
 
 
 def show(what: RenderableType) -> None:
@@ -86,53 +87,17 @@ def tree_rows(profile: Profile, *, full: bool = False) -> list[tuple[str, Mappin
 
 
 def eval_table(result: Mapping[str, Any]) -> Group:
-    """Accuracy of the sparse model beside the dense one.
-
-    Args:
-        result: percentages from 0 to 100 under top1, top5, dense_top1, dense_top5, agreement, knn_top1, dense_knn_top1;
-            kl in nats; images, images_lost, images_gained, broken as counts; throughput_dense and throughput_sparse in
-            images/s; cosine_pooled, cosine_patch, rel_error_pooled, rel_error_patch from 0 to 1. What is missing or
-            None is left out, or a dash beside a sparse figure.
-    """
-    pairs = Table(box=None, pad_edge=False)
-    for heading in ("", "dense", "sparse", "change"):
-        pairs.add_column(heading, justify="left" if not heading else "right")
-    for label, dense_key, key in (
-        ("top-1, %", "dense_top1", "top1"),
-        ("top-5, %", "dense_top5", "top5"),
-        ("k-nearest-neighbour top-1, %", "dense_knn_top1", "knn_top1"),
-        ("throughput, images/s", "throughput_dense", "throughput_sparse"),
-    ):
-        dense, sparse = result.get(dense_key), result.get(key)
-        if dense is None and sparse is None:
-            continue
-        points = dense is not None and sparse is not None
-        if key.startswith("throughput"):
-            difference = report.change(dense, sparse) if points else ""  # type: ignore[arg-type]
-            pairs.add_row(label, _number(dense, None), _number(sparse, None), difference)
-        else:
-            difference = f"{sparse - dense:+.2f} points" if points else ""  # type: ignore[operator]
-            pairs.add_row(label, _number(dense, ".2f"), _number(sparse, ".2f"), difference)
+    """Accuracy of the sparse model beside the dense one; `result`: see `sparsify.report.accuracy`."""
+    pairs = _table(accuracy.pairs(result))
     singles = Table(box=None, pad_edge=False, show_header=False)
     singles.add_column()
     singles.add_column(justify="right")
-    for label, key, form in (
-        ("images", "images", ",d"),
-        ("agreement of predicted classes, %", "agreement", ".2f"),
-        ("KL(dense || sparse), nats per image", "kl", ".4f"),
-        ("images lost (dense right, sparse wrong)", "images_lost", ",d"),
-        ("images gained (dense wrong, sparse right)", "images_gained", ",d"),
-        ("cosine similarity, pooled features", "cosine_pooled", ".4f"),
-        ("cosine similarity, patch features", "cosine_patch", ".4f"),
-        ("relative error, pooled features", "rel_error_pooled", ".4f"),
-        ("relative error, patch features", "rel_error_patch", ".4f"),
-    ):
-        if result.get(key) is not None:
-            singles.add_row(label, format(result[key], form))
-    parts: list[RenderableType] = [Text("Measured, on the same images", style="italic")]
+    for row in accuracy.singles(result):
+        singles.add_row(*row)
+    parts: list[RenderableType] = [Text(accuracy.HEADING, style="italic")]
     parts += [table for table in (pairs, singles) if table.row_count]
-    if result.get("broken"):
-        parts.append(Text(f"{result['broken']} broken image(s) left out of every figure above", style="bold red"))
+    if warning := accuracy.broken(result):
+        parts.append(Text(warning, style="bold red"))
     return Group(*parts)
 
 
@@ -158,9 +123,3 @@ def _figures(rows: list[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
 def _pixels(profile: Profile) -> str:
     height, width = profile.conditions["img_size"]
     return f"{height}x{width} pixels"
-
-
-def _number(value: float | None, form: str | None) -> str:
-    if value is None:
-        return report.NOTHING
-    return report.plain(value) if form is None else format(value, form)

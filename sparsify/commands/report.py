@@ -1,0 +1,78 @@
+"""`sparsify report`: one HTML page about a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsify import options
+from sparsify.commands.show import Heads, Layers, Queries
+from sparsify.errors import BadFile, UsageError
+from sparsify.preflight import preflight
+
+
+def report(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="File that 'convert' wrote.")],
+    more_images: Annotated[
+        list[Path] | None, typer.Argument(metavar="[IMAGE...]", help="Image files, with or without --images.")
+    ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json", help="What 'profile --json' wrote.", show_default="MACs are counted now"),
+    ] = None,
+    eval_file: Annotated[
+        Path | None, typer.Option("--eval", metavar="FILE.json", help="What 'eval --results-file' wrote.")
+    ] = None,
+    sweep: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER|FILE.json", help="What 'sweep' wrote: its PREFIX.json, or the folder of it."),
+    ] = None,
+    images: Annotated[
+        list[Path] | None, typer.Option("--images", metavar="IMAGE...", help="Images to draw what the model does with.")
+    ] = None,
+    dense: options.Dense = None,
+    query: Queries = None,
+    layer: Layers = None,
+    head: Heads = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure the latency now, on this machine.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Page to write.")] = Path(
+        "report.html"
+    ),
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Write one HTML page about a file: settings, MACs, time, accuracy, a sweep and pictures. It needs no network."""
+    if measure and profile is not None:
+        raise UsageError("give either --profile, figures of an earlier run, or --measure")
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise BadFile(f"cannot write {output}: a file name in a folder that exists is expected")
+    preflight()
+    from sparsify import checkpoint, original, photograph, profiling, showing
+    from sparsify.report import files, given, page
+    from sparsify.report.progress import Reporter
+
+    say = options.say(quiet)
+    points = [photograph.point(text) for text in query or []]
+    evaluation = None if eval_file is None else given.evaluation(eval_file)
+    swept = None if sweep is None else given.sweep(sweep)
+    figures = None if profile is None else given.profile(profile)
+    header, model = checkpoint.read_header(file), checkpoint.load(file)
+    given.check(file, header, model, profile, figures, eval_file, evaluation)
+    beside = original.load_original(header, dense, None, say) if dense else None
+    with Reporter(quiet) as reporter:
+        shown = showing.look(
+            model, [*(images or []), *(more_images or [])], points, layers=layer, heads=head, dense=beside,
+            progress=lambda done, total: reporter.update("look", done, total),
+        )  # fmt: skip
+    if figures is None:
+        if measure:
+            say("measuring latency, dense beside sparse")
+        figures = profiling.profile(
+            model, dense=beside, backbone_changed=header.backbone_changed, measure=measure
+        )  # fmt: skip
+    content = page.Content(file, header, figures, evaluation, swept, shown)
+    text = page.render(content)
+    files.write_text(output, text)
+    print(f"wrote {output}, {len(text.encode()) / 1e6:.1f} MB: {', '.join(page.parts(content))}")

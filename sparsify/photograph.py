@@ -1,0 +1,171 @@
+"""A picture as the model sees it, and where a point of the original lies in that view."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from sparsify import data
+from sparsify.errors import BadData, UsageError, one_line
+
+
+class Line(NamedTuple):
+    """Pixel u of the view lies at `start` + `step` u of the original, along one side; counted from the left or top edge."""
+
+    start: float
+    step: float
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """A picture, resized and cropped as the model's evaluation transform does it.
+
+    Attributes:
+        path: its file.
+        width, height: of the original, upright, in pixels.
+        x: what the model takes, float32 [C, H, W], normalised.
+        view: the same for people, uint8 [H, W, 3].
+        across, down: where the view's pixels lie in the original.
+    """
+
+    path: Path
+    width: int
+    height: int
+    x: Tensor
+    view: np.ndarray
+    across: Line
+    down: Line
+
+    def patch(self, point: Point, grid: tuple[int, int]) -> int:
+        """The patch of `grid` under a point of the original, row by row from the top left.
+
+        Raises:
+            UsageError: outside the original, or outside the part of it that the model sees.
+        """
+        x, y = point.pixels(self.width, self.height)
+        found = []
+        for at, side, line, patches in (
+            (x, self.view.shape[1], self.across, grid[1]),
+            (y, self.view.shape[0], self.down, grid[0]),
+        ):
+            share = (at - line.start) / line.step / side
+            found.append(-1 if not 0 <= share <= 1 else min(patches - 1, int(share * patches)))
+        if not (0 <= x <= self.width and 0 <= y <= self.height):
+            raise UsageError(
+                f"--query {point.text}: outside {self.path.name}, which has {self.width}x{self.height} pixels"
+            )
+        if min(found) < 0:
+            left, right = _ends(self.across, self.view.shape[1], self.width)
+            top, bottom = _ends(self.down, self.view.shape[0], self.height)
+            raise UsageError(
+                f"--query {point.text}: outside the part of {self.path.name} that the model sees, x {left} to {right} and "
+                f"y {top} to {bottom}"
+            )
+        return found[1] * grid[1] + found[0]
+
+
+class Point(NamedTuple):
+    """A place in a picture: pixels, counted from 0 at the top left, or shares of width and height.
+
+    `text` is what was typed.
+    """
+
+    x: float
+    y: float
+    shares: bool
+    text: str
+
+    def pixels(self, width: int, height: int) -> tuple[float, float]:
+        """From the left and top edge of a picture of that size; a whole pixel is meant at its middle."""
+        return (self.x * width, self.y * height) if self.shares else (self.x + 0.5, self.y + 0.5)
+
+
+def point(text: str) -> Point:
+    """'120,80': pixels; '0.5,0.25', with a decimal point in both and up to 1: shares of width and height.
+
+    Raises:
+        UsageError: neither.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) == 2:
+        if all(re.fullmatch(r"[0-9]{1,6}", part) for part in parts):
+            return Point(float(parts[0]), float(parts[1]), False, text)
+        if all(re.fullmatch(r"[0-9]?\.[0-9]*", part) and part != "." and float(part) <= 1 for part in parts):
+            return Point(float(parts[0]), float(parts[1]), True, text)
+    raise UsageError(
+        f"--query {text}: X,Y in whole pixels of the image (120,80) or as shares of its sides with a decimal point "
+        "(0.5,0.25) is expected"
+    )
+
+
+def read(path: Path, config: dict[str, Any]) -> Photograph:
+    """The picture of a file, turned upright as viewers show it (its EXIF orientation).
+
+    Args:
+        config: the model's preprocessing (`sparsify.data.data_config`).
+
+    Raises:
+        BadData: missing, a folder, or no picture.
+    """
+    if path.is_dir():
+        raise BadData(f"{path} is a folder: give image files, {path}/*.jpg")
+    if not path.exists():
+        raise BadData(f"no image {path}")
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+    except Exception as error:  # PIL raises a dozen kinds on damaged files
+        raise BadData(f"{path} cannot be read as an image: {one_line(error, 100)}") from None
+    transform = data.transform(config)
+    x = transform(image)
+    mean, std = (torch.tensor(config[name]).reshape(-1, 1, 1) for name in ("mean", "std"))
+    view = (x * std + mean).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
+    across, down = _lines(transform, image.width, image.height)
+    return Photograph(path, image.width, image.height, x, np.ascontiguousarray(view), across, down)
+
+
+def _lines(transform: Callable[[Image.Image], Tensor], width: int, height: int) -> tuple[Line, Line]:
+    """Where the view's pixels lie in an original of that size: read off what the transform makes of a ramp.
+
+    Its steps between pictures (resizing, cropping, padding, whatever they are) are applied to a picture whose red and green
+    say where a pixel is, and straight lines are fitted; blue tells the picture from padding.
+    """
+    x = (np.arange(width) + 0.5) / width
+    y = (np.arange(height) + 0.5) / height
+    ramp = np.full((height, width, 3), 255, dtype=np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.rint(255 * x)[None], np.rint(255 * y)[:, None]
+    picture = Image.fromarray(ramp)
+    for step in getattr(transform, "transforms", ()):
+        made = step(picture)
+        if not isinstance(made, Image.Image):
+            break
+        picture = made
+    seen = np.asarray(picture).astype(float)
+    middle = seen[seen.shape[0] // 2], seen[:, seen.shape[1] // 2]
+    return _fit(middle[0][:, 0], middle[0][:, 2], width), _fit(middle[1][:, 1], middle[1][:, 2], height)
+
+
+def _fit(ramp: np.ndarray, inside: np.ndarray, side: int) -> Line:
+    """The line through what a row of pixels says of its place, 0 to 255 over `side` pixels of the original."""
+    there = (inside > 250) & (ramp > 1) & (ramp < 254)  # resizing bends the ramp at its ends
+    at = np.arange(len(ramp))[there] + 0.5
+    if len(at) < 2 or np.ptp(ramp[there]) == 0:
+        return Line(0.0, side / len(ramp))
+    step, start = np.polyfit(at, ramp[there] / 255 * side, 1)
+    return Line(float(start), float(step))
+
+
+def _ends(line: Line, pixels: int, side: int) -> tuple[int, int]:
+    """First and last pixel of the original that the view shows."""
+    return max(0, round(line.start)), min(side, round(line.start + line.step * pixels)) - 1
+
+
+__all__ = ["Line", "Photograph", "Point", "point", "read"]

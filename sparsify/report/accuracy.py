@@ -1,0 +1,68 @@
+"""Accuracy of a sparse model beside the dense one, in words and figures: rows for a table, wherever it is shown.
+
+`result` is a mapping: percentages from 0 to 100 under top1, top5, dense_top1, dense_top5, agreement, knn_top1,
+dense_knn_top1; kl in nats; images, images_lost, images_gained, broken as counts; throughput_dense and throughput_sparse in
+images/s; cosine_pooled, cosine_patch, rel_error_pooled, rel_error_patch from 0 to 1. What is missing or None is left out,
+or a dash beside a sparse figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparsify import report
+
+HEADING = "Measured, on the same images"
+
+
+def pairs(result: Mapping[str, Any]) -> list[report.Row]:
+    """What, dense, sparse, change."""
+    rows: list[report.Row] = []
+    for label, dense_key, key in (
+        ("top-1, %", "dense_top1", "top1"),
+        ("top-5, %", "dense_top5", "top5"),
+        ("k-nearest-neighbour top-1, %", "dense_knn_top1", "knn_top1"),
+        ("throughput, images/s", "throughput_dense", "throughput_sparse"),
+    ):
+        dense, sparse = result.get(dense_key), result.get(key)
+        if dense is None and sparse is None:
+            continue
+        both = dense is not None and sparse is not None
+        if key.startswith("throughput"):
+            difference = report.change(dense, sparse) if both else ""  # type: ignore[arg-type]
+            rows.append((label, _number(dense, None), _number(sparse, None), difference))
+        else:
+            difference = f"{sparse - dense:+.2f} points" if both else ""  # type: ignore[operator]
+            rows.append((label, _number(dense, ".2f"), _number(sparse, ".2f"), difference))
+    return rows
+
+
+def singles(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What, and its figure."""
+    return [
+        (label, format(result[key], form))
+        for label, key, form in (
+            ("images", "images", ",d"),
+            ("agreement of predicted classes, %", "agreement", ".2f"),
+            ("KL(dense || sparse), nats per image", "kl", ".4f"),
+            ("images lost (dense right, sparse wrong)", "images_lost", ",d"),
+            ("images gained (dense wrong, sparse right)", "images_gained", ",d"),
+            ("cosine similarity, pooled features", "cosine_pooled", ".4f"),
+            ("cosine similarity, patch features", "cosine_patch", ".4f"),
+            ("relative error, pooled features", "rel_error_pooled", ".4f"),
+            ("relative error, patch features", "rel_error_patch", ".4f"),
+        )
+        if result.get(key) is not None
+    ]
+
+
+def broken(result: Mapping[str, Any]) -> str:
+    """A warning where images could not be read; '' where all could."""
+    return f"{result['broken']} broken image(s) left out of every figure above" if result.get("broken") else ""
+
+
+def _number(value: float | None, form: str | None) -> str:
+    if value is None:
+        return report.NOTHING
+    return report.plain(value) if form is None else format(value, form)

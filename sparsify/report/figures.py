@@ -1,0 +1,216 @@
+"""The pictures of `sparsify show` as PNGs: keys of a query, tokens that go on, kept share of the attention."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+
+from sparsify.inspection import Inspection
+from sparsify.report import captions, panels
+from sparsify.showing import Shown
+
+SIDE = 280  # pixels of a panel, about
+INCH = 1.75  # of a panel
+GREYS = "0.35", "0.92"  # words that explain; cells without a number
+SHARES = "viridis"  # of the kept share
+
+
+def keys(shown: Shown, query: int) -> bytes:
+    """The keys of one query (counted from 0), by layer and head: a PNG."""
+    found, photo = shown.found, shown.photo
+    cell = panels.cell_size(found.grid, SIDE)
+    scale = panels.scale_of(found, shown.layers, shown.heads)
+    tall = found.grid[0] / found.grid[1]
+    margin, gap, about, head_room, words_room = 0.15, 0.12, 0.85, 0.78, 0.3  # inches
+    side = margin + INCH + about  # where the panels begin
+    across = max(side + (INCH + gap) * len(shown.heads) - gap + margin, 4.4)
+    legend = textwrap.wrap(_key_legend(found), 33)
+    column = INCH * tall + 1.2 + 0.125 * len(legend)
+    down = head_room + max((INCH * tall + words_room) * len(shown.layers), column) + 0.1
+    figure = _figure(across, down)
+
+    def box(x: float, y: float, width: float, height: float) -> Any:
+        """Axes by their upper left corner, from that of the figure, in inches."""
+        axes = figure.add_axes((x / across, 1 - (y + height) / down, width / across, height / down))
+        axes.set_axis_off()
+        return axes
+
+    def write(x: float, y: float, text: str, size: float, **how: Any) -> None:
+        figure.text(x / across, 1 - y / down, text, fontsize=size, parse_math=False, **{"va": "top", **how})
+
+    _title(figure, f"{photo.path.name}: the keys that a patch attends to")
+    for i, block in enumerate(shown.layers):
+        layer, y = found.layer(block), head_room + i * (INCH * tall + words_room)
+        words = "not computed" if layer is None else f"{layer.tokens} tokens\n{_budget(layer)}"
+        middle = y + INCH * tall / 2
+        write(side - gap, middle, f"layer {block + 1}", 10, ha="right", va="bottom")
+        write(side - gap, middle + 0.03, words, 7.5, ha="right", color=GREYS[0], linespacing=1.3)
+        for j, head in enumerate(shown.heads):
+            x = side + j * (INCH + gap)
+            axes = box(x, y, INCH, INCH * tall)
+            if i == 0:
+                axes.set_title(f"head {head + 1}", fontsize=10, pad=5)
+            if layer is None:
+                axes.set_facecolor(GREYS[1])
+                axes.set_axis_on()
+                axes.set_xticks([])
+                axes.set_yticks([])
+                axes.spines[:].set_visible(False)
+                axes.text(0.5, 0.5, "not computed", ha="center", va="center", fontsize=8, color=GREYS[0])
+                continue
+            axes.imshow(panels.keys(photo, found, layer, head, query, scale, cell), aspect="auto")
+            elsewhere = captions.panel(found, layer, head, query)
+            write(x + INCH / 2, y + INCH * tall + 0.05, elsewhere, 7.5, ha="center")
+    y = head_room
+    axes = box(margin, y, INCH, INCH * tall)
+    axes.imshow(panels.place(photo, found, cell, (query,)), aspect="auto")
+    axes.set_title(f"query {query + 1} of {len(found.queries)}", fontsize=10, pad=5)
+    y += INCH * tall
+    write(margin, y + 0.06, captions.where(shown, query), 7.5, color=GREYS[0])
+    write(margin, y + 0.42, "attention given to a key", 7.5)
+    _bar(box(margin, y + 0.6, INCH, 0.11), scale)
+    write(margin, y + 1.02, "\n".join(legend), 7.5, color=GREYS[0], linespacing=1.3)
+    return _png(figure)
+
+
+def tokens(shown: Shown) -> bytes:
+    """The tokens behind each stage: a PNG. There must be a stage."""
+    found, photo = shown.found, shown.photo
+    cell = panels.cell_size(found.grid, SIDE)
+    count = 1 + len(found.stages)
+    columns = min(count, 5 if count > 8 else 4)
+    rows = math.ceil(count / columns)
+    tall = found.grid[0] / found.grid[1]
+    side = 2.0
+    figure = _figure((side + 0.12) * columns + 0.2, 0.5 + (side * tall + 0.42) * rows + 0.35)
+    _title(figure, f"{photo.path.name}: tokens that go on")
+    width, height = figure.get_size_inches()
+    patches = found.grid[0] * found.grid[1]
+    panels_of = [(panels.place(photo, found, cell), "as the model sees it", f"{patches} patches")]
+    for stage in found.stages:
+        picture = panels.tokens(photo, found, stage, cell)
+        panels_of.append((picture, f"behind layer {stage.block + 1}", captions.stage(stage)))
+    for i, (picture, title, words) in enumerate(panels_of):
+        x = (0.16 + (side + 0.12) * (i % columns)) / width
+        y = 1 - (0.5 + (side * tall + 0.42) * (i // columns) + 0.22 + side * tall) / height
+        axes = figure.add_axes((x, y, side / width, side * tall / height))
+        axes.imshow(picture, aspect="auto")
+        axes.set_axis_off()
+        axes.set_title(title, fontsize=10, pad=3)
+        axes.text(0.5, -0.03, words, ha="center", va="top", fontsize=7.5, color=GREYS[0], transform=axes.transAxes)
+    legend = "Dark: patches that have left. Outlined, in their mean colour: patches that became one token."
+    figure.text(0.16 / width, 0.1 / height, legend, fontsize=7.5, color=GREYS[0], va="bottom")
+    return _png(figure)
+
+
+def mass(shown: Shown) -> bytes:
+    """The kept share of the true attention by layer and head, with the best share that as many keys could hold: a PNG."""
+    from matplotlib import colormaps
+
+    found = shown.found
+    value, best, dense = mass_table(found)
+    across = min(0.85, max(0.44, 3.4 / found.heads))
+    down, left, right, top, bottom = 0.4, 1.0, 0.3, 1.0, 0.88
+    width, height = max(left + across * found.heads + right, 4.3), top + down * found.depth + bottom
+    figure = _figure(width, height)
+    _title(figure, f"{shown.photo.path.name}: attention kept, %")
+    axes = figure.add_axes((left / width, bottom / height, across * found.heads / width, down * found.depth / height))
+    cells = colormaps[SHARES](np.nan_to_num(value))
+    cells[np.isnan(value) | dense[:, None]] = (*[float(GREYS[1])] * 3, 1)
+    axes.imshow(cells, aspect="auto")
+    for i in range(found.depth):
+        for j in range(found.heads):
+            ink = GREYS[0] if dense[i] or np.isnan(value[i, j]) else ink_on(cells[i, j, :3])
+            style: dict[str, Any] = dict(ha="center", va="center_baseline", color=ink)
+            if dense[i] or np.isnan(value[i, j]):
+                axes.text(j, i, "–" if np.isnan(value[i, j]) else f"{100 * value[i, j]:.0f}", fontsize=9.5, **style)
+                continue
+            axes.text(j, i - 0.1, f"{100 * value[i, j]:.0f}", fontsize=9.5, **style)
+            axes.text(j, i + 0.3, f"of {100 * best[i, j]:.0f}", fontsize=6, **style)
+    axes.set_xticks(range(found.heads), [str(j + 1) for j in range(found.heads)], fontsize=9)
+    names = [f"{'dense  ' if dense[i] else ''}{i + 1}" for i in range(found.depth)]
+    axes.set_yticks(range(found.depth), names, fontsize=9)
+    axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("top")
+    axes.set_xlabel("head", fontsize=10)
+    axes.set_ylabel("layer", fontsize=10)
+    axes.spines[:].set_visible(False)
+    axes.set_xticks(np.arange(found.heads + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(found.depth + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="both", length=0)
+    lines = ["Of: the most that as many keys could hold.", *textwrap.wrap(captions.true_attention(found.reference), 62)]
+    if np.isnan(value).any():
+        lines.insert(1, "–: only the prefix tokens' rows are computed.")
+    at = {"x": 0.15 / width, "y": 0.14 / height}
+    figure.text(**at, s="\n".join(lines), fontsize=7.5, color=GREYS[0], va="bottom", linespacing=1.3)
+    return _png(figure)
+
+
+def mass_table(found: Inspection) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Kept and best shares, [depth, H] each, NaN where patch rows are not computed; which layers are dense, bool [depth]."""
+    value = np.full((found.depth, found.heads), np.nan)
+    best, dense = value.copy(), np.zeros(found.depth, dtype=bool)
+    for layer in found.layers:
+        value[layer.block], best[layer.block] = layer.mass.numpy(), layer.best.numpy()
+        dense[layer.block] = not layer.sparse
+    return value, best, dense
+
+
+def ink_on(rgb: np.ndarray) -> str:
+    """Black or white, whichever reads better on a colour (0 to 1)."""
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return "black" if float(linear @ np.array([0.2126, 0.7152, 0.0722])) > 0.179 else "white"
+
+
+def _budget(layer: Any) -> str:
+    return f"{layer.budget} keys" if layer.sparse else "dense"
+
+
+def _key_legend(found: Inspection) -> str:
+    words = "White frame: the query. Colours: the keys it keeps. Grey: the others."
+    tail = any(bool((layer.tail > 0).any()) for layer in found.layers)
+    prefix = f"{', '.join(dict.fromkeys(found.prefix))}: prefix token" if found.prefix else ""
+    rest = "tail: means of the dropped keys" if tail else ""
+    beneath = ". ".join(part for part in (prefix, rest) if part)
+    return f"{words} Beneath: attention given elsewhere. {beneath}." if beneath else words
+
+
+def _bar(axes: Any, scale: panels.Scale) -> None:
+    """The colours of attention, with three ticks."""
+    axes.set_axis_on()
+    axes.imshow(panels.colours(np.linspace(0, 1, 256))[None], aspect="auto", extent=(0, 1, 0, 1))
+    at = [0, 0.5, 1]
+    marks = [scale.low * (scale.high / scale.low) ** x for x in at]
+    axes.set_xticks(at, [captions.percent(mark) for mark in marks], fontsize=7)
+    axes.set_yticks([])
+    for text, how in zip(axes.get_xticklabels(), ("left", "center", "right"), strict=True):
+        text.set_horizontalalignment(how)
+    axes.tick_params(length=2, pad=2)
+    axes.spines[:].set_visible(False)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=160)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _title(figure: Any, text: str) -> None:
+    width, height = figure.get_size_inches()
+    room = int(width * 13)
+    text = text if len(text) <= room else f"{text[: room - 1]}…"
+    figure.text(0.15 / width, 1 - 0.14 / height, text, fontsize=11.5, va="top", parse_math=False)
+
+
+def _png(figure: Any) -> bytes:
+    file = BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()

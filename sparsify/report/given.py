@@ -1,0 +1,123 @@
+"""Results that other commands wrote, read again for the report: profile's and eval's JSON, and a sweep's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from torch import nn
+
+from sparsify.checkpoint import Header
+from sparsify.errors import BadFile, one_line
+from sparsify.profiling import Profile
+
+
+class SweepFiles(NamedTuple):
+    """A sweep's figures (`sparsify.report.sweep.as_dict`), and its picture; None: there is none beside them."""
+
+    figures: Mapping[str, Any]
+    picture: bytes | None
+
+
+def profile(path: Path) -> Profile:
+    """What `sparsify profile --json` wrote.
+
+    Raises:
+        BadFile: missing, or something else.
+    """
+    tree = _json(path)
+    try:
+        return Profile.from_dict(tree)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise BadFile(f"{path} is no profile: 'sparsify profile FILE --json {path.name}' writes one") from None
+
+
+def evaluation(path: Path) -> Mapping[str, Any]:
+    """What `sparsify eval --results-file` wrote as JSON.
+
+    Raises:
+        BadFile: missing, or something else.
+    """
+    tree = _json(path)
+    numbers = ("top1", "agreement", "cosine_pooled", "knn_top1")
+    figures = [tree.get(name) for name in (*numbers, "images", "kl", "dense_top1", "param_count")]
+    right = any(name in tree for name in numbers) and isinstance(tree.get("images"), int)
+    if not right or not all(each is None or _number(each) for each in figures):
+        raise BadFile(f"{path} holds no results of eval: 'sparsify eval --results-file {path.stem}.json' writes them")
+    return tree
+
+
+def sweep(path: Path) -> SweepFiles:
+    """A sweep's PREFIX.json, or the folder in which one lies, and the picture beside it.
+
+    Raises:
+        BadFile: missing, something else, or a folder with none or several of them.
+    """
+    file = _sweep_in(path) if path.is_dir() else path
+    tree = _json(file)
+    if not _is_sweep(tree):
+        raise BadFile(f"{file} is no sweep: 'sparsify sweep NAME' writes PREFIX.json")
+    picture = file.with_suffix(".png")
+    try:
+        return SweepFiles(tree, picture.read_bytes() if picture.is_file() else None)
+    except OSError as error:
+        raise BadFile(f"{picture} cannot be read: {one_line(error)}") from None
+
+
+def check(
+    file: Path, header: Header, model: nn.Module, profile_file: Path | None, profile: Profile | None,
+    evaluation_file: Path | None, evaluation: Mapping[str, Any] | None,
+) -> None:  # fmt: skip
+    """Raise `BadFile` where figures are of another model than that of `file`, as far as parameters and MACs tell."""
+    count = sum(p.numel() for p in model.parameters())
+    if profile is not None:
+        counted = header.report.get("macs_sparse", profile.macs_sparse)
+        own_size = list(profile.conditions["img_size"]) == list(cast(Any, model).patch_embed.img_size)
+        if profile.param_count != count or (own_size and profile.macs_sparse != counted):
+            raise BadFile(f"{profile_file} is the profile of another model than {file}: profile this one")
+    stated = None if evaluation is None else evaluation.get("param_count")  # millions, as timm has it
+    if stated is not None and abs(stated - round(count / 1e6, 2)) > 0.006:
+        raise BadFile(
+            f"{evaluation_file} has results of a model with {stated:g} M parameters, {file} has {count / 1e6:.2f} M: "
+            "evaluate this one"
+        )
+
+
+def _sweep_in(folder: Path) -> Path:
+    found = [file for file in sorted(folder.glob("*.json")) if _is_sweep(_maybe(file))]
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found[:3]) or "none"
+        raise BadFile(f"{folder} holds {len(found)} sweeps ({names}): give the JSON file of one")
+    return found[0]
+
+
+def _is_sweep(tree: Mapping[str, Any]) -> bool:
+    settings: Any = tree.get("settings")
+    if not isinstance(settings, list) or not settings or not isinstance(tree.get("dense"), Mapping):
+        return False
+    return all(isinstance(s, Mapping) and _number(s.get("macs_share")) and _number(s.get("speed")) for s in settings)
+
+
+def _maybe(path: Path) -> Mapping[str, Any]:
+    try:
+        return _json(path)
+    except BadFile:
+        return {}
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    if not path.exists():
+        raise BadFile(f"no file {path}")
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadFile(f"{path} cannot be read as JSON: {one_line(error, 100)}") from None
+    if not isinstance(tree, dict):
+        raise BadFile(f"{path} holds no results: an object of JSON is expected")
+    return tree
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

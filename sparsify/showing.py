@@ -1,0 +1,116 @@
+"""The job behind `sparsify show` and the pictures of `sparsify report`: image files -> what the model does with each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from sparsify import data, original, photograph
+from sparsify.errors import UsageError
+from sparsify.inspection import Inspection, check, inspect
+from sparsify.nn import graft
+from sparsify.photograph import Photograph, Point
+
+MOST_LAYERS, MOST_HEADS = 4, 6  # drawn where nobody says which
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One image and what the model does with it.
+
+    Attributes:
+        name: of its pictures: the file's stem, with a number where two files have the same.
+        layers, heads: to draw the keys of, counted from 0.
+    """
+
+    name: str
+    photo: Photograph
+    found: Inspection
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+
+
+def look(
+    model: nn.Module,
+    images: Sequence[Path],
+    points: Sequence[Point] = (),
+    *,
+    layers: str | None = None,
+    heads: str | None = None,
+    dense: nn.Module | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Shown]:
+    """What a sparse model does with each image.
+
+    Args:
+        points: queries, in each image; none: `sparsify.inspection.default_queries`.
+        layers, heads: counted from 1 and separated by commas, or all; None: at most `MOST_LAYERS` of those with sparse
+            attention (of all, where there are none), `MOST_HEADS` heads, evenly spaced.
+        dense: see `sparsify.inspection.inspect`.
+        progress: called with images done and in all.
+
+    Raises:
+        BadData: an image that cannot be read.
+        UsageError: a point outside an image, a layer or head that there is not, a dense model that does not fit.
+        SparsifyError: not a sparse model.
+    """
+    check(model)
+    if dense is not None:
+        original.check(dense, model)
+    modules = list(graft.attention_modules(model).values())
+    sparse = [i for i, name in enumerate(graft.attention_modules(model)) if name in graft.sparse_modules(model)]
+    some = sparse or list(range(len(modules)))
+    blocks = _chosen(layers, "--layer", "layers", len(modules), [some[i] for i in spread(len(some), MOST_LAYERS)])
+    count = modules[0].num_heads
+    drawn = _chosen(heads, "--head", "heads", count, spread(count, MOST_HEADS))
+    config, grid = data.data_config(model), graft.patch_grid(model)
+    photos = [photograph.read(path, config) for path in images]
+    asked = [tuple(dict.fromkeys(photo.patch(point, grid) for point in points)) for photo in photos]
+    names = unique([path.stem for path in images])
+    shown = []
+    for i, (name, photo, patches) in enumerate(zip(names, photos, asked, strict=True)):
+        progress(i, len(photos))
+        shown.append(Shown(name, photo, inspect(model, photo.x, patches, dense), blocks, drawn))
+    progress(len(photos), len(photos))
+    return shown
+
+
+def spread(n: int, most: int) -> list[int]:
+    """At most `most` of 0 to n - 1, evenly spaced, the first and the last among them."""
+    if n <= most:
+        return list(range(n))
+    return [round(i * (n - 1) / (most - 1)) for i in range(most)]
+
+
+def unique(names: Sequence[str]) -> list[str]:
+    """The names, with -2, -3, ... where they would meet; case does not tell files apart everywhere."""
+    taken: set[str] = set()
+    found = []
+    for name in names:
+        new, number = name, 1
+        while new.lower() in taken:
+            number += 1
+            new = f"{name}-{number}"
+        taken.add(new.lower())
+        found.append(new)
+    return found
+
+
+def _chosen(text: str | None, option: str, what: str, count: int, default: Sequence[int]) -> tuple[int, ...]:
+    """'1,12' or 'all' -> numbers from 0, each once, in order."""
+    if text is None:
+        return tuple(default)
+    if text.strip() == "all":
+        return tuple(range(count))
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() and 1 <= int(part) <= count for part in parts):
+        raise UsageError(
+            f"{option} {text}: numbers from 1 to {count} separated by commas, or all, are expected ({what})"
+        )
+    return tuple(sorted({int(part) - 1 for part in parts}))
+
+
+__all__ = ["MOST_HEADS", "MOST_LAYERS", "Shown", "look", "spread", "unique"]
