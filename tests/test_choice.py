@@ -122,7 +122,7 @@ def test_equal_scores_keep_the_same_keys_as_the_op(data):
         q, k, torch.eye(N).expand(2, H, N, N), None, None, None, size, None, ranks, scale, b, P, "none", (h, w), (1, 1), tile
     )  # fmt: skip
     row, col = reference.head_lowrank_scores(q, k, None, None, ranks)
-    ranking = choice.Ranking(row, col, col, None if size is None else size.log() / scale)
+    ranking = choice.Ranking(row, col, col, None if size is None else size.log() / scale, 1 / scale)
     kept = choice.kept(ranking, None, spec, None)
     assert torch.equal(out.view(2, N, H, N).transpose(1, 2) > 0, kept)
     weight, _ = choice.weights(q, k, kept, None, None, size, scale)
