@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLDEST_TIMM := 1.0.28
 
 .PHONY: venv demo test test-oldest sanitize lint format bench bench-kernels-accuracy bench-auto bench-accuracy bench-equality \
-	bench-tokens bench-finetune bench-survive frontier clean
+	bench-tokens bench-finetune bench-survive frontier names docs clean
 
 venv: $(VENV)/.installed
 
@@ -87,6 +87,15 @@ bench-equality: venv
 # MHSA MACs against agreement over rank, tail and keep: docs/frontier.md and docs/frontier.png.
 frontier: venv
 	$(BIN)/python benchmarks/frontier.py
+
+# The names that shells complete, after models became convertible.
+names: venv
+	$(BIN)/sparsify models > build-names && cut -d' ' -f1 build-names > sparsify/names.txt && rm build-names
+
+# The documentation as a site, build/site/index.html; stops at the first broken link.
+docs: venv
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) .venv-oldest demo build dist *.egg-info

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sparsify import report
+from sparsify import report, terminal
 from sparsify.profiling import Profile
 
 
 def show(what: RenderableType) -> None:
-    """Print to standard output; rich drops colour where there is no terminal or NO_COLOR is set."""
-    Console().print(what)
+    """Print to standard output; in a pipe or a file nothing is wrapped, cut or coloured."""
+    terminal.console().print(what)
 
 
 def profile_table(profile: Profile) -> Group:
