@@ -25,10 +25,10 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **rest: Any) -> str:
-    """Links out of docs/ lead to the pages made of those files."""
-    return re.sub(
-        r"\]\(\.\./([A-Z]\w+(?:\.md)?)(#[\w-]+)?\)", lambda m: f"]({PAGES.get(m[1], m[0])}{m[2] or ''})", markdown
-    )
+    """Links out of docs/ lead to the pages made of those files; in tables a figure and its unit stay together."""
+    out = re.compile(r"\]\(\.\./([A-Z]\w+(?:\.md)?)(#[\w-]+)?\)")
+    lines = out.sub(lambda m: f"]({PAGES.get(m[1], m[0])}{m[2] or ''})", markdown).split("\n")
+    return "\n".join(re.sub(r"(\d) (%|[GMk]\b)", r"\1&nbsp;\2", i) if i.startswith("|") else i for i in lines)
 
 
 def as_page(source: str, text: str) -> str:
