@@ -90,7 +90,9 @@ frontier: venv
 
 # The names that shells complete, after models became convertible.
 names: venv
-	$(BIN)/sparsify models > build-names && cut -d' ' -f1 build-names > sparsify/names.txt && rm build-names
+	$(BIN)/sparsify models > sparsify/names.new
+	cut -d' ' -f1 sparsify/names.new > sparsify/names.txt
+	rm sparsify/names.new
 
 # The documentation as a site, build/site/index.html; stops at the first broken link.
 docs: venv

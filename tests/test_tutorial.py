@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -105,3 +106,19 @@ def test_links_between_pages_lead_somewhere():
             if not link.startswith(("http:", "https:")) and not (made or (page.parent / link).exists()):
                 missing.append(f"{page.name}: {link}")
     assert not missing
+
+
+def test_the_site_builds_whole_and_asks_nothing_of_the_outside(tmp_path):
+    pytest.importorskip("material", reason="the extra 'docs' is not installed")
+    how = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        how, cwd=DOCS.parent, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    home = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert 'href="tutorial.html"' in home and "Results" in home and (tmp_path / "search" / "search_index.js").is_file()
+    for page in tmp_path.glob("*.html"):
+        fetched = re.findall(
+            r'<(?:script|link|img)[^>]+(?:src|href)="?(https?:[^"\s>]+)', page.read_text(encoding="utf-8")
+        )
+        assert not fetched, (page.name, fetched)
