@@ -29,6 +29,7 @@ PLAIN = {
     "“": '"',
     "”": '"',
 }
+NARROW = 80  # columns that every table fits
 _HANDLER = "sparsify.plain"
 _DECIDED = ("ignore", "replace", "namereplace", "xmlcharrefreplace")  # by PYTHONIOENCODING: left as they are
 
@@ -55,13 +56,18 @@ def _degrade(error: UnicodeError) -> tuple[str, int]:
 def console(*, stderr: bool = False) -> Console:
     """A console of rich: as wide as the terminal, or as COLUMNS says; `WIDE` in a pipe or a file.
 
+    Results are never set narrower than `NARROW`: in a smaller window lines run over, and no figure loses its unit.
+
     Rich itself leaves colour out where there is no terminal, NO_COLOR is set or TERM is dumb, and FORCE_COLOR asks for it.
     """
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
     wide = not stream.isatty() and "COLUMNS" not in os.environ
-    return Console(stderr=stderr, width=WIDE if wide else None)
+    made = Console(stderr=stderr, width=WIDE if wide else None)
+    if not stderr and made.width < NARROW:
+        made.width = NARROW
+    return made
 
 
 def animates(where: Console) -> bool:

@@ -221,11 +221,11 @@ class Stream(io.TextIOWrapper):
         return self.buffer.getvalue().decode(self.encoding)
 
 
-def wide():
+def wide(times=30):
     table = Table(box=None, pad_edge=False)
     table.add_column("module", overflow="ellipsis", no_wrap=True)
     table.add_column("MACs", no_wrap=True, justify="right")
-    table.add_row(Text("blocks." * 30, style="bold red"), "1.25 G")
+    table.add_row(Text("blocks." * times, style="bold red"), "1.25 G")
     return table
 
 
@@ -258,9 +258,18 @@ def test_in_a_pipe_tables_are_whole_and_plain(shell):
 
 
 def test_at_a_terminal_tables_have_its_width_and_colours(shell):
-    out, _ = shell(tty=True, COLUMNS="40")
+    out, _ = shell(tty=True, COLUMNS="100")
     tables.show(wide())
-    assert COLOUR.search(out.text()) and "…" in out.text()
+    shown = re.sub(r"\x1b\[[\d;]*m", "", out.text()).splitlines()
+    assert COLOUR.search(out.text()) and "…" in out.text() and {len(line) for line in shown} == {100}
+    assert terminal.console(stderr=True).width == 100
+
+
+def test_in_a_narrow_window_figures_are_not_cut(shell):
+    out, _ = shell(tty=True, COLUMNS="30", NO_COLOR="1")
+    tables.show(wide(9))
+    assert "1.25 G" in out.text() and "…" not in out.text() and max(map(len, out.text().splitlines())) > 65
+    assert terminal.console(stderr=True).width == 30  # bars fit the window
 
 
 @pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"NO_COLOR": "1", "FORCE_COLOR": "1"}])

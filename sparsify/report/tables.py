@@ -51,7 +51,7 @@ def module_tree(profile: Profile, *, full: bool = False) -> Group:
     table = Table(box=None, pad_edge=False)
     table.add_column("module", no_wrap=True, overflow="ellipsis", ratio=1)
     for heading in ("params", "dense", "sparse", "change"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=True, min_width=7)  # '821.6 k': a long name gives way
     for label, row in tree_rows(profile, full=full):
         same = row["macs_dense"] == row["macs_sparse"]
         name = Text("  " * row["depth"] + label, style="dim" if same else "")
