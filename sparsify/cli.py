@@ -34,7 +34,6 @@ app = App(
         "stderr.\n\n\b\nExit codes:\n  0    done\n  1    a bad file, data set or model\n"
         "  2    a bad option, argument or name\n  130  interrupted\n  141  the reader of the output has gone (| head)"
     ),
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
@@ -65,7 +64,7 @@ app.command("build-kernels")(build_kernels)
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: every expected error is one line on stderr, said by one process of several, and an exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
+    given = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     terminal.prepare()
     warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)  # fvcore traces with it
     warnings.filterwarnings("ignore", message="sparse attention is computed by")  # the commands say it themselves

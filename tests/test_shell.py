@@ -158,6 +158,7 @@ def test_help_fits_and_has_an_example(name, width, run, monkeypatch):
 def test_help_names_every_command_whole_and_the_exit_codes(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = run("--help")
+    assert run() == (code, out, "")  # nothing asked: the help
     words = " ".join(out.split())
     assert code == 0 and max(map(len, out.splitlines())) <= 80
     assert all(f" {name} " in words for name in COMMANDS) and "..." not in words.partition("Commands:")[2]
