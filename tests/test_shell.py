@@ -33,7 +33,7 @@ COMMANDS = sorted(GROUP.commands)
 
 def environment(**changes):
     kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
-    return kept | {"PYTHONPATH": str(HERE)} | changes
+    return kept | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])} | changes
 
 
 def spoken(*arguments, **changes):
