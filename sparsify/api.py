@@ -91,8 +91,8 @@ def load(
 ) -> nn.Module:
     """The sparse model of a file, eval mode, for inference; see `sparsify.checkpoint.load`.
 
-    Call it under `torch.inference_mode()` or `no_grad()`: where a gradient may be asked for, the form for training
-    computes, which is slower.
+    Call it under `torch.inference_mode()` or `no_grad()`: where a gradient may be asked for, the slow differentiable
+    reference computes.
 
     Args:
         backend: cpu or reference computes the sparse form always. auto: per attention shape whatever was measured fastest
