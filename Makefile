@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLDEST_TIMM := 1.0.28
 
 .PHONY: venv demo test test-oldest sanitize lint format bench bench-kernels-accuracy bench-auto bench-accuracy bench-equality \
-	bench-families bench-tokens bench-finetune bench-survive families frontier clean
+	bench-families bench-tokens bench-finetune bench-survive families frontier names docs clean
 
 venv: $(VENV)/.installed
 
@@ -95,6 +95,17 @@ bench-families: venv
 # MHSA MACs against agreement over rank, tail and keep: docs/frontier.md and docs/frontier.png.
 frontier: venv
 	$(BIN)/python benchmarks/frontier.py
+
+# The names that shells complete, after models became convertible.
+names: venv
+	$(BIN)/sparsify models > sparsify/names.new
+	cut -d' ' -f1 sparsify/names.new > sparsify/names.txt
+	rm sparsify/names.new
+
+# The documentation as a site, build/site/index.html; stops at the first broken link.
+docs: venv
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) .venv-oldest demo build dist *.egg-info

@@ -1,6 +1,7 @@
 """The command line: `commands/` parse, call one job, render its result. torch is imported inside the commands only.
 
-Exit codes: 0 done; 1 a bad file, data set or model; 2 a bad option, argument or name; 130 interrupted.
+Exit codes: 0 done; 1 a bad file, data set or model; 2 a bad option, argument or name; 130 interrupted; 141 the reader of
+the output has gone. Results go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from sparsify import __version__, processes
+from sparsify import __version__, processes, terminal
 from sparsify.commands.convert import convert
 from sparsify.commands.evaluate import evaluate
 from sparsify.commands.kernels import build_kernels
@@ -23,16 +24,20 @@ from sparsify.commands.report import report
 from sparsify.commands.show import show
 from sparsify.commands.sweep import sweep
 from sparsify.errors import SparsifyError
+from sparsify.helptext import App
 
 INTERRUPTED = 130
+READER_GONE = 141  # what a shell makes of a program that a closed pipe ended
 
-app = typer.Typer(
+app = App(
     name="sparsify",
     help="Pretrained timm Vision Transformers with per-image sparse attention (Sparsifiner, CVPR 2023).",
-    no_args_is_help=True,
+    epilog=(
+        "'sparsify COMMAND --help' shows the options of a command. Results go to stdout; notes, progress and errors go to "
+        "stderr.\n\n\b\nExit codes:\n  0    done\n  1    a bad file, data set or model\n"
+        "  2    a bad option, argument or name\n  130  interrupted\n  141  the reader of the output has gone (| head)"
+    ),
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -65,12 +70,14 @@ app.command("build-kernels")(build_kernels)
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: every expected error is one line on stderr, said by one process of several, and an exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
+    given = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    terminal.prepare()
     warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)  # fvcore traces with it
     warnings.filterwarnings("ignore", message="sparse attention is computed by")  # the commands say it themselves
     command = typer.main.get_command(app)
     try:
-        code = command.main(args=given, prog_name="sparsify", standalone_mode=False)
+        with terminal.read_to_the_end():
+            code = command.main(args=given, prog_name="sparsify", standalone_mode=False)
     except SparsifyError as error:
         said = not processes.main() and processes.agreed(error)
         code = error.exit_code if said else _fail(str(error), error.exit_code, "--debug" in given)
@@ -80,8 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
         code = _fail(message, 2, False) if processes.main() else 2
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
-    except BrokenPipeError:
-        code = 0
+    except terminal.ReaderGone:
+        code = READER_GONE
     except Exception as error:
         code = _fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1, "--debug" in given)
     if code == INTERRUPTED and processes.main():  # typer turns Ctrl-C into this code

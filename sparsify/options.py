@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sparsify import completion
 from sparsify.errors import UsageError
+from sparsify.helptext import MODEL, RUNNING, TALK
 
 if TYPE_CHECKING:
     from sparsify.config import Target, Tokens
@@ -37,28 +40,81 @@ Dense = Annotated[
         metavar="NAME|FILE",
         help="Dense original to compare with: name, or checkpoint. Needed for fine-tuned files only.",
         show_default="the file's own weights",
+        autocompletion=completion.models,
+        rich_help_panel=MODEL,
     ),
 ]
-Device = Annotated[str, typer.Option(help="Device of torch: cpu, cuda, cuda:1, mps.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Your own checkpoint of that architecture, .safetensors or .pth.",
+        show_default="timm's",
+        rich_help_panel=MODEL,
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Device of torch: cpu, cuda, cuda:1, mps.",
+        autocompletion=completion.one_of(completion.DEVICES),
+        rich_help_panel=RUNNING,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="float32, bfloat16 or float16.",
+        autocompletion=completion.one_of(completion.DTYPES),
+        rich_help_panel=RUNNING,
+    ),
+]
 Backend = Annotated[
     str,
-    typer.Option(help="Implementation of sparse attention: auto (the CPU kernels if they can run), cpu, reference."),
+    typer.Option(
+        metavar="NAME",
+        help="Implementation of sparse attention: auto (the CPU kernels if they can run), cpu, reference.",
+        autocompletion=completion.one_of(completion.BACKENDS),
+        rich_help_panel=RUNNING,
+    ),
 ]
 KernelPrecision = Annotated[
-    str, typer.Option(help="What the CPU kernels store: input (the model's dtype), or bf16 for float32 models too.")
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="What the CPU kernels store: input (the model's dtype), or bf16 for float32 models too.",
+        autocompletion=completion.one_of(completion.KERNEL_PRECISIONS),
+        rich_help_panel=RUNNING,
+    ),
 ]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that read images; 0 reads in this one.")]
+Workers = Annotated[
+    int,
+    typer.Option(min=0, metavar="N", help="Processes that read images; 0 reads in this one.", rich_help_panel=RUNNING),
+]
 ImgSize = Annotated[
-    int | None, typer.Option(min=1, help="Side of the image in pixels.", show_default="the model's own")
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="PIXELS",
+        help="Side of the image in pixels.",
+        show_default="the model's own",
+        rich_help_panel=MODEL,
+    ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but results' files and errors.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet", "-q", help="Print nothing but the names of the files written, and errors.", rich_help_panel=TALK
+    ),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=TALK)]
 
 
 def say(quiet: bool) -> Callable[[str], None]:
-    """What takes lines for the person at the terminal: prints them at once, or drops them where `quiet`."""
-    return (lambda line: None) if quiet else (lambda line: print(line, flush=True))
+    """What takes notes for the person at the terminal: prints them on stderr at once, or drops them where `quiet`."""
+    return (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def numbers(text: str | None, name: str) -> float | tuple[float, ...] | None:

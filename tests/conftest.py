@@ -90,7 +90,7 @@ def ctrl_c(tmp_path: Path) -> Callable[..., tuple[int, str]]:
         heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test run in the background has it ignored
         how, pipe = [sys.executable, "-m", "sparsify", *arguments], subprocess.PIPE
         process = subprocess.Popen(how, cwd=tmp_path, preexec_fn=heard, stdout=pipe, stderr=pipe, text=True)
-        assert process.stdout is not None and process.stdout.readline().startswith("calibrating")
+        assert process.stderr is not None and process.stderr.readline().startswith("calibrating")
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
         return process.returncode, err.strip()

@@ -101,11 +101,11 @@ def test_options_of_the_command_reach_the_run(run, tmp_path):
     ]
     code, out, err = run(*how, "--set", "stages.0.losses.features=0.5", "--save-minutes", 0, "--micro-batch", 2)
     assert code == 0 and "wrote model.safetensors" in out and "; the run is in model.run" in out
-    assert "distill 1 steps of 4; judged on 12 images of digits" in " ".join(out.split())
+    assert "distill 1 steps of 4; judged on 12 images of digits" in " ".join(err.split())
     stored = load_recipe("model.run/recipe.yaml")
     assert (stored.stages[0].batch_size, stored.stages[0].losses.features, stored.seed) == (4, 0.5, 7)
     code, out, err = run(*how, "--calibrate-only", "-o", "c.safetensors")
-    assert code == 0 and "fine-tuning" not in out and not (tmp_path / "c.run").exists()
+    assert code == 0 and "fine-tuning" not in err and not (tmp_path / "c.run").exists()
     assert not checkpoint.read_header(tmp_path / "c.safetensors").backbone_changed
     assert "finetuned" not in checkpoint.read_header(tmp_path / "c.safetensors").provenance
     assert load_file(tmp_path / "c.safetensors").keys() == load_file(tmp_path / "model.safetensors").keys()

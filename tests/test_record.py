@@ -252,8 +252,9 @@ def test_quiet_shows_nothing(capsys, ticks):
 
 def test_at_a_terminal_a_bar_of_training_fits_80_columns(monkeypatch):
     screen = io.StringIO()
+    screen.isatty = lambda: True
     console = Console(file=screen, force_terminal=True, no_color=True, width=80, legacy_windows=False)
-    monkeypatch.setattr(progress, "Console", lambda **how: console)
+    monkeypatch.setattr(progress.terminal, "console", lambda **how: console)
     monkeypatch.setenv("TERM", "xterm")
     with Reporter() as reporter:
         for i in range(110, 121):

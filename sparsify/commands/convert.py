@@ -7,55 +7,92 @@ from typing import Annotated
 
 import typer
 
-from sparsify import options
+from sparsify import completion, options
 from sparsify.errors import SparsifyError
+from sparsify.helptext import MODEL, RUNNING
 from sparsify.preflight import preflight
+
+KEPT, FORM, LEARNING, FILES = "What is kept", "Form of the sparse attention", "Images and training", "Files"
 
 
 def convert(
     name: Annotated[
         str,
-        typer.Argument(metavar="NAME", help="Alias (deit_small), timm name, hf-hub:ORG/NAME, local-dir:DIR or digits."),
+        typer.Argument(
+            metavar="NAME",
+            help="Alias (deit_small), timm name, hf-hub:ORG/NAME, local-dir:DIR or digits.",
+            autocompletion=completion.models,
+        ),
     ],
     keep: Annotated[
         str | None,
         typer.Option(
+            metavar="SHARE",
             help="Share of keys that each query attends to, above 0 and up to 1, or dense; or one a block, 0.2,dense,...",
             show_default="the recipe's, 0.1; dense with --token-keep alone",
+            rich_help_panel=KEPT,
         ),
     ] = None,
     token_keep: Annotated[
         str | None,
         typer.Option(
+            metavar="SHARE",
             help="Share of patch tokens that go on at each stage; or a rate for each block, 1,1,0.8,...",
             show_default="all tokens",
+            rich_help_panel=KEPT,
         ),
     ] = None,
     token_stages: Annotated[
         str | None,
-        typer.Option(help="Blocks, counted from 1, after whose attention tokens leave.", show_default="4,7,10"),
+        typer.Option(
+            metavar="BLOCKS",
+            help="Blocks, counted from 1, after whose attention tokens leave.",
+            show_default="4,7,10",
+            rich_help_panel=KEPT,
+        ),
     ] = None,
     token_way: Annotated[
         str | None,
-        typer.Option(help="How tokens leave: merge, evit or evit-fused.", show_default="merge"),
+        typer.Option(
+            metavar="WAY",
+            help="How tokens leave: merge, evit or evit-fused.",
+            show_default="merge",
+            autocompletion=completion.one_of(completion.WAYS),
+            rich_help_panel=KEPT,
+        ),
     ] = None,
     target_macs: Annotated[
         float | None,
         typer.Option(
-            help="Choose keep and tokens of every block for this share of the dense model's MACs.", show_default="none"
+            metavar="SHARE",
+            help="Choose keep and tokens of every block for this share of the dense model's MACs.",
+            show_default="none",
+            rich_help_panel=KEPT,
         ),
     ] = None,
     target_latency: Annotated[
         float | None,
-        typer.Option(help="The same for this share of its time, on this machine at batch 1.", show_default="none"),
+        typer.Option(
+            metavar="SHARE",
+            help="The same for this share of its time, on this machine at batch 1.",
+            show_default="none",
+            rich_help_panel=KEPT,
+        ),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = options.MODEL_FILE,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite another model's file.")] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="File to write.", rich_help_panel=FILES)
+    ] = options.MODEL_FILE,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite another model's file.", rich_help_panel=FILES)
+    ] = False,
     recipe: Annotated[
         str | None,
         typer.Option(
+            metavar="NAME|FILE",
             help="Recipe name ('sparsify recipes' lists them) or YAML file.",
             show_default="distill with --data, else calibrate",
+            autocompletion=completion.recipes,
+            rich_help_panel=LEARNING,
         ),
     ] = None,
     assignments: Annotated[
@@ -63,79 +100,147 @@ def convert(
         typer.Option(
             "--set",
             metavar="FIELD=VALUE",
-            help="Any field of the recipe: stages.0.epochs=3 (from 0).",
+            help="Any field of the recipe: stages.0.epochs=3 (stages count from 0). May be given again.",
             show_default=False,
+            rich_help_panel=LEARNING,
         ),
     ] = None,
     predictor: Annotated[
         str | None,
-        typer.Option(help="head-lowrank or token-lowrank (the paper's).", show_default="the recipe's, head-lowrank"),
+        typer.Option(
+            metavar="NAME",
+            help="head-lowrank or token-lowrank (the paper's).",
+            show_default="the recipe's, head-lowrank",
+            autocompletion=completion.one_of(completion.PREDICTORS),
+            rich_help_panel=FORM,
+        ),
     ] = None,
     rank: Annotated[
         str | None,
         typer.Option(
+            metavar="R",
             help="Coordinates of the predictor: a mean over all heads, or one for each block.",
             show_default="the recipe's, 16",
+            rich_help_panel=FORM,
         ),
     ] = None,
     tail: Annotated[
         str | None,
         typer.Option(
-            help="What stands for dropped keys: none, mean, cells or clusters.", show_default="the recipe's, clusters"
+            metavar="NAME",
+            help="What stands for dropped keys: none, mean, cells or clusters.",
+            show_default="the recipe's, clusters",
+            autocompletion=completion.one_of(completion.TAILS),
+            rich_help_panel=FORM,
         ),
     ] = None,
     cells: Annotated[
         str | None,
-        typer.Option(help="Grid of cells of the tail, ROWSxCOLUMNS.", show_default="by tokens and keep: 4x3 of 197"),
+        typer.Option(
+            metavar="RxC",
+            help="Grid of cells of the tail, rows x columns.",
+            show_default="by tokens and keep: 4x3 of 197",
+            rich_help_panel=FORM,
+        ),
     ] = None,
     granularity: Annotated[
         str | None,
-        typer.Option(help="token: a key set for each query; tile: one for 4x4 neighbours.", show_default="token"),
+        typer.Option(
+            metavar="NAME",
+            help="token: a key set for each query; tile: one for 4x4 neighbours.",
+            show_default="token",
+            autocompletion=completion.one_of(completion.GRANULARITIES),
+            rich_help_panel=FORM,
+        ),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
+            metavar="DATA",
             help="Folder or timm data set of images to calibrate on and to learn from.",
             show_default="built-in pictures, calibration only",
+            rich_help_panel=LEARNING,
         ),
     ] = None,
     val: Annotated[
         str | None,
         typer.Option(
-            help="Labelled images that decide which weights are written.", show_default="a part of --data is held back"
+            metavar="DATA",
+            help="Labelled images that decide which weights are written.",
+            show_default="a part of --data is held back",
+            rich_help_panel=LEARNING,
         ),
     ] = None,
     calib_images: Annotated[
-        int | None, typer.Option(min=1, help="Images to calibrate on.", show_default="the recipe's, 128")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Images to calibrate on.",
+            show_default="the recipe's, 128",
+            rich_help_panel=LEARNING,
+        ),
     ] = None,
-    calibrate_only: Annotated[bool, typer.Option("--calibrate-only", help="Closed form only, no training.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the interrupted fine-tuning of this output.")
+    calibrate_only: Annotated[
+        bool, typer.Option("--calibrate-only", help="Closed form only, no training.", rich_help_panel=LEARNING)
     ] = False,
-    save_minutes: Annotated[float, typer.Option(min=0, help="Minutes between two saved states of a fine-tuning.")] = 5,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the interrupted fine-tuning of this output.", rich_help_panel=LEARNING
+        ),
+    ] = False,
+    save_minutes: Annotated[
+        float,
+        typer.Option(
+            min=0, metavar="N", help="Minutes between two saved states of a fine-tuning.", rich_help_panel=LEARNING
+        ),
+    ] = 5,
     micro_batch: Annotated[
-        int, typer.Option(min=1, help="Most images of a step computed together: less memory, the same result.")
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Most images of a step computed together: less memory, the same result.",
+            rich_help_panel=LEARNING,
+        ),
     ] = 64,
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="Your own checkpoint of that architecture, .safetensors or .pth.", show_default="timm's"),
-    ] = None,
+    weights: options.Weights = None,
     num_classes: Annotated[
-        int | None, typer.Option(min=0, help="Classes of that checkpoint.", show_default="read off the file")
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Classes of that checkpoint; 0: features.",
+            show_default="read off the file",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     img_size: options.ImgSize = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of the choice of images.", show_default="the recipe's, 0")
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Seed of the choice of images.",
+            show_default="the recipe's, 0",
+            rich_help_panel=LEARNING,
+        ),
     ] = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     backend: options.Backend = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images computed together.")] = 16,
+    batch_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Images computed together.", rich_help_panel=RUNNING)
+    ] = 16,
     workers: options.Workers = 0,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Turn a pretrained model into a sparse one and write it with its MACs report."""
+    """Turn a pretrained model into a sparse one and write it with its MACs report.
+
+    Example: sparsify convert deit_small --keep 0.1
+    """
     from sparsify.recipe import default_recipe, load_recipe
 
     base = load_recipe(recipe or default_recipe(data is not None and not calibrate_only))

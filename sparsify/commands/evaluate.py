@@ -7,21 +7,30 @@ from typing import Annotated
 
 import typer
 
-from sparsify import options, processes
+from sparsify import completion, options, processes
 from sparsify.errors import UsageError
+from sparsify.helptext import RUNNING
 from sparsify.preflight import preflight
 
 
 def evaluate(
     file: options.Model = options.MODEL_FILE,
     imagenet: Annotated[
-        str | None, typer.Option(help="ImageNet root with val/, its val folder, or any folder of class folders.")
+        str | None,
+        typer.Option(metavar="DIR", help="ImageNet root with val/, its val folder, or any folder of class folders."),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Another labelled set: folder, timm data set name, or digits.")
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Another labelled set: folder, timm data set name, or digits.",
+            autocompletion=completion.one_of(["digits"]),
+        ),
     ] = None,
     dense: options.Dense = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images computed together.")] = 32,
+    batch_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Images computed together.", rich_help_panel=RUNNING)
+    ] = 32,
     img_size: options.ImgSize = None,
     workers: options.Workers = 0,
     dtype: options.Dtype = "float32",
@@ -29,13 +38,17 @@ def evaluate(
     backend: options.Backend = "auto",
     kernel_precision: options.KernelPrecision = "input",
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")] = False,
-    results_file: Annotated[Path | None, typer.Option(help="Write the results as .csv or .json.")] = None,
+    results_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the results as .csv or .json.")
+    ] = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Top-1, top-5 and agreement of the sparse model beside its dense original.
 
     Under `accelerate launch -m sparsify` or `torchrun -m sparsify` the processes share the images.
+
+    Example: sparsify eval model.safetensors --imagenet /data/imagenet
     """
     if (imagenet is None) == (data is None):
         raise UsageError("give the labelled images: either --imagenet PATH or --data NAME")

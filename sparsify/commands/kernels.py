@@ -15,7 +15,10 @@ def build_kernels(
     force: Annotated[bool, typer.Option("--force", help="Compile again, also what failed before.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the compiler's commands and all it said.")] = False,
 ) -> None:
-    """Compile the CPU kernels now instead of at their first use."""
+    """Compile the CPU kernels now instead of at their first use.
+
+    Example: sparsify build-kernels --verbose
+    """
     preflight()
     from sparsify.ops import cpu
     from sparsify.ops.cpu.build import build

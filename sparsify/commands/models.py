@@ -6,12 +6,26 @@ from typing import Annotated
 
 import typer
 
+from sparsify import completion
 from sparsify.errors import UsageError
 from sparsify.preflight import preflight
 
 
-def models(pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern with *.")] = "") -> None:
-    """List the models that can be converted."""
+def models(
+    pattern: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATTERN",
+            help="Part of a name, or a pattern with *.",
+            show_default="all",
+            autocompletion=completion.models,
+        ),
+    ] = "",
+) -> None:
+    """List the models that can be converted, a name a line with where its weights come from.
+
+    Example: sparsify models 'vit_*dinov2*'
+    """
     preflight()
     from sparsify import zoo
 

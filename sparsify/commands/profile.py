@@ -7,29 +7,42 @@ from typing import Annotated
 
 import typer
 
-from sparsify import options
+from sparsify import completion, options
+from sparsify.helptext import RUNNING
 from sparsify.preflight import preflight
 
 
 def profile(
     file: options.Model = options.MODEL_FILE,
     dense: options.Dense = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of one measured forward pass.")] = 1,
+    batch_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Images of one measured forward pass.", rich_help_panel=RUNNING)
+    ] = 1,
     img_size: options.ImgSize = None,
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     backend: options.Backend = "auto",
     kernel_precision: options.KernelPrecision = "input",
     tree: Annotated[bool, typer.Option("--tree", help="Show MACs by module.")] = False,
-    markdown: Annotated[Path | None, typer.Option(help="Write the report as Markdown.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write every figure as JSON.")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="No effect: profile reads no images.")] = 0,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as Markdown.")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every figure as JSON.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="No effect: profile reads no images.", hidden=True)] = 0,
     no_measure: Annotated[bool, typer.Option("--no-measure", help="Theoretical figures only.")] = False,
-    count_as: Annotated[str, typer.Option(help="product, or paper: the authors' MHSA accounting besides.")] = "product",
+    count_as: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="product, or paper: the authors' MHSA accounting besides.",
+            autocompletion=completion.one_of(["product", "paper"]),
+        ),
+    ] = "product",
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """MACs by module and measured latency, dense beside sparse."""
+    """MACs by module and measured latency, dense beside sparse.
+
+    Example: sparsify profile model.safetensors --tree
+    """
     options.torch_dtype(dtype)
     options.backend(backend)
     options.kernel_precision(kernel_precision)

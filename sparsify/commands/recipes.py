@@ -6,14 +6,29 @@ from typing import Annotated
 
 import typer
 
+from sparsify import completion
 from sparsify.errors import UsageError
 
 
 def recipes(
-    action: Annotated[str, typer.Argument(metavar="[show]", help="'show' prints one recipe.")] = "",
-    name: Annotated[str, typer.Argument(help="Recipe to show.")] = "",
+    action: Annotated[
+        str,
+        typer.Argument(
+            metavar="show",
+            help="'show' prints one recipe.",
+            show_default=False,
+            autocompletion=completion.one_of(["show"]),
+        ),
+    ] = "",
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="Recipe to show.", show_default=False, autocompletion=completion.recipes),
+    ] = "",
 ) -> None:
-    """List the recipes, or print one."""
+    """List the recipes, or print one.
+
+    Example: sparsify recipes show distill
+    """
     from sparsify.recipe import load_recipe, recipe_names, recipe_text
 
     if action not in ("", "show") or bool(action) != bool(name):

@@ -7,50 +7,77 @@ from typing import Annotated
 
 import typer
 
-from sparsify import options
+from sparsify import completion, options
 from sparsify.errors import UsageError
+from sparsify.helptext import MODEL, RUNNING
 from sparsify.preflight import preflight
 
 
 def sweep(
     name: Annotated[
         str,
-        typer.Argument(metavar="NAME", help="Dense model: alias, timm name, hf-hub:ORG/NAME, local-dir:DIR or digits."),
+        typer.Argument(
+            metavar="NAME",
+            help="Dense model: alias, timm name, hf-hub:ORG/NAME, local-dir:DIR or digits.",
+            autocompletion=completion.models,
+        ),
     ],
     data: Annotated[
         str | None,
         typer.Option(
-            help="Images to measure on: labelled folder, timm data set, digits; loose images: agreement only."
+            metavar="DATA",
+            help="Images to measure on: labelled folder, timm data set, digits; loose images: agreement only.",
+            autocompletion=completion.one_of(["digits"]),
         ),
     ] = None,
     imagenet: Annotated[
-        str | None, typer.Option(help="The same: ImageNet root with val/, or its val folder; labels are required.")
+        str | None,
+        typer.Option(metavar="DIR", help="The same: ImageNet root with val/, or its val folder; labels are required."),
     ] = None,
     calib: Annotated[
         str | None,
-        typer.Option(help="Folder or data set to calibrate on; labels are not used.", show_default="built-in pictures"),
+        typer.Option(
+            metavar="DATA",
+            help="Folder or data set to calibrate on; labels are not used.",
+            show_default="built-in pictures",
+        ),
     ] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="Your own checkpoint of that architecture, .safetensors or .pth.", show_default="timm's"),
-    ] = None,
+    weights: options.Weights = None,
     targets: Annotated[
-        str, typer.Option(help="Shares of the dense model's MACs to search a schedule for; or none.")
+        str,
+        typer.Option(metavar="SHARES", help="Shares of the dense model's MACs to search a schedule for; or none."),
     ] = "0.8,0.7,0.55,0.4",
     keeps: Annotated[
-        str, typer.Option(help="Shares of keys to measure sparse attention at, all tokens; or none.")
+        str,
+        typer.Option(metavar="SHARES", help="Shares of keys to measure sparse attention at, all tokens; or none."),
     ] = "0.25,0.1,0.05",
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="PREFIX of the files .md, .json, .png and the folder .recipes.")
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="PREFIX", help="Start of the names of .md, .json, .png and the folder .recipes."
+        ),
     ] = Path("sweep"),
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of one timed forward pass.")] = 1,
+    batch_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Images of one timed forward pass.", rich_help_panel=RUNNING)
+    ] = 1,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Images to measure on, drawn by --seed.", show_default="all")
+        int | None, typer.Option(min=1, metavar="N", help="Images to measure on, drawn by --seed.", show_default="all")
     ] = None,
-    calib_images: Annotated[int | None, typer.Option(min=1, help="Images to calibrate on.", show_default="128")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the choice of images.", show_default="0")] = None,
+    calib_images: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Images to calibrate on.", show_default="128")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Seed of the choice of images.", show_default="0")
+    ] = None,
     num_classes: Annotated[
-        int | None, typer.Option(min=0, help="Classes of --weights; 0: features.", show_default="read off the file")
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Classes of --weights; 0: features.",
+            show_default="read off the file",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     img_size: options.ImgSize = None,
     device: options.Device = "cpu",
@@ -60,7 +87,10 @@ def sweep(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure accuracy, MACs and time of one model at several keeps and MACs targets: a table and a picture."""
+    """Measure accuracy, MACs and time of one model at several keeps and MACs targets: a table and a picture.
+
+    Example: sparsify sweep deit_small --imagenet /data/imagenet --limit 1000
+    """
     if (imagenet is None) == (data is None):
         raise UsageError("give the images to measure on: either --imagenet PATH or --data NAME")
     shares = {"targets": options.shares(targets, "--targets"), "keeps": options.shares(keeps, "--keeps")}
@@ -88,5 +118,5 @@ def sweep(
     if not quiet:
         tables.show(report.table(result))
     if note:
-        print(note)
+        options.say(quiet)(note)
     print(f"wrote {', '.join(str(path) for path in paths)} in {result.seconds:.0f} s")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LLOYD_STEPS = 2  # assignments from the grid start; see docs/frontier.md for 1, 2 and 3
+LLOYD_STEPS = 2  # assignments from the grid start; see docs/design.md, 'The tail', for 1, 2 and 3
 
 
 def grid_cells(grid: tuple[int, int], cells: tuple[int, int], device: torch.device | None = None) -> Tensor:

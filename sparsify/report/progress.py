@@ -8,10 +8,11 @@ import time
 from dataclasses import dataclass
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
+
+from sparsify import terminal
 
 EVERY = 10.0  # seconds between plain lines
 EVERY_NOTE = 30.0  # of training, which goes on for hours
@@ -66,13 +67,13 @@ class Reporter:
 
     def __init__(self, quiet: bool = False, unit: str = "images") -> None:
         self.quiet, self.unit = quiet, unit
-        self.console = Console(stderr=True)
+        self.console = terminal.console(stderr=True)
         self.bar: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
         self.lines: dict[str, Plain] = {}
 
     def __enter__(self) -> Reporter:
-        if not self.quiet and self.console.is_terminal and not self.console.is_dumb_terminal:
+        if not self.quiet and terminal.animates(self.console):
             words = Column(no_wrap=True)
             columns = (
                 TextColumn("{task.description:>10}", markup=False, table_column=words),

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sparsify import report
+from sparsify import report, terminal
 from sparsify.profiling import Profile
 from sparsify.report import accuracy
 
 
 def show(what: RenderableType) -> None:
-    """Print to standard output; rich drops colour where there is no terminal or NO_COLOR is set."""
-    Console().print(what)
+    """Print to standard output; in a pipe or a file nothing is wrapped, cut or coloured."""
+    terminal.console().print(what)
 
 
 def profile_table(profile: Profile) -> Group:
@@ -52,7 +52,7 @@ def module_tree(profile: Profile, *, full: bool = False) -> Group:
     table = Table(box=None, pad_edge=False)
     table.add_column("module", no_wrap=True, overflow="ellipsis", ratio=1)
     for heading in ("params", "dense", "sparse", "change"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=True, min_width=7)  # '821.6 k': a long name gives way
     for label, row in tree_rows(profile, full=full):
         same = row["macs_dense"] == row["macs_sparse"]
         name = Text("  " * row["depth"] + label, style="dim" if same else "")

@@ -1,0 +1,49 @@
+"""What the shell offers after TAB; nothing here imports torch or timm, so that it answers at once.
+
+Each function takes what has been typed and gives what it may become. Where nothing fits, shells offer files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from importlib import resources
+
+NAMES = "names.txt"  # `make names` writes it, from `sparsify models`
+BACKENDS = ("auto", "cpu", "reference")
+DEVICES = ("cpu", "cuda", "mps")
+DTYPES = ("float32", "bfloat16", "float16")
+KERNEL_PRECISIONS = ("input", "bf16")
+PREDICTORS = ("head-lowrank", "token-lowrank")
+TAILS = ("none", "mean", "cells", "clusters")
+WAYS = ("merge", "evit", "evit-fused")
+GRANULARITIES = ("token", "tile")
+PLACES = ("hf-hub:", "local-dir:")
+
+Completer = Callable[[str], list[str]]
+
+
+def one_of(words: Iterable[str]) -> Completer:
+    """Completes to one of `words`."""
+    known = tuple(words)
+
+    def complete(incomplete: str) -> list[str]:
+        return _fitting(known, incomplete)
+
+    return complete
+
+
+def _fitting(words: Iterable[str], incomplete: str) -> list[str]:
+    return [word for word in words if word.startswith(incomplete)]
+
+
+def models(incomplete: str) -> list[str]:
+    """Names that `convert` takes: of the models, or how a hub's or a folder's name begins."""
+    known = (resources.files("sparsify") / NAMES).read_text(encoding="utf-8").split()
+    return _fitting([*known, *PLACES], incomplete)
+
+
+def recipes(incomplete: str) -> list[str]:
+    """Names of the built-in recipes."""
+    from sparsify.recipe import recipe_names
+
+    return _fitting(recipe_names(), incomplete)
