@@ -77,7 +77,7 @@ def read_header(path: Path) -> Header:
     Raises:
         BadFile: missing, not safetensors, not written by sparsify, from a newer version, or damaged.
     """
-    return _parse(path, _metadata(path))
+    return _parse(path, metadata(path))
 
 
 def load(path: str | Path, img_size: int | None = None, device: str | torch.device = "cpu") -> nn.Module:
@@ -94,7 +94,7 @@ def load(path: str | Path, img_size: int | None = None, device: str | torch.devi
         UsageError: an image size that the architecture cannot take.
     """
     path = Path(path)
-    meta = _metadata(path)
+    meta = metadata(path)
     header = _parse(path, meta)
     try:
         host = zoo.rebuild(
@@ -148,7 +148,12 @@ def may_overwrite(path: Path, architecture: Mapping[str, Any], force: bool) -> N
         raise BadFile(f"{path} exists and is not this model: choose another --output or overwrite it with --force")
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def metadata(path: Path) -> dict[str, str]:
+    """The file's metadata as they stand there.
+
+    Raises:
+        BadFile: missing, or not safetensors.
+    """
     if not path.exists():
         raise BadFile(f"no file {path}: 'sparsify convert NAME' writes one")
     if not path.is_file():

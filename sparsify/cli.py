@@ -14,6 +14,7 @@ import typer
 from sparsify import __version__, processes
 from sparsify.commands.convert import convert
 from sparsify.commands.evaluate import evaluate
+from sparsify.commands.export import export
 from sparsify.commands.kernels import build_kernels
 from sparsify.commands.models import models
 from sparsify.commands.profile import profile
@@ -52,6 +53,7 @@ app.command()(convert)
 app.command()(profile)
 app.command("eval")(evaluate)
 app.command()(sweep)
+app.command()(export)
 app.command()(models)
 app.command()(recipes)
 app.command("build-kernels")(build_kernels)

@@ -177,7 +177,7 @@ class FewerTokens(VisionTransformer):
         patch = x[:, self.num_prefix_tokens :]
         owner = None
         if full or self.follow:
-            owner = torch.arange(patch.shape[1], device=x.device).expand(len(x), -1)  # (B, n0)
+            owner = torch.arange(patch.shape[1], device=x.device).expand(x.shape[0], -1)  # (B, n0)
         return x, Tokens(patch.shape[1], owner=owner, seen=patch if full else None)
 
     def through(self, block: _TokenBlock, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:

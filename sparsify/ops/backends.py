@@ -37,6 +37,8 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def resolve(backend: str, q: Tensor, mask: Tensor | None = None) -> str:
     """'cpu' or 'reference': what computes the sparse form of a call with queries q [B, H, N, d]."""
+    if torch.compiler.is_exporting():  # the program is to run elsewhere; nothing is built for it
+        return "reference"
     return "cpu" if backend != "reference" and cpu.supports(q, mask) and not_built() is None else "reference"
 
 
