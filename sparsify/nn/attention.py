@@ -86,9 +86,13 @@ class GraftedAttention(nn.Module):
         self._refuse_dropout()
         B, N, _ = x.shape
         H, d, rows = self.num_heads, self.head_dim, x[:, :prefix]
-        weight, bias = self.qkv.weight, self.qkv.bias
-        q = nn.functional.linear(rows, weight[: H * d], None if bias is None else bias[: H * d])
-        kv = nn.functional.linear(x, weight[H * d :], None if bias is None else bias[H * d :])
+        if type(self.qkv) is nn.Linear and type(self.qkv.weight) is nn.Parameter:
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q = nn.functional.linear(rows, weight[: H * d], None if bias is None else bias[: H * d])
+            kv = nn.functional.linear(x, weight[H * d :], None if bias is None else bias[H * d :])
+        else:  # quantised, adapted or wrapped: it computes what it computes, whole
+            qkv = self.qkv(x)
+            q, kv = qkv[:, :prefix, : H * d], qkv[..., H * d :]
         q = self.q_norm(q.reshape(B, prefix, H, d).transpose(1, 2))  # (B, H, P, d)
         k, v = kv.reshape(B, N, 2, H, d).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, d)
         k = self.k_norm(k)
@@ -117,8 +121,8 @@ class DenseAttention(GraftedAttention):
         """[B, H, N, d] x 3 -> [B, N, H*d]."""
         self._refuse_dropout()
         size = None if tokens is None else tokens.size
-        needs_grad = backends.needs_grad(q, k, v)
-        if not needs_grad and backends.eager(q) and backends.resolve(self.execution.backend, q, mask) == "cpu":
+        runs_here = not backends.needs_grad(q, k, v) and (backends.eager(q) or backends.compiling())
+        if runs_here and backends.resolve(self.execution.backend, q, mask) == "cpu":
             return ops.dense("dense-cpu", q, k, v, None, self.scale, self.execution.precision, size)
         return ops.dense("sdpa", q, k, v, mask, self.scale, "input", size)
 

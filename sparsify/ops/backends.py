@@ -81,6 +81,11 @@ def eager(q: Tensor) -> bool:
     return type(q) in _PLAIN and not q.is_meta
 
 
+def compiling() -> bool:
+    """Whether torch.compile looks on, whose programs run here: kernels that have a fake implementation can be in them."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a gradient will be asked of these inputs."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -89,5 +94,5 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 __all__ = [
-    "BACKENDS", "PRECISIONS", "describe", "eager", "needs_grad", "not_built", "note", "resolve", "training", "unavailable",
+    "BACKENDS", "PRECISIONS", "compiling", "describe", "eager", "needs_grad", "not_built", "note", "resolve", "training", "unavailable",
 ]  # fmt: skip
