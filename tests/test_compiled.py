@@ -9,7 +9,9 @@ from sparsify.nn import fewer, graft
 from sparsify.ops import backends
 
 HEAD, TOKEN = "head-lowrank", "token-lowrank"
-NARROW = {family: dict(embed_dim=96, num_heads=3) for family in ("clip", "siglip", "dinov2", "dinov2-registers", "deit3")}
+NARROW = {
+    family: dict(embed_dim=96, num_heads=3) for family in ("clip", "siglip", "dinov2", "dinov2-registers", "deit3")
+}
 WAYS = dict(zip(FAMILIES, ["merge", "evit", "evit-fused"] * len(FAMILIES), strict=False))
 ALONE = dict(zip(FAMILIES, [HEAD, TOKEN] * len(FAMILIES), strict=False))
 

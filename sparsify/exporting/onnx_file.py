@@ -82,7 +82,7 @@ def _images(program: torch.export.ExportedProgram) -> Tensor:
 
 def _stable_sort() -> Callable[..., Any]:
     """`aten.sort.stable`, for which torch's exporter has no translation."""
-    from onnxscript import opset18 as op
+    op: Any = importlib.import_module("onnxscript").opset18
 
     def sort(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
         count = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]), axis=0)
