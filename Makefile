@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLDEST_TIMM := 1.0.28
 
 .PHONY: venv demo test test-oldest sanitize lint format bench bench-kernels-accuracy bench-auto bench-accuracy bench-equality \
-	bench-tokens bench-finetune bench-survive frontier clean
+	bench-tokens bench-finetune bench-survive bench-compiled bench-quantised frontier clean
 
 venv: $(VENV)/.installed
 
@@ -79,6 +79,14 @@ bench-finetune: venv
 # Runs killed (SIGKILL) at ten random moments and resumed: the same weights as the uninterrupted one.
 bench-survive: venv
 	$(BIN)/python benchmarks/survive.py --times 10
+
+# Models under torch.compile, sparse beside dense; tables in build/bench/.
+bench-compiled: venv
+	$(BIN)/python benchmarks/compiled.py --markdown build/bench/compiled.md --json build/bench/compiled.json
+
+# int8 models on real weights and photographs.
+bench-quantised: venv
+	$(BIN)/python benchmarks/quantised.py
 
 # keep=1 equals dense, one model of each kind at its own image size and depth.
 bench-equality: venv
