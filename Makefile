@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 OLDEST_TIMM := 1.0.28
 
 .PHONY: venv demo test test-oldest sanitize lint format bench bench-kernels-accuracy bench-auto bench-accuracy bench-equality \
-	bench-tokens bench-finetune bench-survive bench-compiled bench-quantised frontier clean
+	bench-tokens bench-finetune bench-survive bench-compiled bench-exported bench-quantised \
+	frontier clean
 
 venv: $(VENV)/.installed
 
@@ -83,6 +84,10 @@ bench-survive: venv
 # Models under torch.compile, sparse beside dense; tables in build/bench/.
 bench-compiled: venv
 	$(BIN)/python benchmarks/compiled.py --markdown build/bench/compiled.md --json build/bench/compiled.json
+
+# Exported programs beside their models on real weights and photographs; ten minutes on two cores.
+bench-exported: venv
+	$(BIN)/python benchmarks/exported.py
 
 # int8 models on real weights and photographs.
 bench-quantised: venv
