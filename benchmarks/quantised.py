@@ -55,6 +55,7 @@ def int8(model: nn.Module, config: type) -> nn.Module:
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("files", nargs="*", type=Path, help="converted files (deit_tiny)")
+    parser.add_argument("--every", type=int, default=1, metavar="K", help="every K-th photograph of the 950")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if not WEIGHTS.exists():
@@ -68,6 +69,7 @@ def main() -> None:
     sums, images = {name: Logits() for name in models}, 0
     with torch.inference_mode():
         for x, y in photographs(dense):
+            x, y = x[:: arguments.every], y[:: arguments.every]
             expected = dense(x)
             for name, model in models.items():
                 sums[name].add(expected, model(x), y)

@@ -1,4 +1,4 @@
-"""The library in four functions; `import sparsify` shows them."""
+"""The library in five functions; `import sparsify` shows them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify import checkpoint, original
+from sparsify import checkpoint, exporting, original
 from sparsify import conversion as _conversion
 from sparsify import evaluation as _evaluation
 from sparsify import profiling as _profiling
 from sparsify.config import Target, validate
 from sparsify.errors import UsageError
+from sparsify.exporting import Exported
 from sparsify.metrics import Evaluation
 from sparsify.nn import graft
 from sparsify.ops.auto import Chooser
@@ -109,6 +110,18 @@ def load(
     fallback = backend == "auto" and not changed
     graft.set_execution(model, Execution(backend, kernel_precision, fallback, Chooser() if fallback else None))
     return model
+
+
+def export(path: str | Path, format: str = "onnx", output: str | Path | None = None, **options: Any) -> Exported:
+    """Write the model of a file as a program that runs without this package, ONNX or torch.export's; docs/export.md.
+
+    Args:
+        options: see `sparsify.exporting.export` (batch_size, img_size, force).
+
+    Raises:
+        SparsifyError: see `sparsify.exporting.export`.
+    """
+    return exporting.export(path, format, output, **options)
 
 
 def profile(
