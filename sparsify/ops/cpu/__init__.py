@@ -75,7 +75,7 @@ def _find() -> tuple[int, str | None]:
         return 0, built.reason
     try:
         torch.ops.load_library(str(built.path))
-        torch.library.register_fake("sparsify_cpu::dense_attention", _dense_shape, allow_override=True)
+        _describe()
         best = int(torch.ops.sparsify_cpu.best_isa())
     except (OSError, RuntimeError) as error:
         why = str(error).splitlines()[0]
@@ -182,6 +182,12 @@ def dense(
     return torch.ops.sparsify_cpu.dense_attention.default(
         _flat(q), _flat(k), _flat(v), size, scale, _bf16(q, precision), _level()
     )
+
+
+@cache
+def _describe() -> None:
+    """Tells torch.compile the shape of what the loaded library computes; once, whoever loads it again."""
+    torch.library.register_fake("sparsify_cpu::dense_attention", _dense_shape)
 
 
 def _dense_shape(q: Tensor, k: Tensor, *_: object) -> Tensor:
