@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 OLDEST_TIMM := 1.0.28
 
 .PHONY: venv demo test test-oldest sanitize lint format bench bench-kernels-accuracy bench-auto bench-accuracy bench-equality \
-	bench-families bench-tokens bench-finetune bench-survive families frontier names docs clean
+	bench-families bench-tokens bench-finetune bench-survive bench-compiled bench-exported bench-quantised \
+	families frontier names docs clean
 
 venv: $(VENV)/.installed
 
@@ -79,6 +80,18 @@ bench-finetune: venv
 # Runs killed (SIGKILL) at ten random moments and resumed: the same weights as the uninterrupted one.
 bench-survive: venv
 	$(BIN)/python benchmarks/survive.py --times 10
+
+# Models under torch.compile, sparse beside dense; tables in build/bench/.
+bench-compiled: venv
+	$(BIN)/python benchmarks/compiled.py --markdown build/bench/compiled.md --json build/bench/compiled.json
+
+# Exported programs beside their models on real weights and photographs; ten minutes on two cores.
+bench-exported: venv
+	$(BIN)/python benchmarks/exported.py
+
+# int8 models on real weights and photographs.
+bench-quantised: venv
+	$(BIN)/python benchmarks/quantised.py
 
 # keep=1 equals dense, one model of each kind at its own image size and depth.
 bench-equality: venv

@@ -17,11 +17,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparsify.api import convert, evaluate, load, profile, save
+    from sparsify.api import convert, evaluate, export, load, profile, save
     from sparsify.config import SparsityConfig
 
 __version__ = "0.1.0"
-__all__ = ["SparsityConfig", "__version__", "convert", "evaluate", "load", "profile", "save"]
+__all__ = ["SparsityConfig", "__version__", "convert", "evaluate", "export", "load", "profile", "save"]
 
 
 def __getattr__(name: str) -> Any:

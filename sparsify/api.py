@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify import checkpoint, hub, original
+from sparsify import checkpoint, exporting, hub, original
 from sparsify import conversion as _conversion
 from sparsify import evaluation as _evaluation
 from sparsify import profiling as _profiling
 from sparsify import saving as _saving
 from sparsify.config import Target, validate
 from sparsify.errors import UsageError
+from sparsify.exporting import Exported
 from sparsify.metrics import Evaluation
 from sparsify.nn import graft
 from sparsify.ops.auto import Chooser
@@ -136,6 +137,18 @@ def save(model: nn.Module, path: str | Path, *, like: str | Path, force: bool = 
     """
     _saving.save(model, Path(path), hub.local(like), force)
     return Path(path)
+
+
+def export(path: str | Path, format: str = "onnx", output: str | Path | None = None, **options: Any) -> Exported:
+    """Write the model of a file as a program that runs without this package, ONNX or torch.export's; docs/export.md.
+
+    Args:
+        options: see `sparsify.exporting.export` (batch_size, img_size, force).
+
+    Raises:
+        SparsifyError: see `sparsify.exporting.export`.
+    """
+    return exporting.export(path, format, output, **options)
 
 
 def profile(

@@ -78,7 +78,7 @@ def read_header(path: Path) -> Header:
     Raises:
         BadFile: missing, not safetensors, not written by sparsify, from a newer version, or damaged.
     """
-    return _parse(path, _metadata(path))
+    return _parse(path, metadata(path))
 
 
 def digest_in(path: Path) -> str:
@@ -87,7 +87,7 @@ def digest_in(path: Path) -> str:
     Raises:
         BadFile: see `read_header`.
     """
-    meta = _metadata(path)
+    meta = metadata(path)
     _parse(path, meta)
     return meta["sparsify.sha256"]
 
@@ -112,7 +112,7 @@ def load(
         UsageError: an image size that the architecture cannot take, or an unknown rate.
     """
     path = Path(path)
-    meta = _metadata(path)
+    meta = metadata(path)
     header = _parse(path, meta)
     extra = checked(rates or {})
     try:
@@ -186,7 +186,12 @@ def may_overwrite(path: Path, architecture: Mapping[str, Any], force: bool) -> N
         raise BadFile(f"{path} exists and is not this model: choose another --output or overwrite it with --force")
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def metadata(path: Path) -> dict[str, str]:
+    """The file's metadata as they stand there.
+
+    Raises:
+        BadFile: missing, or not safetensors.
+    """
     if not path.exists():
         raise BadFile(f"no file {path}: 'sparsify convert NAME' writes one")
     if not path.is_file():

@@ -15,6 +15,7 @@ import typer
 from sparsify import __version__, processes, terminal
 from sparsify.commands.convert import convert
 from sparsify.commands.evaluate import evaluate
+from sparsify.commands.export import export
 from sparsify.commands.kernels import build_kernels
 from sparsify.commands.models import models
 from sparsify.commands.profile import profile
@@ -63,6 +64,7 @@ app.command()(sweep)
 app.command()(show)
 app.command()(report)
 app.command()(push)
+app.command()(export)
 app.command()(models)
 app.command()(recipes)
 app.command("build-kernels")(build_kernels)

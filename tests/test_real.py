@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 
-from sparsify import data, weights, zoo
+from sparsify import data, exporting, weights, zoo
 from sparsify.calibration import calibrate
 from sparsify.config import SparsityConfig
 from sparsify.evaluation import evaluate
+from sparsify.exporting import onnx_file
 from sparsify.nn import graft
 
 
@@ -61,3 +62,14 @@ def test_tails_and_predictors_rank_as_documented(deit_tiny, photographs):
         kl[name] = evaluate(model, deit_tiny, photographs[1][:1]).kl
     assert kl["clusters"] < kl["cells"] < kl["none"]
     assert kl["clusters"] < kl["paper"] < kl["none"]
+
+
+@pytest.mark.parametrize("tokens", [None, {"keep": 0.7, "stages": (1,)}])
+def test_onnx_answers_as_the_model_does_but_for_near_ties(deit_tiny, photographs, tokens, tmp_path):
+    """Two blocks of the twelve, for the time it takes; all of them: `make bench-exported`."""
+    cut, path = copy.deepcopy(deit_tiny), str(tmp_path / "two.onnx")
+    cut.blocks = cut.blocks[:2]
+    model = sparse(cut, photographs[0], keep=0.1, spread_rank=False, tokens=tokens).requires_grad_(False)
+    onnx_file.write(exporting.trace(model, 8), path, {}, "logits")
+    checked = exporting.compare(model, onnx_file.runner(path), photographs[1][0][0][:16], 8)
+    assert checked.median < 1e-4 and checked.apart <= 4, checked

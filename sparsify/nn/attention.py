@@ -157,8 +157,8 @@ class DenseAttention(GraftedAttention):
         """[B, H, N, d] x 3 -> [B, N, H*d]."""
         self._refuse_dropout()
         size = None if tokens is None else tokens.size
-        needs_grad = backends.needs_grad(q, k, v)
-        if not needs_grad and backends.eager(q) and backends.resolve(self.execution.backend, q, mask) == "cpu":
+        runs_here = not backends.needs_grad(q, k, v) and (backends.eager(q) or backends.compiling())
+        if runs_here and backends.resolve(self.execution.backend, q, mask) == "cpu":
             return ops.dense("dense-cpu", q, k, v, None, self.scale, self.execution.precision, size)
         return ops.dense("sdpa", q, k, v, mask, self.scale, "input", size)
 

@@ -128,7 +128,7 @@ class TokensLeave(nn.Module):
         patch = x[:, self.num_prefix_tokens :]
         owner = None
         if full or self.follow:
-            owner = torch.arange(patch.shape[1], device=x.device).expand(len(x), -1)  # (B, n0)
+            owner = torch.arange(patch.shape[1], device=x.device).expand(x.shape[0], -1)  # (B, n0)
         return x, Tokens(patch.shape[1], owner=owner, seen=patch if full else None, rope=rope, bias=bias)
 
     def embedded(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -169,7 +169,7 @@ class TokenLowrank(nn.Module):
                 f"token-lowrank predictor was made for {present} tokens, not {self.prefix + tokens.patches}: "
                 "load the file with this image size, which resamples it"
             )
-        down, up = self.w_down.expand(len(tokens.place), 1, -1, -1), basis.expand(len(tokens.place), -1, -1, -1)
+        down, up = self.w_down.expand(tokens.place.shape[0], 1, -1, -1), basis.expand(tokens.place.shape[0], -1, -1, -1)
         if tokens.size is None or tokens.owner is None or tokens.place.shape[1] == 0:  # tokens were dropped
             return self._columns(down, tokens.place), self._columns(up, tokens.place)
         members = torch.zeros_like(tokens.place, dtype=down.dtype)

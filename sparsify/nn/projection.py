@@ -80,6 +80,9 @@ def prefix_heads(
     """As `heads`, but only the queries of the P prefix tokens are computed: q [B, H, P, d]."""
     B, N, _ = x.shape
     d, host, rows = head_dim(attention), cast(Any, attention), x[:, :prefix]
+    if not all(type(linear) is nn.Linear and type(linear.weight) is nn.Parameter for linear in linears(attention)):
+        q, k, v = heads(attention, x, rope)  # quantised, adapted or wrapped: a layer computes what it computes, whole
+        return q[:, :, :prefix], k, v
     if host.qkv is not None:
         w, bias = host.qkv.weight, host.qkv.bias if own_bias(attention) is None else own_bias(attention)
         inner = w.shape[0] // 3

@@ -139,7 +139,7 @@ class Stage(nn.Module):
                 size = self.sizes(tokens.size, I, group, left)
                 tokens = tokens.moved(patch, keep, group)._replace(size=size)
                 patch = weighted_mean(patch, I, group, left)
-                I = I.new_zeros(len(I), left).scatter_add(1, group, I)
+                I = I.new_zeros(I.shape[0], left).scatter_add(1, group, I)
         else:
             fuse = self.way == "evit-fused" and m < patch.shape[1]
             keep, group = ranking(I, m, fuse)
@@ -152,7 +152,7 @@ class Stage(nn.Module):
 
     def sizes(self, size: Tensor | None, I: Tensor, group: Tensor, m: int) -> Tensor:
         """Sizes after a merging, prefix tokens' included: [B, P + m]."""
-        before = I.new_ones(len(I), self.prefix + I.shape[1]) if size is None else size
+        before = I.new_ones(I.shape[0], self.prefix + I.shape[1]) if size is None else size
         merged = effective_size(before[:, self.prefix :], I, group, m)
         return torch.cat([before[:, : self.prefix], merged], 1)
 
@@ -163,7 +163,7 @@ class Stage(nn.Module):
             seen = None if seen is None else tokens.spread(x[:, self.prefix :])
             owner = torch.full_like(owner, -1)
         size = None if tokens.size is None else tokens.size[:, : self.prefix]
-        place = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
+        place = torch.empty(x.shape[0], 0, dtype=torch.int64, device=x.device)
         return x[:, : self.prefix], tokens._replace(size=size, place=place, owner=owner, seen=seen)
 
     def extra_repr(self) -> str:
@@ -239,6 +239,10 @@ def weighted_mean(x: Tensor, I: Tensor, group: Tensor, m: int) -> Tensor:
     index, weight = group.clamp_min(0), I * (group >= 0)
     weight = weight / I.new_zeros(B, m).scatter_add(1, index, weight).gather(1, index)  # (B, n)
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if torch.compiler.is_exporting():  # ONNX has no bags
+        total = torch.zeros(B, m, C, dtype=dtype, device=x.device)
+        weighted = x.to(dtype) * weight.unsqueeze(-1).to(dtype)
+        return total.scatter_add(1, index.unsqueeze(-1).expand(-1, -1, C), weighted).to(x.dtype)
     bag = (index + m * torch.arange(B, device=x.device).unsqueeze(1)).flatten()  # (B * n) row of the result
     bag, order = bag.sort(stable=True)
     starts = torch.searchsorted(bag, torch.arange(B * m, device=x.device))
@@ -255,8 +259,8 @@ def effective_size(size: Tensor, I: Tensor, group: Tensor, m: int) -> Tensor:
 
     The count for tokens of equal importance, towards the largest s_j where one has all of it. size, I, group: [B, n].
     """
-    total = I.new_zeros(len(I), m).scatter_add(1, group, I)
-    mean = I.new_zeros(len(I), m).scatter_add(1, group, I * (I / size).log()) / total
+    total = I.new_zeros(I.shape[0], m).scatter_add(1, group, I)
+    mean = I.new_zeros(I.shape[0], m).scatter_add(1, group, I * (I / size).log()) / total
     return total * (-mean).exp()
 
 

@@ -9,7 +9,9 @@ reference of `reference.py` (backward recomputes it), a fake kernel (shapes for 
 MACs formula (`macs.py`). Selection breaks ties by the lower key index in every backend.
 
 `head_lowrank` and `token_lowrank` are what models call: the op, or, where nobody traces, the kernel itself, which saves
-the 10 to 20 us that torch.library takes for each call and has gradients of its own (`cpu.trained`), or `masked.py`.
+the 10 to 20 us that torch.library takes for each call and has gradients of its own (`cpu.trained`), or `masked.py`. Under
+`torch.export` it is the reference inline, so that an exported program holds PyTorch's own operators only and runs where
+this package is not installed.
 """
 
 from __future__ import annotations
@@ -106,6 +108,8 @@ def head_lowrank(
             return cpu.head_lowrank(q, k, v, a_q, a_k, size, place, list(ranks), scale, spec, precision, op)
 
         return call(q, k, v) if way == "kernel" else cpu.trained(q, k, v, size, place, scale, spec, call)
+    if way == "inline":
+        return _head_reference(q, k, v, a_q, a_k, mask, size, place, ranks, scale, *spec[:6])
     if way == "masked":
         with torch.no_grad():
             row, col = reference.head_lowrank_scores(q, k, a_q, a_k, ranks)  # (B, H, N, r) each
@@ -128,6 +132,10 @@ def token_lowrank(
             return cpu.token_lowrank(q, k, v, *weights, size, place, scale, coef_scale, spec, precision, op)
 
         return call(q, k, v) if way == "kernel" else cpu.trained(q, k, v, size, place, scale, spec, call)
+    if way == "inline":
+        return _token_reference(
+            q, k, v, *weights, mask, size, place, scale, coef_scale, spec.coef_topk, spec.coef_threshold, *spec[:6]
+        )
     if way == "masked":
         with torch.no_grad():
             down = (w_down, w_q, b_q, w_k, b_k)
@@ -166,7 +174,10 @@ def dense(
 def _direct(
     backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, size: Tensor | None, weights: Sequence[Tensor | None]
 ) -> str:  # fmt: skip
-    """What computes a call without torch.library: 'kernel', 'trained' (with gradients), 'masked'; '': nothing does."""
+    """What computes a call without torch.library: 'kernel', 'trained' (with gradients), 'masked', 'inline' (an export sees
+    the reference's operators); '': nothing does."""
+    if torch.compiler.is_exporting():
+        return "inline"
     if backend == "reference" or mask is not None or not backends.eager(q) or backends.needs_grad(size):
         return ""
     if backend == "masked":

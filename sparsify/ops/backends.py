@@ -42,6 +42,8 @@ def unavailable(device: torch.device, dtype: torch.dtype, biased: bool = False) 
 
 def resolve(backend: str, q: Tensor, mask: Tensor | None = None) -> str:
     """'cpu' or 'reference': what computes the sparse form of a call with queries q [B, H, N, d]."""
+    if torch.compiler.is_exporting():  # the program is to run elsewhere; nothing is built for it
+        return "reference"
     return "cpu" if backend != "reference" and cpu.supports(q, mask) and not_built() is None else "reference"
 
 
@@ -84,6 +86,11 @@ def eager(q: Tensor) -> bool:
     return type(q) in _PLAIN and not q.is_meta
 
 
+def compiling() -> bool:
+    """Whether torch.compile looks on, whose programs run here: kernels that have a fake implementation can be in them."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a gradient will be asked of these inputs."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -92,5 +99,6 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 __all__ = [
-    "BACKENDS", "PRECISIONS", "describe", "eager", "needs_grad", "not_built", "note", "resolve", "training", "unavailable",
+    "BACKENDS", "PRECISIONS", "compiling", "describe", "eager", "needs_grad", "not_built", "note", "resolve", "training",
+    "unavailable",
 ]  # fmt: skip

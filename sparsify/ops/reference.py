@@ -2,7 +2,7 @@
 
 It follows the equations and not the clock: scores are written out in full width, one chunk of query rows at a time, and
 the kept keys are a mask. Half precision inputs are computed in float32. Fast paths keep the same keys and give the same
-outputs to rounding.
+outputs to rounding. Nothing branches on values while somebody traces, so that `torch.export` can go through it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def top_b(scores: Tensor, b: int) -> Tensor:
     s = scores.detach().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     threshold = s.topk(b, dim=-1).values[..., -1:]  # (..., 1)
     kept = s >= threshold
-    if bool((kept.sum(-1) == b).all()):  # no ties at the threshold: the usual case
+    if not torch.compiler.is_compiling() and bool(
+        (kept.sum(-1) == b).all()
+    ):  # no ties at the threshold: the usual case
         return kept
     above, tie = s > threshold, s == threshold
     free = b - above.sum(-1, keepdim=True)  # (..., 1)
@@ -59,7 +61,7 @@ def pool_tiles(scores: Tensor, grid: tuple[int, int], tile: tuple[int, int], pla
     y = torch.arange(h, device=scores.device) // tile[0]
     x = torch.arange(w, device=scores.device) // tile[1]
     t = (y[:, None] * cols + x).flatten()  # (h*w)
-    tiles = int(t.max()) + 1
+    tiles = -(-h // tile[0]) * cols
     t = t.expand(scores.shape[0], -1) if place is None else t[place]  # (B, n)
     t = t[:, None, :, None].expand_as(scores)  # (B, H, n, N)
     s = scores.detach()
@@ -155,17 +157,18 @@ def attend(
     ranking = None if bias is None else torch.where(bias > HIDDEN, bias * ranked, bias)
     if shift is not None:
         ranking = shift.to(q.dtype)[:, None, None] + (0 if ranking is None else ranking)
-    hides = bias is not None and bool((bias <= HIDDEN).any())
+    hides = bias is not None and mask is not None and _hides(mask, bias)
     grid = (spec.grid[0], spec.grid[1])
     if place is None:
         grid = tails.patch_grid(N - P, grid)
-    a = None
+    a, cells = None, (spec.cells[0], spec.cells[1])
+    m = P + tails.cell_count(spec.tail, P, grid, cells)
     if spec.tail != "none":
-        a = tails.assign(spec.tail, f, weight, P, grid, (spec.cells[0], spec.cells[1]), place)  # (B, H, N)
+        a = tails.assign(spec.tail, f, weight, P, grid, cells, place)  # (B, H, N), values below m
     if spec.tile and P < N:
         scores = _biased(row @ col.mT, ranking)[:, :, P:]
         keep_all = top_b(pool_tiles(scores, grid, (spec.tile[0], spec.tile[1]), place), spec.budget)
-    step = max(1, CHUNK // (B * H * N))
+    step = N if torch.compiler.is_compiling() else max(1, CHUNK // (B * H * N))  # B may be symbolic there
     out = []
     for i in range(0, N, step):
         rows = slice(i, min(i + step, N))
@@ -178,8 +181,13 @@ def attend(
             ranking_i = ranking if ranking is None or ranking.shape[2] == 1 else ranking[:, :, rows]
             kept = top_b(_biased(row[:, :, rows] @ col.mT, ranking_i), spec.budget)
         kept = kept | dense[:, None]  # prefix rows attend to every key
-        out.append(_rows(q[:, :, rows], k, v, kept, bias_i, hides, size, a, scale))
+        out.append(_rows(q[:, :, rows], k, v, kept, bias_i, hides, size, a, m, scale))
     return torch.cat(out, dim=2).transpose(1, 2).reshape(B, N, H * d).to(dtype)
+
+
+def _hides(mask: Tensor, bias: Tensor) -> bool:
+    """Whether a mask hides any key. While somebody traces, its kind says it: what is added to logits is a position bias."""
+    return mask.dtype == torch.bool if torch.compiler.is_compiling() else bool((bias <= HIDDEN).any())
 
 
 def _rows(
@@ -191,6 +199,7 @@ def _rows(
     hides: bool,
     size: Tensor | None,
     a: Tensor | None,
+    m: int,
     scale: float,
 ) -> Tensor:
     """Rows of the attention over the kept keys and the cells' means: [B, H, rows, d]."""
@@ -203,8 +212,7 @@ def _rows(
         top = kept_logits.amax(-1, keepdim=True).detach()
         e = (kept_logits - top.masked_fill(top == -torch.inf, 0)).exp()
         return (e / _nonzero(e.sum(-1, keepdim=True))) @ v
-    m = int(a.max()) + 1
-    member = torch.nn.functional.one_hot(a, m).to(q.dtype)  # (B, H, N, m)
+    member = (a.unsqueeze(-1) == torch.arange(m, device=a.device)).to(q.dtype)  # (B, H, N, m)
     if not hides:
         sized = member if size is None else member * size.unsqueeze(-1)
         held = _nonzero(sized.sum(-2, keepdim=True).mT)  # (B, H, m, 1)

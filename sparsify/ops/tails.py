@@ -68,7 +68,7 @@ def assign(
         a = f.new_zeros(B, H, N - prefix, dtype=torch.int64)
     else:
         start = grid_cells(grid, cells, f.device)  # (h*w)
-        m = int(start.max()) + 1
+        m = min(cells[0], grid[0]) * min(cells[1], grid[1])
         a = (start if place is None else start[place].unsqueeze(1)).expand(B, H, -1)  # (B, H, n)
         if tail == "clusters":
             a = _lloyd(f.detach()[:, :, prefix:], a, m, None if weight is None else weight[..., prefix:])

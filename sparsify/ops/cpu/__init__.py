@@ -60,6 +60,12 @@ def _load() -> tuple[int, str | None]:
     return level, reason
 
 
+@torch.compiler.assume_constant_result
+def _level() -> int:
+    """The level that calls pass on; under torch.compile a constant of the program."""
+    return _load()[0]
+
+
 def _find() -> tuple[int, str | None]:
     wanted = os.environ.get("SPARSIFY_ISA", "")
     if wanted and wanted not in ISAS[1:]:
@@ -69,6 +75,7 @@ def _find() -> tuple[int, str | None]:
         return 0, built.reason
     try:
         torch.ops.load_library(str(built.path))
+        _describe()
         best = int(torch.ops.sparsify_cpu.best_isa())
     except (OSError, RuntimeError) as error:
         why = str(error).splitlines()[0]
@@ -172,10 +179,20 @@ def dense(
     q: Tensor, k: Tensor, v: Tensor, scale: float, precision: str = "input", size: Tensor | None = None
 ) -> Tensor:
     """Dense attention with the same inner loops as the sparse kernels: [B, H, N, d] x 3 -> [B, N, H*d]."""
-    level, _ = _load()
     return torch.ops.sparsify_cpu.dense_attention.default(
-        _flat(q), _flat(k), _flat(v), size, scale, _bf16(q, precision), level
+        _flat(q), _flat(k), _flat(v), size, scale, _bf16(q, precision), _level()
     )
+
+
+@cache
+def _describe() -> None:
+    """Tells torch.compile the shape of what the loaded library computes; once, whoever loads it again."""
+    torch.library.register_fake("sparsify_cpu::dense_attention", _dense_shape)
+
+
+def _dense_shape(q: Tensor, k: Tensor, *_: object) -> Tensor:
+    B, H, N, d = q.shape
+    return q.new_empty(B, N, H * d)
 
 
 __all__ = ["ISAS", "available", "dense", "head_lowrank", "isa", "supports", "token_lowrank", "trained"]

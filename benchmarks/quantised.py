@@ -1,0 +1,91 @@
+"""Accuracy of int8 models (torchao), dense and sparse, on real weights and photographs: `make bench-quantised`.
+
+    python benchmarks/quantised.py [FILE ...]
+
+Reads DeiT-Tiny's weights and photographs from SPARSIFY_TEST_DATA as `accuracy.py` does, and measures on the same 950.
+Without files of its own it converts twice from 128 photographs: keep 0.1, and token keep 0.7 besides. Every linear layer is
+quantised after the conversion: weights to int8 by output channel (`weights`), or those and the activations of each call by
+token (`weights and activations`). Nothing is timed.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+
+import torch
+from accuracy import DATA, WEIGHTS, photographs
+from harness import Report as Tables
+from harness import Row, conditions, options
+from torch import nn
+from torchao import __version__ as torchao_version
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+
+from sparsify import checkpoint, conversion
+from sparsify.metrics import Logits
+from sparsify.nn import graft
+from sparsify.recipe import load_recipe
+
+CONFIGS = {"weights": Int8WeightOnlyConfig, "weights and activations": Int8DynamicActivationInt8WeightConfig}
+SETTINGS = {"keep 0.1": {}, "keep 0.1, token keep 0.7": {"tokens": {"keep": 0.7, "stages": (4, 7, 10), "way": "merge"}}}
+
+
+def converted(files: list[Path]) -> dict[str, nn.Module]:
+    """Name -> sparse model."""
+    if files:
+        return {file.stem: checkpoint.load(file) for file in files}
+    made = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, changes in SETTINGS.items():
+            recipe = load_recipe("calibrate").override(keep=0.1, **changes)
+            images = str(DATA / "imagenet-sample" / "train")
+            out = Path(folder) / "model.safetensors"
+            made[name] = conversion.convert("deit_tiny", recipe, out, weights=WEIGHTS, images=images).model
+            out.unlink()
+    return made
+
+
+def int8(model: nn.Module, config: type) -> nn.Module:
+    quantised = copy.deepcopy(model)
+    quantize_(quantised, config())
+    return quantised
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("files", nargs="*", type=Path, help="converted files (deit_tiny)")
+    parser.add_argument("--every", type=int, default=1, metavar="K", help="every K-th photograph of the 950")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if not WEIGHTS.exists():
+        raise SystemExit(f"no weights and photographs at {DATA} (set SPARSIFY_TEST_DATA)")
+    sparse = converted(arguments.files)
+    dense = graft.dense_twin(next(iter(sparse.values())))
+    models = {}
+    for name, model in {"dense": dense, **sparse}.items():
+        models[name] = model
+        models |= {f"{name}, int8 {what}": int8(model, config) for what, config in CONFIGS.items()}
+    sums, images = {name: Logits() for name in models}, 0
+    with torch.inference_mode():
+        for x, y in photographs(dense):
+            x, y = x[:: arguments.every], y[:: arguments.every]
+            expected = dense(x)
+            for name, model in models.items():
+                sums[name].add(expected, model(x), y)
+            images += len(x)
+    rows: list[Row] = []
+    for name, total in sums.items():
+        e = total.result(images)
+        assert e.top1 is not None and e.agreement is not None and e.kl is not None
+        rows.append({
+            "model": name, "top-1": f"{e.top1:.2f} %", "agreement": f"{e.agreement:.2f} %", "KL": f"{e.kl:.4f}",
+            "lost / gained": f"{e.images_lost} / {e.images_gained}",
+        })  # fmt: skip
+    tables = Tables("int8 after conversion", conditions(arguments, torchao=torchao_version))
+    tables.add("DeiT-Tiny", rows, f"{images} photographs; agreement with, and KL to, the dense float32 model.")
+    tables.write(arguments.markdown, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

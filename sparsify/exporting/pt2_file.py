@@ -1,0 +1,31 @@
+"""Programs of `torch.export` in one file (.pt2); the metadata are its extra files, one for each key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+
+def check() -> None:
+    """Nothing but torch is needed."""
+
+
+def check_size(nbytes: int) -> None:
+    """Any size fits."""
+
+
+def write(program: torch.export.ExportedProgram, path: str, described: Mapping[str, str], output: str) -> None:
+    """The program with all its weights, into `path`; answers have no names there."""
+    with open(path, "wb") as file:
+        torch.export.save(program, file, extra_files=dict(described))
+
+
+def runner(path: str) -> Callable[[Tensor], Tensor]:
+    """The program of a file: images [B, C, H, W] -> answers."""
+    with open(path, "rb") as file:
+        return torch.export.load(file).module()
+
+
+__all__ = ["check", "check_size", "runner", "write"]
