@@ -199,7 +199,7 @@ def listing(pattern: str = "") -> list[tuple[str, str]]:
     """Models that can be converted, as (name, note): `digits`, aliases, timm architectures.
 
     `pattern` is a part of the name, or a shell pattern (`vit_*dinov2*`). Each architecture is really checked, on the
-    meta device and one block deep (its blocks are alike): 279 architectures in about 20 s, those of a pattern sooner.
+    meta device and one block deep (its blocks are alike): 292 architectures in 8 s.
     """
     wanted = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
     tags: dict[str, list[str]] = {}

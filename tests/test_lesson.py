@@ -267,3 +267,15 @@ def test_attention_is_compared_in_float32():
             found = Lesson(student, s)(x, None, said)["attention"]
     assert found.dtype == torch.float32 and set(rounded) == {torch.float32}
     assert float(found) == pytest.approx(float(plain), rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["dinov3", "beit-both-biases"])
+def test_attention_is_compared_where_its_product_meets_with_places_and_biases(family):
+    """A predictor of all coordinates reconstructs the attention itself: no loss, for teacher and student alike."""
+    dense, student = pair(HEAD | dict(rank=16, keep=1.0), family, random=False, patches=6, embed_dim=48)
+    parts = taught(dense, student, stage({"attention": 1.0}, train="all"))
+    assert parts["attention"].item() < 1e-5
+    dense, student = pair(HEAD, family, patches=6)
+    parts = taught(dense, student, stage({"attention": 1.0}, train="all"))
+    assert parts["attention"].item() > 1e-3 and inside(student)[0] <= touched(student)
+    assert not any(type(m).__name__ == "DenseAttention" for m in dense.modules())  # the teacher is timm's again

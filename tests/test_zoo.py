@@ -445,10 +445,17 @@ def test_digits_loads_from_the_package_and_from_its_own_file():
 
 
 def test_listing_is_quick_and_true():
-    start = time.perf_counter()
+    start = time.process_time()
     names = dict(zoo.listing())
-    assert time.perf_counter() - start < 15  # 3 s on an idle core
-    assert {"digits", "deit_small", "deit_small_patch16_224", "vit_small_patch14_reg4_dinov2"} <= names.keys()
+    assert time.process_time() - start < 20  # 8 s
+    assert {
+        "digits",
+        "deit_small",
+        "deit_small_patch16_224",
+        "vit_small_patch14_reg4_dinov2",
+        "beit_base",
+    } <= names.keys()
+    assert {"vit_base_patch16_sapiens2", "naflexvit_base_patch16_gap", "eva02_tiny_patch14_224"} <= names.keys()
     assert (
         not {"swin_tiny_patch4_window7_224", "vit_base_patch16_xp_224", "vit_dwee_patch16_reg1_gap_256"} & names.keys()
     )
@@ -461,7 +468,7 @@ def test_listing_takes_a_part_of_a_name_or_a_pattern():
         "deit3_small", "deit3_small_patch16_224", "deit3_small_patch16_384",
     }  # fmt: skip
     assert [n for n, _ in zoo.listing("dig*")] == ["digits"]
-    assert zoo.listing("resnet") == []
+    assert zoo.listing("resnet18") == []
 
 
 # preflight
