@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
-
-from sparsify import __version__, checkpoint, hub, zoo
+from sparsify import __version__, checkpoint, findings, hub
 from sparsify import profiling as profiles
 from sparsify.atomic import whole
 from sparsify.errors import BadFile, SparsifyError, UsageError, one_line
@@ -74,9 +72,9 @@ def package(
     digest = checkpoint.digest_in(file)
     profile = profiles.profile(model, dense=graft.dense_twin(model), measure=False)
     known = licence_of(header, licence)
-    original, base = _origin(header)
-    results = None if evaluation is None else _results(evaluation, digest)
-    measured = None if timing is None else _timing(timing, profile.macs_sparse, profile.param_count)
+    original, base = findings.origin(header)
+    results = None if evaluation is None else findings.results(evaluation, digest)
+    measured = None if timing is None else findings.times(timing, profile.macs_sparse, profile.param_count)
     facts = Facts(place, header, profile, known, original, base, results, measured)
     notes = [known.note] if known.note else []
     if found := _places(header):
@@ -236,59 +234,6 @@ def _config(header: checkpoint.Header, digest: str, licence: str) -> str:
         },
     }
     return json.dumps(tree, indent=2) + "\n"
-
-
-def _origin(header: checkpoint.Header) -> tuple[str, str]:
-    """What was converted, in words for the card, and its name on the hub ('' where it has none)."""
-    source, architecture = str(header.provenance.get("source") or ""), header.architecture["architecture"]
-    if header.provenance.get("weights"):
-        return f"`{architecture}` with a checkpoint of its owner's", ""
-    if source.startswith(hub.SCHEMES):
-        name = source.partition(":")[2].partition("@")[0]
-        return f"[{name}](https://huggingface.co/{name})", name
-    if source.startswith("local-dir:") or not source:
-        return f"`{architecture}` with weights from a folder of its owner's", ""
-    if source == zoo.DIGITS:
-        return "The `digits` model that comes with sparsify", ""
-    try:
-        full = zoo.resolve(source).pretrained_name
-        config = timm.get_pretrained_cfg(full)
-    except (SparsifyError, RuntimeError):
-        return f"`{source}`", ""
-    place = (config.hf_hub_id if config else None) or ""
-    name = f"{place}{full}" if place.endswith("/") else place
-    return (f"[{full}](https://huggingface.co/{name})" if name else f"`{full}`"), name
-
-
-def _results(path: Path, digest: str) -> dict[str, Any]:
-    found = _json(path)
-    conditions = found.get("conditions")
-    if not isinstance(conditions, dict) or not found.get("images"):
-        raise BadFile(
-            f"{path} has no results with their conditions: 'sparsify eval FILE --results-file NAME.json' writes them"
-        )
-    if conditions.get("file_sha256") != digest:
-        raise BadFile(f"{path} has the results of another file: evaluate this one")
-    return found
-
-
-def _timing(path: Path, macs: int, params: int) -> dict[str, Any]:
-    found = _json(path)
-    if found.get("latency_ms_sparse") is None:
-        raise BadFile(f"{path} has no measured times: 'sparsify profile FILE --json NAME.json' writes them")
-    if (found.get("macs_sparse"), found.get("param_count")) != (macs, params):
-        raise BadFile(f"{path} has the times of another model: profile this one")
-    return found
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadFile(f"{path} cannot be read as JSON: {one_line(error)}") from None
-    if not isinstance(found, dict):
-        raise BadFile(f"{path} has no results: one mapping is expected")
-    return found
 
 
 def _places(header: checkpoint.Header) -> str:

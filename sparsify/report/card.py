@@ -87,7 +87,7 @@ def _title(facts: Facts) -> list[str]:
     tokens = "; tokens leave on the way" if config.tokens is not None else ""
     lines = [
         f"# {facts.repo.partition('/')[2]}", "",
-        f"{facts.original} with sparse attention: each query {words}{some} by a small predictor{tokens}. "
+        f"{facts.original} with sparse attention: each patch {words}{some} by a small predictor{tokens}. "
         "The method follows Sparsifiner (CVPR 2023). Converted with "
         f"`sparsify` {h.provenance.get('versions', {}).get('sparsify-vit', '(version unknown)')}.",
     ]  # fmt: skip
