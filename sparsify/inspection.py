@@ -211,6 +211,8 @@ def _dense_maps(dense: nn.Module, x: Tensor, grid: tuple[int, int]) -> dict[int,
 def _owner(tokens: Tokens | None, patches: int) -> Tensor:
     """Token of each patch, -1 where it has left: int64 [n0]."""
     if tokens is None or tokens.owner is None:
+        if tokens is not None and tokens.place is not None:
+            raise SparsifyError("tokens have left and the model did not follow where: this is a bug in sparsify")
         return torch.arange(patches)
     return tokens.owner[0].cpu().clone()
 
