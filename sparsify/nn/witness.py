@@ -23,8 +23,8 @@ Stepped = Callable[[int, Tokens | None], None]
 def attending(model: nn.Module, witness: Witness, stepped: Stepped = lambda block, tokens: None) -> Iterator[None]:
     """Inside, every forward pass of a grafted `model` tells `witness` what each block's `attend` is given.
 
-    Later than `observe.watching`: whatever a host does to queries and keys has been done, and masks and tokens are known.
-    A block whose patch rows nobody reads (`Stage.drop_all`) does not call `attend`, and is not heard of.
+    Later than `observe.watching`: whatever a host does to queries and keys has been done, and masks and tokens are known. A block
+    whose patch rows nobody reads (`Stage.drop_all`) does not call `attend`, and is not heard of.
     """
     handles = [
         block.register_forward_hook(_behind(i, stepped)) for i, block in enumerate(cast(nn.Sequential, model.blocks))
