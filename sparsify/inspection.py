@@ -1,6 +1,6 @@
 """What a sparse model does with one image, as tensors: keys that queries attend to, tokens that go on, attention kept.
 
-Nothing is stored on the model: one forward pass is looked at from outside (`sparsify.nn.witness`), in the sparse form and
+Nothing is stored on the model: one forward pass is looked at from outside (`sparsify.nn.observe`), in the sparse form and
 by the reference. Tokens of a layer are counted with the P prefix tokens first; patches row by row from the top left.
 """
 
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from sparsify.config import SparsityConfig
 from sparsify.errors import SparsifyError, UsageError
-from sparsify.nn import fewer, graft
-from sparsify.nn import witness as witnesses
+from sparsify.nn import fewer, graft, observe
 from sparsify.nn.attention import GraftedAttention, SparseAttention
 from sparsify.nn.tokens import Tokens
 from sparsify.ops import choice
@@ -147,7 +146,7 @@ def inspect(model: nn.Module, x: Tensor, queries: Sequence[int] = (), dense: nn.
             stages.append(Survivors(block, present, left, _owner(tokens, patches)))
             present = left
 
-    with graft.sparse_form(model, "reference", "input"), witnesses.attending(model, witness, stepped):
+    with graft.sparse_form(model, "reference", "input"), observe.attending(model, witness, stepped):
         _features(model, x)
     heads = next(iter(graft.attention_modules(model).values())).num_heads
     return Inspection(
@@ -204,7 +203,7 @@ def _dense_maps(dense: nn.Module, x: Tensor, grid: tuple[int, int]) -> dict[int,
         q, k = q.float(), k.float()
         found[block] = (q, k, choice.additive(mask, q, q.shape[2]), module.scale)
 
-    with witnesses.attending(twin, witness):
+    with observe.attending(twin, witness):
         _features(twin, x)
     return found
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sparsify import ops
 from sparsify.config import SparsityConfig
-from sparsify.nn import graft, witness
+from sparsify.nn import graft, observe
 from sparsify.nn.attention import SparseAttention
 from sparsify.ops import choice, reference
 from sparsify.ops.spec import Spec
@@ -47,7 +47,7 @@ def grafted(family, patches=(4, 6), **settings):
 def calls(model, x):
     """Arguments of every sparse call of a forward pass: module, q, k, mask, tokens."""
     found = []
-    with torch.inference_mode(), witness.attending(model, lambda block, *call: found.append(call)):
+    with torch.inference_mode(), observe.attending(model, lambda block, *call: found.append(call)):
         model.forward_features(x)
     return [call for call in found if isinstance(call[0], SparseAttention)]
 

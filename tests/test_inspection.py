@@ -10,7 +10,7 @@ from test_choice import grafted
 from sparsify import inspection
 from sparsify.config import SparsityConfig
 from sparsify.errors import SparsifyError, UsageError
-from sparsify.nn import graft, witness
+from sparsify.nn import graft, observe
 
 KINDS = {
     "deit": ("deit", {}),
@@ -39,7 +39,7 @@ def softmax_rows(q, k, scale, size):
 
 def seen(model, x):
     found = []
-    with torch.inference_mode(), witness.attending(model, lambda block, *call: found.append(call)):
+    with torch.inference_mode(), observe.attending(model, lambda block, *call: found.append(call)):
         model.forward_features(x, full_grid=True) if hasattr(model, "full_grid") else model.forward_features(x)
     return found
 
@@ -156,7 +156,7 @@ def test_the_model_is_left_as_it_was():
     inspection.inspect(model, x[0], dense=original("deit", model))
     with pytest.raises(AssertionError), torch.inference_mode():
         inspection.inspect(model, x[0, :, :-1])  # an image that does not fit stops it half-way
-    with pytest.raises(ZeroDivisionError), witness.attending(model, lambda *_: 1 / 0):
+    with pytest.raises(ZeroDivisionError), observe.attending(model, lambda *_: 1 / 0):
         model(x)
     assert keys == {name: set(vars(module)) for name, module in model.named_modules()}
     assert not any(module._forward_hooks for module in model.modules())

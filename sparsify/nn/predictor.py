@@ -51,14 +51,6 @@ class HeadLowrank(nn.Module):
             eye = torch.eye(head_dim, max(ranks)) * reference.rank_mask(ranks, torch.empty(0))  # (H, d, r)
             self.a_q, self.a_k = nn.Parameter(eye.clone()), nn.Parameter(eye.clone())
 
-    def ranking(
-        self, q: Tensor, k: Tensor, mask: Tensor | None, tokens: Tokens | None, scale: float, spec: Spec
-    ) -> Ranking:
-        """What chooses the keys in `attend`, written out (`sparsify.ops.choice`); q, k [B, H, N, d]."""
-        row, col = reference.head_lowrank_scores(q, k, self.a_q, self.a_k, self.ranks)
-        shift = None if tokens is None or tokens.size is None else tokens.size.log() / scale
-        return Ranking(row, col, col, shift)
-
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: Tokens | None, scale: float, spec: Spec,
         backend: str, precision: str,
@@ -68,6 +60,14 @@ class HeadLowrank(nn.Module):
         return ops.head_lowrank(
             q, k, v, self.a_q, self.a_k, mask, size, place, self.ranks, scale, spec, backend, precision
         )
+
+    def ranking(
+        self, q: Tensor, k: Tensor, mask: Tensor | None, tokens: Tokens | None, scale: float, spec: Spec
+    ) -> Ranking:
+        """What chooses the keys in `attend`, written out (`sparsify.ops.choice`); q, k [B, H, N, d]."""
+        row, col = reference.head_lowrank_scores(q, k, self.a_q, self.a_k, self.ranks)
+        shift = None if tokens is None or tokens.size is None else tokens.size.log() / scale
+        return Ranking(row, col, col, shift)
 
     def reconstruct(self, q: Tensor, k: Tensor, scale: float, form: Reconstruction) -> Tensor:
         """The attention that the scores stand for, softmax(scores scale): q, k [B, H, N, d] -> float32 [B, H, N, N]."""
@@ -131,17 +131,6 @@ class TokenLowrank(nn.Module):
         threshold = self.knobs["basis_threshold"]
         return w * (w > threshold) if threshold > 0 else w
 
-    def ranking(
-        self, q: Tensor, k: Tensor, mask: Tensor | None, tokens: Tokens | None, scale: float, spec: Spec
-    ) -> Ranking:
-        """What chooses the keys in `attend`, written out (`sparsify.ops.choice`); q, k [B, H, N, d]."""
-        w_down, w_up = self.weights_of(q.shape[2], tokens)
-        seen = k if mask is None else k * reference.alive(mask, q).unsqueeze(-1)
-        p = (w_down, self.w_q, self.b_q, self.w_k, self.b_k)
-        coef = reference.token_lowrank_coefficients(q, seen, p, self.coef_scale, spec)  # (B, H, N, r)
-        col = w_up.to(coef.dtype).mT  # ([B,] H or 1, N, r)
-        return Ranking(coef, col if col.dim() == 4 else col.unsqueeze(0), k, None)
-
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: Tokens | None, scale: float, spec: Spec,
         backend: str, precision: str,
@@ -195,6 +184,17 @@ class TokenLowrank(nn.Module):
         total = torch.zeros(*w.shape[:3], N - self.prefix, dtype=w.dtype, device=w.device)
         total = total.scatter_add(3, owner[:, None, None].expand(*w.shape[:3], -1), w[..., self.prefix :])
         return torch.cat([w[..., : self.prefix], total], 3)
+
+    def ranking(
+        self, q: Tensor, k: Tensor, mask: Tensor | None, tokens: Tokens | None, scale: float, spec: Spec
+    ) -> Ranking:
+        """What chooses the keys in `attend`, written out (`sparsify.ops.choice`); q, k [B, H, N, d]."""
+        w_down, w_up = self.weights_of(q.shape[2], tokens)
+        seen = k if mask is None else k * reference.alive(mask, q).unsqueeze(-1)
+        p = (w_down, self.w_q, self.b_q, self.w_k, self.b_k)
+        coef = reference.token_lowrank_coefficients(q, seen, p, self.coef_scale, spec)  # (B, H, N, r)
+        col = w_up.to(coef.dtype).mT  # ([B,] H or 1, N, r)
+        return Ranking(coef, col if col.dim() == 4 else col.unsqueeze(0), k, None)
 
     def reconstruct(self, q: Tensor, k: Tensor, scale: float, form: Reconstruction) -> Tensor:
         """The attention that the predictor writes as coefficients times basis: q, k [B, H, N, d] -> float32 [B, H, N, N].
