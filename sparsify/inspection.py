@@ -179,9 +179,8 @@ def _features(model: nn.Module, x: Tensor) -> None:
     weight = next(model.parameters())
     batch = x.unsqueeze(0).to(weight.device, weight.dtype)
     host = cast(Any, model)
-    host.forward_features(batch, full_grid=True) if isinstance(model, fewer.FewerTokens) else host.forward_features(
-        batch
-    )
+    leave = hasattr(model, "full_grid")  # of `sparsify.nn.fewer`: the model can follow where every patch goes
+    host.forward_features(batch, full_grid=True) if leave else host.forward_features(batch)
 
 
 Map = tuple[Tensor, Tensor, Tensor | None, float]
