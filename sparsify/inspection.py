@@ -179,9 +179,8 @@ def _features(model: nn.Module, x: Tensor) -> None:
     weight = next(model.parameters())
     batch = x.unsqueeze(0).to(weight.device, weight.dtype)
     host = cast(Any, model)
-    host.forward_features(batch, full_grid=True) if isinstance(model, fewer.FewerTokens) else host.forward_features(
-        batch
-    )
+    leave = hasattr(model, "full_grid")  # of `sparsify.nn.fewer`: the model can follow where every patch goes
+    host.forward_features(batch, full_grid=True) if leave else host.forward_features(batch)
 
 
 Map = tuple[Tensor, Tensor, Tensor | None, float]
@@ -211,6 +210,8 @@ def _dense_maps(dense: nn.Module, x: Tensor, grid: tuple[int, int]) -> dict[int,
 def _owner(tokens: Tokens | None, patches: int) -> Tensor:
     """Token of each patch, -1 where it has left: int64 [n0]."""
     if tokens is None or tokens.owner is None:
+        if tokens is not None and tokens.place is not None:
+            raise SparsifyError("tokens have left and the model did not follow where: this is a bug in sparsify")
         return torch.arange(patches)
     return tokens.owner[0].cpu().clone()
 
