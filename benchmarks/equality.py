@@ -3,7 +3,7 @@
     python benchmarks/equality.py
 
 The small versions of this are in `tests/test_graft.py`. Weights are random (attention made uneven), predictors are fitted on
-two random images; logits go through predictor, selection and sparse op with b = N. About three minutes on two cores.
+two random images; logits go through predictor, selection and sparse op with b = N. Some minutes on two cores.
 """
 
 from __future__ import annotations
