@@ -1,4 +1,4 @@
-"""The four functions of the library, as its docstring shows them."""
+"""The functions of the library, as its docstring shows them."""
 
 import subprocess
 import sys
