@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 from families import FAMILIES, build, images
+from said import the_error
 from torch import nn
 
 from sparsify import checkpoint, exporting
@@ -92,7 +93,7 @@ def test_pt2_runs_where_this_package_is_not(run, tmp_path):
     path, model = converted(tmp_path, "deit", MERGED, predictor="token-lowrank")
     words = ["--format", "pt2", "--dynamic-batch", "--img-size", 64, "-o", tmp_path / "other.pt2"]
     code, out, err = run("export", path, *words)
-    assert code == 0 and "checked against the model on 8 pictures" in out and "near ties" not in out and not err
+    assert code == 0 and "checked against the model on 8 pictures" in err and "near ties" not in err
     graft.resize(model, 64)
     batches = [images(model, 1), images(model, 3)]
     torch.save(batches, tmp_path / "in")
@@ -165,7 +166,7 @@ def test_a_wrong_program_leaves_the_old_file(run, tmp_path, monkeypatch):
     assert code == 1 and "nothing written" in err and old.read_text() == "old"
     writes.write = lambda *_: (_ for _ in ()).throw(RuntimeError("no such operator"))
     code, _, err = run("export", path, "--force")
-    assert code == 1 and "no such operator" in err and err.count("\n") == 1
+    assert code == 1 and "no such operator" in the_error(err)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.safetensors"]
 
 

@@ -44,7 +44,9 @@ def test_one_model_of_each_structure_equals_dense_at_keep_one():
         assert support.reaches_the_output(dense), each[0]
 
 
-@pytest.mark.parametrize("module", sorted(set(timm.list_modules()) - set(hosts.MODULES)))
+@pytest.mark.parametrize(
+    "module", [m for m in timm.list_modules() if hasattr(timm.models, m) and m not in hosts.MODULES]
+)
 def test_other_modules_of_timm_are_refused_by_name(module):
     names = timm.list_models(module=module)
     if not names:

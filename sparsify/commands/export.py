@@ -27,7 +27,10 @@ def export(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """The sparse model as a program that runs without sparsify, checked against the model."""
+    """The sparse model as a program that runs without sparsify, checked against the model.
+
+    Example: sparsify export model.safetensors --format onnx --dynamic-batch
+    """
     if dynamic_batch and batch_size is not None:
         raise UsageError("--dynamic-batch takes any number of images: leave --batch-size out")
     preflight()
@@ -39,5 +42,5 @@ def export(
         file, format, output, batch_size=None if dynamic_batch else batch_size or 1, img_size=img_size, force=force,
         say=say,
     )  # fmt: skip
-    say(f"wrote {made.path} ({made.bytes / 1e6:.1f} MB) in {made.seconds:.0f} s")
+    print(f"wrote {made.path} ({made.bytes / 1e6:.1f} MB) in {made.seconds:.0f} s")
     say(made.checked.words() if made.checked else onnx_file.UNCHECKED)

@@ -43,6 +43,8 @@ def push(
     """Put a converted file on the hub, with its model card.
 
     The token is huggingface_hub's: HF_TOKEN, or what 'hf auth login' stored.
+
+    Example: sparsify push model.safetensors ORG/NAME --eval results.json
     """
     if dry_run and output is not None:
         raise UsageError("--dry-run shows the card, --output FOLDER writes it: give one of them")
@@ -58,7 +60,7 @@ def push(
         return
     if output is not None:
         publishing.write(made, output, force)
-        say(f"wrote model.safetensors, config.json and README.md in {output}; nothing was sent")
+        print(f"wrote model.safetensors, config.json and README.md in {output}; nothing was sent")
         return
     if quiet:
         from huggingface_hub.utils import disable_progress_bars

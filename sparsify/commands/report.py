@@ -43,7 +43,10 @@ def report(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Write one HTML page about a file: settings, MACs, time, accuracy, a sweep and pictures. It needs no network."""
+    """Write one HTML page about a file: settings, MACs, time, accuracy, a sweep and pictures. It needs no network.
+
+    Example: sparsify report model.safetensors --eval results.json
+    """
     if measure and profile is not None:
         raise UsageError("give either --profile, figures of an earlier run, or --measure")
     if output.is_dir() or not output.absolute().parent.is_dir():

@@ -58,7 +58,10 @@ def show(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Draw the keys that patches attend to, the tokens that go on, and how much attention is kept."""
+    """Draw the keys that patches attend to, the tokens that go on, and how much attention is kept.
+
+    Example: sparsify show model.safetensors cat.jpg --query 120,80
+    """
     preflight()
     from sparsify import checkpoint, original, photograph, showing
     from sparsify.inspection import DENSE, OWN, REFERENCES
@@ -78,9 +81,10 @@ def show(
         )  # fmt: skip
         files = report.draw(shown, lambda done, total: reporter.update("draw", done, total))
     paths = report.write(files, output)
-    say(f"true attention: {REFERENCES[OWN if beside is None else DENSE]}")
-    for each in shown:
-        say(f"{each.photo.path.name}: {captions.mass(each.found)}.")
+    if not quiet:
+        print(f"true attention: {REFERENCES[OWN if beside is None else DENSE]}")
+        for each in shown:
+            print(f"{each.photo.path.name}: {captions.mass(each.found)}.")
     if not shown[0].found.stages:
         say("no tokens leave in this model: no pictures of tokens")
     print(f"wrote {len(paths)} pictures to {output}: {', '.join(path.name for path in paths)}")
