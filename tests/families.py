@@ -63,9 +63,13 @@ PLAIN = list(FAMILIES)[: list(FAMILIES).index("eva")]
 """Those where the place of a token does not enter the attention."""
 
 
+LEAVING = [family for family in FAMILIES if not family.startswith("naflex")]
+"""Those that tokens may leave."""
+
+
 def ways_of(ways: Sequence[str]) -> list[tuple[str, str]]:
     """Families that tokens may leave, each with one of `ways`: the plain ones with all, the others with the first."""
-    others = [f for f in FAMILIES if f not in PLAIN and not f.startswith("naflex")]
+    others = [f for f in LEAVING if f not in PLAIN]
     return [(f, way) for f in PLAIN for way in ways] + [(f, ways[0]) for f in others]
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import FAMILIES, build, images, ways_of
+from families import FAMILIES, LEAVING, build, images, ways_of
 from test_tokens import merged_by_hand, ranked_by_hand
 from timm.layers import Attention
 from timm.models.beit import Beit
@@ -34,7 +34,6 @@ PLACED = [
     "beit-both-biases",
 ]  # fmt: skip
 PLACED = [family for family in PLACED if family in FAMILIES]  # an older timm has fewer
-LEAVING = [family for family in FAMILIES if not family.startswith("naflex")]
 NO_PREFIX = ["vit-avg-pool", "siglip", "res-post-norm"]
 NARROW = {
     family: dict(embed_dim=96, num_heads=3) for family in ("clip", "siglip", "dinov2", "dinov2-registers", "deit3")
@@ -531,7 +530,7 @@ def test_dense_attention_in_the_place_of_sparse_knows_the_tokens(way):
     """Where it is faster (`auto`): of tokens that left and merged, as a model whose attention is dense."""
 
     class Dense:
-        shapes = ()
+        shapes, withdrawn = (), False
 
         def choose(self, shape):
             self.shapes += (shape,)
