@@ -79,7 +79,7 @@ def by_layer(model: nn.Module, dense: nn.Module, batches: list[Tensor]) -> list[
         scores = module.predictor.reconstruct(q, k, module.scale, Reconstruction(False, False))[:, :, P:]
         kept = top_b(scores, budget(module.sparsity.keep, q.shape[2]))
         count = true[..., 0].numel()
-        error = float(attention(scores, true, "mse-sum", len(q)))
+        error = float(attention(scores, true, "mse-sum", len(q), 1))
         sums[block] += torch.tensor([error, float((true * kept).sum()), count], dtype=torch.float64)
 
     observe(dense, batches, add)
@@ -90,6 +90,7 @@ def reconstruct(seed: int, dense: nn.Module, form: str) -> None:
     """Prints the table of stage 1, which learns from the loss `attention` in that form."""
     recipe = load_recipe("paper-distill").override(seed=seed)
     first = load_recipe("paper").stages[0]
+    gentle = {} if form == "mse-sum" else {"lr": 1e-4}
     stage = first.model_copy(
         update={
             "batch_size": 16, "ema": None,
@@ -99,7 +100,8 @@ def reconstruct(seed: int, dense: nn.Module, form: str) -> None:
                     "attention": first.losses.attention if form == "mse-sum" else 1.0,
                 }
             ),
-            "augmentation": recipe.stages[0].augmentation, "schedule": first.schedule.model_copy(update={"warmup": 0.5}),
+            "augmentation": recipe.stages[0].augmentation, "optimiser": first.optimiser.model_copy(update=gentle),
+            "schedule": first.schedule.model_copy(update={"warmup": 0.5, **({"min_lr": 1e-5} if gentle else {})}),
         }
     )  # fmt: skip
     trained = recipe.model_copy(update={"stages": (stage,), "repair": None})
@@ -120,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--only", default="paper,default,tokens,reconstruct", help="tables to print")
-    parser.add_argument("--form", default="mse-sum", help="of the loss of `reconstruct`: mse-sum or kl")
+    parser.add_argument("--form", default="mse-sum", help="of the loss of `reconstruct`: mse-sum, kl or mass")
     parser.add_argument("--seed", type=int, default=0, help="of split, order and augmentation")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -30,9 +30,10 @@ class Losses(Frozen):
         0.0, description="mean over blocks of the squared error behind each block, as a share of the teacher's squares"
     )
     attention: Weight = Field(0.0, description="the predictor's attention against the true one; mean over blocks")
-    attention_form: Literal["mse-sum", "kl"] = Field(
+    attention_form: Literal["mse-sum", "kl", "mass"] = Field(
         "mse-sum",
-        description="mse-sum: squares summed over images, heads, rows and keys (the paper); kl: nats, mean over rows",
+        description="mse-sum: squares summed over images, heads, rows and keys (the paper); kl: nats, mean over rows; "
+        "mass: share of the true attention on keys that are not kept, mean over rows",
     )
     attention_target: Literal["teacher", "self"] = Field(
         "teacher",

@@ -88,7 +88,7 @@ def test_losses_of_the_output_reach_the_backbone_and_no_predictor(sparsity, atte
 
 
 @pytest.mark.parametrize("attention", ["sparse", "dense"])
-@pytest.mark.parametrize("form", ["mse-sum", "kl"])
+@pytest.mark.parametrize("form", ["mse-sum", "kl", "mass"])
 @pytest.mark.parametrize("target", ["teacher", "self"])
 @pytest.mark.parametrize("sparsity", [HEAD, TOKEN], ids=["head", "token"])
 def test_predictors_alone_learn_from_attention(sparsity, attention, form, target):

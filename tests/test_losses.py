@@ -75,18 +75,41 @@ def attention(drawn, images=6):
 def test_summed_squares_of_attention_count_the_reference_batch(drawn):
     target, estimate = attention(drawn)
     by_hand = float(((estimate - target) ** 2).sum())
-    assert float(losses.attention(estimate, target, "mse-sum", 6)) == pytest.approx(by_hand, rel=1e-5)
-    assert float(losses.attention(estimate, target, "mse-sum", 168)) == pytest.approx(28 * by_hand, rel=1e-5)
+    assert float(losses.attention(estimate, target, "mse-sum", 6, 2)) == pytest.approx(by_hand, rel=1e-5)
+    assert float(losses.attention(estimate, target, "mse-sum", 168, 2)) == pytest.approx(28 * by_hand, rel=1e-5)
 
 
 def test_kl_of_attention_is_nothing_for_the_same_and_something_otherwise(drawn):
     target, estimate = attention(drawn)
-    assert float(losses.attention(target, target, "kl", 1)) == pytest.approx(0, abs=1e-6)
-    assert float(losses.attention(7 * target, target, "kl", 1)) == pytest.approx(0, abs=1e-6)  # rows are normalised
+    assert float(losses.attention(target, target, "kl", 1, 2)) == pytest.approx(0, abs=1e-6)
+    assert float(losses.attention(7 * target, target, "kl", 1, 2)) == pytest.approx(0, abs=1e-6)  # rows are normalised
     by_hand = float((target * (target / estimate).log()).sum()) / (6 * 2 * 3)
-    found = losses.attention(estimate, target, "kl", 1)
+    found = losses.attention(estimate, target, "kl", 1, 2)
     assert float(found) == pytest.approx(by_hand, rel=1e-4) and found > 0.1
-    assert losses.attention(-estimate, target, "kl", 1).isfinite()  # negative estimates are allowed to happen
+    assert losses.attention(-estimate, target, "kl", 1, 2).isfinite()  # negative estimates are allowed to happen
+
+
+def test_lost_mass_is_the_share_of_dropped_keys_once_the_step_is_sharp(drawn, monkeypatch):
+    target, estimate = attention(drawn)
+    kept = torch.zeros_like(target).scatter(-1, estimate.topk(2, -1).indices, 1.0)
+    kept.scatter_(-1, estimate.topk(2, -1).indices[..., 1:], 0.5)  # the last that is kept stands on the step
+    monkeypatch.setattr(losses, "SOFTNESS", 1e-6)
+    by_hand = float(1 - (target * kept).sum(-1).mean())
+    assert float(losses.attention(estimate, target, "mass", 1, 2)) == pytest.approx(by_hand, rel=1e-5)
+    assert float(losses.attention(estimate + 3, target, "mass", 1, 2)) == pytest.approx(by_hand, rel=1e-3)
+    assert float(losses.attention(estimate, target, "mass", 1, 5)) == 0  # nothing is dropped
+
+
+def test_learning_by_lost_mass_keeps_more(drawn):
+    target, scores = attention(drawn)
+    scores.requires_grad_()
+    found = []
+    for _ in range(40):
+        kept = torch.zeros_like(target).scatter(-1, scores.detach().topk(2, -1).indices, 1.0)
+        found.append(float((target * kept).sum(-1).mean()))
+        (slope,) = torch.autograd.grad(losses.lost_mass(scores, target, 2), scores)
+        scores = (scores - 2 * slope).detach().requires_grad_()
+    assert found[-1] > found[0] + 0.05
 
 
 def parts(drawn):
@@ -104,8 +127,9 @@ def parts(drawn):
         "features present": lambda i: losses.features(
             z[i] * (1 + torch.arange(6)[i, None, None]), w[i], kept[i, 1:], 1
         ),
-        "attention mse-sum": lambda i: losses.attention(estimate[i], target[i], "mse-sum", 168),
-        "attention kl": lambda i: losses.attention(estimate[i], target[i], "kl", 168),
+        "attention mse-sum": lambda i: losses.attention(estimate[i], target[i], "mse-sum", 168, 2),
+        "attention kl": lambda i: losses.attention(estimate[i], target[i], "kl", 168, 2),
+        "attention mass": lambda i: losses.attention(estimate[i], target[i], "mass", 168, 2),
     }
 
 

@@ -16,6 +16,7 @@ from sparsify.nn.fewer import TokensLeave
 from sparsify.nn.observe import watching
 from sparsify.nn.predictor import Reconstruction, TokenLowrank
 from sparsify.nn.tokens import Tokens
+from sparsify.ops.spec import budget
 from sparsify.stage import Losses, Stage
 
 
@@ -118,7 +119,8 @@ class Lesson(nn.Module):
                 bias = hosts.position_bias(self.student, module)
                 true = true_attention(*targets[i], module.scale, module.sparsity.prefix, bias)
                 estimate = module.predictor.reconstruct(q, k, module.scale, form, bias)[:, :, module.sparsity.prefix :]
-                found.append(losses.attention(estimate, true, wanted.attention_form, wanted.reference_batch))
+                b = budget(module.sparsity.keep, true.shape[-1])
+                found.append(losses.attention(estimate, true, wanted.attention_form, wanted.reference_batch, b))
         return torch.stack(found).mean()
 
     def _basis(self) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 SMALLEST = 1e-8  # of an estimated attention, where its logarithm is taken
+SOFTNESS = 0.25  # of the step between keys that are kept and dropped, in standard deviations of a row's scores
 
 
 def classification(logits: Tensor, y: Tensor) -> Tensor:
@@ -50,15 +51,32 @@ def pooled(teacher: Tensor, student: Tensor) -> Tensor:
     return ((t - s).square().sum(-1) / t.square().sum(-1).clamp_min(1e-12)).mean()
 
 
-def attention(estimate: Tensor, target: Tensor, form: str, reference_batch: int) -> Tensor:
+def attention(estimate: Tensor, target: Tensor, form: str, reference_batch: int, b: int) -> Tensor:
     """The predictor's attention [B, H, n, N] against the true one, rows of the patch queries.
 
     Args:
         form: 'mse-sum': squares summed over everything, B images counting reference_batch / B (Sparsifiner, stage 1);
-            'kl': KL(target || estimate), the estimate's rows made positive and normalised, nats, mean over rows.
+            'kl': KL(target || estimate), the estimate's rows made positive and normalised, nats, mean over rows;
+            'mass': see `lost_mass`.
+        b: keys that a row keeps.
     """
     if form == "mse-sum":
         return (estimate - target).square().sum() * (reference_batch / len(target))
+    if form == "mass":
+        return lost_mass(estimate, target, b)
     estimate = estimate.clamp_min(SMALLEST)
     estimate = estimate / estimate.sum(-1, keepdim=True)
     return (target * (target.clamp_min(SMALLEST).log() - estimate.log())).sum(-1).mean()
+
+
+def lost_mass(scores: Tensor, target: Tensor, b: int) -> Tensor:
+    """Share of the true attention on keys that scores [..., N] drop, 0 to 1: target [..., N], mean over rows.
+
+    Kept are the b highest. The step is made soft, a logistic function around the b-th score, `SOFTNESS` of the row's
+    deviation wide, so that it has a gradient; as the threshold moves with the scores, lifting all of them changes nothing.
+    """
+    if b >= scores.shape[-1]:
+        return (scores * 0).sum()
+    threshold = scores.topk(b, dim=-1).values[..., -1:]
+    width = (SOFTNESS * scores.detach().std(-1, keepdim=True)).clamp_min(1e-12)
+    return 1 - (target * torch.sigmoid((scores - threshold) / width)).sum(-1).mean()

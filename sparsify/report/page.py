@@ -65,7 +65,11 @@ def parts(content: Content) -> list[str]:
     found += ["time"] if content.profile.measured else []
     found += ["accuracy"] if content.evaluation is not None else []
     found += ["sweep"] if content.sweep is not None else []
-    return found + ([f"{len(content.shown)} images"] if content.shown else [])
+    return found + ([_images(content)] if content.shown else [])
+
+
+def _images(content: Content) -> str:
+    return "1 image" if len(content.shown) == 1 else f"{len(content.shown)} images"
 
 
 def _context(c: Content) -> dict[str, Any]:
@@ -107,7 +111,7 @@ def _tiles(c: Content) -> list[tuple[str, str, str]]:
     sparse = [layer for each in c.shown for layer in each.found.layers if layer.sparse]
     if sparse:
         mean = sum(float(layer.mass.mean()) for layer in sparse) / len(sparse)
-        some = "1 image" if len(c.shown) == 1 else f"{len(c.shown)} images"
+        some = _images(c)
         found.append((captions.percent(mean), f"of the true attention kept, {some}", "measured"))
     return found
 
