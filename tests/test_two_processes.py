@@ -37,7 +37,8 @@ def test_two_processes_learn_what_one_learns(run, tmp_path, recipe):
     rows, others = tune.losses(tmp_path / "one.run"), tune.losses(tmp_path / "two.run")
     assert len(rows) == len(others) == 3 * len({row["stage"] for row in tune.metrics(tmp_path / "one.run")})
     for row, other in zip(rows, others, strict=True):
-        assert other == pytest.approx(row, rel=1e-5, abs=1e-7)
+        first = row == rows[0]  # afterwards Adam has made 1e-7 of a small gradient a step of the learning rate
+        assert other == pytest.approx(row, rel=1e-6 if first else 1e-4, abs=1e-7)
     for row, other in zip(*(tune.validations(tmp_path / f"{name}.run") for name in ("one", "two")), strict=True):
         assert float(other["kl"]) == pytest.approx(float(row["kl"]), rel=1e-3, abs=1e-6)
         assert (other["images"], other["agreement"], other["weights"]) == (
@@ -46,5 +47,5 @@ def test_two_processes_learn_what_one_learns(run, tmp_path, recipe):
             row["weights"],
         )
     for words in ("wrote two.safetensors", "judged on 12 images", "kept the"):
-        assert two.stdout.count(words) == 1, words
+        assert (two.stdout + two.stderr).count(words) == 1, words
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["one.run", "two.run"]

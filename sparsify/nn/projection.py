@@ -30,7 +30,9 @@ def linears(attention: nn.Module) -> list[nn.Linear]:
 
 def head_dim(attention: nn.Module) -> int:
     """d, size of a head."""
-    return cast(Any, attention).proj.in_features // heads_of(attention)
+    host = cast(Any, attention)
+    own = getattr(host, "head_dim", None)  # Beit's keeps none
+    return int(own if own is not None else host.proj.in_features // heads_of(attention))
 
 
 def heads_of(attention: nn.Module) -> int:
