@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import timm
 
 from sparsify import checkpoint, hub, zoo
-from sparsify.errors import BadFile, SparsifyError, one_line
+from sparsify.errors import BadFile, SparsifyError
+from sparsify.report.files import read_json
 
 
 def origin(header: checkpoint.Header) -> tuple[str, str]:
@@ -40,7 +40,7 @@ def results(path: Path, digest: str) -> dict[str, Any]:
     Raises:
         BadFile: unreadable, without conditions, or of another file.
     """
-    found = _json(path)
+    found = read_json(path)
     conditions = found.get("conditions")
     if not isinstance(conditions, dict) or not found.get("images"):
         raise BadFile(
@@ -57,19 +57,9 @@ def times(path: Path, macs: int, params: int) -> dict[str, Any]:
     Raises:
         BadFile: unreadable, nothing measured, or of another model.
     """
-    found = _json(path)
+    found = read_json(path)
     if found.get("latency_ms_sparse") is None:
         raise BadFile(f"{path} has no measured times: 'sparsify profile FILE --json NAME.json' writes them")
     if (found.get("macs_sparse"), found.get("param_count")) != (macs, params):
         raise BadFile(f"{path} has the times of another model: profile this one")
-    return found
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadFile(f"{path} cannot be read as JSON: {one_line(error)}") from None
-    if not isinstance(found, dict):
-        raise BadFile(f"{path} has no results: one mapping is expected")
     return found

@@ -254,7 +254,11 @@ def test_measured_figures_come_with_their_conditions_and_of_this_file_only(made,
     code, out, err = run("push", made.path, "someone/m", "--dry-run", "--eval", "e.json", "--profile", "p.json")
     body, results = parts(out)[1], json.loads((tmp_path / "e.json").read_text())
     assert (code, err) == (0, "")
-    assert f"{results['top1']:.2f}" in body and "20 images of photos/val, 28 px" in body and str(tmp_path) not in body
+    assert (
+        f"{results['top1']:.2f}" in body
+        and "20 images of photos/val, 28x28 pixels" in body
+        and str(tmp_path) not in body
+    )
     assert "## Speed" in body and "interleaved runs" in body and body.count("Conditions: ") == 2
 
     results["conditions"]["file_sha256"] = "0" * 64
@@ -264,7 +268,7 @@ def test_measured_figures_come_with_their_conditions_and_of_this_file_only(made,
     (tmp_path / "broken.json").write_text("{")
     for option, name, message in (
         ("--eval", "other", "another file"), ("--eval", "bare", "conditions"), ("--eval", "broken", "as JSON"),
-        ("--eval", "none", "as JSON"), ("--profile", "e", "no measured times"),
+        ("--eval", "none", "no file none.json"), ("--profile", "e", "no measured times"),
     ):  # fmt: skip
         code, _, err = run("push", made.path, "someone/m", "--dry-run", option, f"{name}.json")
         assert code == 1 and message in err and err.count("\n") == 1

@@ -188,6 +188,7 @@ BAD = {
     "profile of another model": (["--profile", "other.json"], 1, "another model"),
     "no profile": (["--profile", "MADE/eval.json"], 1, "is no profile"),
     "results of another model": (["--eval", "large.json"], 1, "22.05 M"),
+    "results of another file": (["--eval", "foreign.json"], 1, "another file"),
     "no results": (["--eval", "MADE/sweep.json"], 1, "sweep.json"),
     "broken JSON": (["--eval", "broken.json"], 1, "broken.json"),
     "no such file": (["--sweep", "none.json"], 1, "none.json"),
@@ -205,6 +206,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(kind, run, made, tmp_path):
     tree = json.loads((made / "profile.json").read_text())
     (tmp_path / "other.json").write_text(json.dumps(tree | {"param_count": 5}))
     (tmp_path / "large.json").write_text(json.dumps({"images": 5, "top1": 1.0, "param_count": 22.05}))
+    foreign = {"images": 5, "top1": 1.0, "conditions": {"file_sha256": "0" * 64}}
+    (tmp_path / "foreign.json").write_text(json.dumps(foreign))
     (tmp_path / "broken.json").write_text("{")
     before = sorted(p.name for p in tmp_path.iterdir())
     arguments, expected, words = BAD[kind]

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsify import report
+from sparsify.naming import place
 
 HEADING = "Measured, on the same images"
 
@@ -55,6 +56,21 @@ def singles(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
         if result.get(key) is not None
     ]
+
+
+def conditions(result: Mapping[str, Any]) -> str:
+    """Under what the figures were measured, as far as the results say it."""
+    c = result.get("conditions")
+    c = c if isinstance(c, Mapping) else {}
+    side, crop, way = result.get("img_size"), result.get("crop_pct"), result.get("interpolation")
+    words = [f"{result['images']:,} images" + (f" of {place(str(c['data']))}" if c.get("data") else "")]
+    words += [f"{result['broken']} unreadable ones left out"] if result.get("broken") else []
+    words += [f"{side}x{side} pixels"] if side else []
+    words += [f"crop {crop:g}"] if isinstance(crop, int | float) and crop else []
+    words += [str(way)] if way else []
+    words += [str(c[name]) for name in ("dtype", "device_name") if c.get(name)]
+    words += [f"{name} {c[name]}" for name in ("backend", "torch", "timm") if c.get(name)]
+    return ", ".join(words)
 
 
 def broken(result: Mapping[str, Any]) -> str:

@@ -14,8 +14,8 @@ import yaml
 from sparsify import report
 from sparsify.checkpoint import Header
 from sparsify.licence import Licence
-from sparsify.naming import place
 from sparsify.profiling import Profile
+from sparsify.report import accuracy
 from sparsify.report.files import markdown_table
 
 CITATION = """\
@@ -164,39 +164,12 @@ def _accuracy(facts: Facts) -> list[str]:
         return [
             "## Accuracy", "", f"Not measured for this card. `sparsify eval hf-hub:{facts.repo} --imagenet PATH` does it.",
         ]  # fmt: skip
-    rows = []
-    for label, dense, sparse in (
-        ("top-1, %", "dense_top1", "top1"),
-        ("top-5, %", "dense_top5", "top5"),
-        ("k-nearest-neighbour top-1, %", "dense_knn_top1", "knn_top1"),
-    ):
-        if r.get(sparse) is not None:
-            both = r.get(dense) is not None
-            change = f"{r[sparse] - r[dense]:+.2f} points" if both else report.NOTHING
-            rows.append((label, f"{r[dense]:.2f}" if both else report.NOTHING, f"{r[sparse]:.2f}", change))
-    single = [
-        (label, format(r[key], form))
-        for label, key, form in (
-            ("agreement of predicted classes, %", "agreement", ".2f"),
-            ("KL(dense, sparse), nats an image", "kl", ".4f"),
-            ("images lost (dense right, sparse wrong)", "images_lost", ",d"),
-            ("images gained (dense wrong, sparse right)", "images_gained", ",d"),
-            ("cosine similarity, pooled features", "cosine_pooled", ".4f"),
-            ("cosine similarity, patch features", "cosine_patch", ".4f"),
-        )
-        if r.get(key) is not None
-    ]
+    rows = [row for row in accuracy.pairs(r) if not row[0].startswith("throughput")]
+    single = [row for row in accuracy.singles(r) if row[0] != "images"]
     lines = ["## Accuracy", "", "Measured, dense and sparse on the same images."]
     lines += ["", *markdown_table(("", "dense", "sparse", "change"), rows)] if rows else []
     lines += ["", *markdown_table(("sparse beside dense", ""), single)] if single else []
-    c = r["conditions"]
-    broken = f", {r['broken']} unreadable ones left out" if r.get("broken") else ""
-    said = (
-        f"{r['images']:,} images of {place(c['data'])}{broken}, {r['img_size']} px, crop {r['crop_pct']:g} "
-        f"({r['interpolation']}), {c['dtype']}, {c['device_name']}, backend {c['backend']}, torch {c['torch']}, "
-        f"timm {c['timm']}"
-    )
-    return [*lines, "", f"Conditions: {said}."]
+    return [*lines, "", f"Conditions: {accuracy.conditions(r)}."]
 
 
 def _speed(facts: Facts) -> list[str]:

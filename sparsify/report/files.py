@@ -11,12 +11,30 @@ from typing import Any
 
 from sparsify import report
 from sparsify.atomic import whole
+from sparsify.errors import BadFile, one_line
 from sparsify.profiling import Profile
 
 TIMM_COLUMNS = (
     "model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation",
 )  # fmt: skip
 """Columns of timm's results files."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of JSON in a file that a command wrote.
+
+    Raises:
+        BadFile: missing, or something else.
+    """
+    if not path.exists():
+        raise BadFile(f"no file {path}")
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadFile(f"{path} cannot be read as JSON: {one_line(error, 100)}") from None
+    if not isinstance(tree, dict):
+        raise BadFile(f"{path} holds no results: an object of JSON is expected")
+    return tree
 
 
 def to_markdown(profile: Profile, title: str = "Profile") -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from sparsify.checkpoint import Header
+from sparsify.checkpoint import Header, digest_in
 from sparsify.errors import BadFile, one_line
 from sparsify.profiling import Profile
+from sparsify.report.files import read_json
 
 
 class SweepFiles(NamedTuple):
@@ -27,7 +27,7 @@ def profile(path: Path) -> Profile:
     Raises:
         BadFile: missing, or something else.
     """
-    tree = _json(path)
+    tree = read_json(path)
     try:
         return Profile.from_dict(tree)
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -40,7 +40,7 @@ def evaluation(path: Path) -> Mapping[str, Any]:
     Raises:
         BadFile: missing, or something else.
     """
-    tree = _json(path)
+    tree = read_json(path)
     numbers = ("top1", "agreement", "cosine_pooled", "knn_top1")
     figures = [tree.get(name) for name in (*numbers, "images", "kl", "dense_top1", "param_count")]
     right = any(name in tree for name in numbers) and isinstance(tree.get("images"), int)
@@ -56,7 +56,7 @@ def sweep(path: Path) -> SweepFiles:
         BadFile: missing, something else, or a folder with none or several of them.
     """
     file = _sweep_in(path) if path.is_dir() else path
-    tree = _json(file)
+    tree = read_json(file)
     if not _is_sweep(tree):
         raise BadFile(f"{file} is no sweep: 'sparsify sweep NAME' writes PREFIX.json")
     picture = file.with_suffix(".png")
@@ -70,13 +70,17 @@ def check(
     file: Path, header: Header, model: nn.Module, profile_file: Path | None, profile: Profile | None,
     evaluation_file: Path | None, evaluation: Mapping[str, Any] | None,
 ) -> None:  # fmt: skip
-    """Raise `BadFile` where figures are of another model than that of `file`, as far as parameters and MACs tell."""
+    """Raise `BadFile` where figures are of another model than that of `file`, as far as digest, parameters and MACs tell."""
     count = sum(p.numel() for p in model.parameters())
     if profile is not None:
         counted = header.report.get("macs_sparse", profile.macs_sparse)
         own_size = list(profile.conditions["img_size"]) == list(cast(Any, model).patch_embed.img_size)
         if profile.param_count != count or (own_size and profile.macs_sparse != counted):
             raise BadFile(f"{profile_file} is the profile of another model than {file}: profile this one")
+    conditions = (evaluation or {}).get("conditions")
+    of = conditions.get("file_sha256") if isinstance(conditions, Mapping) else None
+    if of is not None and of != digest_in(file):
+        raise BadFile(f"{evaluation_file} has the results of another file than {file}: evaluate this one")
     stated = None if evaluation is None else evaluation.get("param_count")  # millions, as timm has it
     if stated is not None and abs(stated - round(count / 1e6, 2)) > 0.006:
         raise BadFile(
@@ -102,21 +106,9 @@ def _is_sweep(tree: Mapping[str, Any]) -> bool:
 
 def _maybe(path: Path) -> Mapping[str, Any]:
     try:
-        return _json(path)
+        return read_json(path)
     except BadFile:
         return {}
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    if not path.exists():
-        raise BadFile(f"no file {path}")
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadFile(f"{path} cannot be read as JSON: {one_line(error, 100)}") from None
-    if not isinstance(tree, dict):
-        raise BadFile(f"{path} holds no results: an object of JSON is expected")
-    return tree
 
 
 def _number(value: Any) -> bool:

@@ -147,13 +147,7 @@ def _tree(p: Profile) -> list[tuple[int, str, str, str, str]]:
 def _accuracy(e: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if e is None:
         return None
-    words = [f"{e['images']:,} images"]
-    if e.get("img_size"):
-        words.append(f"{e['img_size']}x{e['img_size']} pixels")
-    if e.get("crop_pct"):
-        words.append(f"crop {e['crop_pct']:g}")
-    if e.get("interpolation"):
-        words.append(str(e["interpolation"]))
+    words = [accuracy.conditions(e)]
     if e.get("model"):
         words.append(f"results of the model called {e['model']}")
     return {
