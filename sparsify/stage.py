@@ -124,7 +124,11 @@ class Stage(Frozen):
     """A stage: at least one of `epochs` and `steps`; whichever is over first ends it."""
 
     name: str = "distill"
-    train: Literal["predictors", "backbone", "all"] = "backbone"
+    train: Literal["predictors", "attention", "backbone", "all"] = Field(
+        "backbone",
+        description="attention: of the backbone its attention modules alone; what a few hundred images cannot teach anew "
+        "(MLPs, norms, head) stays as it was pretrained",
+    )
     attention: Literal["sparse", "dense"] = Field(
         "sparse",
         description="of the student's forward pass; dense: its features are those without sparsity, all tokens",
@@ -145,6 +149,16 @@ class Stage(Frozen):
     grad_checkpointing: bool = Field(False, description="recompute each block in the backward: less memory, 1.3x time")
     validate_every: Count = Field(1, description="epochs between two validations")
 
+    @property
+    def moves_backbone(self) -> bool:
+        """Whether weights of the dense model learn, all of them or some."""
+        return self.train != "predictors"
+
+    @property
+    def moves_predictors(self) -> bool:
+        """Whether predictors may learn: they do where a loss reaches them."""
+        return self.train in ("predictors", "all")
+
     @model_validator(mode="after")
     def _whole(self) -> Stage:
         if self.epochs is None and self.steps is None:
@@ -155,7 +169,7 @@ class Stage(Frozen):
             raise ValueError(
                 f"stage '{self.name}' trains nothing: predictors learn from the losses attention and basis_l1 only"
             )
-        if self.train == "backbone" and not self.losses.backbone:
+        if not self.moves_predictors and not self.losses.backbone:
             raise ValueError(
                 f"stage '{self.name}' trains nothing: the backbone learns from classification, logits, tokens or features"
             )

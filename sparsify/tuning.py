@@ -46,7 +46,7 @@ class Tuned:
     def provenance(self) -> dict[str, Any]:
         """What the file's header says of it."""
         changed = self.outcome.changed
-        backbone = self.plan.repair is not None or any(p.stage.train != "predictors" for p in self.plan.stages)
+        backbone = self.plan.repair is not None or any(p.stage.moves_backbone for p in self.plan.stages)
         return {
             "backbone_changed": changed and backbone,
             "finetuned": {

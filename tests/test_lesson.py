@@ -139,7 +139,7 @@ def test_weights_multiply_the_losses():
         assert float(weighted[name]) == pytest.approx(weight * float(once[name]), rel=1e-5)
 
 
-@pytest.mark.parametrize("train", ["predictors", "backbone", "all"])
+@pytest.mark.parametrize("train", ["predictors", "attention", "backbone", "all"])
 def test_an_optimiser_step_moves_what_the_stage_names_and_nothing_else(train):
     dense, student = pair(TOKEN)
     losses = {"attention": 1.0} if train == "predictors" else {"logits": 1.0, "attention": 1.0}
@@ -151,7 +151,10 @@ def test_an_optimiser_step_moves_what_the_stage_names_and_nothing_else(train):
     optimizer.step()
     moved = {name for name, t in student.state_dict().items() if not torch.equal(t, parameters[name])}
     predictors, backbone = inside(student)
-    assert set(named) == {"predictors": predictors, "backbone": backbone, "all": predictors | backbone}[train]
+    own = {name for name in backbone if ".attn." in name}
+    assert len(own) == 8  # weight and bias of qkv and proj, two blocks
+    of = {"predictors": predictors, "attention": own, "backbone": backbone, "all": predictors | backbone}
+    assert set(named) == of[train]
     assert moved == touched(student) and moved <= set(named) and moved >= set(named) - {"head.weight", "head.bias"}
     assert all(torch.equal(t, teacher[name]) for name, t in dense.state_dict().items())
 

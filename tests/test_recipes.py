@@ -168,11 +168,14 @@ BAD = {
     "unknown key": ({"learning_rate": 1}, ["stages.0.learning_rate", "Extra inputs"]),
     "unknown key inside": ({"optimiser": {"rate": 1}}, ["stages.0.optimiser.rate"]),
     "wrong type": ({"batch_size": "many"}, ["stages.0.batch_size", "integer", "'many'"]),
-    "wrong choice": ({"train": "head"}, ["stages.0.train", "'predictors', 'backbone' or 'all'"]),
+    "wrong choice": ({"train": "head"}, ["stages.0.train", "'predictors', 'attention', 'backbone' or 'all'"]),
     "out of range": ({"optimiser": {"lr": -1.0}}, ["stages.0.optimiser.lr", "greater than 0"]),
     "no losses": ({"losses": ONLY}, ["'distill' trains nothing", "every loss has weight 0"]),
     "predictors without a loss": ({"train": "predictors"}, ["trains nothing", "attention and basis_l1"]),
     "backbone without a loss": ({"losses": {**ONLY, "attention": 1.0}}, ["trains nothing", "tokens or features"]),
+    "attention without a loss": (
+        {"train": "attention", "losses": {**ONLY, "attention": 1.0}}, ["trains nothing", "tokens or features"],
+    ),
     "basis of another predictor": (
         {"train": "predictors", "losses": {**ONLY, "basis_l1": 1.0}}, ["basis_l1", "head-lowrank"],
     ),

@@ -26,12 +26,13 @@ def trainable(model: nn.Module, stage: Stage) -> list[str]:
     Raises:
         UsageError: there are none.
     """
-    predictors = stage.train == "predictors" or (stage.train == "all" and stage.losses.predictors)
-    backbone = stage.train != "predictors"
+    predictors = stage.moves_predictors and stage.losses.predictors
     inside = tuple(f"{name}.predictor." for name in graft.sparse_modules(model))
+    attention = tuple(f"{name}." for name in graft.attention_modules(model))
+    backbone: tuple[str, ...] = attention if stage.train == "attention" else ("",) if stage.moves_backbone else ()
     names = []
     for name, parameter in model.named_parameters():
-        moves = predictors if name.startswith(inside) else backbone
+        moves = predictors if name.startswith(inside) else name.startswith(backbone)  # every name starts with ''
         parameter.requires_grad_(moves)
         names += [name] if moves else []
     if not names:

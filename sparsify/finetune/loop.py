@@ -46,7 +46,7 @@ class StageRun:
         learners.trainable(student, self.stage)
         learners.set_drop_path(student, self.stage.drop_path)
         cast(Any, student).set_grad_checkpointing(self.stage.grad_checkpointing)
-        moved = plan.repair is not None or any(p.stage.train != "predictors" for p in plan.stages[: number + 1])
+        moved = plan.repair is not None or any(p.stage.moves_backbone for p in plan.stages[: number + 1])
         pairs = self.stage.losses.attention > 0 and self.stage.losses.attention_target == "teacher" and (
             moved or self.stage.attention != "dense"
         )  # fmt: skip
@@ -113,7 +113,7 @@ class StageRun:
             if self.stage.optimiser.clip_grad is not None:
                 self.accelerator.clip_grad_norm_(self.student.parameters(), self.stage.optimiser.clip_grad)
             optimizer.step()
-            if self.plan.unfolds and self.plan.folds_again and self.stage.train != "backbone":
+            if self.plan.unfolds and self.plan.folds_again and self.stage.moves_predictors:
                 retract(self.student)
             if self.ema is not None:
                 self.ema.update(self.student)

@@ -120,7 +120,7 @@ def plan(model: nn.Module, recipe: Recipe, source: Source, dense_sha256: str) ->
         "precision": kind,
     }  # fmt: skip
     learns = recipe.sparsity.predictor == "head-lowrank" and any(
-        stage.train != "backbone" and stage.losses.attention > 0 for stage in recipe.stages
+        stage.moves_predictors and stage.losses.attention > 0 for stage in recipe.stages
     )
     return Plan(
         stages=tuple(stages), judged=judged, judged_on=words, note=images.note, precision=kind, seed=recipe.seed,
