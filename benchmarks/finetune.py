@@ -34,6 +34,7 @@ from sparsify.ops.reference import top_b
 from sparsify.ops.spec import budget
 from sparsify.profiling import profile
 from sparsify.recipe import Recipe, load_recipe
+from sparsify.stage import Augmentation
 
 HEAD = (
     "| recipe | minutes | MHSA | whole model | | top-1 (dense) | agreement | KL | lost / gained | bar |\n"
@@ -100,7 +101,7 @@ def reconstruct(seed: int, dense: nn.Module, form: str) -> None:
                     "attention": first.losses.attention if form == "mse-sum" else 1.0,
                 }
             ),
-            "augmentation": recipe.stages[0].augmentation, "optimiser": first.optimiser.model_copy(update=gentle),
+            "augmentation": Augmentation(scale=(0.35, 1.0)), "optimiser": first.optimiser.model_copy(update=gentle),
             "schedule": first.schedule.model_copy(update={"warmup": 0.5, **({"min_lr": 1e-5} if gentle else {})}),
         }
     )  # fmt: skip
