@@ -105,7 +105,7 @@ def reconstruct(seed: int, dense: nn.Module, form: str) -> None:
             "schedule": first.schedule.model_copy(update={"warmup": 0.5, **({"min_lr": 1e-5} if gentle else {})}),
         }
     )  # fmt: skip
-    trained = recipe.model_copy(update={"stages": (stage,), "repair": None})
+    trained = recipe.model_copy(update={"stages": (stage,), "repair": None, "hold_back": 0.125})
     batches = [x for x, _ in photographs(dense)]
     with tempfile.TemporaryDirectory() as folder:
         start, _ = convert(recipe.without_training(), Path(folder), "start")
