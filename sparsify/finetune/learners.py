@@ -28,8 +28,9 @@ def trainable(model: nn.Module, stage: Stage) -> list[str]:
     """
     predictors = stage.moves_predictors and stage.losses.predictors
     inside = tuple(f"{name}.predictor." for name in graft.sparse_modules(model))
-    attention = tuple(f"{name}." for name in graft.attention_modules(model))
-    backbone: tuple[str, ...] = attention if stage.train == "attention" else ("",) if stage.moves_backbone else ()
+    backbone: tuple[str, ...] = ("",) if stage.moves_backbone else ()
+    if stage.train == "attention":
+        backbone = tuple(f"{name}." for name in graft.attention_modules(model))
     names = []
     for name, parameter in model.named_parameters():
         moves = predictors if name.startswith(inside) else name.startswith(backbone)  # every name starts with ''
