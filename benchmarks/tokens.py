@@ -9,7 +9,8 @@ theoretical. About 10 minutes on two cores. Nothing is timed; tokens_speed.py do
     schedules   keep and token keep of every block chosen for a share of the MACs (`--target-macs`)
     rates       the same share with one token rate for all blocks (all prefix rows of the last block included), and with
                 one rate and the last block's patch rows left out; keep 0.1 everywhere
-    ways        token keep 0.7 at blocks 4, 7 and 10: merge, evit, evit-fused, attention dense
+    ways        token keep 0.7 at blocks 4, 7 and 10: merge, evit, evit-fused, attention dense; importance fitted, and by
+                attention
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import torch
 from accuracy import DATA, WEIGHTS, convert, photographs
 from torch import nn
 
-from sparsify import checkpoint, conversion, schedule
+from sparsify import checkpoint, conversion, schedule, zoo
+from sparsify.calibration import fit_importance
 from sparsify.config import SparsityConfig, Target, Tokens
 from sparsify.evaluation import evaluate
 from sparsify.nn import fewer, graft
@@ -99,7 +101,10 @@ def main() -> None:
                 )
     if "rates" in wanted or "ways" in wanted:
         made = convert("deit_tiny", load_recipe("calibrate"), WEIGHTS, images)
-        config = made.header.config
+        config, recipe = made.header.config, load_recipe("calibrate")
+        source = zoo.resolve("deit_tiny")
+        batches, _ = conversion.calibration_images(made.model, source, recipe, str(images), "cpu", 32, 0)
+        fit_importance(made.model, batches)
         if "rates" in wanted:
             for target in arguments.targets:
                 for empty in (False, True):
@@ -107,9 +112,10 @@ def main() -> None:
                     print(row(label, one_rate(made.model, config, target, empty)), flush=True)
         if "ways" in wanted:
             for way in ("merge", "evit", "evit-fused"):
-                tokens = Tokens.model_validate({"way": way})
-                model = graft.applied(made.model, config.model_copy(update={"keep": "dense", "tokens": tokens}))
-                print(row(f"token keep 0.7, {way}", model), flush=True)
+                for importance in ("fitted", "attention"):
+                    tokens = Tokens.model_validate({"way": way, "importance": importance})
+                    model = graft.applied(made.model, config.model_copy(update={"keep": "dense", "tokens": tokens}))
+                    print(row(f"token keep 0.7, {way}, {importance}", model), flush=True)
 
 
 if __name__ == "__main__":

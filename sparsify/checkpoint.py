@@ -215,6 +215,8 @@ def _parse(path: Path, meta: Mapping[str, str]) -> Header:
         content = {key: json.loads(meta[f"sparsify.{key}"]) for key in JSON_KEYS}
         if not all(isinstance(value, dict) for value in content.values()) or "sparsify.sha256" not in meta:
             raise ValueError
+        if content["config"].get("tokens"):  # older files do not say it
+            content["config"]["tokens"].setdefault("importance", "attention")
         content["config"] = validate(SparsityConfig, content["config"], "config")
         return Header(**content)
     except (KeyError, ValueError, TypeError):

@@ -16,6 +16,7 @@ KERNEL_PRECISIONS = ("input", "bf16")
 PREDICTORS = ("head-lowrank", "token-lowrank")
 TAILS = ("none", "mean", "cells", "clusters")
 WAYS = ("merge", "evit", "evit-fused")
+IMPORTANCES = ("fitted", "attention")
 GRANULARITIES = ("token", "tile")
 PLACES = ("hf-hub:", "local-dir:")
 

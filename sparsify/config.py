@@ -65,6 +65,11 @@ class Tokens(Frozen):
         "merge",
         description="merge: similar tokens become one; evit: the least important leave; evit-fused: into one token",
     )
+    importance: Literal["fitted", "attention"] = Field(
+        "fitted",
+        description="which tokens matter: fitted: what later rows will read of a token, told from it by a linear map that "
+        "calibration fits; attention: what this block's cls row gives it",
+    )
     keep: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | tuple[Rate, ...] = 0.7
     stages: tuple[Annotated[int, Field(ge=1)], ...] = Field((4, 7, 10), description="blocks, counted from 1")
 

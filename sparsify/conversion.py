@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import __version__, checkpoint, data, digits, finetune, processes, schedule, tuning, zoo
-from sparsify.calibration import Calibration, calibrate, first, spends_ranks
-from sparsify.config import SparsityConfig, Target
+from sparsify.calibration import Calibration, calibrate, first, fit_importance, spends_ranks
+from sparsify.config import SparsityConfig, Target, Tokens
 from sparsify.errors import UsageError
 from sparsify.finetune import Outcome
 from sparsify.naming import place
@@ -204,6 +204,8 @@ def _calibrated(
     """The model with its predictors fitted (or drawn at random, as the recipe says), and a schedule chosen for a target."""
     if recipe.start == "random":
         config = recipe.sparsity.with_cells(graft.num_tokens(model))
+        if config.tokens is not None:  # nothing is fitted
+            config = config.model_copy(update={"tokens": config.tokens.model_copy(update={"importance": "attention"})})
         graft.draw(graft.graft(model, config), recipe.seed)
         return Calibrated(model, config, recipe, "nothing: predictors are drawn at random", 0)
     batches, words = calibration_images(model, source, recipe, images, device, batch_size, workers)
@@ -233,6 +235,8 @@ def _choose(
 ) -> tuple[SparsityConfig, Recipe]:  # fmt: skip
     """Applies the schedule for `target` to the calibrated model; its configuration, and the recipe that gives it again."""
     model, asked = result.model, recipe.sparsity
+    if (asked.tokens or Tokens()).importance == "fitted":
+        fit_importance(model, batches, lambda step, done, total: progress(step, done, recipe.calib_images))
     config = result.config.model_copy(update={"cells": asked.cells, "tokens": asked.tokens})
     graft.set_execution(model, execution)
     probe = list(first(batches(), PROBE_IMAGES))

@@ -184,14 +184,17 @@ def whole_numbers(text: str | None, name: str) -> int | tuple[int, ...] | None:
     return values if "," in text else values[0]
 
 
-def tokens(keep: str | None, stages: str | None, way: str | None, recipe: Tokens | None) -> dict[str, Any] | None:
-    """What --token-keep, --token-stages and --token-way say, on top of a recipe's; None where nothing does."""
-    if keep is None and stages is None and way is None:
+def tokens(
+    keep: str | None, stages: str | None, way: str | None, importance: str | None, recipe: Tokens | None
+) -> dict[str, Any] | None:
+    """What the options --token-* say, on top of a recipe's; None where nothing does."""
+    if keep is None and stages is None and way is None and importance is None:
         return None
     given = {
         "keep": numbers(keep, "--token-keep"),
         "stages": None if stages is None else tuple(_list(whole_numbers(stages, "--token-stages"))),
         "way": way,
+        "importance": importance,
     }
     return (recipe.model_dump() if recipe else {}) | {key: value for key, value in given.items() if value is not None}
 

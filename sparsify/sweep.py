@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import __version__, checkpoint, comparison, conversion, schedule, zoo
-from sparsify.calibration import calibrate, first, spends_ranks
+from sparsify.calibration import calibrate, first, fit_importance, spends_ranks
 from sparsify.config import SparsityConfig
 from sparsify.errors import BadFile, UsageError
 from sparsify.metrics import Evaluation
@@ -270,6 +270,7 @@ def _choices(
     skipped: dict[str, str] = {}
     if not targets:
         return chosen, skipped
+    fit_importance(model, batches, progress)
     probe = list(first(batches(), conversion.PROBE_IMAGES))
     total = sum(map(len, probe))
     measured = schedule.sensitivity(

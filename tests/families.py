@@ -73,6 +73,15 @@ def ways_of(ways: Sequence[str]) -> list[tuple[str, str]]:
     return [(f, way) for f in PLAIN for way in ways] + [(f, ways[0]) for f in others]
 
 
+def draw_importance(model: nn.Module) -> nn.Module:
+    """Random weights where a stage goes by a fitted importance, in place."""
+    g = torch.Generator().manual_seed(5)
+    for name, weights in model.named_buffers():
+        if name.endswith("attn.importance"):
+            weights.copy_(torch.randn(weights.shape, generator=g) / 8)
+    return model
+
+
 def build(family: str, patches: int | None = 6, depth: int | None = 2, **more: object) -> nn.Module:
     """A dense model in eval mode; `patches` a side (None: the model's own size), `depth` blocks (None: its own).
 

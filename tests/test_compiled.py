@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, LEAVING, build, images
+from families import FAMILIES, LEAVING, build, draw_importance, images
 
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.nn import fewer, graft
@@ -25,7 +25,7 @@ def sparse(family, predictors, tokens=None):
         made.append(graft.new_predictor(model, host, config.model_copy(update={"predictor": name}), i))
         for parameter in made[-1].parameters() if name == TOKEN else ():
             parameter.data.copy_(torch.rand(parameter.shape, generator=g) / parameter.shape[-1])
-    return graft.graft(model, config, made).requires_grad_(False)
+    return draw_importance(graft.graft(model, config, made)).requires_grad_(False)
 
 
 def breaks(model):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import onnxruntime
 import pytest
 import torch
-from families import FAMILIES, build, images
+from families import FAMILIES, build, draw_importance, images
 from said import the_error
 from torch import nn
 
@@ -30,7 +30,7 @@ def converted(folder, family, tokens=None, depth=1, **settings):
     arguments = {**arguments, **NARROW.get(family, {})}
     model = build(family, depth=depth, **NARROW.get(family, {}))
     config = SparsityConfig(**{"keep": 0.3, "rank": 8, "cells": (2, 2), "tokens": tokens, **settings})
-    graft.graft(model, config)
+    draw_importance(graft.graft(model, config))
     pretrained = {"mean": [0.4, 0.5, 0.6], "license": "apache-2.0", "label_names": [f"class {i}" for i in range(10)]}
     size = list(model.patch_embed.img_size)
     args = {**arguments, "num_classes": 10, "img_size": size, "depth": depth}

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import FAMILIES, LEAVING, build, images, ways_of
+from families import FAMILIES, LEAVING, build, draw_importance, images, ways_of
 from test_tokens import merged_by_hand, ranked_by_hand
 from timm.layers import Attention
 from timm.models.beit import Beit
@@ -46,16 +46,22 @@ def host(family, depth=2):
     return build(family, depth=depth, **NARROW.get(family, {}))
 
 
-def reduced(dense, way="merge", tokens=0.5, stages=(1, 2), **settings):
-    """A copy of the model with stages; dense attention unless `settings` say otherwise. Unfitted, random predictors."""
+def reduced(dense, way="merge", tokens=0.5, stages=(1, 2), importance="attention", **settings):
+    """A copy of the model with stages; dense attention unless `settings` say otherwise. Random predictors and importance."""
     model = copy.deepcopy(dense)
     settings = {"keep": "dense", "rank": 8, "cells": (2, 2), **settings}
-    graft.graft(model, SparsityConfig(tokens=Tokens(way=way, keep=tokens, stages=stages), **settings))
+    leaving = Tokens(way=way, keep=tokens, stages=stages, importance=importance)
+    graft.graft(model, SparsityConfig(tokens=leaving, **settings))
     graft.set_execution(model, Execution("reference"))
     g = torch.Generator().manual_seed(5)
     for parameter in (p for m in model.modules() if isinstance(m, TokenLowrank) for p in m.parameters()):
         parameter.data.copy_(torch.rand(parameter.shape, generator=g) / parameter.shape[-1])
-    return model
+    return draw_importance(model)
+
+
+def importances(model):
+    """w and b of each block; None where its stage goes by attention."""
+    return [module.importance for module in graft.attention_modules(model).values()]
 
 
 @contextlib.contextmanager
@@ -90,8 +96,8 @@ def times(gamma, x):
     return x if gamma is None else gamma * x
 
 
-def by_hand(dense, x, way, shares):
-    """Timm's own blocks, one image at a time, where nothing is gathered: what left is a masked key.
+def by_hand(dense, x, way, shares, fitted=itertools.repeat(None)):
+    """Timm's own blocks, one image at a time, where nothing is gathered: what left is a masked key; fitted: `importances`.
 
     Returns:
         Features before the last norm: [B, P + n, C] of the tokens left, and [B, P + n0, C] of all patches.
@@ -102,7 +108,7 @@ def by_hand(dense, x, way, shares):
         h, ropes, shared = first_input(dense, image)
         N = h.shape[1]
         present, owner, last, size = list(range(N - P)), list(range(N - P)), h[0, P:].clone(), torch.ones(N)
-        for block, share, rope in zip(dense.blocks, shares, ropes, strict=True):
+        for block, share, rope, weights in zip(dense.blocks, shares, ropes, fitted, strict=False):
             post, before = isinstance(block, ResPostBlock | EvaBlockPostNorm), h[0].clone()
             scaled = [getattr(block, f"ls{i}", None) or functools.partial(times, getattr(block, f"gamma_{i}", None))
                       for i in (1, 2)]  # fmt: skip
@@ -124,6 +130,11 @@ def by_hand(dense, x, way, shares):
                 logits = logits + (bias[:, : len(asking)] if bias.ndim else 0)
                 I = logits.softmax(-1).mean((0, 1))[P:][present]
                 patch = h[0, P:][present]
+                if weights is not None:
+                    norm = (patch - patch.mean(1, keepdim=True)) / (
+                        patch.var(1, keepdim=True, correction=0) + 1e-5
+                    ).sqrt()
+                    I = size[P:][present] * (norm @ weights[:-1] + weights[-1]).exp()
                 if m == 0:
                     keep, into = [], [None] * len(present)
                 elif way == "merge":
@@ -188,6 +199,25 @@ def test_dense_attention_over_the_tokens_left_is_masked_attention(family, way, t
         close(model.forward_features(x, full_grid=True), whole)
         close(model(x), dense.forward_head(whole if way == "merge" and family in NO_PREFIX else left))
         assert (model(x) - dense(x)).abs().max() > 1e-4  # tokens really leave
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "family", ["deit", "vit-avg-pool", "res-post-norm", *(f for f in ("eva", "beit") if f in FAMILIES)]
+)
+def test_fitted_importance_is_told_from_the_token_and_its_size(family, way):
+    """Two stages: the second meets merged tokens. One of rate 0 after them needs no importance."""
+    dense = host(family, 3)
+    rates = (0.6, 0.5, 1.0) if family in NO_PREFIX else (0.6, 0.5, 0.0)
+    model, x = reduced(dense, way, rates, importance="fitted"), images(dense, 3)
+    own = importances(model)
+    assert [w is None for w in own] == [False, False, True] and own[0].shape == (dense.embed_dim + 1,)
+    with torch.no_grad():
+        left, whole = (dense.norm(t) for t in by_hand(dense, x, way, Tokens(keep=rates).shares(3), own))
+        close(model.forward_features(x, full_grid=False), left)
+        close(model.forward_features(x, full_grid=True), whole)
+        by_attention = reduced(dense, way, rates)(x)
+        assert (model(x) - by_attention).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -365,14 +395,21 @@ def test_stages_leave_no_trace(family):
         assert torch.equal(twin(x), dense(x))
         first = model(x)
         clone = copy.deepcopy(model)
-        graft.reduce(model, SparsityConfig(tokens=Tokens(way="evit", keep=0.9, stages=(2,))))
+        by_attention = dict(importance="attention", stages=(2,), way="evit")
+        graft.reduce(model, SparsityConfig(tokens=Tokens(keep=0.9, **by_attention)))
         assert [(i, s.way, s.share) for i, s in fewer.stages(model)] == [(1, "evit", 0.9)]
         assert not torch.equal(model(x), first) and torch.equal(clone(x), first)
         graft.reduce(model, SparsityConfig())
         assert not list(fewer.stages(model)) and type(model) is type(dense)
         close(model(x), plain(x), 1e-5)
-        graft.reduce(model, SparsityConfig(tokens=Tokens(stages=(1, 2), keep=0.5)))
+        graft.reduce(model, SparsityConfig(tokens=Tokens(stages=(1, 2), keep=0.5, importance="attention")))
         assert torch.equal(model(x), first)
+        graft.reduce(model, SparsityConfig(tokens=Tokens(stages=(2,))))
+        assert list(model.state_dict().keys() - plain.state_dict().keys()) == ["blocks.1.attn.importance"]
+        assert {name: type(m) for name, m in graft.dense_twin(model).named_modules()} == own
+        assert list(graft.dense_twin(model).state_dict()) == list(dense.state_dict())
+        graft.reduce(model, SparsityConfig())
+        assert list(model.state_dict()) == list(plain.state_dict())
 
 
 def _without_predictors(model):

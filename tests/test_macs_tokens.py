@@ -46,6 +46,10 @@ def small(attention: dict, tokens: Tokens, way: str, **options) -> torch.nn.Modu
     return graft.graft(VisionTransformer(**options).eval(), config)
 
 
+def by_attention(way: str, keep: float | tuple[float, ...], stages: tuple[int, ...] = (4, 7, 10)) -> Tokens:
+    return Tokens(way=way, keep=keep, stages=stages, importance="attention")
+
+
 def agree(model: torch.nn.Module) -> tuple[macs.Counts, analytic.Analytic]:
     """Both counts of a model, equal to the unit."""
     graft.set_execution(model, Execution("reference"))
@@ -74,6 +78,7 @@ def shown(*what: object) -> str:
 @pytest.mark.parametrize("way", WAYS)
 def test_both_counts_agree(way, attention, keep):
     agree(small(ATTENTION[attention], KEEPS[keep], way))
+    agree(small(ATTENTION[attention], KEEPS[keep].model_copy(update={"importance": "attention"}), way))
 
 
 @pytest.mark.parametrize("way", ["merge", "evit"])
@@ -126,15 +131,23 @@ def tiny(tokens: Tokens, keep="dense", depth: int = 2) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("way", "after", "stages"),
+    ("way", "after", "matching"),
     [
-        ("evit", 3, 1 * 5 * 8),  # the cls row's logits with 5 keys
-        ("evit-fused", 4, 1 * 5 * 8),
-        ("merge", 3, 1 * 5 * 8 + 2 * 2 * 8 + 2 * 1 * 8),  # and cosines of 2 with 2 tokens, then of 2 with 1
+        ("evit", 3, 0),
+        ("evit-fused", 4, 0),
+        ("merge", 3, 2 * 2 * 8 + 2 * 1 * 8),  # cosines of 2 with 2 tokens, then of 2 with 1
     ],
 )
-def test_half_of_four_patches_by_hand(way, after, stages):
-    counts, other = agree(tiny(Tokens(way=way, keep=0.5, stages=(1,))))
+@pytest.mark.parametrize(
+    ("importance", "told"),
+    [
+        ("attention", 1 * 5 * 8),  # the cls row's logits with 5 keys
+        ("fitted", 4 * 8 * (4 + 1)),  # a norm without parameters, and a product, of 4 patches
+    ],
+)
+def test_half_of_four_patches_by_hand(way, after, matching, importance, told):
+    counts, other = agree(tiny(Tokens(way=way, keep=0.5, stages=(1,), importance=importance)))
+    stages = told + matching
     first = 5 * (40 + 192 + 64) + 2 * 5 * 5 * 8 + stages + after * (40 + 256)
     second = after * (40 + 192 + 64 + 40 + 256) + 2 * after * after * 8
     assert counts.total == 128 + first + second + after * 40 + 24
@@ -146,7 +159,7 @@ def test_half_of_four_patches_by_hand(way, after, stages):
 @pytest.mark.parametrize("keep", ["dense", 0.4])
 def test_prefix_rows_alone_by_hand(keep):
     """Block 1: queries, projection and MLP of the cls row; keys and values of all 5."""
-    counts, other = agree(tiny(Tokens(way="evit", keep=(1.0, 0.0)), keep=("dense", keep)))
+    counts, other = agree(tiny(by_attention("evit", (1.0, 0.0)), keep=("dense", keep)))
     first = 5 * (40 + 192 + 64 + 40 + 256) + 2 * 5 * 5 * 8
     second = 5 * 40 + 1 * 64 + 5 * 128 + 2 * 1 * 5 * 8 + 64 + 40 + 256
     assert counts.total == 128 + first + second + 40 + 24
@@ -157,7 +170,7 @@ def test_prefix_rows_alone_by_hand(keep):
 
 def test_sparse_attention_over_the_tokens_left_by_hand():
     """keep 0.4: b = 2 of 5 tokens, and ceil(1.2) = 2 of the 3 that are left."""
-    counts, _ = agree(tiny(Tokens(way="evit", keep=0.5, stages=(1,)), keep=0.4))
+    counts, _ = agree(tiny(by_attention("evit", 0.5, (1,)), keep=0.4))
     second = counts.attention["blocks.1.attn"]
     assert second == {"prefix": 3 * 2 * 8, "predictor": 2 * 3 * 2 * 2, "kept": 2 * 2 * 2 * (8 - 2), "tail": 0}
 
@@ -197,7 +210,7 @@ def deit_small(**config) -> torch.nn.Module:
     [(0.7, (139, 98, 69), 193_177_344, 193_089_792), (0.5, (99, 50, 26), 148_601_088, 149_051_136)],
 )
 def test_deit_small_with_dense_attention(keep, left, executed, authors):
-    model = deit_small(keep="dense", tokens=Tokens(way="evit", keep=keep))
+    model = deit_small(keep="dense", tokens=by_attention("evit", keep))
     found = profile(model, measure=False, count_as="paper")
     a, b, c = left
     assert [before for before, _ in found.tokens] == [197] * 4 + [a] * 3 + [b] * 3 + [c] * 2
@@ -238,7 +251,7 @@ def test_keys_alone_are_the_published_line(shape, keep, budget):
 
 def test_authors_accounting_by_hand():
     """N0 = 5 and then M = 2 patch tokens; keep 0.6: b = 3, of which 2 are left."""
-    dense, sparse = (tiny(Tokens(way="evit", keep=0.5, stages=(1,)), keep=keep) for keep in ("dense", 0.6))
+    dense, sparse = (tiny(by_attention("evit", 0.5, (1,)), keep=keep) for keep in ("dense", 0.6))
     found = [paper.count(list(graft.attention_modules(m).values()), [5, 3], 1) for m in (dense, sparse)]
     assert found[0] == (2 * 8 * 50, 2 * 8 * (25 + 5 + 4))
     predictor = 2 * (5 + 3) * 32 * 8 + 2 * (4 * 5 + 2 * 3) * 5.53

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from families import build, images
+from families import build, draw_importance, images
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
@@ -18,7 +18,7 @@ ONLY_PREFIX = Tokens(keep=(0.6, 0.0))  # the second block computes no patch row
 def sparse(tokens=None, predictor="head-lowrank", keep=0.3):
     model = build("deit")
     settings = {"keep": keep, "rank": 8, "cells": (2, 2), "tokens": tokens, "predictor": predictor}
-    return graft.graft(model, SparsityConfig(**settings)).requires_grad_(False)
+    return draw_importance(graft.graft(model, SparsityConfig(**settings))).requires_grad_(False)
 
 
 @pytest.mark.parametrize("config", [Int8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig])

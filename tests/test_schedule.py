@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify import checkpoint, schedule
+from sparsify.calibration import fit_importance
 from sparsify.cli import main
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import UsageError
@@ -91,10 +92,13 @@ def test_rates_give_the_counts_again(counts, empty):
     assert found == counts
 
 
+@pytest.mark.parametrize("importance", ["attention", "fitted"])
 @pytest.mark.parametrize("way", ["merge", "evit"])
 @pytest.mark.parametrize("counts", [(16, 16, 16, 16, 16), (16, 12, 12, 7, 3), (16, 16, 9, 4, 0)])
-def test_costs_are_the_profiles_macs(way, counts):
+def test_costs_are_the_profiles_macs(way, counts, importance):
     model = tiny()
+    if importance == "fitted":
+        fit_importance(model, lambda: [torch.randn(4, 3, 32, 32)])
     keeps = (None, 0.5, 0.25, None)
     options = {None: (1, 1), 0.5: (2, 2), 0.25: (2, 1)}
     cells = ((1, 1), (2, 2), (2, 1), (1, 1))
@@ -104,7 +108,7 @@ def test_costs_are_the_profiles_macs(way, counts):
 
     def total(c, a):
         rates = search.Schedule(c, a, 0, 0).rates()
-        tokens = Tokens(way=way, keep=rates) if len(set(c)) > 1 else None
+        tokens = Tokens(way=way, keep=rates, importance=importance) if len(set(c)) > 1 else None
         return profile(graft.applied(model, config.model_copy(update={"tokens": tokens})), measure=False).macs_sparse
 
     dense = profile(model, measure=False).macs_dense

@@ -198,6 +198,7 @@ def test_terms_of_the_options_are_in_the_glossary():
         *completion.PREDICTORS,
         *completion.TAILS,
         *completion.WAYS,
+        *completion.IMPORTANCES,
         *completion.GRANULARITIES,
         *completion.BACKENDS,
     }

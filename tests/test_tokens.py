@@ -11,6 +11,7 @@ from timm.layers import Attention
 from sparsify.config import SparsityConfig
 from sparsify.config import Tokens as Rates
 from sparsify.nn.attention import DenseAttention
+from sparsify.nn.importance import given as importance
 from sparsify.nn.predictor import TokenLowrank
 from sparsify.nn.tokens import (
     ROUND,
@@ -18,7 +19,6 @@ from sparsify.nn.tokens import (
     Stage,
     Tokens,
     effective_size,
-    importance,
     matching,
     ranking,
     rounds,

@@ -1,5 +1,5 @@
 """Closed-form fits of predictors from unlabelled images: no gradient, no label (`calibrate`)."""
 
-from sparsify.calibration.calibrate import Calibration, calibrate, first, spends_ranks
+from sparsify.calibration.calibrate import Calibration, calibrate, first, fit_importance, spends_ranks
 
-__all__ = ["Calibration", "calibrate", "first", "spends_ranks"]
+__all__ = ["Calibration", "calibrate", "first", "fit_importance", "spends_ranks"]

@@ -3,6 +3,7 @@
 1. Moments of queries and keys (or Gram matrices of the paper's predictor), summed batch by batch.
 2. Closed-form predictors; head-lowrank is folded into `qkv` where that is exact.
 3. A fixed sum of ranks is spent over the heads (`ranks.py`), from the first images.
+4. Where tokens leave by a fitted importance, that is fitted (`importance.py`).
 
 The same images in the same order give the same tensors.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import ops
+from sparsify.calibration import importance
 from sparsify.calibration.distance import distance
 from sparsify.calibration.lowrank import Moments
 from sparsify.calibration.ranks import allocate, candidates
@@ -74,8 +76,18 @@ def calibrate(
     config = config.with_cells(graft.num_tokens(model))
     with torch.no_grad():
         if config.predictor == "head-lowrank":
-            return _fit_head_lowrank(model, config, batches, progress, execution)
-        return _fit_token_lowrank(model, config, batches, progress)
+            found = _fit_head_lowrank(model, config, batches, progress, execution)
+        else:
+            found = _fit_token_lowrank(model, config, batches, progress)
+        if any(graft.fits_importance(config, len(graft.attention_modules(model)))):
+            fit_importance(model, batches, progress)
+            graft.reduce(model, found.config)  # which leaves it to the blocks that have a stage
+        return found
+
+
+def fit_importance(model: nn.Module, batches: Batches, progress: Progress = lambda step, done, total: None) -> None:
+    """Fits the importance of tokens in every block of a calibrated model, in place (`importance.fit`)."""
+    importance.fit(model, _counted(batches(), "importance", progress))
 
 
 def any_sparse(config: SparsityConfig, depth: int) -> bool:

@@ -61,6 +61,16 @@ def convert(
             rich_help_panel=KEPT,
         ),
     ] = None,
+    token_importance: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="What says which tokens matter: fitted (told from the token) or attention (the cls row's).",
+            show_default="fitted",
+            autocompletion=completion.one_of(completion.IMPORTANCES),
+            rich_help_panel=KEPT,
+        ),
+    ] = None,
     target_macs: Annotated[
         float | None,
         typer.Option(
@@ -245,7 +255,7 @@ def convert(
 
     base = load_recipe(recipe or default_recipe(data is not None and not calibrate_only))
     target = options.target(target_macs, target_latency, keep, token_keep)
-    tokens = options.tokens(token_keep, token_stages, token_way, base.sparsity.tokens)
+    tokens = options.tokens(token_keep, token_stages, token_way, token_importance, base.sparsity.tokens)
     if token_keep is not None and keep is None and recipe is None:
         keep = "dense"
     chosen = base.override(

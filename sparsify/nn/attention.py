@@ -52,10 +52,12 @@ class GraftedAttention(nn.Module):
     Attributes:
         execution: backend, precision and whether dense attention may stand in; `graft.set_execution` sets it.
         watch: called with q, k, v of every pass; set by `observe.watching` for as long as it lasts.
+        importance: w and b, [C + 1], a buffer; None: by attention (`sparsify.nn.importance`).
     """
 
     proj: nn.Linear
     attn_drop: nn.Dropout
+    importance: Tensor | None
     OWN = ("predictor", "sparsity", "execution", "watch", "host_class", "rotary")
 
     def __init__(self, host: nn.Module, rotary: bool = False) -> None:
@@ -66,6 +68,7 @@ class GraftedAttention(nn.Module):
             self.host_class, self.rotary = host.host_class, host.rotary
         self.execution = Execution()
         self.watch: Callable[[Tensor, Tensor, Tensor], None] | None = None
+        self.register_buffer("importance", None)
         _hand_over(host, self, self.OWN)
         self.num_heads, self.head_dim = projection.heads_of(host), projection.head_dim(host)
         self.scale = self.head_dim**-0.5  # scaled_dot_product_attention's, which the host uses
@@ -122,7 +125,7 @@ class GraftedAttention(nn.Module):
         """The host again: timm's own class over the same parameters."""
         host = self.host_class.__new__(self.host_class)
         nn.Module.__init__(host)
-        _hand_over(self, host, self.OWN)
+        _hand_over(self, host, (*self.OWN, "importance"))
         return host.train(self.training)
 
     def take(self, host: nn.Module) -> None:
@@ -142,6 +145,8 @@ def _hand_over(host: nn.Module, to: nn.Module, leave: tuple[str, ...]) -> None:
     for name, parameter in host._parameters.items():
         to.register_parameter(name, parameter)
     for name, buffer in host._buffers.items():
+        if name in leave:
+            continue
         to.register_buffer(name, buffer, persistent=name not in host._non_persistent_buffers_set)
     for name, module in host._modules.items():
         if name not in leave:

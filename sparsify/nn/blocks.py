@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from sparsify.nn import projection
 from sparsify.nn.attention import GraftedAttention
-from sparsify.nn.tokens import Stage, Tokens, importance
+from sparsify.nn.importance import fitted, given
+from sparsify.nn.tokens import Stage, Tokens
 
 
 class AnyTokenBlock(nn.Module):
@@ -18,7 +19,7 @@ class AnyTokenBlock(nn.Module):
     Attributes:
         stage: or None.
         number: of the block, counted from 0.
-        prefix: P; ranking_rows: see `importance`.
+        prefix: P; ranking_rows: see `importance.asked`.
     """
 
     attn: GraftedAttention
@@ -46,19 +47,33 @@ class AnyTokenBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
         """x [B, N, C] -> [B, N or fewer, C], and what is known of them."""
-        P, h, stage = self.prefix, self.before(x), self.stage
-        rope = tokens.rope_of(self.number)
-        bias = tokens.bias_of(projection.position_bias(self.attn, tokens.bias), P)
+        P, stage = self.prefix, self.stage
+        bias = self.bias(tokens)
         if stage is not None and stage.count(x.shape[1] - P, tokens.patches) == 0:  # nobody reads the patch rows
-            out = self.added(self.attn.prefix_rows(h, P, tokens, rope, bias))
+            out = self.added(self.attn.prefix_rows(self.before(x), P, tokens, tokens.rope_of(self.number), bias))
             x, tokens = stage.drop_all(x, tokens)
             return self.after(x + out), tokens
-        q, k, v = self.attn.qkv_heads(h, rope)
-        x = x + self.added(self.attn.close(self.attn.attend(q, k, v, bias, tokens), h))
+        x, q, k, _ = self.attended(x, tokens, bias)
         if stage is not None:
-            given = importance(q, k, self.attn.scale, tokens.size, self.ranking_rows, P, bias)  # (B, n)
-            x, tokens = stage(x, given, tokens)
+            x, tokens = stage(x, self.importance(x, q, k, tokens, bias), tokens)
         return self.after(x), tokens
+
+    def bias(self, tokens: Tokens) -> Tensor | None:
+        """What is added to the logits by place, [B or 1, H, N, N]."""
+        return tokens.bias_of(projection.position_bias(self.attn, tokens.bias), self.prefix)
+
+    def attended(self, x: Tensor, tokens: Tokens, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The residual stream behind the attention, [B, N, C], and its q, k and v, [B, H, N, d] each."""
+        h = self.before(x)
+        q, k, v = self.attn.qkv_heads(h, tokens.rope_of(self.number))
+        return x + self.added(self.attn.close(self.attn.attend(q, k, v, bias, tokens), h)), q, k, v
+
+    def importance(self, x: Tensor, q: Tensor, k: Tensor, tokens: Tokens, bias: Tensor | None) -> Tensor:
+        """I of the patch tokens, [B, n]: x [B, N, C] behind the attention, its q and k [B, H, N, d]."""
+        P, weights = self.prefix, self.attn.importance
+        if weights is not None:
+            return fitted(x[:, P:], weights, None if tokens.size is None else tokens.size[:, P:])
+        return given(q, k, self.attn.scale, tokens.size, self.ranking_rows, P, bias)
 
 
 class TokenBlock(AnyTokenBlock, Block):  # type: ignore[misc]

@@ -58,16 +58,33 @@ def check_config(model: nn.Module, config: SparsityConfig) -> None:
 def reduce(model: nn.Module, config: SparsityConfig) -> None:
     """Let tokens leave a model whose attention is grafted, as `config.tokens` says; in place. None: all stay.
 
+    A fitted importance that a block has is kept where its stage goes by it; where it has none yet, it is all zeros.
+
     Raises:
         UsageError: see `Tokens.check`.
     """
     fewer.remove(model)
+    attentions = list(attention_modules(model).values())
+    depth = len(attentions)
+    if config.tokens is not None:
+        config.tokens.check(depth, num_prefix_tokens(model))
+    for attention, goes_by_it in zip(attentions, fits_importance(config, depth), strict=True):
+        if not goes_by_it:
+            attention.importance = None
+        elif attention.importance is None:
+            weight = projection.weight(attention)
+            attention.importance = weight.new_zeros(projection.channels(attention) + 1)
     if config.tokens is None:
         return
-    depth = len(attention_modules(model))
-    config.tokens.check(depth, num_prefix_tokens(model))
     follow = config.tokens.way == "merge" and config.predictor == "token-lowrank"
     fewer.install(model, config.tokens.way, config.tokens.shares(depth), follow)
+
+
+def fits_importance(config: SparsityConfig, depth: int) -> tuple[bool, ...]:
+    """For each block, whether a stage stands in it that goes by a fitted importance and lets some patch tokens go on."""
+    if config.tokens is None or config.tokens.importance != "fitted":
+        return (False,) * depth
+    return tuple(bool(share) for share in config.tokens.shares(depth))
 
 
 def apply(model: nn.Module, config: SparsityConfig) -> nn.Module:
@@ -267,6 +284,6 @@ def foldable(module: GraftedAttention) -> bool:
 
 __all__ = [
     "Predictor", "applied", "apply", "attention_modules", "check", "check_config", "check_execution", "dense_twin", "draw",
-    "foldable", "graft", "new_predictor", "num_prefix_tokens", "num_tokens", "patch_grid", "reduce", "resize", "set_basis",
-    "set_execution", "shape", "sparse_block", "sparse_form", "sparse_modules",
+    "fits_importance", "foldable", "graft", "new_predictor", "num_prefix_tokens", "num_tokens", "patch_grid", "reduce",
+    "resize", "set_basis", "set_execution", "shape", "sparse_block", "sparse_form", "sparse_modules",
 ]  # fmt: skip

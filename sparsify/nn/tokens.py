@@ -8,8 +8,7 @@ goes on, the same for every image of a batch, and they are gathered, so that eve
     merge        similar tokens become one, in pairs of a bipartite matching (the idea of ToMe, ICLR 2023), where those of
                  little importance go first and count little in the mean
 
-The importance I_j of a token is the attention that it is given: by the cls row (and the distillation token's), mean over
-heads; where there is no cls token, by the mean query of all tokens.
+The importance I_j of a token is `sparsify.nn.importance`'s.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sparsify.nn.importance import product
+
 WAYS = ("merge", "evit", "evit-fused")
 ROUND = 0.65  # share of the tokens that one round of merging leaves at least; measured in docs/tokens.md
-TINY = 1e-20  # importance below it counts as this: a softmax may underflow
 
 
 class Tokens(NamedTuple):
@@ -85,28 +85,6 @@ class Tokens(NamedTuple):
             return self.seen
         found = patch.gather(1, index.clamp_min(0).expand(-1, -1, patch.shape[-1]))  # (B, n0, C)
         return found if self.seen is None else torch.where(index < 0, self.seen, found)
-
-
-def importance(
-    q: Tensor, k: Tensor, scale: float, size: Tensor | None, rows: int, prefix: int, bias: Tensor | None = None
-) -> Tensor:
-    """I: attention that each patch token is given, mean over heads: float32 [B, n], above 0.
-
-    Args:
-        q, k: [B, H, N, d].
-        size: [B, N] or None; its logarithm is added to the logits.
-        rows: leading rows whose attention counts (cls, distillation); 0: that of the mean query.
-        prefix: P.
-        bias: of the logits, [1 or B, H, N, N]; its mean goes with the mean query.
-    """
-    q, k = q.detach().float(), k.detach().float()
-    asking = q[:, :, :rows] if rows else q.mean(2, keepdim=True)  # (B, H, rows or 1, d)
-    logits = _product(asking, k.mT) * scale  # (B, H, rows, N)
-    if bias is not None:
-        logits = logits + (bias[:, :, :rows] if rows else bias.mean(2, keepdim=True)).detach().float()
-    if size is not None:
-        logits = logits + size.log()[:, None, None]
-    return logits.softmax(-1).mean((1, 2))[:, prefix:].clamp_min(TINY)
 
 
 class Stage(nn.Module):
@@ -219,7 +197,7 @@ def matching(x: Tensor, I: Tensor, m: int) -> tuple[Tensor, Tensor]:
     if half == 0:  # a single token
         return index, index
     unit = nn.functional.normalize(x.detach().float(), dim=-1)
-    cosine, nearest = _product(unit[:, : 2 * half : 2], unit[:, 1::2].mT).max(-1)  # (B, half)
+    cosine, nearest = product(unit[:, : 2 * half : 2], unit[:, 1::2].mT).max(-1)  # (B, half)
     cost = (1 - cosine) * I[:, : 2 * half : 2]
     leave = cost.argsort(dim=1, stable=True)[:, : n - m]  # (B, r)
     source, target = 2 * leave, 2 * nearest.gather(1, leave) + 1
@@ -264,17 +242,8 @@ def effective_size(size: Tensor, I: Tensor, group: Tensor, m: int) -> Tensor:
     return total * (-mean).exp()
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in their own dtype, where autocast would lower it too."""
-    kind = a.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return a @ b
-    with torch.autocast(kind, enabled=False):
-        return a @ b
-
-
 def _count_up(like: Tensor) -> Tensor:
     return torch.arange(like.shape[1], device=like.device).expand_as(like)
 
 
-__all__ = ["WAYS", "Stage", "Tokens", "effective_size", "importance", "matching", "ranking", "rounds", "weighted_mean"]
+__all__ = ["WAYS", "Stage", "Tokens", "effective_size", "matching", "ranking", "rounds", "weighted_mean"]

@@ -130,6 +130,8 @@ def token_block(block: Any, x: Tensor, tokens: Tokens) -> dict[str, int]:
         fused = block.attn.qkv is not None  # else q_proj, k_proj and v_proj are calls of their own
         return {"pairs": P * N * 2 * inner, "slices": (P + 2 * N) * C * inner if fused else 0}
     importance = (block.ranking_rows or 1) * N * inner  # logits of the rows that ask, or of the mean query
+    if block.attn.importance is not None:
+        importance = n * C * (4 + 1)  # fvcore's estimate for a norm, and one product
     pairs = 0
     if stage.way == "merge":  # cosines between the two halves, in every round
         pairs = sum((n // 2) * (n - n // 2) for n in [n, *rounds(n, left)[:-1]])

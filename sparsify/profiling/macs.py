@@ -104,13 +104,13 @@ def count(model: nn.Module, image: tuple[int, int, int], attention: list[str]) -
 def _give_to_submodules(operators: dict[str, Counter[str]], name: str, block: nn.Module) -> None:
     """Credit what a block with `Tokens` computes outside any submodule's call to the submodule that it belongs to.
 
-    The importance is a matmul of the stage's; linear layers are slices of `attn.qkv` (`GraftedAttention.prefix_rows`);
-    everything else is the attention itself.
+    The importance is a matmul of the stage's, and a norm where it is fitted; linear layers are slices of `attn.qkv`
+    (`GraftedAttention.prefix_rows`); everything else is the attention itself.
     """
     own = operators[name].copy()
     for child, _ in block.named_children():
         own.subtract(operators[f"{name}.{child}"])
-    owners = {"matmul": ("stage",), "linear": ("attn", "attn.qkv")}
+    owners = {"matmul": ("stage",), "layer_norm": ("stage",), "linear": ("attn", "attn.qkv")}
     for op, macs in (+own).items():
         for owner in owners.get(op, ("attn",)):
             operators[f"{name}.{owner}"][op] += macs

@@ -125,7 +125,9 @@ def for_latency(
 
 def config_of(config: SparsityConfig, schedule: Schedule) -> SparsityConfig:
     """`config` with the keeps and token rates of a schedule."""
-    tokens = Tokens(way=way_of(config), keep=schedule.rates()) if len(set(schedule.counts)) > 1 else None
+    tokens = None
+    if len(set(schedule.counts)) > 1:
+        tokens = (config.tokens or Tokens()).model_copy(update={"keep": schedule.rates()})
     keeps = tuple("dense" if keep is None else keep for keep in schedule.keeps)
     return SparsityConfig.model_validate(
         config.model_dump() | {"keep": keeps, "tokens": tokens and tokens.model_dump()}

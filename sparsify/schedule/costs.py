@@ -58,7 +58,7 @@ class MacsCost(BlockCost):
 
     Args:
         block: a block with grafted attention.
-        prefix: P; ranking_rows: see `sparsify.nn.tokens.importance`.
+        prefix: P; ranking_rows: see `sparsify.nn.importance.asked`.
         way: of the stages.
         options: keep -> grid of cells.
     """
@@ -94,6 +94,8 @@ class MacsCost(BlockCost):
 
     def stage(self, n: int, m: int) -> float:
         asking = self.rows * (n + self.prefix) * self.width
+        if self.attn.importance is not None:
+            asking = n * self.channels * (4 + 1)  # fvcore's estimate for a norm, and one product
         if self.way != "merge":
             return asking
         return asking + sum((k // 2) * (k - k // 2) for k in [n, *rounds(n, m)[:-1]]) * self.channels

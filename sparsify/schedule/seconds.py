@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from sparsify.nn import fewer, hosts, projection
 from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention
-from sparsify.nn.tokens import Stage, Tokens, importance
+from sparsify.nn.importance import fitted, given
+from sparsify.nn.tokens import Stage, Tokens
 from sparsify.profiling.latency import interleaved
 from sparsify.schedule.costs import BlockCost, Keep, Options
 
@@ -74,13 +75,15 @@ def measured(model: nn.Module, way: str, options: Options, batch: int) -> list[B
         place = torch.arange(n, device=x.device).expand(batch, -1)
         tokens = Tokens(patches, place=place) if n < patches else Tokens(patches)
         bias = tokens._replace(place=place).bias_of(hosts.position_bias(model, attn), prefix)
-        given = importance(q, k, attn.scale, None, rows, prefix, bias)
+        ranking: Callable[[], Tensor] = partial(given, q, k, attn.scale, None, rows, prefix, bias)
+        if attn.importance is not None:
+            ranking = partial(fitted, x[:, prefix:], attn.importance, None)
         stage = Stage(way, 0.8 * n / patches, prefix)
         runs: dict[Any, Callable[[], object]] = {
             "entering": partial(_entering, block, x, rope),
             "leaving": partial(_leaving, block, x),
-            "ranking": partial(importance, q, k, attn.scale, None, rows, prefix, bias),
-            "choosing": partial(stage, x, given, tokens),
+            "ranking": ranking,
+            "choosing": partial(stage, x, ranking(), tokens),
             "last": partial(attn.prefix_rows, x, max(prefix, 1), tokens, rope, bias),
         }
         for keep, cells in options.items():

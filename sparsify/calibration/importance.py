@@ -1,0 +1,86 @@
+"""The fitted importance in closed form: a linear map of a token tells what later blocks will read of it in the dense model.
+
+With c_lj the length of what token j adds to the rows that ask (the cls row, or the mean query's) in block l,
+
+    c_lj = | sum over heads h of  a_lhj W_lh v_lhj |            a: their attention, W_lh: the columns of proj of head h
+    t_ij = log mean over l >= i of c_lj
+    w_i, b_i = argmin  sum over images and tokens j of (w . norm(x_ij) + b - t_ij)^2  +  lambda |w|^2
+
+x_ij is token j behind the attention of block i, where a stage would stand. The Gram matrices are summed batch by batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.config import SparsityConfig
+from sparsify.nn import fewer, graft
+from sparsify.nn.blocks import AnyTokenBlock
+from sparsify.nn.importance import TINY, asked, features
+
+RIDGE = 1e-4  # lambda as a share of the mean diagonal of the features' Gram matrix
+CHUNK = 16  # images whose features are held at a time, those of all blocks
+
+
+@torch.no_grad()
+def fit(model: nn.Module, images: Iterable[Tensor]) -> None:
+    """Gives every block of a grafted model its fitted importance, in place; what is computed is its dense twin.
+
+    Args:
+        images: batches [B, C, H, W] on the model's device.
+    """
+    dense = graft.graft(graft.dense_twin(model), SparsityConfig(keep="dense"))
+    depth = len(graft.attention_modules(dense))
+    fewer.install(dense, "merge", [None] * depth, False)
+    rows, prefix = fewer.ranking_rows(dense), graft.num_prefix_tokens(dense)
+    fits = [Ridge() for _ in range(depth)]
+    for x in (part for batch in images for part in batch.split(CHUNK)):
+        told, read = zip(*_blocks(dense, x, rows, prefix), strict=True)
+        later = torch.zeros_like(read[0])
+        for i in reversed(range(depth)):
+            later = later + read[i]
+            fits[i].add(told[i], (later / (depth - i)).clamp_min(TINY).log())
+    for module, fitted in zip(graft.attention_modules(model).values(), fits, strict=True):
+        module.importance = fitted.solve().to(module.proj.weight)
+
+
+def _blocks(dense: nn.Module, x: Tensor, rows: int, prefix: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Block by block: features [B, n, C] of the patch tokens, and what the rows that ask read of them, [B, n]."""
+    host = cast(Any, dense)
+    h, tokens = host.start(x, False)
+    for block in cast(Iterable[AnyTokenBlock], host.blocks):
+        bias = block.bias(tokens)
+        h, q, k, v = block.attended(h, tokens, bias)
+        a = asked(q, k, block.attn.scale, None, rows, bias).mean(2)  # (B, H, N)
+        out = block.attn.proj.weight.unflatten(1, (v.shape[1], -1)).float()  # (C, H, d)
+        added = torch.einsum("bhn,bhnd,chd->bnc", a, v.float(), out)
+        yield features(h[:, prefix:]), added.norm(dim=-1)[:, prefix:]
+        h = block.after(h)
+
+
+class Ridge:
+    """The least squares of one block: running sums over tokens, float64."""
+
+    def __init__(self) -> None:
+        self.gram: Tensor | None = None
+
+    def add(self, f: Tensor, t: Tensor) -> None:
+        """Features [B, n, C] and what they are to tell, [B, n]."""
+        f, t = f.flatten(0, 1), t.flatten()
+        f = torch.cat([f, torch.ones_like(f[:, :1])], 1)  # (rows, C + 1): the last is the offset
+        gram, cross = (f.mT @ f).double(), (f.mT @ t).double()
+        if self.gram is None:
+            self.gram, self.cross = torch.zeros_like(gram), torch.zeros_like(cross)
+        self.gram += gram
+        self.cross += cross
+
+    def solve(self) -> Tensor:
+        """w and b, [C + 1]."""
+        assert self.gram is not None
+        damp = RIDGE * self.gram.diagonal()[:-1].mean() * torch.ones_like(self.cross)
+        damp[-1] = 0
+        return torch.linalg.solve(self.gram + damp.diag(), self.cross)
