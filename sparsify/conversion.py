@@ -109,7 +109,7 @@ def convert(
     execution = Execution(backend)
     graft.check_execution(execution, torch.device(device), dtype)
     with processes.agree():
-        source, model = _loaded(name, recipe, weights, num_classes, img_size, say)
+        source, model = _loaded(name, recipe, target, weights, num_classes, img_size, say)
         graft.check_execution(execution, torch.device(device), dtype, hosts.biased(model))
         if target is not None:  # its schedule lets tokens leave
             fewer.check(model)
@@ -163,9 +163,14 @@ def convert(
     )  # fmt: skip
 
 
+def _fitted_first(recipe: Recipe, target: Target | None) -> SparsityConfig:
+    """What is calibrated: of a recipe's tokens a search takes the way and the importance, and chooses the stages itself."""
+    return recipe.sparsity if target is None else recipe.sparsity.model_copy(update={"tokens": None})
+
+
 def _loaded(
-    name: str, recipe: Recipe, weights: Path | None, num_classes: int | None, img_size: int | None,
-    say: Callable[[str], None],
+    name: str, recipe: Recipe, target: Target | None, weights: Path | None, num_classes: int | None,
+    img_size: int | None, say: Callable[[str], None],
 ) -> tuple[zoo.Source, nn.Module]:  # fmt: skip
     """The dense model on the CPU, once `recipe` is known to fit it."""
     source = zoo.resolve(name)
@@ -173,7 +178,7 @@ def _loaded(
         say(source.note)
     frame = zoo.skeleton(source, num_classes, img_size)  # what does not fit is refused before anything is loaded
     graft.check(frame, source.asked)
-    graft.check_config(frame, recipe.sparsity)
+    graft.check_config(frame, _fitted_first(recipe, target))
     if recipe.start == "random" and recipe.sparsity.predictor != "token-lowrank":
         raise UsageError("start random is the authors' way for predictor token-lowrank: use start closed-form")
     model = zoo.load(source, weights, num_classes, img_size)
@@ -216,7 +221,7 @@ def _calibrated(
     with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
         result = calibrate(
             model,
-            recipe.sparsity,
+            _fitted_first(recipe, target),
             batches,
             lambda step, done, total: progress(step, done, total or recipe.calib_images),
             execution,

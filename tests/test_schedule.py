@@ -225,6 +225,15 @@ def test_token_keep_alone_leaves_attention_dense(tmp_path):
     assert header.config.keep == 0.2 and header.config.tokens == Tokens(way="evit", keep=0.7, stages=(2,))
 
 
+@pytest.mark.parametrize("importance", ["fitted", "attention"])
+def test_the_importance_asked_for_is_what_the_file_goes_by(importance, tmp_path):
+    for more in (["--token-keep", "0.7", "--token-stages", "2"], ["--target-macs", "0.8", "--calib-images", "16"]):
+        path = convert(tmp_path, "--token-importance", importance, *more, "--force")
+        assert checkpoint.read_header(path).config.tokens.importance == importance
+        modules = graft.attention_modules(checkpoint.load(path)).values()
+        assert any(m.importance is not None and bool(m.importance.any()) for m in modules) == (importance == "fitted")
+
+
 @pytest.mark.parametrize(
     "arguments,words",
     [
@@ -236,6 +245,7 @@ def test_token_keep_alone_leaves_attention_dense(tmp_path):
         (["--token-keep", "0.5", "--token-stages", "99"], "expected different blocks"),
         (["--token-keep", "0.5", "--token-stages", "x"], "--token-stages x"),
         (["--token-keep", "0.5", "--token-way", "magic"], "way"),
+        (["--token-keep", "0.5", "--token-importance", "magic"], "importance"),
         (["--target-macs", "0"], "target"),
         (["--target-macs", "1.5"], "target"),
         (["--target-macs", "0.5", "--target-latency", "0.5"], "either"),
