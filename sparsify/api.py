@@ -58,8 +58,7 @@ def convert(
         val: labelled images that decide which weights are written; None: a part of `data` is held back.
         resume: go on with the interrupted fine-tuning of this output (folder STEM.run beside it).
         changes: fields of `SparsityConfig` or `Recipe` (tokens, predictor, rank, tail, cells, seed, calib_images, ...);
-            tokens is a mapping: {"keep": 0.7, "stages": (4, 7, 10), "way": "merge",
-            "importance": "fitted"}.
+            tokens is a mapping: {"keep": 0.7, "stages": (4, 7, 10), "way": "merge", "importance": "fitted"}.
 
     Raises:
         SparsifyError: one line: what was wrong, what was expected, what to do.

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.config import SparsityConfig
-from sparsify.nn import fewer, graft
+from sparsify.nn import fewer, graft, projection
 from sparsify.nn.blocks import AnyTokenBlock
 from sparsify.nn.importance import TINY, asked, features
 
 RIDGE = 1e-4  # lambda as a share of the mean diagonal of the features' Gram matrix
-CHUNK = 16  # images whose features are held at a time, those of all blocks
+CHUNK = 16  # images computed together at most
+HELD = 1 << 27  # features of all blocks that are held at a time: 512 MB, or those of one image
 
 
 @torch.no_grad()
@@ -34,11 +35,14 @@ def fit(model: nn.Module, images: Iterable[Tensor]) -> None:
         images: batches [B, C, H, W] on the model's device.
     """
     dense = graft.graft(graft.dense_twin(model), SparsityConfig(keep="dense"))
-    depth = len(graft.attention_modules(dense))
+    attentions = list(graft.attention_modules(dense).values())
+    depth = len(attentions)
     fewer.install(dense, "merge", [None] * depth, False)
     rows, prefix = fewer.ranking_rows(dense), graft.num_prefix_tokens(dense)
     fits = [Ridge() for _ in range(depth)]
-    for x in (part for batch in images for part in batch.split(CHUNK)):
+    patches = graft.num_tokens(dense) - prefix
+    size = max(1, min(CHUNK, HELD // (depth * patches * projection.channels(attentions[0]))))
+    for x in (part for batch in images for part in batch.split(size)):
         told, read = zip(*_blocks(dense, x, rows, prefix), strict=True)
         later = torch.zeros_like(read[0])
         for i in reversed(range(depth)):
