@@ -19,7 +19,7 @@ from sparsify.ops.spec import Execution
 from sparsify.profiling import profile
 from sparsify.recipe import load_recipe
 from sparsify.schedule import costs as costing
-from sparsify.schedule import search
+from sparsify.schedule import search, seconds
 from sparsify.schedule.costs import BlockCost
 from sparsify.schedule.sensitivity import Sensitivity
 
@@ -116,6 +116,17 @@ def test_costs_are_the_profiles_macs(way, counts, importance):
     got = search.price(costs, counts, keeps) + fixed
     # the final norm, 5 C a token, is outside of the blocks: it sees fewer tokens too
     assert got == total(counts, keeps) + 5 * 32 * (16 - counts[-1])
+
+
+@pytest.mark.parametrize("importance,untimed", [("fitted", "given"), ("attention", "fitted")])
+def test_the_importance_that_is_timed_is_the_models(importance, untimed, monkeypatch):
+    model = tiny()
+    graft.set_execution(model, Execution("reference"))
+    if importance == "fitted":
+        fit_importance(model, lambda: [torch.randn(4, 3, 32, 32)])
+    monkeypatch.setattr(seconds, untimed, lambda *arguments: pytest.fail("timed"))
+    costs = seconds.measured(model, "merge", {None: (1, 1)}, 1)
+    assert costs[0].stage(12, 6) > 0
 
 
 def test_sensitivity_leaves_the_model_as_it_was_and_sees_what_matters():
