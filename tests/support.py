@@ -26,6 +26,7 @@ from sparsify.calibration import calibrate
 from sparsify.config import SparsityConfig
 from sparsify.errors import UnsupportedModel
 from sparsify.nn import graft, hosts
+from sparsify.zoo import building
 
 SHALLOW = {"depth": 1, "num_classes": 5}
 NARROW = ({"embed_dim": 64, "num_heads": 2, **SHALLOW}, {"embed_dim": 96, "num_heads": 3, **SHALLOW}, SHALLOW)
@@ -68,7 +69,7 @@ def small(name: str) -> nn.Module:
     for narrow in NARROW:
         torch.manual_seed(0)
         with contextlib.suppress(AssertionError):  # some sizes do not divide, or are those of convolutions before
-            model = raise_attention(zoo._build(name, {**narrow, "img_size": pixels, **more}, None).eval())
+            model = raise_attention(building.build(name, {**narrow, "img_size": pixels, **more}, None).eval())
             if isinstance(model.head, nn.Linear):
                 nn.init.normal_(model.head.weight, std=model.head.in_features**-0.5)  # some start at 0
             return model

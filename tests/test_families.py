@@ -14,6 +14,7 @@ from sparsify.config import SparsityConfig
 from sparsify.errors import UsageError
 from sparsify.nn import graft, hosts
 from sparsify.ops.spec import Execution
+from sparsify.zoo import building
 
 NEW = [
     "eva",
@@ -51,7 +52,7 @@ def loaded(tmp_path):
     def load(family, img_size=None):
         source, side = source_of(family), 6 * hosts.stride(build(family))[0]
         frame = raise_attention(
-            zoo._build(source.architecture, {**source.model_args, "num_classes": 7, "img_size": side}, None)
+            building.build(source.architecture, {**source.model_args, "num_classes": 7, "img_size": side}, None)
         )
         path = tmp_path / "own.safetensors"
         safetensors.torch.save_file({k: v.contiguous() for k, v in frame.state_dict().items()}, path)

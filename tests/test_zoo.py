@@ -20,6 +20,7 @@ from sparsify import digits, zoo
 from sparsify.errors import BadFile, SparsifyError, UnsupportedModel, UsageError
 from sparsify.nn import graft
 from sparsify.preflight import preflight
+from sparsify.zoo import building
 
 TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 SMALL = {"img_size": 32, "num_classes": 7}  # 2x2 patches: 5.4 M parameters remain
@@ -33,11 +34,11 @@ def make(architecture: str = "vit_tiny_patch16_224", **args) -> torch.nn.Module:
 @pytest.fixture(autouse=True)
 def two_blocks(monkeypatch):
     """Every ViT of this file is two blocks deep, so that the tests are quick; timm's code path stays the same."""
-    build, create = zoo._build, timm.create_model
+    build, create = building.build, timm.create_model
     shallow = {"depth": 2}
     monkeypatch.setattr(
-        zoo,
-        "_build",
+        building,
+        "build",
         lambda a, args, cfg: (
             build(a, {**(shallow if a.startswith(("vit", "deit")) else {}), **args}, cfg)
             if a != digits.ARCHITECTURE
@@ -45,7 +46,7 @@ def two_blocks(monkeypatch):
         ),
     )
     monkeypatch.setattr(
-        zoo.timm,
+        timm,
         "create_model",
         lambda a, **kw: create(a, **{**(shallow if a.startswith(("vit", "deit")) else {}), **kw}),
     )
@@ -493,7 +494,7 @@ def test_preflight_imports_nothing_heavy_by_itself():
     import subprocess
 
     code = "import sys, sparsify.preflight; sys.exit('timm' in sys.modules or 'torch' in sys.modules)"
-    root = Path(zoo.__file__).resolve().parent.parent
+    root = Path(digits.__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
 

@@ -1,0 +1,127 @@
+"""What a model's name stands for: aliases, timm's names, `digits`, names of the hub, folders. Nothing is built here."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import _hub
+from timm.models._pretrained import PretrainedCfg
+
+from sparsify import digits
+from sparsify.errors import BadFile, SparsifyError, UsageError, one_line
+from sparsify.hub import quick_hub
+
+DIGITS = "digits"
+ALIASES = {
+    **{f"deit_{size}": f"deit_{size}_patch16_224.fb_in1k" for size in ("tiny", "small", "base")},
+    **{f"deit_{size}_distilled": f"deit_{size}_distilled_patch16_224.fb_in1k" for size in ("tiny", "small", "base")},
+    **{f"deit3_{size}": f"deit3_{size}_patch16_224.fb_in1k" for size in ("small", "medium", "base", "large")},
+    **{f"vit_{size}": f"vit_{size}_patch16_224.augreg_in21k_ft_in1k" for size in ("tiny", "small", "large")},
+    "vit_base": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
+    **{f"dinov2_{size}": f"vit_{size}_patch14_dinov2.lvd142m" for size in ("small", "base", "large", "giant")},
+    **{f"dinov2_{size}_reg": f"vit_{size}_patch14_reg4_dinov2.lvd142m" for size in ("small", "base", "large", "giant")},
+    "clip_base": "vit_base_patch16_clip_quickgelu_224.openai",
+    "clip_large": "vit_large_patch14_clip_quickgelu_224.openai",
+    "siglip_base": "vit_base_patch16_siglip_224.webli",
+    "siglip_so400m": "vit_so400m_patch14_siglip_224.webli",
+    "siglip2_base": "vit_base_patch16_siglip_224.v2_webli",
+    "siglip2_so400m": "vit_so400m_patch14_siglip_224.v2_webli",
+    **{f"dinov3_{size}": f"vit_{size}_patch16_dinov3.lvd1689m" for size in ("small", "base", "large")},
+    "dinov3_small_plus": "vit_small_plus_patch16_dinov3.lvd1689m",
+    "dinov3_huge_plus": "vit_huge_plus_patch16_dinov3.lvd1689m",
+    "dinov3_7b": "vit_7b_patch16_dinov3.lvd1689m",
+    **{f"eva02_{size}": f"eva02_{size}_patch14_336.mim_in22k_ft_in1k" for size in ("tiny", "small")},
+    **{f"eva02_{size}": f"eva02_{size}_patch14_448.mim_in22k_ft_in22k_in1k" for size in ("base", "large")},
+    **{f"eva02_clip_{size}": f"eva02_{size}_clip_224.merged2b" for size in ("base_patch16", "large_patch14")},
+    **{f"beit_{size}": f"beit_{size}_patch16_224.in22k_ft_in22k_in1k" for size in ("base", "large")},
+    **{f"beitv2_{size}": f"beitv2_{size}_patch16_224.in1k_ft_in22k_in1k" for size in ("base", "large")},
+    **{f"pe_core_{size}": f"vit_pe_core_{size}_patch16_384.fb" for size in ("tiny", "small")},
+    "pe_core_base": "vit_pe_core_base_patch16_224.fb",
+    "pe_core_large": "vit_pe_core_large_patch14_336.fb",
+    **{f"vit_rope_{size}": f"vit_{size}_patch16_rope_224.naver_in1k" for size in ("small", "base", "large")},
+    "naflexvit_base": "naflexvit_base_patch16_gap.e300_s576_in1k",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a model name stands for. `note` is '' or one line that says how an alias was resolved."""
+
+    asked: str
+    architecture: str  # timm architecture without tag, or `digits.ARCHITECTURE`
+    pretrained_name: str  # what the weights are called: architecture.tag, hf-hub:... , local-dir:... or digits
+    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)  # arguments that build it, JSON-able
+    note: str = ""
+    pretrained_cfg: dict[str, Any] | None = None  # from a hub's or folder's config.json; None: timm's registry
+
+
+def resolve(name: str) -> Source:
+    """What `name` stands for: `digits`, an alias, a timm name with or without tag, `hf-hub:...` or `local-dir:...`.
+
+    Only the last two read anything: their config.json.
+
+    Raises:
+        UsageError: unknown name (with the nearest ones), or a path.
+        SparsifyError, BadFile: the config.json cannot be downloaded or read.
+    """
+    if name == DIGITS:
+        return Source(name, digits.ARCHITECTURE, DIGITS, dict(digits.MODEL_ARGS))
+    scheme, _, place = name.partition(":")
+    if scheme in ("hf-hub", "hf_hub", "local-dir") and place:
+        return _resolve_hub(name, scheme.replace("_", "-"), place)
+    target = ALIASES.get(name, name)
+    architecture, _, tag = target.partition(".")
+    if not timm.is_model(architecture):
+        raise UsageError(_unknown(name))
+    try:
+        config = timm.get_pretrained_cfg(target)
+    except RuntimeError:
+        config = None
+    if tag and config is None:
+        tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+        raise UsageError(f"{architecture} has no weights tagged '{tag}'; known tags: {', '.join(tags) or 'none'}")
+    if not tag and config is not None and config.tag:
+        target = f"{architecture}.{config.tag}"
+    return Source(name, architecture, target, note=f"{name} -> {target}" if name in ALIASES else "")
+
+
+def _resolve_hub(name: str, scheme: str, place: str) -> Source:
+    try:
+        if scheme == "local-dir":
+            config, architecture, args = _hub.load_model_config_from_path(place)
+        else:
+            with quick_hub():
+                config, architecture, args = _hub.load_model_config_from_hf(place)
+    except Exception as error:
+        if scheme == "local-dir":
+            raise BadFile(f"{place} is not a model folder (config.json and weights): {one_line(error)}") from error
+        raise SparsifyError(no_download(f"the configuration of {name}", error)) from error
+    if architecture == "sparsify_vit":
+        raise BadFile(f"{name} is sparse already: sparsify.load('{name}') loads it, and it is not converted again")
+    if not timm.is_model(architecture):
+        raise BadFile(f"{name} is a '{architecture}', which is not in timm {timm.__version__}")
+    known = {field.name for field in dataclasses.fields(PretrainedCfg)}
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
+    return Source(name, architecture, f"{scheme}:{place}", dict(args or {}), f"{name} is a {architecture}", config)
+
+
+def no_download(what: str, error: BaseException) -> str:
+    """The line that says so, and what to give instead."""
+    reason = f"{type(error).__name__}: {one_line(error, 120)}"
+    return f"{what} could not be downloaded ({reason}); give --weights FILE, or a folder as local-dir:FOLDER"
+
+
+def _unknown(name: str) -> str:
+    path = Path(name)
+    if path.is_dir():
+        return f"'{name}' is a folder, not a model name: give it as local-dir:{name}"
+    if path.is_file() or path.suffix in (".safetensors", ".pth", ".pt", ".bin", ".ckpt"):
+        return f"'{name}' is a file, not a model name: give the name of its architecture and --weights {name}"
+    if "/" in name or "\\" in name:
+        return f"'{name}' is not a model name: give hf-hub:OWNER/NAME, local-dir:FOLDER, or a name and --weights FILE"
+    near = difflib.get_close_matches(name, [*ALIASES, DIGITS, *timm.list_models()], n=3, cutoff=0.3)
+    return f"unknown model '{name}'; nearest: {', '.join(near) or 'none'} (see 'sparsify models')"

@@ -1,0 +1,110 @@
+"""Dense models with their weights: from the package, a hub, a folder, or a file that the user gives."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+from torch import nn
+
+from sparsify import digits
+from sparsify import weights as weights_
+from sparsify.errors import BadFile, SparsifyError, UnsupportedModel, UsageError, one_line
+from sparsify.hub import quick_hub
+from sparsify.nn import hosts
+from sparsify.zoo import building
+from sparsify.zoo.names import DIGITS, Source, no_download
+
+
+def load(
+    source: Source, weights: Path | None = None, num_classes: int | None = None, img_size: int | None = None
+) -> nn.Module:
+    """The dense model on the CPU, float32, in eval mode, with its weights.
+
+    Args:
+        weights: local checkpoint (safetensors, or a torch file of tensors only); None downloads the source's weights.
+        num_classes: outputs of the head; 0 drops the head; None takes what the weights have.
+        img_size: pixels, square; position embeddings are resampled; None takes what the weights have.
+
+    Raises:
+        UsageError: a number of classes that the weights to be downloaded do not have.
+        BadFile: the file cannot be read, is not a checkpoint, or does not fit the architecture.
+        SparsifyError: the weights cannot be downloaded.
+    """
+    if weights is not None:
+        model = _load_file(source, Path(weights), num_classes, img_size)
+    else:
+        own = building.skeleton(source).num_classes
+        if num_classes not in (None, 0, own):
+            raise UsageError(
+                f"the weights of {source.pretrained_name} have {own} classes, not {num_classes}: give --weights FILE "
+                "with a head of that size, or --num-classes 0 for features"
+            )
+        building.skeleton(source, num_classes, img_size)  # refuses an impossible size before anything is downloaded
+        builtin = source.pretrained_name == DIGITS
+        model = _load_digits(num_classes, img_size) if builtin else _download(source, num_classes, img_size)
+    return building.settle(model).float().eval()
+
+
+def _load_digits(num_classes: int | None, img_size: int | None) -> nn.Module:
+    model = digits.build(pretrained=True)
+    if num_classes == 0:
+        model.reset_classifier(0)
+    if img_size is not None:
+        model.set_input_size(img_size=(img_size, img_size))
+    return model
+
+
+def _download(source: Source, num_classes: int | None, img_size: int | None) -> nn.Module:
+    args = building.arguments(source, num_classes, img_size)
+    config = copy.deepcopy(source.pretrained_cfg) or building.tag(source)
+    local = source.pretrained_name.startswith("local-dir:")
+    try:
+        with contextlib.nullcontext() if local else quick_hub():
+            return building.sized(
+                timm.create_model(source.architecture, pretrained=True, pretrained_cfg=config, **args), args
+            )
+    except Exception as error:
+        text = one_line(error)
+        if "No pretrained weights exist" in text or "Invalid pretrained config" in text:
+            raise UsageError(f"timm has no pretrained weights for {source.asked}: give --weights FILE") from error
+        if local or "Error(s) in loading state_dict" in text:
+            raise BadFile(f"the weights of {source.pretrained_name} cannot be loaded: {text}") from error
+        raise SparsifyError(no_download(f"the weights of {source.pretrained_name}", error)) from error
+
+
+def _load_file(source: Source, path: Path, num_classes: int | None, img_size: int | None) -> nn.Module:
+    """Strict, apart from what can be read off the file: size of the head, and number of patches."""
+    state = weights_.read_checkpoint(path)
+    frame = building.skeleton(source, num_classes, img_size)
+    if type(frame) not in hosts.MODELS:
+        raise UnsupportedModel(f"{source.asked}: model class {type(frame).__name__} is not understood")
+    patch = tuple(cast(Any, hosts.embedding(frame)).patch_size)
+    stem = state.get("patch_embed.proj.weight")
+    if stem is not None and stem.ndim == 4 and tuple(stem.shape[2:]) != patch:
+        raise BadFile(f"{path} has patches of {stem.shape[2]} px, {source.architecture} of {patch[0]} px")
+    if img_size is None:
+        img_size = weights_.image_side(state, frame)
+    frame = building.skeleton(source, num_classes, img_size)
+    try:
+        state = weights_.original_format(source.architecture)(state, frame)
+    except Exception as error:  # the filter meets another architecture's tensors
+        raise BadFile(f"{path} does not fit {source.architecture}: {one_line(error)}") from error
+    classifier = cast(dict, frame.pretrained_cfg).get("classifier") or "head"
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    rows = state[f"{heads[0]}.weight"].shape[0] if f"{heads[0]}.weight" in state else None
+    if num_classes is None:
+        num_classes = rows if rows is not None else int(cast(Any, frame).num_classes)
+    elif num_classes == 0:
+        state = {k: v for k, v in state.items() if k.rpartition(".")[0] not in heads}
+    elif rows is not None and rows != num_classes:
+        raise BadFile(f"the head in {path} has {rows} classes, not {num_classes}")
+    config = copy.deepcopy(source.pretrained_cfg) or building.tag(source)
+    args = {**source.model_args, "num_classes": num_classes, "img_size": img_size or hosts.image_size(frame)}
+    model = building.materialise(lambda: building.build(source.architecture, args, config))
+    weights_.check_keys(state, model, path, source.architecture, bool(num_classes) and rows is None)
+    model.load_state_dict(state)
+    return model
