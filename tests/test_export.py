@@ -17,7 +17,8 @@ from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import BadFile, SparsifyError, UsageError
 from sparsify.exporting import onnx_file
 from sparsify.nn import graft
-from sparsify.nn.tokens import matching, ranking
+from sparsify.nn.merging import matching
+from sparsify.nn.tokens import ranking
 from sparsify.ops import reference
 
 NARROW = {"siglip": dict(embed_dim=96, num_heads=3), "dinov2-registers": dict(embed_dim=96, num_heads=3)}

@@ -22,10 +22,11 @@ from timm.models.vision_transformer import ResPostBlock
 from sparsify import ops
 from sparsify.config import SparsityConfig, Tokens, validate
 from sparsify.errors import UsageError
-from sparsify.nn import fewer, graft, projection
+from sparsify.nn import fewer, graft, merging, projection
 from sparsify.nn.attention import SparseAttention
+from sparsify.nn.merging import matching
 from sparsify.nn.predictor import TokenLowrank
-from sparsify.nn.tokens import WAYS, Stage, matching
+from sparsify.nn.tokens import WAYS, Stage
 from sparsify.ops.spec import Execution, budget
 
 KINDS = ["deit", "deit-distilled", "dinov2-registers", "vit-avg-pool", "siglip", "res-post-norm", "qk-norm", "gated"]
@@ -252,8 +253,9 @@ def test_images_of_a_batch_do_not_meet(family, way, settings):
         assert torch.equal(model(x), whole)
 
 
-def test_merging_equal_patches_loses_nothing():
+def test_merging_equal_patches_loses_nothing(monkeypatch):
     """Images of equal neighbours, no position embedding: half of the tokens go, and the logits stay."""
+    monkeypatch.setattr(merging, "CANDIDATES", 40)  # all look, so that every token finds its twin
     dense = build("deit", depth=3)
     dense.pos_embed.data[:, 1:] = 0
     x = images(dense, 3).unflatten(-1, (3, 2, 16))[..., :1, :].expand(-1, -1, -1, -1, 2, -1).flatten(-3)

@@ -135,7 +135,7 @@ def tiny(tokens: Tokens, keep="dense", depth: int = 2) -> torch.nn.Module:
     [
         ("evit", 3, 0),
         ("evit-fused", 4, 0),
-        ("merge", 3, 2 * 2 * 8 + 2 * 1 * 8),  # cosines of 2 with 2 tokens, then of 2 with 1
+        ("merge", 3, 2 * 4 * 8 + 2 * 3 * 8),  # cosines of 2 with 4 tokens, then of 2 with 3
     ],
 )
 @pytest.mark.parametrize(

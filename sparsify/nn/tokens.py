@@ -5,8 +5,7 @@ goes on, the same for every image of a batch, and they are gathered, so that eve
 
     evit         the patch tokens with the highest importance go on (EViT, ICLR 2022)
     evit-fused   and one more: the mean of the others, weighted with their importance
-    merge        similar tokens become one, in pairs of a bipartite matching (the idea of ToMe, ICLR 2023), where those of
-                 little importance go first and count little in the mean
+    merge        similar tokens become one, those of little importance first (`sparsify.nn.merging`)
 
 The importance I_j of a token is `sparsify.nn.importance`'s.
 """
@@ -19,10 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsify.nn.importance import product
+from sparsify.nn.merging import count_up, effective_size, matching, rounds, weighted_mean
 
 WAYS = ("merge", "evit", "evit-fused")
-ROUND = 0.65  # share of the tokens that one round of merging leaves at least; measured in docs/tokens.md
 
 
 class Tokens(NamedTuple):
@@ -156,94 +154,11 @@ def ranking(I: Tensor, m: int, fuse: bool) -> tuple[Tensor, Tensor]:
     """
     order = I.argsort(dim=1, descending=True, stable=True)  # (B, n)
     keep = order[:, : m + fuse].sort(1).values
-    group = torch.full_like(order, -1).scatter(1, keep, _count_up(keep))
+    group = torch.full_like(order, -1).scatter(1, keep, count_up(keep))
     if fuse:
         first = group.gather(1, order[:, m : m + 1])  # (B, 1) where the fused token stands
         group = group.masked_fill(group < 0, 0) + (group < 0) * first
     return keep, group
 
 
-def rounds(n: int, m: int) -> list[int]:
-    """Tokens left after each round of a merging from n to m: at least one, each to `ROUND` or more of those before.
-
-    A token can go into another only once in a round, so many at once go into tokens that are not like them.
-    """
-    steps = max(1, math.ceil(math.log(n / m) / -math.log(ROUND) - 1e-9))
-    left = n
-    found: list[int] = []
-    while not found or left > m:
-        half = min((left + 1) // 2, left - 1)
-        left = max(m, left - half, min(left - 1, round(left * (m / n) ** (1 / steps))))
-        found.append(left)
-    return found
-
-
-def matching(x: Tensor, I: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """Which of n tokens go into which, so that m are left: one round of the merging.
-
-    Every second token finds its nearest among the others by the cosine of the residual stream, which the folding of the
-    predictor does not touch. The r = n - m of them with the lowest (1 - cosine) I leave; equal ones by index.
-
-    Args:
-        x: [B, n, C]; I: importance [B, n]; m: n/2 <= m <= n (1 for n = 1).
-
-    Returns:
-        keep: the tokens that go on, int64 [B, m], ascending; group: place in `keep` of the token that each of the n goes
-        into, int64 [B, n].
-    """
-    B, n, _ = x.shape
-    index = torch.arange(n, device=x.device).expand(B, n)
-    half = min((n + 1) // 2, n - 1)
-    if half == 0:  # a single token
-        return index, index
-    unit = nn.functional.normalize(x.detach().float(), dim=-1)
-    cosine, nearest = product(unit[:, : 2 * half : 2], unit[:, 1::2].mT).max(-1)  # (B, half)
-    cost = (1 - cosine) * I[:, : 2 * half : 2]
-    leave = cost.argsort(dim=1, stable=True)[:, : n - m]  # (B, r)
-    source, target = 2 * leave, 2 * nearest.gather(1, leave) + 1
-    gone = torch.zeros_like(index).scatter(1, source, 1)
-    keep = gone.argsort(dim=1, stable=True)[:, :m]
-    into = index.scatter(1, source, target)
-    group = torch.zeros_like(gone).scatter(1, keep, _count_up(keep)).gather(1, into)
-    return keep, group
-
-
-def weighted_mean(x: Tensor, I: Tensor, group: Tensor, m: int) -> Tensor:
-    """Means of x [B, n, C] over each group, weighted with I: what the rows that gave I read of the group. [B, m, C].
-
-    Computed in float32 at least; a token alone in its group stays what it is, to the bit.
-    """
-    B, n, C = x.shape
-    index, weight = group.clamp_min(0), I * (group >= 0)
-    weight = weight / I.new_zeros(B, m).scatter_add(1, index, weight).gather(1, index)  # (B, n)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if torch.compiler.is_exporting():  # ONNX has no bags
-        total = torch.zeros(B, m, C, dtype=dtype, device=x.device)
-        weighted = x.to(dtype) * weight.unsqueeze(-1).to(dtype)
-        return total.scatter_add(1, index.unsqueeze(-1).expand(-1, -1, C), weighted).to(x.dtype)
-    bag = (index + m * torch.arange(B, device=x.device).unsqueeze(1)).flatten()  # (B * n) row of the result
-    bag, order = bag.sort(stable=True)
-    starts = torch.searchsorted(bag, torch.arange(B * m, device=x.device))
-    total = nn.functional.embedding_bag(  # sums of weighted rows; scatter_add takes three times as long
-        order, x.reshape(B * n, C).to(dtype), starts, mode="sum", per_sample_weights=weight.flatten().to(dtype)[order]
-    )
-    return total.view(B, m, C).to(x.dtype)
-
-
-def effective_size(size: Tensor, I: Tensor, group: Tensor, m: int) -> Tensor:
-    """How many tokens a merged one stands for, so that its key at their weighted mean is given their attention again.
-
-        log s = log sum_j I_j - sum_j w_j log(I_j / s_j),     w_j = I_j / sum_j I_j
-
-    The count for tokens of equal importance, towards the largest s_j where one has all of it. size, I, group: [B, n].
-    """
-    total = I.new_zeros(I.shape[0], m).scatter_add(1, group, I)
-    mean = I.new_zeros(I.shape[0], m).scatter_add(1, group, I * (I / size).log()) / total
-    return total * (-mean).exp()
-
-
-def _count_up(like: Tensor) -> Tensor:
-    return torch.arange(like.shape[1], device=like.device).expand_as(like)
-
-
-__all__ = ["WAYS", "Stage", "Tokens", "effective_size", "matching", "ranking", "rounds", "weighted_mean"]
+__all__ = ["WAYS", "Stage", "Tokens", "ranking"]

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from sparsify.nn import hosts, projection
 from sparsify.nn.attention import GraftedAttention, SparseAttention, Sparsity
 from sparsify.nn.fewer import token_blocks
+from sparsify.nn.merging import rounds
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
-from sparsify.nn.tokens import Tokens, rounds
+from sparsify.nn.tokens import Tokens
 from sparsify.ops.tails import LLOYD_STEPS
 
 
@@ -133,8 +134,9 @@ def token_block(block: Any, x: Tensor, tokens: Tokens) -> dict[str, int]:
     if block.attn.importance is not None:
         importance = n * C * (4 + 1)  # fvcore's estimate for a norm, and one product
     pairs = 0
-    if stage.way == "merge":  # cosines between the two halves, in every round
-        pairs = sum((n // 2) * (n - n // 2) for n in [n, *rounds(n, left)[:-1]])
+    if stage.way == "merge":  # cosines of two for each token that leaves, with all present, in every round
+        lefts = rounds(n, left)
+        pairs = sum(min(n - 1, 2 * (n - m)) * n for n, m in zip([n, *lefts], lefts, strict=False))
     return attention(block.attn, N, patches) | {"stages": importance + pairs * C}
 
 

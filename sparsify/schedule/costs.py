@@ -11,8 +11,8 @@ from torch import nn
 
 from sparsify.nn import projection
 from sparsify.nn.attention import GraftedAttention, SparseAttention
+from sparsify.nn.merging import cosines
 from sparsify.nn.predictor import HeadLowrank
-from sparsify.nn.tokens import rounds
 from sparsify.ops.macs import dense_macs, head_lowrank_macs, token_lowrank_macs
 
 Keep = float | None  # None: dense
@@ -98,7 +98,7 @@ class MacsCost(BlockCost):
             asking = n * self.channels * (4 + 1)  # fvcore's estimate for a norm, and one product
         if self.way != "merge":
             return asking
-        return asking + sum((k // 2) * (k - k // 2) for k in [n, *rounds(n, m)[:-1]]) * self.channels
+        return asking + cosines(n, m) * self.channels
 
     def last(self, n: int) -> float:
         P, N, query = self.prefix, n + self.prefix, self.width * self.channels
