@@ -18,10 +18,12 @@ from sparsify.stage import Stage
 class Repair(Frozen):
     """Least squares before the first stage: the last linear map of each attention and MLP is fitted to the dense model."""
 
-    images: Annotated[int, Field(ge=1)] = 512
+    images: Annotated[int, Field(ge=1)] = Field(
+        512, description="fitted to; where the data has fewer, random crops of them make up the number"
+    )
     layers: tuple[Literal["attention", "mlp"], ...] = ("attention",)
     ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        1e-2, description="lambda as a share of the mean square of the map's inputs"
+        0.3, description="lambda as a share of the mean square of the map's inputs"
     )
     prefix_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         3.0, description="of a prefix token's row, which the classifier reads; a patch token's is 1"

@@ -14,6 +14,7 @@ from sparsify.config import SparsityConfig
 from sparsify.errors import UsageError
 from sparsify.finetune import devices, learners
 from sparsify.finetune.batches import Batches
+from sparsify.finetune.crops import WithCrops
 from sparsify.finetune.judge import Labelled
 from sparsify.loading import Decoded, ImageBatches, Items, Part, Stream
 from sparsify.naming import place
@@ -157,13 +158,13 @@ def _repaired(
     if recipe.repair is None:
         return None
     repair.check(model)
-    n, transform = recipe.repair.images, data.transform(config)
+    n = recipe.repair.images
     if images.stream:
-        stream = Stream(cast(Any, images.learn), transform, n)
+        stream = Stream(cast(Any, images.learn), data.transform(config), n)
         return recipe.repair, ImageBatches(stream, REPAIR_BATCH, 0, place=source.images)
     learn = cast(Items, images.learn)
-    some = Part(learn, data.draw(len(learn), n, recipe.seed))
-    return recipe.repair, ImageBatches(Decoded(some, transform), REPAIR_BATCH, source.workers, place=source.images)
+    some = WithCrops(Part(learn, data.draw(len(learn), n, recipe.seed)), n, config, recipe.seed)
+    return recipe.repair, ImageBatches(some, REPAIR_BATCH, source.workers, place=source.images)
 
 
 def _judged(images: TrainSet, source: Source, config: dict[str, Any], classes: int) -> tuple[Labelled, str]:
