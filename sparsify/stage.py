@@ -147,7 +147,9 @@ class Stage(Frozen):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="decay of the weights' running mean")
     cache_teacher: bool = Field(False, description="the teacher's outputs on disk, computed once; without augmentation")
     grad_checkpointing: bool = Field(False, description="recompute each block in the backward: less memory, 1.3x time")
-    validate_every: Count = Field(1, description="epochs between two validations")
+    validate_every: Count | None = Field(
+        1, description="epochs between two validations; null: 1 with --val, else at the end alone"
+    )
 
     @property
     def moves_backbone(self) -> bool:

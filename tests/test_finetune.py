@@ -10,6 +10,7 @@ from sparsify import api, checkpoint, digits, tuning
 from sparsify.finetune import loop
 from sparsify.finetune import run as runs
 from sparsify.finetune.judge import Score
+from sparsify.finetune.plan import Source, plan
 from sparsify.nn import graft
 from sparsify.recipe import load_recipe, recipe_yaml
 
@@ -234,3 +235,17 @@ def test_images_computed_together_change_nothing(tmp_path):
     for micro in (2, 8):
         tune.convert(tmp_path / f"{micro}.safetensors", chosen, micro_batch=micro)
     close(tmp_path / "2.run", tmp_path / "8.run", 1e-4)
+
+
+def test_validation_between_the_epochs_where_val_is_given(tmp_path):
+    """validate_every null: every epoch is judged by images that the user named, by a few held back the last alone."""
+    dense = digits.build()
+    chosen = recipe({"validate_every": None}, {"validate_every": 7})
+    found = [
+        [planned.validate_every for planned in plan(dense, chosen, Source("digits", val), "").stages]
+        for val in (None, "digits")
+    ]
+    assert found == [[0, 7], [1, 7]]
+    made = tune.convert(tmp_path / "m.safetensors", recipe({"steps": 4, "batch_size": 500, "validate_every": None}))
+    first, _ = tune.validations(made.run)  # before the first step, and after the second epoch
+    assert first["weights"] == "start"

@@ -86,8 +86,8 @@ class StageRun:
             seen += self.stage.batch_size
             rate = seen / max(1e-9, time.monotonic() - clock)
             self._tell(step + 1, parts, rate, (step + 1) / per_epoch)
-            whole = (step + 1) % (per_epoch * self.stage.validate_every) == 0
-            if whole or step + 1 == steps:
+            every = per_epoch * self.planned.validate_every
+            if step + 1 == steps or (every and (step + 1) % every == 0):
                 self._validate((step + 1) / per_epoch)
             self._save_or_stop()
         self.keeps.reset()

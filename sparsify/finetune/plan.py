@@ -48,12 +48,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Planned:
-    """A stage with its images: `steps` of its batches; `images` to learn from (0: a stream's)."""
+    """A stage with its images: `steps` of its batches; `images` to learn from (0: a stream's).
+
+    `validate_every`: epochs between two validations; 0: at the end alone.
+    """
 
     stage: Stage
     batches: Batches
     steps: int
     images: int
+    validate_every: int
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,9 @@ def plan(model: nn.Module, recipe: Recipe, source: Source, dense_sha256: str) ->
             raise UsageError(f"stage '{stage.name}': cache_teacher needs images by number, not a stream")
         learners.optimiser(model, stage)  # refused now, not after the calibration
         steps = learners.steps_of(stage, batches.steps_per_epoch)
-        stages.append(Planned(stage, batches, steps, 0 if images.stream else len(cast(Items, images.learn))))
+        known = 0 if images.stream else len(cast(Items, images.learn))
+        every = stage.validate_every or (0 if source.val is None else 1)
+        stages.append(Planned(stage, batches, steps, known, every))
     identity = {
         "recipe": recipe.model_dump(mode="json"), "data": images.digest, "dense": dense_sha256, "val": source.val or "",
         "precision": kind,
