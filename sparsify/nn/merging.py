@@ -69,7 +69,7 @@ def matching(x: Tensor, I: Tensor, m: int) -> tuple[Tensor, Tensor]:
     rows = unit.flatten(0, 1).index_select(0, (order[:, :looking] + first).flatten()).view(B, looking, -1)
     cosine = product(rows, unit.mT)  # (B, looking, n)
     less = rank.unsqueeze(1) <= index[:, :looking].unsqueeze(2)  # itself and the less important
-    cosine, nearest = cosine.masked_fill(less, -math.inf).max(-1)  # (B, looking)
+    cosine, nearest = cosine.masked_fill_(less, -math.inf).max(-1)  # (B, looking)
     cost = (1 - cosine) * I.gather(1, order[:, :looking])
     leave = cost.argsort(dim=1, stable=True)[:, :r]
     into = index.scatter(1, order.gather(1, leave), nearest.gather(1, leave))
