@@ -113,7 +113,7 @@ def verdict(outcome: Outcome, plan: Plan) -> str:
 
 
 def _announced(plan: Plan) -> str:
-    words = [f"least squares on {plan.repair[0].images} images and crops"] if plan.repair else []
+    words = [f"least squares on up to {plan.repair[0].images} images, crops included"] if plan.repair else []
     stages = ", ".join([*words, *(f"{p.stage.name} {p.steps} steps of {p.stage.batch_size}" for p in plan.stages)])
     note = f"; {plan.note}" if plan.note else ""
     return f"fine-tuning ({plan.precision}): {stages}; judged on {plan.judged_on}{note}"

@@ -249,3 +249,11 @@ def test_validation_between_the_epochs_where_val_is_given(tmp_path):
     made = tune.convert(tmp_path / "m.safetensors", recipe({"steps": 4, "batch_size": 500, "validate_every": None}))
     first, _ = tune.validations(made.run)  # before the first step, and after the second epoch
     assert first["weights"] == "start"
+
+
+def test_least_squares_see_crops_where_there_are_fewer_images():
+    """1188 digits to learn from: all of them, and crops of the first up to the number asked for."""
+    repair = plan(digits.build(), recipe(repair={"images": 1190}), Source("digits"), "").repair
+    assert repair is not None
+    x = torch.cat(list(repair[1]))
+    assert len(x) == 1190 and not torch.equal(x[1188], x[0]) and not torch.equal(x[1189], x[1])
