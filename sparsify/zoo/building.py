@@ -34,7 +34,7 @@ def skeleton(source: Source, num_classes: int | None = None, img_size: int | Non
         raise UsageError(f"image size {img_size}: a positive number of pixels is expected")
     if num_classes is not None and num_classes < 0:
         raise UsageError(f"number of classes {num_classes}: 0 (features) or more is expected")
-    args = arguments(source, num_classes, img_size)
+    args = args_of(source, num_classes, img_size)
     model = _meta(source.architecture, args, source.pretrained_cfg or tag(source))
     patch = hosts.stride(model) if type(model) in hosts.MODELS else (1, 1)
     if img_size is not None and any(img_size % side for side in patch):
@@ -118,7 +118,7 @@ def _with_config(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     return model
 
 
-def arguments(source: Source, num_classes: int | None, img_size: int | None) -> dict[str, Any]:
+def args_of(source: Source, num_classes: int | None, img_size: int | None) -> dict[str, Any]:
     """What builds the model of `source` with these classes and this image size (`skeleton`)."""
     asked = {"num_classes": num_classes, "img_size": img_size}
     return {**source.model_args, **{k: v for k, v in asked.items() if v is not None}}

@@ -59,7 +59,7 @@ def _load_digits(num_classes: int | None, img_size: int | None) -> nn.Module:
 
 
 def _download(source: Source, num_classes: int | None, img_size: int | None) -> nn.Module:
-    args = building.arguments(source, num_classes, img_size)
+    args = building.args_of(source, num_classes, img_size)
     config = copy.deepcopy(source.pretrained_cfg) or building.tag(source)
     local = source.pretrained_name.startswith("local-dir:")
     try:
