@@ -62,10 +62,19 @@ def by_hand(dense, x):
 def test_it_is_the_regression_of_what_later_blocks_read(monkeypatch):
     dense = build("deit", depth=3)
     expected = by_hand(dense, images(dense, 6))
-    for batch, held in ((2, importance.HELD), (6, importance.HELD), (6, 1)):
+    blocks, together = importance._blocks, set()
+
+    def seen(dense, x, *more):
+        together.add(len(x))
+        return blocks(dense, x, *more)
+
+    monkeypatch.setattr(importance, "_blocks", seen)
+    for batch, held, most in ((2, importance.HELD, 2), (6, importance.HELD, 6), (6, 1, 1)):
         monkeypatch.setattr(importance, "HELD", held)
+        together.clear()
         for own, other in zip(weights_of(calibrated(batch=batch).model), expected, strict=True):
             torch.testing.assert_close(own.double(), other, atol=1e-3, rtol=1e-3)
+        assert together == {most}
 
 
 def test_the_same_images_give_the_same_tensors():
