@@ -41,6 +41,12 @@ HEAD = (
     + "|---" * 10
     + "|"
 )
+FORMS: dict[str, dict[str, object]] = {
+    "squares": {"attention": 0.01},  # the paper's, summed over 168 images
+    "kl": {"attention": 1.0, "attention_form": "kl"},
+    "mass": {"attention": 0.0, "mass": 1.0},
+    "both": {"attention": 0.0025, "attention_blocks": "rms", "reference_batch": 1, "mass": 1.0},
+}
 
 
 def convert(recipe: Recipe, folder: Path, name: str, target: float | None = None) -> tuple[nn.Module, float]:
@@ -80,32 +86,30 @@ def by_layer(model: nn.Module, dense: nn.Module, batches: list[Tensor]) -> list[
         scores = module.predictor.reconstruct(q, k, module.scale, Reconstruction(False, False))[:, :, P:]
         kept = top_b(scores, budget(module.sparsity.keep, q.shape[2]))
         count = true[..., 0].numel()
-        error = float(attention(scores, true, "mse-sum", len(q), 1))
+        error = float(attention(scores, true, "mse-sum", 1).sum())
         sums[block] += torch.tensor([error, float((true * kept).sum()), count], dtype=torch.float64)
 
     observe(dense, batches, add)
     return [(float(e / n), float(mass / n)) for e, mass, n in sums]
 
 
-def reconstruction(first: Stage, form: str, epochs: int) -> Stage:
-    """The paper's first stage, with the coefficients and the basis that choose the keys; gentle but for summed squares."""
-    gentle = form != "mse-sum"
-    losses = {"coefficients": "kept", "basis": "used", "attention_form": form, **({"attention": 1.0} if gentle else {})}
+def reconstruction(first: Stage, form: str, epochs: int, lr: float) -> Stage:
+    """The paper's first stage with other losses, on the coefficients and the basis that choose the keys."""
     return first.model_copy(
         update={
-            "name": f"stage 1, {form}", "batch_size": 16, "ema": None, "epochs": epochs,
-            "losses": first.losses.model_copy(update=losses),
+            "name": f"stage 1, {form}", "batch_size": 16, "ema": None, "epochs": epochs, "validate_every": None,
+            "losses": first.losses.model_copy(update={"coefficients": "kept", "basis": "used", **FORMS[form]}),
             "augmentation": Augmentation(scale=(0.35, 1.0)),
-            "optimiser": first.optimiser.model_copy(update={"lr": 1e-4} if gentle else {}),
-            "schedule": first.schedule.model_copy(update={"warmup": 0.5, **({"min_lr": 1e-5} if gentle else {})}),
+            "optimiser": first.optimiser.model_copy(update={"lr": lr, "weight_decay": 0.0}),
+            "schedule": first.schedule.model_copy(update={"warmup": 0.5, "min_lr": lr / 100}),
         }
     )  # fmt: skip
 
 
-def reconstruct(seed: int, dense: nn.Module, forms: list[str], epochs: int) -> None:
-    """Prints the table of stage 1, which learns from the loss `attention` in these forms, one after the other."""
+def reconstruct(seed: int, dense: nn.Module, forms: list[str], epochs: int, lr: float) -> None:
+    """Prints the table of stage 1, which learns from these of `FORMS`, one after the other."""
     recipe = load_recipe("paper-distill").override(seed=seed)
-    stages = tuple(reconstruction(load_recipe("paper").stages[0], form, epochs) for form in forms)
+    stages = tuple(reconstruction(load_recipe("paper").stages[0], form, epochs, lr) for form in forms)
     trained = recipe.model_copy(update={"stages": stages, "repair": None, "hold_back": 0.125})
     batches = [x for x, _ in photographs(dense)]
     with tempfile.TemporaryDirectory() as folder:
@@ -115,9 +119,9 @@ def reconstruct(seed: int, dense: nn.Module, forms: list[str], epochs: int) -> N
     print("| block | squared error per row: closed form | after stage 1 | kept mass: closed form | after stage 1 |")
     print("|---" * 5 + "|")
     for i, ((e0, m0), (e1, m1)) in enumerate(zip(*found, strict=True), 1):
-        print(f"| {i} | {e0:.5f} | {e1:.5f} | {100 * m0:.1f} % | {100 * m1:.1f} % |", flush=True)
+        print(f"| {i} | {e0:.5f} | {e1:.5f} | {100 * m0:.2f} % | {100 * m1:.2f} % |", flush=True)
     means = [sum(x[i] for x in part) / len(part) for part in found for i in (0, 1)]
-    print(f"| mean | {means[0]:.5f} | {means[2]:.5f} | {100 * means[1]:.1f} % | {100 * means[3]:.1f} % |")
+    print(f"| mean | {means[0]:.5f} | {means[2]:.5f} | {100 * means[1]:.2f} % | {100 * means[3]:.2f} % |")
 
 
 def main() -> None:
@@ -125,9 +129,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--only", default="paper,default,tokens,reconstruct", help="tables to print")
     parser.add_argument(
-        "--form", default="mse-sum", help="of the loss of `reconstruct`: mse-sum, kl or mass, or several with +"
+        "--form", default="both", help=f"losses of `reconstruct`: {', '.join(FORMS)}, or several stages with +"
     )
-    parser.add_argument("--epochs", type=int, default=5, help="of each stage of `reconstruct`")
+    parser.add_argument("--epochs", type=int, default=12, help="of each stage of `reconstruct`")
+    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate of `reconstruct`")
     parser.add_argument("--seed", type=int, default=0, help="of split, order and augmentation")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -146,7 +151,7 @@ def main() -> None:
         recipe = load_recipe("distill-tokens").override(**seeded)
         rows("distill-tokens", recipe, dense, "86 % in 20 min", 0.3995)
     if "reconstruct" in wanted:
-        reconstruct(arguments.seed, dense, arguments.form.split("+"), arguments.epochs)
+        reconstruct(arguments.seed, dense, arguments.form.split("+"), arguments.epochs, arguments.lr)
 
 
 if __name__ == "__main__":

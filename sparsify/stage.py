@@ -29,19 +29,26 @@ class Losses(Frozen):
     features: Weight = Field(
         0.0, description="mean over blocks of the squared error behind each block, as a share of the teacher's squares"
     )
-    attention: Weight = Field(0.0, description="the predictor's attention against the true one; mean over blocks")
-    attention_form: Literal["mse-sum", "kl", "mass"] = Field(
+    attention: Weight = Field(0.0, description="the predictor's attention against the true one, see the next two")
+    attention_form: Literal["mse-sum", "kl"] = Field(
         "mse-sum",
-        description="mse-sum: squares summed over images, heads, rows and keys (the paper); kl: nats, mean over rows; "
-        "mass: share of the true attention on keys that are not kept, mean over rows",
+        description="mse-sum: squares summed over images, heads, rows and keys (the paper); kl: nats, mean over rows",
+    )
+    attention_blocks: Literal["mean", "rms"] = Field(
+        "mean",
+        description="how an image's `attention` in each block becomes one number; rms: the root of the mean of the squares, "
+        "for which the blocks that are furthest off count most",
+    )
+    mass: Weight = Field(
+        0.0, description="share of the true attention on keys that the predictor drops, mean over rows and blocks"
     )
     attention_target: Literal["teacher", "self"] = Field(
         "teacher",
-        description="whose dense attention is the target: the teacher's, or the student's own (authors' option)",
+        description="whose dense attention is the true one: the teacher's, or the student's own (authors' option)",
     )
     coefficients: Literal["all", "kept"] = Field(
         "all",
-        description="token-lowrank, what `attention` reconstructs from: all coefficients (the paper), or the kept",
+        description="token-lowrank, what `attention` and `mass` look at: all coefficients (the paper), or the kept",
     )
     basis: Literal["raw", "used"] = Field(
         "raw", description="token-lowrank: W_up with its signs (the paper), or with sign and threshold as it is used"
@@ -62,9 +69,14 @@ class Losses(Frozen):
         return max(self.classification, self.logits, self.tokens, self.features) > 0
 
     @property
+    def pairs(self) -> bool:
+        """Whether a loss compares attentions, for which it needs queries and keys."""
+        return max(self.attention, self.mass) > 0
+
+    @property
     def predictors(self) -> bool:
         """Whether a loss reaches the predictors: the choice of keys itself has no gradient."""
-        return max(self.attention, self.basis_l1) > 0
+        return self.pairs or self.basis_l1 > 0
 
 
 class Optimiser(Frozen):
@@ -169,7 +181,7 @@ class Stage(Frozen):
             raise ValueError(f"stage '{self.name}' trains nothing: every loss has weight 0")
         if self.train == "predictors" and not self.losses.predictors:
             raise ValueError(
-                f"stage '{self.name}' trains nothing: predictors learn from the losses attention and basis_l1 only"
+                f"stage '{self.name}' trains nothing: predictors learn from the losses attention, mass and basis_l1 only"
             )
         if not self.moves_predictors and not self.losses.backbone:
             raise ValueError(
@@ -179,9 +191,9 @@ class Stage(Frozen):
             raise ValueError(
                 f"stage '{self.name}': cache_teacher needs augmentation.form eval, without mixup and cutmix"
             )
-        if self.cache_teacher and self.losses.attention > 0 and self.losses.attention_target == "teacher":
+        if self.cache_teacher and self.losses.pairs and self.losses.attention_target == "teacher":
             raise ValueError(
-                f"stage '{self.name}': cache_teacher holds no attention: the loss attention needs the teacher"
+                f"stage '{self.name}': cache_teacher holds no attention: the losses attention and mass need the teacher"
             )
         if self.cache_teacher and self.losses.features > 0:
             raise ValueError(

@@ -88,15 +88,25 @@ def test_losses_of_the_output_reach_the_backbone_and_no_predictor(sparsity, atte
 
 
 @pytest.mark.parametrize("attention", ["sparse", "dense"])
-@pytest.mark.parametrize("form", ["mse-sum", "kl", "mass"])
+@pytest.mark.parametrize(
+    "losses",
+    [
+        {"attention": 1.0},
+        {"attention": 1.0, "attention_form": "kl"},
+        {"mass": 1.0},
+        {"attention": 0.1, "attention_blocks": "rms", "mass": 1.0},
+    ],
+    ids=["squares", "kl", "mass", "both"],
+)
 @pytest.mark.parametrize("target", ["teacher", "self"])
 @pytest.mark.parametrize("sparsity", [HEAD, TOKEN], ids=["head", "token"])
-def test_predictors_alone_learn_from_attention(sparsity, attention, form, target):
+def test_predictors_alone_learn_from_attention(sparsity, attention, losses, target):
     dense, student = pair(sparsity)
-    wanted = {"attention": 1.0, "attention_form": form, "attention_target": target}
+    wanted = losses | {"attention_target": target}
     parts = taught(dense, student, stage(wanted, "predictors", attention))
     predictors, backbone = inside(student)
-    assert set(parts) == {"attention"} and parts["attention"].isfinite() and parts["attention"] > 0
+    assert set(parts) == {"attention", "mass"} & set(losses)
+    assert all(part.isfinite() and part > 0 for part in parts.values())
     assert touched(student) == predictors
     assert all(p.grad is None for name, p in student.named_parameters() if name in backbone)
 

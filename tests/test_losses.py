@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sparsify.finetune import losses
 
@@ -75,36 +77,78 @@ def attention(drawn, images=6):
 def test_summed_squares_of_attention_count_the_reference_batch(drawn):
     target, estimate = attention(drawn)
     by_hand = float(((estimate - target) ** 2).sum())
-    assert float(losses.attention(estimate, target, "mse-sum", 6, 2)) == pytest.approx(by_hand, rel=1e-5)
-    assert float(losses.attention(estimate, target, "mse-sum", 168, 2)) == pytest.approx(28 * by_hand, rel=1e-5)
+    assert float(losses.attention(estimate, target, "mse-sum", 6).mean()) == pytest.approx(by_hand, rel=1e-5)
+    assert float(losses.attention(estimate, target, "mse-sum", 168).mean()) == pytest.approx(28 * by_hand, rel=1e-5)
 
 
 def test_kl_of_attention_is_nothing_for_the_same_and_something_otherwise(drawn):
     target, estimate = attention(drawn)
-    assert float(losses.attention(target, target, "kl", 1, 2)) == pytest.approx(0, abs=1e-6)
-    assert float(losses.attention(7 * target, target, "kl", 1, 2)) == pytest.approx(0, abs=1e-6)  # rows are normalised
-    by_hand = float((target * (target / estimate).log()).sum()) / (6 * 2 * 3)
-    found = losses.attention(estimate, target, "kl", 1, 2)
-    assert float(found) == pytest.approx(by_hand, rel=1e-4) and found > 0.1
-    assert losses.attention(-estimate, target, "kl", 1, 2).isfinite()  # negative estimates are allowed to happen
+    assert losses.attention(target, target, "kl", 1).abs().max() < 1e-6
+    assert losses.attention(7 * target, target, "kl", 1).abs().max() < 1e-6  # rows are normalised
+    by_hand = (target * (target / estimate).log()).sum((1, 2, 3)) / (2 * 3)
+    found = losses.attention(estimate, target, "kl", 1)
+    torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=0)
+    assert (found > 0.1).all()
+    assert losses.attention(-estimate, target, "kl", 1).isfinite().all()  # negative estimates are allowed to happen
+
+
+def test_blocks_furthest_off_count_most_in_the_root_mean_square():
+    errors = [torch.tensor([3.0, 0.0], requires_grad=True), torch.tensor([4.0, 0.0], requires_grad=True)]
+    assert float(losses.over_blocks(errors, "mean").detach()) == pytest.approx(3.5 / 2)
+    rms = losses.over_blocks(errors, "rms")
+    assert float(rms.detach()) == pytest.approx((25 / 2) ** 0.5 / 2)
+    rms.backward()
+    assert errors[1].grad[0] / errors[0].grad[0] == pytest.approx(4 / 3)
+    assert all(e.grad.isfinite().all() for e in errors)  # also where nothing is wrong
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 7), st.sampled_from([1e-3, 0.05, 1.0, 20.0]), st.booleans())
+def test_soft_top_sums_to_b_follows_the_order_and_ends_in_the_highest(seed, b, width, ties):
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = x.round() if ties else x
+    width = torch.full((3, 1), width, dtype=torch.float64)
+    kept = losses.soft_top(x, b, width)
+    assert ((kept >= 0) & (kept <= 1)).all()
+    torch.testing.assert_close(kept.sum(-1), torch.full((3,), float(b), dtype=torch.float64), atol=0.01, rtol=0)
+    order = x.argsort(-1)
+    assert (kept.gather(-1, order).diff(dim=-1) >= 0).all()
+    torch.testing.assert_close(losses.soft_top(x + 5, b, width), kept)
+    if not ties:
+        sharp = losses.soft_top(x, b, torch.full((3, 1), 1e-7, dtype=torch.float64))
+        top = torch.zeros_like(x).scatter(-1, x.topk(b, -1).indices, 1.0)
+        assert (sharp.round() == top).all()
+
+
+def test_the_gradient_of_soft_top_is_that_of_its_values(drawn):
+    x = torch.randn(2, 6, generator=drawn, dtype=torch.float64, requires_grad=True)
+    width = torch.full((2, 1), 0.5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: losses.soft_top(x, 2, width), x, atol=1e-3)
 
 
 def test_lost_mass_is_the_share_of_dropped_keys_once_the_step_is_sharp(drawn, monkeypatch):
     target, estimate = attention(drawn)
-    kept = torch.zeros_like(target).scatter(-1, estimate.topk(2, -1).indices, 1.0)
-    kept.scatter_(-1, estimate.topk(2, -1).indices[..., 1:], 0.5)  # the last that is kept stands on the step
     monkeypatch.setattr(losses, "SOFTNESS", 1e-6)
+    kept = torch.zeros_like(target).scatter(-1, estimate.topk(2, -1).indices, 1.0)
     by_hand = float(1 - (target * kept).sum(-1).mean())
-    assert float(losses.attention(estimate, target, "mass", 1, 2)) == pytest.approx(by_hand, rel=1e-5)
-    assert float(losses.attention(estimate + 3, target, "mass", 1, 2)) == pytest.approx(by_hand, rel=1e-3)
-    assert float(losses.attention(estimate, target, "mass", 1, 5)) == 0  # nothing is dropped
+    assert float(losses.lost_mass(estimate, target, 2)) == pytest.approx(by_hand, abs=5e-3)
+    assert float(losses.lost_mass(estimate, target, 5)) == 0  # nothing is dropped
 
 
-def test_learning_by_lost_mass_keeps_more(drawn):
+def test_flat_scores_do_not_pass_for_good_ones(drawn):
+    """Of equal scores each key is kept by b / N; without a sum of b, all would be kept by half."""
+    target, estimate = attention(drawn)
+    assert float(losses.lost_mass(0 * estimate, target, 2)) == pytest.approx(1 - 2 / 5, abs=0.01)
+    assert float(losses.lost_mass(target, target, 2)) < float(losses.lost_mass(0 * estimate, target, 2))
+
+
+@pytest.mark.parametrize("softness", [0.05, 0.5])
+def test_learning_by_lost_mass_keeps_more(drawn, monkeypatch, softness):
+    monkeypatch.setattr(losses, "SOFTNESS", softness)
     target, scores = attention(drawn)
     scores.requires_grad_()
     found = []
-    for _ in range(40):
+    for _ in range(60):
         kept = torch.zeros_like(target).scatter(-1, scores.detach().topk(2, -1).indices, 1.0)
         found.append(float((target * kept).sum(-1).mean()))
         (slope,) = torch.autograd.grad(losses.lost_mass(scores, target, 2), scores)
@@ -127,9 +171,12 @@ def parts(drawn):
         "features present": lambda i: losses.features(
             z[i] * (1 + torch.arange(6)[i, None, None]), w[i], kept[i, 1:], 1
         ),
-        "attention mse-sum": lambda i: losses.attention(estimate[i], target[i], "mse-sum", 168, 2),
-        "attention kl": lambda i: losses.attention(estimate[i], target[i], "kl", 168, 2),
-        "attention mass": lambda i: losses.attention(estimate[i], target[i], "mass", 168, 2),
+        "attention mse-sum": lambda i: losses.attention(estimate[i], target[i], "mse-sum", 168).mean(),
+        "attention kl": lambda i: losses.attention(estimate[i], target[i], "kl", 168).mean(),
+        "attention rms": lambda i: losses.over_blocks(
+            [losses.attention(e[i], target[i], "mse-sum", 1) for e in (estimate, 3 * estimate)], "rms"
+        ),
+        "mass": lambda i: losses.lost_mass(estimate[i], target[i], 2),
     }
 
 

@@ -63,8 +63,8 @@ PAPER = {
     "stages.0.epochs": 5,
     "stages.0.losses": {
         "classification": 0, "logits": 0, "temperature": 1, "tokens": 0, "features": 0, "attention": 0.01,
-        "attention_form": "mse-sum", "attention_target": "teacher", "coefficients": "all", "basis": "raw", "basis_l1": 0,
-        "reference_batch": 168,
+        "attention_form": "mse-sum", "attention_blocks": "mean", "mass": 0, "attention_target": "teacher",
+        "coefficients": "all", "basis": "raw", "basis_l1": 0, "reference_batch": 168,
     },
     "stages.0.optimiser.lr": 3e-4,
     "stages.0.schedule": {"name": "cosine", "warmup": 3, "warmup_share": 0, "warmup_lr": 0, "min_lr": 2e-4},
@@ -171,7 +171,7 @@ BAD = {
     "wrong choice": ({"train": "head"}, ["stages.0.train", "'predictors', 'attention', 'backbone' or 'all'"]),
     "out of range": ({"optimiser": {"lr": -1.0}}, ["stages.0.optimiser.lr", "greater than 0"]),
     "no losses": ({"losses": ONLY}, ["'distill' trains nothing", "every loss has weight 0"]),
-    "predictors without a loss": ({"train": "predictors"}, ["trains nothing", "attention and basis_l1"]),
+    "predictors without a loss": ({"train": "predictors"}, ["trains nothing", "attention, mass and basis_l1"]),
     "backbone without a loss": ({"losses": {**ONLY, "attention": 1.0}}, ["trains nothing", "tokens or features"]),
     "attention without a loss": (
         {"train": "attention", "losses": {**ONLY, "attention": 1.0}}, ["trains nothing", "tokens or features"],

@@ -77,7 +77,7 @@ class Lesson(nn.Module):
     def forward(self, x: Tensor, y: Tensor | None, said: Said) -> dict[str, Tensor]:
         """x [B, C, H, W]; y [B, classes] or None; said: the teacher's."""
         wanted = self.stage.losses
-        own, tokens = _listen(self.dense or self.student, x, wanted, wanted.attention > 0)
+        own, tokens = _listen(self.dense or self.student, x, wanted, wanted.pairs)
         parts: dict[str, Tensor] = {}
         if wanted.classification:
             parts["classification"] = wanted.classification * losses.classification(
@@ -90,9 +90,9 @@ class Lesson(nn.Module):
             parts["tokens"] = wanted.tokens * error
         if wanted.features:
             parts["features"] = wanted.features * self._features(said, own)
-        if wanted.attention:
+        if wanted.pairs:
             with torch.autocast(x.device.type, enabled=False):  # small differences of large sums: float32
-                parts["attention"] = wanted.attention * self._attention(said, own)
+                parts |= self._attention(said, own)
         if wanted.basis_l1:
             parts["basis_l1"] = wanted.basis_l1 * self._basis()
         return parts
@@ -107,21 +107,30 @@ class Lesson(nn.Module):
         pairs = zip(said.blocks, own.blocks, strict=True)
         return torch.stack([losses.features(t, s, present, prefix) for (t, _), (s, present) in pairs]).mean()
 
-    def _attention(self, said: Said, own: Said) -> Tensor:
+    def _attention(self, said: Said, own: Said) -> dict[str, Tensor]:
+        """The losses of the predictors' attentions, weighted, means over the sparse blocks."""
         wanted = self.stage.losses
         modules = list(graft.attention_modules(self.student).values())
         form = Reconstruction(wanted.coefficients == "all", wanted.basis == "raw")
         targets = {i: (q, k) for i, q, k in (said.pairs or own.pairs)}
-        found = []
+        errors, lost = [], []
         for i, q, k in own.pairs:
             module = modules[i]
             if isinstance(module, SparseAttention):
                 bias = hosts.position_bias(self.student, module)
                 true = true_attention(*targets[i], module.scale, module.sparsity.prefix, bias)
                 estimate = module.predictor.reconstruct(q, k, module.scale, form, bias)[:, :, module.sparsity.prefix :]
-                b = budget(module.sparsity.keep, true.shape[-1])
-                found.append(losses.attention(estimate, true, wanted.attention_form, wanted.reference_batch, b))
-        return torch.stack(found).mean()
+                if wanted.attention:
+                    errors.append(losses.attention(estimate, true, wanted.attention_form, wanted.reference_batch))
+                if wanted.mass:
+                    b = budget(module.sparsity.keep, true.shape[-1])
+                    lost.append(losses.lost_mass(estimate, true, b))
+        parts = {}
+        if errors:
+            parts["attention"] = wanted.attention * losses.over_blocks(errors, wanted.attention_blocks)
+        if lost:
+            parts["mass"] = wanted.mass * torch.stack(lost).mean()
+        return parts
 
     def _basis(self) -> Tensor:
         modules = graft.sparse_modules(self.student).values()

@@ -47,7 +47,7 @@ class StageRun:
         learners.set_drop_path(student, self.stage.drop_path)
         cast(Any, student).set_grad_checkpointing(self.stage.grad_checkpointing)
         moved = plan.repair is not None or any(p.stage.moves_backbone for p in plan.stages[: number + 1])
-        pairs = self.stage.losses.attention > 0 and self.stage.losses.attention_target == "teacher" and (
+        pairs = self.stage.losses.pairs and self.stage.losses.attention_target == "teacher" and (
             moved or self.stage.attention != "dense"
         )  # fmt: skip
         self.teacher, self.cached = Teacher(teacher, self.stage.losses, pairs), cast(Cached | None, None)

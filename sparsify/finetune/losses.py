@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 SMALLEST = 1e-8  # of an estimated attention, where its logarithm is taken
-SOFTNESS = 0.25  # of the step between keys that are kept and dropped, in standard deviations of a row's scores
+SOFTNESS = 0.05  # of the step between keys that are kept and dropped, in standard deviations of a row's scores
+NEWTON_STEPS = 8  # to the threshold of that step; kept keys add up to b within 0.01 of a key
 
 
 def classification(logits: Tensor, y: Tensor) -> Tensor:
@@ -51,32 +52,57 @@ def pooled(teacher: Tensor, student: Tensor) -> Tensor:
     return ((t - s).square().sum(-1) / t.square().sum(-1).clamp_min(1e-12)).mean()
 
 
-def attention(estimate: Tensor, target: Tensor, form: str, reference_batch: int, b: int) -> Tensor:
-    """The predictor's attention [B, H, n, N] against the true one, rows of the patch queries.
+def attention(estimate: Tensor, target: Tensor, form: str, reference_batch: int) -> Tensor:
+    """The predictor's attention [B, H, n, N] against the true one, rows of the patch queries; image by image, [B].
 
     Args:
-        form: 'mse-sum': squares summed over everything, B images counting reference_batch / B (Sparsifiner, stage 1);
-            'kl': KL(target || estimate), the estimate's rows made positive and normalised, nats, mean over rows;
-            'mass': see `lost_mass`.
-        b: keys that a row keeps.
+        form: 'mse-sum': squares summed over heads, rows and keys, times reference_batch, so that the mean over images is
+            the sum over that many of them (Sparsifiner, stage 1); 'kl': KL(target || estimate), the estimate's rows made
+            positive and normalised, nats, mean over rows.
     """
     if form == "mse-sum":
-        return (estimate - target).square().sum() * (reference_batch / len(target))
-    if form == "mass":
-        return lost_mass(estimate, target, b)
+        return (estimate - target).square().sum((1, 2, 3)) * reference_batch
     estimate = estimate.clamp_min(SMALLEST)
     estimate = estimate / estimate.sum(-1, keepdim=True)
-    return (target * (target.clamp_min(SMALLEST).log() - estimate.log())).sum(-1).mean()
+    return (target * (target.clamp_min(SMALLEST).log() - estimate.log())).sum(-1).mean((1, 2))
+
+
+def over_blocks(errors: list[Tensor], way: str) -> Tensor:
+    """One number of the errors [B] of each block: their mean ('mean') or root mean square ('rms') image by image, and of
+    that the mean over images."""
+    each = torch.stack(errors)  # (blocks, B)
+    return each.mean() if way == "mean" else (each.square().mean(0) + SMALLEST**2).sqrt().mean()
 
 
 def lost_mass(scores: Tensor, target: Tensor, b: int) -> Tensor:
     """Share of the true attention on keys that scores [..., N] drop, 0 to 1: target [..., N], mean over rows.
 
-    Kept are the b highest. The step is made soft, a logistic function around the b-th score, `SOFTNESS` of the row's
-    deviation wide, so that it has a gradient; as the threshold moves with the scores, lifting all of them changes nothing.
+    Kept are the b highest, with a soft step (`soft_top`) that is `SOFTNESS` of the row's deviation wide.
     """
     if b >= scores.shape[-1]:
         return (scores * 0).sum()
-    threshold = scores.topk(b, dim=-1).values[..., -1:]
     width = (SOFTNESS * scores.detach().std(-1, keepdim=True)).clamp_min(1e-12)
-    return 1 - (target * torch.sigmoid((scores - threshold) / width)).sum(-1).mean()
+    return 1 - (target * soft_top(scores, b, width)).sum(-1).mean()
+
+
+def soft_top(scores: Tensor, b: int, width: Tensor) -> Tensor:
+    """The b highest of scores [..., N] as numbers between 0 and 1 that sum to b: logistic((scores - t) / width).
+
+    The threshold t, which makes them sum to b, is found by Newton steps and moves with the scores: a key comes in only as
+    far as others go out, and lifting all of them changes nothing. (Without that, flat scores would keep the most.)
+
+    Args:
+        b: 1 to N - 1.
+        width: > 0, [..., 1]. The narrower, the nearer to 0 and 1.
+    """
+    x = scores / width
+    x = x - x.detach().topk(b, dim=-1).values[..., -1:]
+    fixed = x.detach()
+    t, kept = torch.zeros_like(fixed[..., :1]), fixed.sigmoid()
+    for _ in range(NEWTON_STEPS):
+        slope = (kept * (1 - kept)).sum(-1, keepdim=True).clamp_min(1e-6)
+        t = t + ((kept.sum(-1, keepdim=True) - b) / slope).clamp(-1, 1)
+        kept = (fixed - t).sigmoid()
+    share = kept * (1 - kept)
+    share = share / share.sum(-1, keepdim=True).clamp_min(1e-12)  # dt/dx of each key
+    return (x - (t + ((x - fixed) * share).sum(-1, keepdim=True))).sigmoid()

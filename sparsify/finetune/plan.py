@@ -127,7 +127,7 @@ def plan(model: nn.Module, recipe: Recipe, source: Source, dense_sha256: str) ->
         "precision": kind,
     }  # fmt: skip
     learns = recipe.sparsity.predictor == "head-lowrank" and any(
-        stage.moves_predictors and stage.losses.attention > 0 for stage in recipe.stages
+        stage.moves_predictors and stage.losses.pairs for stage in recipe.stages
     )
     return Plan(
         stages=tuple(stages), judged=judged, judged_on=words, note=images.note, precision=kind, seed=recipe.seed,
@@ -144,9 +144,9 @@ def check(stage: Stage, sparsity: SparsityConfig, classes: int) -> None:
     keeps = sparsity.keep if isinstance(sparsity.keep, tuple) else (sparsity.keep,)
     if stage.train == "predictors" and all(keep == "dense" for keep in keeps):
         raise UsageError(f"{name} trains nothing: with keep dense there are no predictors")
-    if sparsity.tokens is not None and stage.attention == "sparse" and losses.attention > 0:
+    if sparsity.tokens is not None and stage.attention == "sparse" and losses.pairs:
         raise UsageError(
-            f"{name}: the loss attention compares all tokens, and tokens leave this model: set attention: dense"
+            f"{name}: the losses attention and mass compare all tokens, and tokens leave this model: set attention: dense"
         )
     if stage.attention == "dense" and stage.keep is not None:
         raise UsageError(f"{name}: keep has no effect with attention: dense")
@@ -154,8 +154,10 @@ def check(stage: Stage, sparsity: SparsityConfig, classes: int) -> None:
         raise UsageError(
             f"{name}: the loss basis_l1 is of W_up, which predictor {sparsity.predictor} does not have here"
         )
-    if stage.train == "predictors" and sparsity.predictor == "head-lowrank" and not losses.attention:
-        raise UsageError(f"{name} trains nothing: head-lowrank predictors learn from the loss attention only")
+    if stage.train == "predictors" and sparsity.predictor == "head-lowrank" and not losses.pairs:
+        raise UsageError(
+            f"{name} trains nothing: head-lowrank predictors learn from the losses attention and mass only"
+        )
 
 
 def _repaired(

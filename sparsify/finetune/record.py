@@ -16,7 +16,7 @@ from sparsify.report import files
 
 Value = float | int | str | None
 
-PARTS = ("classification", "logits", "tokens", "features", "attention", "basis_l1")
+PARTS = ("classification", "logits", "tokens", "features", "attention", "mass", "basis_l1")
 """Parts of the loss, as weighted in it."""
 METRICS = ("step", "stage", "epoch", "lr", "loss", *PARTS, "images_per_s")
 SCORES = ("agreement", "kl", "top1")
