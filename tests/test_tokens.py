@@ -256,6 +256,17 @@ def test_merged_tokens_are_given_their_attention_again(n, seed, sized, data):
     torch.testing.assert_close(again @ y[0], attention @ keys[0, 0], atol=1e-6, rtol=1e-5)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 40), st.integers(0, 10_000), st.sampled_from([1, 3, 8]), st.data())
+def test_looking_in_parts_finds_the_same(n, seed, together, data):
+    x, I = random(2, n, 5, seed=seed), random(2, n, seed=seed + 1, positive=True)
+    m = data.draw(st.integers(1, n - 1))
+    whole = matching(x, I, m)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merging, "TOGETHER", together)
+        assert all(torch.equal(a, b) for a, b in zip(matching(x, I, m), whole, strict=True))
+
+
 @pytest.mark.parametrize("rows", [0, 1, 2])
 @pytest.mark.parametrize("sized", [False, True])
 def test_importance_is_the_attention_of_the_leading_rows(rows, sized):

@@ -15,6 +15,7 @@ from sparsify.nn.importance import product
 
 ROUND = 0.7  # share of the tokens that one round leaves at least; measured in docs/tokens.md
 CANDIDATES = 2  # for each token that leaves, how many look for a nearest one
+TOGETHER = 256  # how many look at once: few cosines in vain, and they stay in a cache
 
 
 def rounds(n: int, m: int) -> list[int]:
@@ -38,8 +39,15 @@ def candidates(n: int, m: int) -> int:
 
 def cosines(n: int, m: int) -> int:
     """Cosines computed in a merging from n tokens to m, all rounds together."""
-    lefts = rounds(n, m)
-    return sum(candidates(before, left) * before for before, left in zip([n, *lefts], lefts, strict=False))
+    lefts, found = rounds(n, m), 0
+    for before, left in zip([n, *lefts], lefts, strict=False):
+        found += sum((stop - start) * (before - start - 1) for start, stop in _parts(candidates(before, left)))
+    return found
+
+
+def _parts(looking: int) -> list[tuple[int, int]]:
+    """Of those that look, least important first: the first and the one behind the last of each `TOGETHER`."""
+    return [(start, min(start + TOGETHER, looking)) for start in range(0, looking, TOGETHER)]
 
 
 def matching(x: Tensor, I: Tensor, m: int) -> tuple[Tensor, Tensor]:
@@ -63,13 +71,7 @@ def matching(x: Tensor, I: Tensor, m: int) -> tuple[Tensor, Tensor]:
     if r == 0:
         return index, index
     order = I.argsort(dim=1, stable=True)  # (B, n) rising importance
-    rank = index.scatter(1, order, index)  # place of each token in it
-    unit = nn.functional.normalize(x.detach().float(), dim=-1)
-    first = n * torch.arange(B, device=x.device).unsqueeze(1)  # rows of all images under each other: gather is slower
-    rows = unit.flatten(0, 1).index_select(0, (order[:, :looking] + first).flatten()).view(B, looking, -1)
-    cosine = product(rows, unit.mT)  # (B, looking, n)
-    less = rank.unsqueeze(1) <= index[:, :looking].unsqueeze(2)  # itself and the less important
-    cosine, nearest = cosine.masked_fill_(less, -math.inf).max(-1)  # (B, looking)
+    cosine, nearest = _nearest(nn.functional.normalize(x.detach().float(), dim=-1), order, looking)
     cost = (1 - cosine) * I.gather(1, order[:, :looking])
     leave = cost.argsort(dim=1, stable=True)[:, :r]
     into = index.scatter(1, order.gather(1, leave), nearest.gather(1, leave))
@@ -78,6 +80,25 @@ def matching(x: Tensor, I: Tensor, m: int) -> tuple[Tensor, Tensor]:
     keep = (into != index).long().argsort(dim=1, stable=True)[:, :m]
     group = torch.zeros_like(into).scatter(1, keep, count_up(keep)).gather(1, into)
     return keep, group
+
+
+def _nearest(unit: Tensor, order: Tensor, looking: int) -> tuple[Tensor, Tensor]:
+    """The highest cosine of the `looking` first tokens in `order` [B, n] with one behind it there, and which that is: the
+    first of several. unit: rows of length 1, [B, n, C]. Both [B, looking]."""
+    B, n, C = unit.shape
+    first = n * torch.arange(B, device=unit.device).unsqueeze(
+        1
+    )  # rows of all images under each other: gather is slower
+    unit = unit.flatten(0, 1).index_select(0, (order + first).flatten()).view(B, n, C)
+    highest, places = [], []
+    for start, stop in _parts(looking):
+        cosine = product(unit[:, start:stop], unit[:, start + 1 :].mT)  # (B, stop - start, n - start - 1)
+        at = torch.arange(stop - start, device=unit.device)
+        cosine[..., : stop - start].masked_fill_(at < at.unsqueeze(1), -math.inf)  # oneself and those before
+        value, place = cosine.max(-1)
+        highest.append(value)
+        places.append(place + start + 1)
+    return torch.cat(highest, 1), order.gather(1, torch.cat(places, 1))
 
 
 def weighted_mean(x: Tensor, I: Tensor, group: Tensor, m: int) -> Tensor:

@@ -13,6 +13,7 @@ Nothing here reads `sparsify.ops.macs`; a difference between the two counts is a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -134,9 +135,13 @@ def token_block(block: Any, x: Tensor, tokens: Tokens) -> dict[str, int]:
     if block.attn.importance is not None:
         importance = n * C * (4 + 1)  # fvcore's estimate for a norm, and one product
     pairs = 0
-    if stage.way == "merge":  # cosines of two for each token that leaves, with all present, in every round
-        lefts = rounds(n, left)
-        pairs = sum(min(n - 1, 2 * (n - m)) * n for n, m in zip([n, *lefts], lefts, strict=False))
+    if (
+        stage.way == "merge"
+    ):  # cosines of two for each token that leaves, 256 at once with all behind the first, every round
+        present = [n, *rounds(n, left)]
+        for before, after in itertools.pairwise(present):
+            looking = min(before - 1, 2 * (before - after))
+            pairs += sum(min(256, looking - i) * (before - 1 - i) for i in range(0, looking, 256))
     return attention(block.attn, N, patches) | {"stages": importance + pairs * C}
 
 
