@@ -141,12 +141,12 @@ def test_basis_l1_is_the_sum_of_the_basis():
 
 
 def test_weights_multiply_the_losses():
-    wanted = {"classification": 1.0, "logits": 1.0, "tokens": 1.0, "features": 1.0, "attention": 1.0}
+    wanted = {"classification": 1.0, "logits": 1.0, "tokens": 1.0, "features": 1.0, "attention": 1.0, "mass": 1.0}
     once = taught(*pair(TOKEN), stage(wanted, "all"))
-    other = {name: (2.0, 0.5, 0.25, 4.0, 0.01)[i] for i, name in enumerate(wanted)}
+    other = {name: (2.0, 0.5, 0.25, 4.0, 0.01, 3.0)[i] for i, name in enumerate(wanted)}
     weighted = taught(*pair(TOKEN), stage(other, "all"))
     for name, weight in other.items():
-        assert float(weighted[name]) == pytest.approx(weight * float(once[name]), rel=1e-5)
+        assert float(weighted[name].detach()) == pytest.approx(weight * float(once[name].detach()), rel=1e-5)
 
 
 @pytest.mark.parametrize("train", ["predictors", "attention", "backbone", "all"])

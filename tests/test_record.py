@@ -43,7 +43,7 @@ def test_numbers_come_back_to_the_bit_and_absent_parts_are_empty(tmp_path):
     text = (tmp_path / "run" / "metrics.csv").read_text()
     assert (
         text.splitlines()[0]
-        == "step,stage,epoch,lr,loss,classification,logits,tokens,features,attention,basis_l1,images_per_s"
+        == "step,stage,epoch,lr,loss,classification,logits,tokens,features,attention,mass,basis_l1,images_per_s"
     )
     found = read(tmp_path / "run" / "metrics.csv")
     assert [r["logits"] for r in found] == values and found[6]["epoch"] == 1.0
