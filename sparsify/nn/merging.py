@@ -6,6 +6,7 @@ important ones, and count little in the mean.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -39,10 +40,11 @@ def candidates(n: int, m: int) -> int:
 
 def cosines(n: int, m: int) -> int:
     """Cosines computed in a merging from n tokens to m, all rounds together."""
-    lefts, found = rounds(n, m), 0
-    for before, left in zip([n, *lefts], lefts, strict=False):
-        found += sum((stop - start) * (before - start - 1) for start, stop in _parts(candidates(before, left)))
-    return found
+    return sum(
+        (stop - start) * (before - start - 1)
+        for before, left in itertools.pairwise([n, *rounds(n, m)])
+        for start, stop in _parts(candidates(before, left))
+    )
 
 
 def _parts(looking: int) -> list[tuple[int, int]]:

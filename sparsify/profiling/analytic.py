@@ -137,9 +137,8 @@ def token_block(block: Any, x: Tensor, tokens: Tokens) -> dict[str, int]:
     pairs = 0
     if (
         stage.way == "merge"
-    ):  # cosines of two for each token that leaves, 256 at once with all behind the first, every round
-        present = [n, *rounds(n, left)]
-        for before, after in itertools.pairwise(present):
+    ):  # in every round two look for each token that leaves, 256 at once among all behind the first
+        for before, after in itertools.pairwise([n, *rounds(n, left)]):
             looking = min(before - 1, 2 * (before - after))
             pairs += sum(min(256, looking - i) * (before - 1 - i) for i in range(0, looking, 256))
     return attention(block.attn, N, patches) | {"stages": importance + pairs * C}

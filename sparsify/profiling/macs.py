@@ -34,7 +34,7 @@ ELEMENTWISE = frozenset({
     "aten::ones_like", "aten::new_ones", "aten::lt", "aten::ge", "aten::clamp_min", "aten::linalg_vector_norm",
     "aten::sort", "aten::argsort", "aten::gather", "aten::scatter", "aten::scatter_add",
     "aten::embedding_bag", "aten::searchsorted", "aten::masked_fill", "aten::sin", "aten::cos", "aten::meshgrid",
-    "aten::le", "aten::ne", "aten::repeat_interleave", "aten::_upsample_bicubic2d_aa", "aten::upsample_bicubic2d",
+    "aten::ne", "aten::repeat_interleave", "aten::_upsample_bicubic2d_aa", "aten::upsample_bicubic2d",
     "aten::_upsample_bilinear2d_aa", "aten::index", "aten::index_select", "aten::stack", "aten::avg_pool2d",
 })  # fmt: skip
 """Ops of sums, activations, comparison, sorting and copies, and those that make position embeddings: 0 MACs, as in fvcore's
