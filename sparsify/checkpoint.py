@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsify import zoo
-from sparsify.atomic import whole
 from sparsify.config import SparsityConfig, validate
 from sparsify.errors import BadFile, UsageError, one_line
+from sparsify.files import whole
 from sparsify.nn import graft
 
 FORMAT = 1

@@ -15,8 +15,8 @@ from typing import Any
 
 from sparsify import __version__, checkpoint, findings, hub
 from sparsify import profiling as profiles
-from sparsify.atomic import whole
 from sparsify.errors import BadFile, SparsifyError, UsageError, one_line
+from sparsify.files import whole
 from sparsify.licence import licence_of
 from sparsify.nn import graft
 from sparsify.registry import ARCHITECTURE

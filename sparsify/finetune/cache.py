@@ -11,7 +11,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from sparsify import processes
-from sparsify.atomic import whole
+from sparsify.files import whole
 from sparsify.finetune.lesson import Said, Teacher
 
 

@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsify.atomic import whole
 from sparsify.errors import BadFile, UsageError, one_line
+from sparsify.files import whole
 from sparsify.finetune import state
 
-HALF = (".*.*.????????", ".tmp*")  # files that a kill left half-written: `sparsify.atomic`'s and safetensors' own
+HALF = (".*.*.????????", ".tmp*")  # files that a kill left half-written: `sparsify.files`'s and safetensors' own
 
 
 class RunFolder:

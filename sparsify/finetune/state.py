@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsify.atomic import whole
 from sparsify.errors import BadFile, one_line
+from sparsify.files import whole
 
 FORMAT = "1"
 GROUP = "group"  # of parameters: some optimisers keep a tensor there

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsify.atomic import whole
+from sparsify.files import whole
 from sparsify.finetune.record import read
 from sparsify.report.picture import BLUE, GREEN, ORANGE
 

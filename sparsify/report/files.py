@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsify import report
-from sparsify.atomic import whole
 from sparsify.errors import BadFile, one_line
+from sparsify.files import whole
 from sparsify.profiling import Profile
 
 TIMM_COLUMNS = (
@@ -96,7 +96,7 @@ def write_results(path: str | Path, result: Mapping[str, Any], conditions: Mappi
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all; see `sparsify.atomic.whole`."""
+    """Write `text` as UTF-8, whole or not at all; see `sparsify.files.whole`."""
     with whole(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from sparsify.atomic import whole
 from sparsify.errors import BadFile, one_line
+from sparsify.files import whole
 from sparsify.report import figures
 from sparsify.showing import Shown
 
