@@ -36,9 +36,9 @@ from bounds import Bound
 from harness import Report, Row, conditions, judged, options, start
 from torch import Tensor
 
-from sparsify import ops
 from sparsify.config import SparsityConfig
-from sparsify.ops import cpu
+from sparsify.ops import attention
+from sparsify.ops.cpu import kernels
 from sparsify.ops.spec import Spec, budget
 from sparsify.profiling.latency import interleaved
 from sparsify.recipe import load_recipe
@@ -79,7 +79,7 @@ def dense(blocks: list[Activations], path: str, dtype: torch.dtype, bar: str = "
     calls, bound = [], None
     for block in blocks:
         q, k, v = heads(block, dtype)
-        calls.append(partial(ops.dense, path, q, k, v, None, q.shape[-1] ** -0.5, "input"))
+        calls.append(partial(attention.dense, path, q, k, v, None, q.shape[-1] ** -0.5, "input"))
     if path == "dense-cpu":
         bound = bounds.dense(*q.shape[2:], in_bf16(dtype, "input"))
     return Candidate(calls, dtype, bar, bound)
@@ -104,10 +104,10 @@ def sparse(
             w_down, w_up = block.w_down.to(dtype), block.w_up.to(dtype)
             ranks = (len(w_down),) * H
             paper = (w_down, w_up, None, None, None, None)
-            calls.append(partial(ops.token_lowrank, q, k, v, *paper, None, scale, scale, spec, *how))
+            calls.append(partial(attention.token_lowrank, q, k, v, *paper, None, scale, scale, spec, *how))
         else:
             ranks = block.ranks
-            calls.append(partial(ops.head_lowrank, q, k, v, None, None, None, ranks, scale, spec, *how))
+            calls.append(partial(attention.head_lowrank, q, k, v, None, None, None, ranks, scale, spec, *how))
         bound.append(bounds.sparse(spec, ranks, N, d, in_bf16(dtype, precision)))
         total += bound[-1].cycles
     mean = Bound(total / len(bound), bound[-1].unit) if backend == "cpu" else None
@@ -116,7 +116,7 @@ def sparse(
 
 def in_bf16(dtype: torch.dtype, precision: str) -> bool:
     """Whether the kernels multiply in bfloat16 here."""
-    return (dtype == torch.bfloat16 or precision == "bf16") and cpu.isa() == "avx512bf16"
+    return (dtype == torch.bfloat16 or precision == "bf16") and kernels.isa() == "avx512bf16"
 
 
 def sdpa(blocks: list[Activations]) -> dict[str, Candidate]:
@@ -167,7 +167,7 @@ def compiled(blocks: list[Activations]) -> dict[str, Candidate]:
     """torch.compile of SDPA with the transposition."""
     found = {}
     for dtype, label in SDPA.items():
-        call = torch.compile(partial(ops.dense, "sdpa"), dynamic=False)
+        call = torch.compile(partial(attention.dense, "sdpa"), dynamic=False)
         arguments = [(*heads(block, dtype), None, block.qkv.shape[-1] ** -0.5, "input") for block in blocks]
         found[f"{label}, torch.compile"] = Candidate([partial(call, *each) for each in arguments], dtype)
     return found
@@ -281,7 +281,7 @@ def main() -> None:
         note = f"core clock {ghz:.2f} GHz" if ghz else ""
         time = partial(rows, blocks=blocks, ghz=ghz, threads=arguments.threads)
         if arguments.isa:
-            report.add(f"{where}, {cpu.isa()}", time(isa_run(blocks, cpu.isa()), rounds=arguments.rounds), note)
+            report.add(f"{where}, {kernels.isa()}", time(isa_run(blocks, kernels.isa()), rounds=arguments.rounds), note)
             continue
         candidates = main_run(blocks)
         if arguments.compile:
@@ -292,7 +292,7 @@ def main() -> None:
         if not arguments.no_naive:
             rounds = min(NAIVE_ROUNDS, arguments.rounds)
             report.add(f"{where}, naive, {rounds} rounds", time(naive_run(blocks), rounds=rounds), note)
-    if not arguments.isa and not arguments.no_avx2 and cpu.isa() != "avx2":
+    if not arguments.isa and not arguments.no_avx2 and kernels.isa() != "avx2":
         with tempfile.TemporaryDirectory() as folder:
             saved = Path(folder) / "inputs.pt"
             activations.save(given, saved)

@@ -13,7 +13,7 @@ import timm
 import torch
 
 from sparsify import __version__
-from sparsify.ops import cpu
+from sparsify.ops.cpu import kernels
 from sparsify.ops.machine import device_name
 from sparsify.report import files
 
@@ -34,14 +34,14 @@ def options(doc: str | None, rounds: int | None = None) -> argparse.ArgumentPars
 def start(arguments: argparse.Namespace) -> None:
     """Sets the threads and loads the kernels; ends with one line where there are none: there is nothing to measure."""
     torch.set_num_threads(arguments.threads)
-    if reason := cpu.available():
+    if reason := kernels.available():
         raise SystemExit(f"no CPU kernels here: {reason}")
 
 
 def conditions(arguments: argparse.Namespace, **more: object) -> dict[str, object]:
     """Machine, threads, kernels, versions and rounds of a run."""
     found: dict[str, object] = {
-        "machine": device_name(torch.device("cpu")), "threads": arguments.threads, "kernels": cpu.isa(),
+        "machine": device_name(torch.device("cpu")), "threads": arguments.threads, "kernels": kernels.isa(),
         "torch": torch.__version__, "timm": timm.__version__, "sparsify": __version__,
     }  # fmt: skip
     if "rounds" in arguments:

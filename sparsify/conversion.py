@@ -95,7 +95,7 @@ def convert(
         dtype: of the forward passes of the calibration (autocast); moments are float64, the file is float32.
         batch_size: images of a pass of the calibration; micro_batch: most images of a pass of the fine-tuning.
         workers: processes that read images.
-        backend: what computes the sparse trials of the calibration (`sparsify.ops.BACKENDS`).
+        backend: what computes the sparse trials of the calibration (`sparsify.ops.attention.BACKENDS`).
         target: choose keep and token keep of every block for it; the recipe's are the start of the calibration.
         say: called with lines for the person at the terminal.
         progress: called with step, images (or steps) done, how many in all, and a note.

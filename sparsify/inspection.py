@@ -19,7 +19,7 @@ from sparsify.errors import SparsifyError, UsageError
 from sparsify.nn import fewer, graft, observe
 from sparsify.nn.attention import GraftedAttention, SparseAttention
 from sparsify.nn.tokens import Tokens
-from sparsify.ops import choice
+from sparsify.ops import weights
 
 OWN, DENSE = "own", "dense"  # whose attention the kept share is of
 
@@ -200,7 +200,7 @@ def _dense_maps(dense: nn.Module, x: Tensor, grid: tuple[int, int]) -> dict[int,
         block: int, module: GraftedAttention, q: Tensor, k: Tensor, mask: Tensor | None, tokens: Tokens | None
     ) -> None:
         q, k = q.float(), k.float()
-        found[block] = (q, k, choice.additive(mask, q, q.shape[2]), module.scale)
+        found[block] = (q, k, weights.additive(mask, q, q.shape[2]), module.scale)
 
     with observe.attending(twin, witness):
         _features(twin, x)
@@ -223,7 +223,7 @@ def _layer(
     q, k = q.float(), k.float()
     _, H, N, _ = q.shape
     owner = _owner(tokens, patches)
-    bias = choice.additive(mask, q, N)
+    bias = weights.additive(mask, q, N)
     size, place = (None, None) if tokens is None else (tokens.size, tokens.place)
     at = owner[list(queries)]
     rows = torch.where(at < 0, at, at + P)  # (Q)
@@ -240,15 +240,15 @@ def _layer(
         else:
             ranking, spec = ranked
             budget = spec.budget
-            chosen = choice.kept(ranking, mask if own is None else own, spec, place)  # (1, 1, N, N)
-            a = choice.cells(ranking, mask if own is None else own, size, spec, place)
+            chosen = weights.kept(ranking, mask if own is None else own, spec, place)  # (1, 1, N, N)
+            a = weights.cells(ranking, mask if own is None else own, size, spec, place)
         asked = None if own is None else own[:, :, seen]
-        weight, tail = choice.weights(q[:, one, seen], k[:, one], chosen[:, :, seen], a, asked, size, module.scale)
+        weight, tail = weights.weights(q[:, one, seen], k[:, one], chosen[:, :, seen], a, asked, size, module.scale)
         each["kept"].append(chosen[0, :, seen])
         each["weight"].append(weight[0])
         each["tail"].append(tail[0])
         if original is None:
-            true = choice.dense(q[:, one, P:], k[:, one], None if own is None else own[:, :, P:], size, module.scale)
+            true = weights.dense(q[:, one, P:], k[:, one], None if own is None else own[:, :, P:], size, module.scale)
             true, among = true[0, 0], torch.arange(P, N)  # (n, N), their rows in `chosen`
         else:
             true, among = _on_tokens(original, h, owner, P, N)
@@ -263,7 +263,7 @@ def _layer(
 
 def _rankings(
     module: GraftedAttention, q: Tensor, k: Tensor, mask: Tensor | None, tokens: Tokens | None, H: int
-) -> Iterable[tuple[choice.Ranking, Any] | None]:
+) -> Iterable[tuple[weights.Ranking, Any] | None]:
     """How each head ranks its keys, and the constants of the call; None: it keeps them all."""
     if not isinstance(module, SparseAttention):
         return [None] * H
@@ -282,7 +282,7 @@ def _on_tokens(original: Map, h: int, owner: Tensor, P: int, N: int) -> tuple[Te
     one = slice(h, h + 1)
     there = (owner >= 0).nonzero()[:, 0]  # (m)
     rows = (there + P).to(q.device)
-    full = choice.dense(q[:, one, rows], k[:, one], None if bias is None else bias[:, one, rows], None, scale)[0, 0]
+    full = weights.dense(q[:, one, rows], k[:, one], None if bias is None else bias[:, one, rows], None, scale)[0, 0]
     out = full.new_zeros(len(there), N)
     out[:, :P] = full[:, :P]
     into = (owner[there] + P).to(q.device)  # (m)

@@ -272,7 +272,7 @@ def backend(name: str) -> str:
     Raises:
         UsageError: another name.
     """
-    from sparsify.ops import BACKENDS
+    from sparsify.ops.attention import BACKENDS
 
     return _one_of("--backend", name, BACKENDS)
 
@@ -283,7 +283,7 @@ def kernel_precision(name: str) -> str:
     Raises:
         UsageError: another name.
     """
-    from sparsify.ops import PRECISIONS
+    from sparsify.ops.attention import PRECISIONS
 
     return _one_of("--kernel-precision", name, PRECISIONS)
 

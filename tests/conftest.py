@@ -17,8 +17,8 @@ import tune
 from sparsify.cli import main
 from sparsify.conversion import Conversion
 from sparsify.finetune.judge import Judge, Score
-from sparsify.ops import cpu
 from sparsify.ops.cpu import build
+from sparsify.ops.cpu import kernels as cpu
 
 Command = Callable[..., tuple[object, str, str]]
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from sparsify.ops import cpu, reference, tails
-from sparsify.ops.cpu import build
+from sparsify.ops import reference, tails
+from sparsify.ops.cpu import build, kernels
 from sparsify.ops.spec import Spec
 
-ISA = pytest.mark.parametrize("isa", [1, 2, 3], ids=cpu.ISAS[1:])
+ISA = pytest.mark.parametrize("isa", [1, 2, 3], ids=kernels.ISAS[1:])
 TAILS = ["none", "mean", "cells", "clusters"]
 TILES = [(), (2, 2), (4, 4), (3, 5), (40, 40)]
 HEAD_SIZES = [1, 7, 8, 16, 63, 64, 65, 128]
@@ -34,7 +34,7 @@ STORED = 2**-9
 
 def require_kernels():
     """Skips where there can be no kernels; where there should be some, having none is a failure."""
-    if (reason := cpu.available()) is not None:
+    if (reason := kernels.available()) is not None:
         able = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64") and build.find_compiler()
         assert not able or "no AVX2" in reason, reason
         pytest.skip(reason)
@@ -42,7 +42,7 @@ def require_kernels():
 
 def need(isa):
     if isa > torch.ops.sparsify_cpu.best_isa():
-        pytest.skip(f"this processor has no {cpu.ISAS[isa]}")
+        pytest.skip(f"this processor has no {kernels.ISAS[isa]}")
 
 
 @dataclass(repr=False)
@@ -87,10 +87,10 @@ class Call:
 
         if self.token:
             *weights, by = self.token
-            return cpu.token_lowrank(
+            return kernels.token_lowrank(
                 self.q, self.k, self.v, *weights, self.size, self.place, self.scale, by, self.spec, precision, op
             )  # fmt: skip
-        return cpu.head_lowrank(
+        return kernels.head_lowrank(
             self.q, self.k, self.v, *self.head, self.size, self.place, self.ranks, self.scale, self.spec, precision, op
         )  # fmt: skip
 

@@ -12,14 +12,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsify import ops
 from sparsify.config import SparsityConfig, TokenLowrank
 from sparsify.errors import UsageError
 from sparsify.nn import graft
 from sparsify.nn.predictor import HeadLowrank
-from sparsify.ops import auto, backends, candidates, cpu, remembered
+from sparsify.ops import attention as ops
+from sparsify.ops import auto, backends, candidates, remembered
 from sparsify.ops.auto import Chooser, Kind, Shape
 from sparsify.ops.cpu import build
+from sparsify.ops.cpu import kernels as cpu
 from sparsify.ops.spec import Execution, Spec
 
 SPEC = Spec(5, 1, "clusters", (4, 4), (2, 2))

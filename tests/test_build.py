@@ -10,7 +10,7 @@ import time
 import pytest
 
 from sparsify.cli import main
-from sparsify.ops import cpu
+from sparsify.ops.cpu import kernels
 from sparsify.ops.cpu.build import LIBRARY, Built, build, cache_dir, commands
 
 COMPILER = """#!/bin/sh
@@ -269,6 +269,6 @@ def test_command_has_a_help_text(capsys):
 
 
 def test_a_library_user_hears_once_that_the_reference_computes(monkeypatch):
-    monkeypatch.setattr(cpu.build, "build", lambda **_: Built(None, "no C++ compiler was found", 0.0))
+    monkeypatch.setattr(kernels.build, "build", lambda **_: Built(None, "no C++ compiler was found", 0.0))
     with pytest.warns(RuntimeWarning, match="slow PyTorch reference: no C\\+\\+ compiler"):
-        assert cpu._load.__wrapped__() == (0, "no C++ compiler was found")
+        assert kernels._load.__wrapped__() == (0, "no C++ compiler was found")

@@ -8,7 +8,6 @@ from families import build, images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify import ops
 from sparsify.calibration import calibrate
 from sparsify.calibration.lowrank import Moments
 from sparsify.calibration.ranks import allocate, candidates
@@ -16,6 +15,7 @@ from sparsify.calibration.tokens import pooling
 from sparsify.config import SparsityConfig
 from sparsify.nn import graft
 from sparsify.nn.predictor import resample
+from sparsify.ops import attention
 
 
 def fitted(seed_images: int = 4, **settings):
@@ -159,7 +159,7 @@ def test_unfolded_basis_scores_like_the_folded_one():
     x = images(folded)
     with torch.inference_mode():
         torch.testing.assert_close(folded(x), unfolded(x), atol=1e-4, rtol=1e-4)
-    assert ops.BACKENDS[0] == "auto"
+    assert attention.BACKENDS[0] == "auto"
 
 
 @pytest.mark.parametrize("keep,cells", [(0.02, (5, 4)), (0.05, (4, 4)), (0.1, (4, 3)), (0.25, (6, 5)), (1.0, (6, 5))])

@@ -6,11 +6,10 @@ from families import build, images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify import ops
 from sparsify.config import SparsityConfig
 from sparsify.nn import graft, observe
 from sparsify.nn.attention import SparseAttention
-from sparsify.ops import choice, reference
+from sparsify.ops import attention, reference, weights
 from sparsify.ops.spec import Spec
 
 CASES = {
@@ -75,10 +74,10 @@ def test_keys_and_weights_are_those_of_the_op(case, masked):
             out = module.attend(q, k, units(q), mask, tokens).view(B, N, H, d).transpose(1, 2)[..., :N]  # (B, H, N, N)
             size, place = (None, None) if tokens is None else (tokens.size, tokens.place)
             ranking = module.predictor.ranking(q, k, mask, tokens, module.scale, spec)
-            kept = choice.kept(ranking, mask, spec, place)
-            a = choice.cells(ranking, mask, size, spec, place)
-            bias = choice.additive(mask, q, N)
-            weight, tail = choice.weights(q, k, kept, a, bias, size, module.scale)
+            kept = weights.kept(ranking, mask, spec, place)
+            a = weights.cells(ranking, mask, size, spec, place)
+            bias = weights.additive(mask, q, N)
+            weight, tail = weights.weights(q, k, kept, a, bias, size, module.scale)
         assert (kept[:, :, spec.prefix :].sum(-1) == spec.budget).all() and kept[:, :, : spec.prefix].all()
         assert (weight[~kept] == 0).all()
         torch.testing.assert_close(weight.sum(-1) + tail, torch.ones(B, H, N))
@@ -118,17 +117,17 @@ def test_equal_scores_keep_the_same_keys_as_the_op(data):
         size = torch.randint(1, 3, (2, N), generator=generator).float()
     scale = 0.5
     ranks = [r] * H
-    out = ops.head_lowrank_attention(
+    out = attention.head_lowrank_attention(
         q, k, torch.eye(N).expand(2, H, N, N), None, None, None, size, None, ranks, scale, b, P, "none", (h, w), (1, 1), tile
     )  # fmt: skip
     row, col = reference.head_lowrank_scores(q, k, None, None, ranks)
-    ranking = choice.Ranking(row, col, col, None if size is None else size.log() / scale, 1 / scale)
-    kept = choice.kept(ranking, None, spec, None)
+    ranking = weights.Ranking(row, col, col, None if size is None else size.log() / scale, 1 / scale)
+    kept = weights.kept(ranking, None, spec, None)
     assert torch.equal(out.view(2, N, H, N).transpose(1, 2) > 0, kept)
-    weight, _ = choice.weights(q, k, kept, None, None, size, scale)
+    weight, _ = weights.weights(q, k, kept, None, None, size, scale)
     torch.testing.assert_close(out.view(2, N, H, N).transpose(1, 2), weight)
     for head in range(H):  # one head at a time gives the same
-        assert torch.equal(choice.kept(ranking.head(head), None, spec, None)[:, 0], kept[:, head])
+        assert torch.equal(weights.kept(ranking.head(head), None, spec, None)[:, 0], kept[:, head])
 
 
 def test_all_scores_equal_keep_the_first_keys():
@@ -137,5 +136,5 @@ def test_all_scores_equal_keep_the_first_keys():
         torch.nn.init.zeros_(module.predictor.w_up)
     for module, q, k, mask, tokens in calls(model, images(model)):
         spec = module.spec(q.shape[2], tokens)
-        kept = choice.kept(module.predictor.ranking(q, k, mask, tokens, module.scale, spec), mask, spec, None)
+        kept = weights.kept(module.predictor.ranking(q, k, mask, tokens, module.scale, spec), mask, spec, None)
         assert (kept[:, :, 1:, : spec.budget]).all() and not (kept[:, :, 1:, spec.budget :]).any()

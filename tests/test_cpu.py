@@ -29,8 +29,9 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.data import DataLoader, Dataset
 
-from sparsify import ops
-from sparsify.ops import cpu, reference, tails
+from sparsify.ops import attention as ops
+from sparsify.ops import reference, tails
+from sparsify.ops.cpu import kernels as cpu
 from sparsify.profiling.latency import peak_memory
 
 

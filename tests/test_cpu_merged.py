@@ -26,8 +26,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from sparsify import ops
-from sparsify.ops import cpu, reference, tails
+from sparsify.ops import attention, reference, tails
+from sparsify.ops.cpu import kernels as cpu
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -260,12 +260,12 @@ def test_sizes_and_places_of_other_tokens_are_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_registered_ops_compute_with_the_kernels(dtype):
     call = merged(plain(dtype=dtype))
-    out = ops.head_lowrank_attention(
+    out = attention.head_lowrank_attention(
         call.q, call.k, call.v, None, None, None, call.size, call.place, call.ranks, call.scale, *call.spec[:6], "cpu",
         "input",
     )  # fmt: skip
     assert torch.equal(out, call.out(torch.ops.sparsify_cpu.best_isa()))
     assert torch.equal(
-        ops.dense("dense-cpu", call.q, call.k, call.v, None, call.scale, "input", call.size),
+        attention.dense("dense-cpu", call.q, call.k, call.v, None, call.scale, "input", call.size),
         cpu.dense(call.q, call.k, call.v, call.scale, "input", call.size),
     )

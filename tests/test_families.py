@@ -8,11 +8,12 @@ import torch
 from families import FAMILIES, build, images, raise_attention
 from timm.models.naflexvit import batch_patchify
 
-from sparsify import checkpoint, ops, profile, zoo
+from sparsify import checkpoint, profile, zoo
 from sparsify.calibration import calibrate
 from sparsify.config import SparsityConfig
 from sparsify.errors import UsageError
 from sparsify.nn import graft, hosts
+from sparsify.ops import attention as ops
 from sparsify.ops.spec import Execution
 from sparsify.zoo import building
 

@@ -19,7 +19,6 @@ from timm.models.beit import Block as BeitBlock
 from timm.models.eva import Eva, EvaBlockPostNorm
 from timm.models.vision_transformer import ResPostBlock
 
-from sparsify import ops
 from sparsify.config import SparsityConfig, Tokens, validate
 from sparsify.errors import UsageError
 from sparsify.nn import fewer, graft, merging, projection
@@ -27,6 +26,7 @@ from sparsify.nn.attention import SparseAttention
 from sparsify.nn.merging import matching
 from sparsify.nn.predictor import TokenLowrank
 from sparsify.nn.tokens import WAYS, Stage
+from sparsify.ops import attention
 from sparsify.ops.spec import Execution, budget
 
 KINDS = ["deit", "deit-distilled", "dinov2-registers", "vit-avg-pool", "siglip", "res-post-norm", "qk-norm", "gated"]
@@ -542,14 +542,14 @@ def test_few_tokens_left_and_few_patches(way, tail):
 @pytest.mark.parametrize("way", WAYS)
 def test_budget_and_cells_follow_the_tokens_present(way, op, more, monkeypatch):
     dense, calls = host("deit", 3), []
-    real = getattr(ops, op)
+    real = getattr(attention, op)
 
     def recording(*arguments):
         named = inspect.signature(real).bind(*arguments).arguments
         calls.append((named["q"].shape[2], named["size"], named["place"], named["spec"]))
         return real(*arguments)
 
-    monkeypatch.setattr(ops, op, recording)
+    monkeypatch.setattr(attention, op, recording)
     model = reduced(dense, way, 0.5, keep=0.3, cells=(4, 3), predictor=op.replace("_", "-"), **more)
     with torch.no_grad():
         model(images(dense))

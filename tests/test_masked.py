@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from timm.layers import Attention
 from torch.utils.checkpoint import checkpoint
 
-from sparsify import ops
 from sparsify.nn.attention import SparseAttention, Sparsity
 from sparsify.nn.predictor import HeadLowrank
-from sparsify.ops import backends, cpu, masked, reference, tails
+from sparsify.ops import attention as ops
+from sparsify.ops import backends, masked, reference, tails
+from sparsify.ops.cpu import kernels as cpu
 from sparsify.ops.spec import Execution
 
 MERGED = pytest.mark.parametrize("merged", [False, True])

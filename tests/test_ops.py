@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify import ops
-from sparsify.ops import reference, tails
+from sparsify.ops import attention, reference, tails
 from sparsify.ops.spec import budget
 
 TAILS = ["none", "mean", "cells", "clusters"]
@@ -34,7 +33,7 @@ def problems(draw):
 
 
 def attend(p, mask=None, a_q=None, a_k=None):
-    return ops.head_lowrank_attention(
+    return attention.head_lowrank_attention(
         p["q"], p["k"], p["v"], a_q, a_k, mask, p.get("size"), p.get("place"), p["ranks"], p["q"].shape[-1] ** -0.5,
         p["budget"], p["prefix"], p["tail"], p["grid"], p["cells"], p["tile"],
     )  # fmt: skip
@@ -153,7 +152,7 @@ def test_a_row_that_may_attend_to_nothing_gives_zero():
     mask = torch.ones(5, 5, dtype=torch.bool)
     mask[3] = False
     for tail in TAILS:
-        out = ops.head_lowrank_attention(
+        out = attention.head_lowrank_attention(
             q, k, v, None, None, mask, None, None, [2], 0.5, 2, 1, tail, (2, 2), (2, 2), ()
         )
         assert out.isfinite().all() and not out[0, 3].any() and out[0, 2].any()
@@ -170,17 +169,17 @@ def test_a_nan_key_reaches_the_rows_that_see_it_and_not_silently_fewer_keys():
 def test_chunks_of_rows_do_not_change_the_result(tail, monkeypatch):
     q, k, v = torch.randn(3, 2, 2, 17, 8, generator=torch.Generator().manual_seed(1))
     arguments = (None, None, None, None, None, [4, 2], 0.3, 3, 1, tail, (4, 4), (2, 2), (2, 2))
-    whole = ops.head_lowrank_attention(q, k, v, *arguments)
+    whole = attention.head_lowrank_attention(q, k, v, *arguments)
     monkeypatch.setattr(reference, "CHUNK", 100)
-    torch.testing.assert_close(ops.head_lowrank_attention(q, k, v, *arguments), whole)
+    torch.testing.assert_close(attention.head_lowrank_attention(q, k, v, *arguments), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype):
     q, k, v = torch.randn(3, 1, 2, 17, 8, generator=torch.Generator().manual_seed(2)).to(dtype)
     arguments = (None, None, None, None, None, [4, 2], 0.3, 3, 1, "clusters", (4, 4), (2, 2), ())
-    half = ops.head_lowrank_attention(q, k, v, *arguments)
-    full = ops.head_lowrank_attention(q.float(), k.float(), v.float(), *arguments)
+    half = attention.head_lowrank_attention(q, k, v, *arguments)
+    full = attention.head_lowrank_attention(q.float(), k.float(), v.float(), *arguments)
     assert half.dtype == dtype and torch.equal(half, full.to(dtype))
 
 
@@ -190,7 +189,7 @@ def test_gradients_are_those_of_the_reference():
     a_q = torch.randn(2, 4, 2, dtype=torch.float64, requires_grad=True)
 
     def f(q, k, v, a_q):
-        return ops.head_lowrank_attention(
+        return attention.head_lowrank_attention(
             q, k, v, a_q, a_q, None, None, None, [2, 2], 0.5, 3, 1, "mean", (2, 2), (1, 1), ()
         )
 
@@ -210,7 +209,7 @@ def token_inputs(dtype=torch.float64, B=2, H=2, grid=(3, 3), P=1, d=4, r=5, c=No
 @pytest.mark.parametrize("topk,threshold", [(2, 0.0), (0, 0.15), (0, 0.0)])
 def test_token_lowrank_scores_are_the_papers(c, topk, threshold):
     q, k, v, w_down, w_up, *reduce = token_inputs(c=c)
-    out = ops.token_lowrank_attention(
+    out = attention.token_lowrank_attention(
         q, k, v, w_down, w_up, *reduce, None, None, None, 0.5, 0.4, topk, threshold, 3, 1, "none", (3, 3), (1, 1), ()
     )
     w_q, b_q, w_k, b_k = reduce
@@ -234,7 +233,7 @@ def test_registered_ops_pass_torch_library_opcheck():
     token = (
         q, k, v, w_down, w_up, *reduce, None, size, place, 0.5, 0.4, 2, 0.0, 3, 1, "cells", [3, 3], [2, 2], [2, 2],
     )  # fmt: skip
-    for op, arguments in ((ops.head_lowrank_attention, head), (ops.token_lowrank_attention, token)):
+    for op, arguments in ((attention.head_lowrank_attention, head), (attention.token_lowrank_attention, token)):
         torch.library.opcheck(
             op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
         )
@@ -387,7 +386,7 @@ def test_token_lowrank_sizes_count_in_the_attention_and_not_in_the_ranking(share
     if not shared:  # weights of each image
         w_down, w_up = torch.rand(2, 1, 5, 10, generator=g).double(), torch.randn(2, 2, 5, 10, generator=g).double()
     tail = (3, 1, "none", (3, 3), (1, 1), ())
-    out = ops.token_lowrank_attention(q, k, v, w_down, w_up, *none, None, size, None, 0.5, 0.4, 0, 0.0, *tail)
+    out = attention.token_lowrank_attention(q, k, v, w_down, w_up, *none, None, size, None, 0.5, 0.4, 0, 0.0, *tail)
     scores = ((q @ (w_down @ k).mT) * 0.4).softmax(-1) @ w_up
     kept = scores >= scores.sort(-1, descending=True).values[..., 2:3]
     kept[:, :, 0] = True
@@ -403,7 +402,7 @@ def test_gradients_with_sizes_and_places(tail):
     place = torch.tensor([[5, 0, 3, 2]])
 
     def f(q, k, v, size):
-        return ops.head_lowrank_attention(
+        return attention.head_lowrank_attention(
             q, k, v, None, None, None, size, place, [2, 1], 0.5, 2, 1, tail, (2, 3), (2, 2), ()
         )
 
@@ -413,7 +412,7 @@ def test_gradients_with_sizes_and_places(tail):
 
     def t(q, k, v, size):
         arguments = (None, None, None, None, None, size, place, 0.5, 0.5, 2, 0.0, 2, 1, tail, (2, 3), (2, 2), ())
-        return ops.token_lowrank_attention(q, k, v, w_down, w_up, *arguments)
+        return attention.token_lowrank_attention(q, k, v, w_down, w_up, *arguments)
 
     assert torch.autograd.gradcheck(t, (q, k, v, size), atol=1e-6)
 
@@ -427,7 +426,7 @@ def test_calls_with_sizes_and_places_in_chunks_on_meta_and_compiled(tail, monkey
 
     def f(q, k, v, size, place):
         spec = (3, 1, tail, (4, 4), (2, 2), (2, 2))
-        return ops.head_lowrank_attention(q, k, v, None, None, None, size, place, [4, 2], 0.3, *spec)
+        return attention.head_lowrank_attention(q, k, v, None, None, None, size, place, [4, 2], 0.3, *spec)
 
     whole = f(q, k, v, size, place)
     torch.testing.assert_close(torch.compile(f, backend="eager", fullgraph=True)(q, k, v, size, place), whole)
@@ -450,8 +449,8 @@ def test_dense_attention_with_sizes_counts_keys(p, kind):
         mask = torch.where(mask, torch.linspace(-1, 1, N * N).view(N, N).double(), -torch.inf)
     rows = slice(0, max(1, N // 2))  # fewer queries than keys, as the prefix rows alone
     k, v, size = p["k"][:, :, copies], p["v"][:, :, copies], count.double().expand(B, N)
-    each = ops.dense("sdpa", p["q"][:, :, rows], k, v, None if mask is None else mask[rows, copies], 0.3, "input")
-    one = ops.dense(
+    each = attention.dense("sdpa", p["q"][:, :, rows], k, v, None if mask is None else mask[rows, copies], 0.3, "input")
+    one = attention.dense(
         "sdpa", p["q"][:, :, rows], p["k"], p["v"], None if mask is None else mask[rows], 0.3, "input", size
     )
     torch.testing.assert_close(one, each)

@@ -17,10 +17,11 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from sparsify import completion, config, ops, terminal, zoo
+from sparsify import completion, config, terminal, zoo
 from sparsify.cli import app, main
 from sparsify.commands import convert
 from sparsify.helptext import tidy
+from sparsify.ops import attention
 from sparsify.options import torch_dtype
 from sparsify.recipe import recipe_names
 from sparsify.report import tables
@@ -88,7 +89,7 @@ def test_tab_offers_files_where_no_name_fits(line, capsys, monkeypatch):
 
 def test_words_of_completion_are_those_of_the_options():
     fields = config.SparsityConfig.model_fields
-    assert completion.BACKENDS == ops.BACKENDS and completion.KERNEL_PRECISIONS == ops.PRECISIONS
+    assert completion.BACKENDS == attention.BACKENDS and completion.KERNEL_PRECISIONS == attention.PRECISIONS
     assert get_args(fields["predictor"].annotation) == completion.PREDICTORS
     assert get_args(fields["tail"].annotation) == completion.TAILS
     assert get_args(fields["granularity"].annotation) == completion.GRANULARITIES

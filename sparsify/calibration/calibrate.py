@@ -17,7 +17,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sparsify import ops
 from sparsify.calibration import importance
 from sparsify.calibration.distance import distance
 from sparsify.calibration.lowrank import Moments
@@ -28,6 +27,7 @@ from sparsify.nn import graft, hosts, projection
 from sparsify.nn.attention import SparseAttention
 from sparsify.nn.observe import observe
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
+from sparsify.ops import attention
 from sparsify.ops.backends import resolve
 from sparsify.ops.spec import Execution, Spec, budget
 
@@ -149,7 +149,7 @@ def _spread(
         w = cast(nn.Linear, attentions[i].proj).weight.unflatten(1, (heads, -1))  # (C, H, d)
         gram = torch.einsum("chd,che->hde", w, w)
         for j, r in enumerate(ranks):
-            out = ops.head_lowrank(
+            out = attention.head_lowrank(
                 q,
                 k,
                 v,

@@ -20,12 +20,12 @@ def build_kernels(
     Example: sparsify build-kernels --verbose
     """
     preflight()
-    from sparsify.ops import cpu
+    from sparsify.ops.cpu import kernels
     from sparsify.ops.cpu.build import build
 
     built = build(force=force, verbose=verbose, say=options.say(False))
-    if reason := built.reason or cpu.available():
+    if reason := built.reason or kernels.available():
         raise SparsifyError(f"the CPU kernels cannot be used, the reference is: {reason}")
     print(f"library: {built.path}")
-    print(f"instruction set of this machine: {cpu.isa()}")
+    print(f"instruction set of this machine: {kernels.isa()}")
     print(f"built in {built.seconds:.0f} s" if built.seconds else "already built")

@@ -1,6 +1,6 @@
 """The job behind `sparsify export`: a converted file in, an ONNX or PyTorch (.pt2) program of the sparse form out.
 
-What is exported is the plain PyTorch reference of `sparsify.ops`, operator by operator, so that the program runs without
+What is exported is the plain PyTorch reference of `sparsify.ops.attention`, operator by operator, so that the program runs without
 this package; the CPU kernels do not travel. Of every program written the answers are compared with the model's before it
 takes its place.
 """

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsify import ops
 from sparsify.config import grid_of, growth
 from sparsify.nn import projection
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
 from sparsify.nn.tokens import Tokens
-from sparsify.ops import auto, backends, tails
+from sparsify.ops import attention, auto, backends, tails
 from sparsify.ops.spec import Execution, Spec, budget
 
 
@@ -114,7 +113,7 @@ class GraftedAttention(nn.Module):
         self._refuse_dropout()
         q, k, v = projection.prefix_heads(self, x, prefix, rope)
         bias = None if bias is None else bias[:, :, :prefix]
-        out = ops.dense("sdpa", q, k, v, bias, self.scale, "input", tokens.size)
+        out = attention.dense("sdpa", q, k, v, bias, self.scale, "input", tokens.size)
         return self.close(out, x[:, :prefix])
 
     def _refuse_dropout(self) -> None:
@@ -164,8 +163,8 @@ class DenseAttention(GraftedAttention):
         size = None if tokens is None else tokens.size
         runs_here = not backends.needs_grad(q, k, v) and (backends.eager(q) or backends.compiling())
         if runs_here and backends.resolve(self.execution.backend, q, mask) == "cpu":
-            return ops.dense("dense-cpu", q, k, v, None, self.scale, self.execution.precision, size)
-        return ops.dense("sdpa", q, k, v, mask, self.scale, "input", size)
+            return attention.dense("dense-cpu", q, k, v, None, self.scale, self.execution.precision, size)
+        return attention.dense("sdpa", q, k, v, mask, self.scale, "input", size)
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}"
@@ -214,7 +213,7 @@ class SparseAttention(GraftedAttention):
             shape = self.call(q, mask, path, spec)._replace(merged=size is not None, placed=place is not None)
             path = e.choose.choose(shape).taken
         if path in auto.DENSE:
-            return ops.dense(path, q, k, v, mask, self.scale, e.precision, size)
+            return attention.dense(path, q, k, v, mask, self.scale, e.precision, size)
         return predictor.attend(q, k, v, mask, tokens, self.scale, spec, path, e.precision)
 
     def spec(self, N: int, tokens: Tokens | None = None) -> Spec:

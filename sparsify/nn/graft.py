@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
-from sparsify import ops
 from sparsify.config import grid_of, growth
 from sparsify.errors import UsageError
 from sparsify.nn import fewer, hosts, projection
 from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention, Sparsity
 from sparsify.nn.hosts import check, num_prefix_tokens, num_tokens, patch_grid, rotary, set_image_size, shape
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
+from sparsify.ops import attention as ops
 from sparsify.ops import backends, reference
 from sparsify.ops.spec import Execution
 

@@ -11,12 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsify import ops
 from sparsify.nn.tokens import Tokens
-from sparsify.ops import reference
+from sparsify.ops import attention, reference
 from sparsify.ops.auto import Kind
-from sparsify.ops.choice import Ranking
 from sparsify.ops.spec import Spec
+from sparsify.ops.weights import Ranking
 
 
 class Reconstruction(NamedTuple):
@@ -57,14 +56,14 @@ class HeadLowrank(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Sparse attention over the predicted keys: [B, H, N, d] x 3 -> [B, N, H*d]."""
         size, place = (None, None) if tokens is None else (tokens.size, tokens.place)
-        return ops.head_lowrank(
+        return attention.head_lowrank(
             q, k, v, self.a_q, self.a_k, mask, size, place, self.ranks, scale, spec, backend, precision
         )
 
     def ranking(
         self, q: Tensor, k: Tensor, mask: Tensor | None, tokens: Tokens | None, scale: float, spec: Spec
     ) -> Ranking:
-        """What chooses the keys in `attend`, written out (`sparsify.ops.choice`); q, k [B, H, N, d]."""
+        """What chooses the keys in `attend`, written out (`sparsify.ops.weights`); q, k [B, H, N, d]."""
         row, col = reference.head_lowrank_scores(q, k, self.a_q, self.a_k, self.ranks)
         shift = None if tokens is None or tokens.size is None else tokens.size.log() / scale
         return Ranking(row, col, col, shift, 1 / scale)
@@ -142,7 +141,7 @@ class TokenLowrank(nn.Module):
         """Sparse attention over the predicted keys: [B, H, N, d] x 3 -> [B, N, H*d]."""
         w_down, w_up = self.weights_of(q.shape[2], tokens)
         size, place = (None, None) if tokens is None else (tokens.size, tokens.place)
-        return ops.token_lowrank(
+        return attention.token_lowrank(
             q, k, v, w_down, w_up, self.w_q, self.b_q, self.w_k, self.b_k, mask, size, place, scale, self.coef_scale, spec,
             backend, precision,
         )  # fmt: skip
@@ -192,7 +191,7 @@ class TokenLowrank(nn.Module):
     def ranking(
         self, q: Tensor, k: Tensor, mask: Tensor | None, tokens: Tokens | None, scale: float, spec: Spec
     ) -> Ranking:
-        """What chooses the keys in `attend`, written out (`sparsify.ops.choice`); q, k [B, H, N, d]."""
+        """What chooses the keys in `attend`, written out (`sparsify.ops.weights`); q, k [B, H, N, d]."""
         w_down, w_up = self.weights_of(q.shape[2], tokens)
         seen = k if mask is None else k * reference.alive(mask, q).unsqueeze(-1)
         p = (w_down, self.w_q, self.b_q, self.w_k, self.b_k)

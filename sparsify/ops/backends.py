@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from sparsify.ops import cpu
+from sparsify.ops.cpu import kernels
 
 BACKENDS = ("auto", "cpu", "reference")
 PRECISIONS = ("input", "bf16")
@@ -23,7 +23,7 @@ MOST_MASKED = 1 << 26  # pairs whose bias `masked.py` keeps for the backward: 25
 @torch.compiler.assume_constant_result
 def not_built() -> str | None:
     """Why the kernels cannot be used on this machine, in one line; None: they can (built at the first call)."""
-    return cpu.available()
+    return kernels.available()
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, biased: bool = False) -> str | None:
@@ -44,7 +44,7 @@ def resolve(backend: str, q: Tensor, mask: Tensor | None = None) -> str:
     """'cpu' or 'reference': what computes the sparse form of a call with queries q [B, H, N, d]."""
     if torch.compiler.is_exporting():  # the program is to run elsewhere; nothing is built for it
         return "reference"
-    return "cpu" if backend != "reference" and cpu.supports(q, mask) and not_built() is None else "reference"
+    return "cpu" if backend != "reference" and kernels.supports(q, mask) and not_built() is None else "reference"
 
 
 def training(backend: str, q: Tensor, mask: Tensor | None = None) -> str:
@@ -69,7 +69,7 @@ def describe(backend: str, precision: str, device: torch.device, dtype: torch.dt
     if reason is not None:
         return f"reference ({reason})"
     stored = ", q, k and v in bfloat16" if precision == "bf16" and dtype == torch.float32 else ""
-    return f"cpu ({cpu.isa()}{stored})"
+    return f"cpu ({kernels.isa()}{stored})"
 
 
 def note(backend: str, device: torch.device, dtype: torch.dtype, biased: bool = False) -> str:

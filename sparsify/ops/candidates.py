@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparsify import ops
+from sparsify.ops import attention
 
 if TYPE_CHECKING:
     from sparsify.ops.auto import Shape
@@ -39,7 +39,7 @@ def make(shape: Shape) -> Candidates:
         place = (torch.arange(N - shape.spec.prefix, device=device) % patches).expand(B, -1).contiguous()
     found: Candidates = {shape.sparse: _sparse(shape, q, k, v, mask, size, place, scale, random)}
     for path in ("dense-cpu", "sdpa") if shape.sparse == "cpu" else ("sdpa",):
-        found[path] = partial(ops.dense, path, q, k, v, mask, scale, shape.precision, size)
+        found[path] = partial(attention.dense, path, q, k, v, mask, scale, shape.precision, size)
     return found
 
 
@@ -54,11 +54,11 @@ def _sparse(
         if kind.name == "head":
             a_q, a_k = random(H, d, kind.rank_max), random(H, d, kind.rank_max)
         ranks = spread(H, kind.rank_sum, kind.rank_max)
-        return partial(ops.head_lowrank, q, k, v, a_q, a_k, mask, size, place, ranks, scale, *how)
+        return partial(attention.head_lowrank, q, k, v, a_q, a_k, mask, size, place, ranks, scale, *how)
     r, c = kind.rank_max, kind.channels
     w_down, w_up = random(r, N).softmax(-1), random(kind.up_heads, r, N)
     w, b = (random(c, d), random(c)) if c else (None, None)
-    return partial(ops.token_lowrank, q, k, v, w_down, w_up, w, b, w, b, mask, size, place, scale, scale, *how)
+    return partial(attention.token_lowrank, q, k, v, w_down, w_up, w, b, w, b, mask, size, place, scale, scale, *how)
 
 
 def spread(heads: int, total: int, largest: int) -> tuple[int, ...]:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from sparsify import __version__
-from sparsify.ops import backends, cpu
-from sparsify.ops.cpu import build
+from sparsify.ops import backends
+from sparsify.ops.cpu import build, kernels
 from sparsify.ops.machine import device_name
 
 
@@ -29,7 +29,7 @@ def identity(device: str) -> dict[str, str]:
     library = build.build().path if usable else None
     return {
         "device": device_name(torch.device(device)),
-        "isa": cpu.isa() if usable else "",
+        "isa": kernels.isa() if usable else "",
         "kernels": library.parent.name if library else "",  # hash of sources, flags and compiler
         "torch": torch.__version__,
         "sparsify": __version__,

@@ -52,7 +52,7 @@ def profile(
         batch_size: images per measured batch; MACs are always per image.
         dtype: of the measurement: float32, float16 or bfloat16.
         device: where to measure.
-        backend: how the sparse form is computed, one of `sparsify.ops.BACKENDS`.
+        backend: how the sparse form is computed, one of `sparsify.ops.attention.BACKENDS`.
         kernel_precision: input or bf16 (`sparsify.ops.spec.Execution`).
         backbone_changed: the weights are not the dense original's any more, so that `auto` has no dense fallback and
             the model no dense twin.

@@ -1,0 +1,198 @@
+"""The C++ kernels as Python functions: whether they can be used here, and calls that match the ops' references.
+
+Built on first use (`build.py`); after that every call is one torch op on torch's own threads. Float32 tensors are computed
+in float32 with the keys of the reference; with `precision="bf16"` (and for bfloat16 tensors) queries, keys and values are
+stored as bfloat16, products accumulate in float32, and predictor scores are rounded to bfloat16, so that keys whose scores
+differ by less than that may change places. Without bfloat16 instructions bfloat16 tensors are computed in float32.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.ops import reference, tails
+from sparsify.ops.cpu import build
+from sparsify.ops.spec import Spec
+
+ISAS = ("none", "avx2", "avx512", "avx512bf16")
+TAILS = {"none": 0, "mean": 1, "cells": 2, "clusters": 3}
+MOST_TOKENS, LARGEST_HEAD = 1 << 15, 1024
+
+
+def available() -> str | None:
+    """None where the kernels can be used (they are built now if they were not); else the reason, in one line."""
+    return _load()[1]
+
+
+def isa() -> str:
+    """Instruction set in use: avx512bf16, avx512 or avx2; SPARSIFY_ISA names a smaller one than the processor's."""
+    level, reason = _load()
+    return reason if reason else ISAS[level]
+
+
+def supports(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether a call on this tensor [B, H, N, d] can be computed by the kernels, which `available` told are there."""
+    return (
+        q.device.type == "cpu"
+        and q.dtype in (torch.float32, torch.bfloat16)
+        and mask is None
+        and q.shape[2] <= MOST_TOKENS
+        and q.shape[3] <= LARGEST_HEAD
+        and q.numel() > 0
+    )
+
+
+@cache
+def _load() -> tuple[int, str | None]:
+    """Level of the instruction set (index into `ISAS`) and why there is none, which is also said once, as a warning."""
+    level, reason = _find()
+    if reason:
+        line = f"sparse attention is computed by the slow PyTorch reference: {reason}"
+        warnings.warn(line, RuntimeWarning, stacklevel=2)
+    return level, reason
+
+
+@torch.compiler.assume_constant_result
+def _level() -> int:
+    """The level that calls pass on; under torch.compile a constant of the program."""
+    return _load()[0]
+
+
+def _find() -> tuple[int, str | None]:
+    wanted = os.environ.get("SPARSIFY_ISA", "")
+    if wanted and wanted not in ISAS[1:]:
+        return 0, f"SPARSIFY_ISA={wanted}: expected one of {', '.join(ISAS[1:])}"
+    built = build.build(say=lambda line: print(line, file=sys.stderr))
+    if built.path is None:
+        return 0, built.reason
+    try:
+        torch.ops.load_library(str(built.path))
+        _describe()
+        best = int(torch.ops.sparsify_cpu.best_isa())
+    except (OSError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        return 0, f"the CPU kernels do not load ({why}): try 'sparsify build-kernels --force'"
+    if best == 0:
+        return 0, "this processor has no AVX2, which the CPU kernels need"
+    return (min(best, ISAS.index(wanted)) if wanted else best), None
+
+
+def _bf16(q: Tensor, precision: str) -> bool:
+    return q.dtype == torch.bfloat16 or precision == "bf16"
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _call(
+    op: object, q: Tensor, k: Tensor, v: Tensor, row: Tensor, col: Tensor, feature: Tensor | None, size: Tensor | None,
+    shift: Tensor | None, place: Tensor | None, ranks: list[int], scale: float, spec: Spec, precision: str,
+) -> Any:  # fmt: skip
+    N = q.shape[2]
+    P = min(spec.prefix, N)
+    grid = (spec.grid[0], spec.grid[1]) if place is not None else tails.patch_grid(N - P, (spec.grid[0], spec.grid[1]))
+    op = op or torch.ops.sparsify_cpu.sparse_attention.default
+    return op(  # type: ignore[operator]
+        _flat(q), _flat(k), _flat(v), _flat(row), _flat(col), feature, size, shift, place, ranks, scale, spec.budget, P,
+        TAILS[spec.tail], grid, spec.cells[:2], spec.tile, _bf16(q, precision), _load()[0],
+    )  # fmt: skip
+
+
+def head_lowrank(
+    q: Tensor, k: Tensor, v: Tensor, a_q: Tensor | None, a_k: Tensor | None, size: Tensor | None, place: Tensor | None,
+    ranks: list[int], scale: float, spec: Spec, precision: str = "input", op: object = None,
+) -> Tensor:  # fmt: skip
+    """`sparsify::head_lowrank_attention` on the CPU: [B, H, N, d] x 3 -> [B, N, H*d]. `op`: another op of the library."""
+    row, col = (q, k) if a_q is None or a_k is None else (q @ a_q.to(q.dtype), k @ a_k.to(k.dtype))
+    shift = None if size is None else size.log() / scale
+    return _call(op, q, k, v, row, col, None, size, shift, place, ranks, scale, spec, precision)
+
+
+def token_lowrank(
+    q: Tensor, k: Tensor, v: Tensor, w_down: Tensor, w_up: Tensor, w_q: Tensor | None, b_q: Tensor | None,
+    w_k: Tensor | None, b_k: Tensor | None, size: Tensor | None, place: Tensor | None, scale: float, coef_scale: float,
+    spec: Spec, precision: str = "input", op: object = None,
+) -> Tensor:  # fmt: skip
+    """`sparsify::token_lowrank_attention` on the CPU. The coefficients are the reference's: linear in N."""
+    H = q.shape[1]
+    coef = reference.token_lowrank_coefficients(q.float(), k.float(), (w_down, w_q, b_q, w_k, b_k), coef_scale, spec)
+    col = w_up.to(coef.dtype).mT.contiguous().expand(q.shape[0], H, -1, -1)  # (B, H, N, r)
+    feature = _flat(k) if spec.tail == "clusters" else None
+    ranks = [coef.shape[-1]] * H
+    return _call(op, q, k, v, coef, col, feature, size, None, place, ranks, scale, spec, precision)
+
+
+class _Trained(torch.autograd.Function):
+    """A call of the kernels whose gradients are computed from the keys and cells that it found."""
+
+    @staticmethod
+    def forward(q, k, v, size, scale, spec, m, call):  # type: ignore[no-untyped-def]
+        return call(q, k, v, torch.ops.sparsify_cpu.probe_attention.default)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        q, k, v, size, *ctx.constants, _ = inputs
+        _, kept, cells = output
+        ctx.mark_non_differentiable(kept, cells)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, size, kept, cells)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+        q, k, v, size, kept, cells = ctx.saved_tensors
+        scale, spec, m = ctx.constants
+        if grad is None:
+            return (None,) * 8
+        found = torch.ops.sparsify_cpu.sparse_backward.default(
+            _flat(grad.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)), _flat(q), _flat(k), _flat(v), kept, cells, size,
+            scale, spec.prefix, TAILS[spec.tail], m, _load()[0],
+        )  # fmt: skip
+        return *found, None, None, None, None, None
+
+
+def trained(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, place: Tensor | None, scale: float, spec: Spec,
+    call: Callable[[Tensor, Tensor, Tensor, object], tuple[Tensor, Tensor, Tensor]],
+) -> Tensor:  # fmt: skip
+    """The output [B, N, H*d] of `call`, `head_lowrank` or `token_lowrank` by q, k, v and op, with gradients for q, k and v.
+
+    The choice of keys has no gradient. Kept between forward and backward: q, k, v and b + 1 integers a row.
+    """
+    grid = (spec.grid[0], spec.grid[1])
+    if place is None:
+        grid = tails.patch_grid(max(0, q.shape[2] - spec.prefix), grid)
+    m = tails.cell_count(spec.tail, spec.prefix, grid, (spec.cells[0], spec.cells[1]))
+    return _Trained.apply(q, k, v, size, scale, spec, m, call)[0]  # type: ignore[no-untyped-call]
+
+
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, precision: str = "input", size: Tensor | None = None
+) -> Tensor:
+    """Dense attention with the same inner loops as the sparse kernels: [B, H, N, d] x 3 -> [B, N, H*d]."""
+    return torch.ops.sparsify_cpu.dense_attention.default(
+        _flat(q), _flat(k), _flat(v), size, scale, _bf16(q, precision), _level()
+    )
+
+
+@cache
+def _describe() -> None:
+    """Tells torch.compile the shape of what the loaded library computes; once, whoever loads it again."""
+    torch.library.register_fake("sparsify_cpu::dense_attention", _dense_shape)
+
+
+def _dense_shape(q: Tensor, k: Tensor, *_: object) -> Tensor:
+    B, H, N, d = q.shape
+    return q.new_empty(B, N, H * d)
+
+
+__all__ = ["ISAS", "available", "dense", "head_lowrank", "isa", "supports", "token_lowrank", "trained"]
