@@ -27,7 +27,7 @@ from sparsify import checkpoint, conversion, schedule, zoo
 from sparsify.calibration import fit_importance
 from sparsify.config import SparsityConfig, Target, Tokens
 from sparsify.evaluation import evaluate
-from sparsify.nn import fewer, graft
+from sparsify.nn import graft, token_models
 from sparsify.profiling import profile
 from sparsify.recipe import load_recipe
 from sparsify.schedule import costs as costing
@@ -70,7 +70,9 @@ def one_rate(base: nn.Module, config: SparsityConfig, target: float, ends_empty:
     """One token rate for all blocks that gives `target` of the dense MACs, keep 0.1 everywhere."""
     n0, depth = graft.num_tokens(base) - 1, len(graft.attention_modules(base))
     dense = profile(base, measure=False).macs_dense
-    costs = costing.macs(base, 1, fewer.ranking_rows(base), "merge", schedule.options_of(config, n0 + 1, (None, 0.1)))
+    costs = costing.macs(
+        base, 1, token_models.ranking_rows(base), "merge", schedule.options_of(config, n0 + 1, (None, 0.1))
+    )
     fixed = dense - search.price(costs, [n0] * (depth + 1), [None] * depth)
     low, high = 0.5, 1.0
     for _ in range(40):

@@ -22,7 +22,7 @@ from sparsify.config import SparsityConfig, Target, Tokens
 from sparsify.errors import UsageError
 from sparsify.finetune import Outcome
 from sparsify.naming import place
-from sparsify.nn import fewer, graft, hosts
+from sparsify.nn import graft, hosts, token_models
 from sparsify.ops import backends
 from sparsify.ops.spec import Execution
 from sparsify.profiling import Profile, profile
@@ -112,7 +112,7 @@ def convert(
         source, model = _loaded(name, recipe, target, weights, num_classes, img_size, say)
         graft.check_execution(execution, torch.device(device), dtype, hosts.biased(model))
         if target is not None:  # its schedule lets tokens leave
-            fewer.check(model)
+            token_models.check(model)
         architecture, dense_sha256 = zoo.describe(model, source), checkpoint.digest_of(model)
         checkpoint.may_overwrite(output, architecture, force)
         learns_from = partial(finetune.Source, val=val, device=device, workers=workers, micro_batch=micro_batch)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsify.config import SparsityConfig
 from sparsify.errors import SparsifyError, UsageError
-from sparsify.nn import fewer, graft, observe
+from sparsify.nn import graft, observe, token_models
 from sparsify.nn.attention import GraftedAttention, SparseAttention
 from sparsify.nn.tokens import Tokens
 from sparsify.ops import weights
@@ -130,7 +130,7 @@ def inspect(model: nn.Module, x: Tensor, queries: Sequence[int] = (), dense: nn.
     originals = None if dense is None else _dense_maps(dense, x, grid)
     layers: list[Layer] = []
     stages: list[Survivors] = []
-    staged = dict(fewer.stages(model))
+    staged = dict(token_models.stages(model))
     present = patches
 
     def witness(
@@ -179,7 +179,7 @@ def _features(model: nn.Module, x: Tensor) -> None:
     weight = next(model.parameters())
     batch = x.unsqueeze(0).to(weight.device, weight.dtype)
     host = cast(Any, model)
-    leave = hasattr(model, "full_grid")  # of `sparsify.nn.fewer`: the model can follow where every patch goes
+    leave = hasattr(model, "full_grid")  # of `sparsify.nn.token_models`: the model can follow where every patch goes
     host.forward_features(batch, full_grid=True) if leave else host.forward_features(batch)
 
 

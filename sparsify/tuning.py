@@ -12,7 +12,7 @@ from torch import nn
 from sparsify import checkpoint, processes
 from sparsify.config import SparsityConfig
 from sparsify.finetune import How, Outcome, Plan, RunFolder, finetune
-from sparsify.nn.unfold import fold
+from sparsify.nn.folding import fold
 from sparsify.recipe import Recipe, load_recipe, recipe_yaml
 
 

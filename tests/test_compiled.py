@@ -5,7 +5,7 @@ import torch
 from families import FAMILIES, LEAVING, build, draw_importance, images
 
 from sparsify.config import SparsityConfig, Tokens
-from sparsify.nn import fewer, graft
+from sparsify.nn import graft, token_models
 from sparsify.ops import backends
 
 HEAD, TOKEN = "head-lowrank", "token-lowrank"
@@ -45,7 +45,7 @@ def test_no_graph_break(family):
 @pytest.mark.parametrize("family", LEAVING)
 def test_no_graph_break_where_tokens_leave(family):
     model = sparse(family, [HEAD, TOKEN], Tokens(keep=0.5, stages=(1,), way=WAYS[family]))
-    assert [i for i, _ in fewer.stages(model)] == [0] and len(graft.sparse_modules(model)) == 2
+    assert [i for i, _ in token_models.stages(model)] == [0] and len(graft.sparse_modules(model)) == 2
     assert not breaks(model)
 
 

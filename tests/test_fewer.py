@@ -21,7 +21,7 @@ from timm.models.vision_transformer import ResPostBlock
 
 from sparsify.config import SparsityConfig, Tokens, validate
 from sparsify.errors import UsageError
-from sparsify.nn import fewer, graft, merging, projection
+from sparsify.nn import graft, merging, projection, token_models
 from sparsify.nn.attention import SparseAttention
 from sparsify.nn.merging import matching
 from sparsify.nn.predictor import TokenLowrank
@@ -69,7 +69,7 @@ def importances(model):
 def watched(model):
     """What is known of the tokens after every stage that chooses some: a list that fills as the model runs."""
     seen = []
-    hooks = [s.register_forward_hook(lambda m, args, out: seen.append(out[1])) for _, s in fewer.stages(model)]
+    hooks = [s.register_forward_hook(lambda m, args, out: seen.append(out[1])) for _, s in token_models.stages(model)]
     yield seen
     for hook in hooks:
         hook.remove()
@@ -399,10 +399,10 @@ def test_stages_leave_no_trace(family):
         clone = copy.deepcopy(model)
         by_attention = dict(importance="attention", stages=(2,), way="evit")
         graft.reduce(model, SparsityConfig(tokens=Tokens(keep=0.9, **by_attention)))
-        assert [(i, s.way, s.share) for i, s in fewer.stages(model)] == [(1, "evit", 0.9)]
+        assert [(i, s.way, s.share) for i, s in token_models.stages(model)] == [(1, "evit", 0.9)]
         assert not torch.equal(model(x), first) and torch.equal(clone(x), first)
         graft.reduce(model, SparsityConfig())
-        assert not list(fewer.stages(model)) and type(model) is type(dense)
+        assert not list(token_models.stages(model)) and type(model) is type(dense)
         close(model(x), plain(x), 1e-5)
         graft.reduce(model, SparsityConfig(tokens=Tokens(stages=(1, 2), keep=0.5, importance="attention")))
         assert torch.equal(model(x), first)

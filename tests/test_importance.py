@@ -12,7 +12,7 @@ from sparsify import checkpoint
 from sparsify.calibration import calibrate, fit_importance, importance
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import SparsifyError
-from sparsify.nn import fewer, graft, projection
+from sparsify.nn import graft, projection, token_models
 from sparsify.nn.importance import fitted
 from sparsify.profiling import profile
 
@@ -152,7 +152,7 @@ def test_files(tmp_path):
     save_file(tensors, old, metadata=meta)
     assert checkpoint.read_header(old).config.tokens.importance == "attention"
     assert weights_of(checkpoint.load(old)) == [None] * 3
-    assert len(list(fewer.stages(checkpoint.load(old)))) == 3
+    assert len(list(token_models.stages(checkpoint.load(old)))) == 3
 
 
 def test_an_unknown_kind_is_refused_in_one_line():

@@ -12,7 +12,7 @@ from sparsify.finetune import learners
 from sparsify.finetune.lesson import Lesson, Teacher, _listen, _present
 from sparsify.finetune.plan import check
 from sparsify.nn import graft
-from sparsify.nn.unfold import unfold
+from sparsify.nn.folding import unfold
 from sparsify.stage import Stage
 
 SMALL = dict(embed_dim=48, num_heads=3, patches=4)

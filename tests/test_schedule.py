@@ -14,7 +14,7 @@ from sparsify.calibration import fit_importance
 from sparsify.cli import main
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import UsageError
-from sparsify.nn import fewer, graft
+from sparsify.nn import graft, token_models
 from sparsify.ops.spec import Execution
 from sparsify.profiling import profile
 from sparsify.recipe import load_recipe
@@ -104,7 +104,7 @@ def test_costs_are_the_profiles_macs(way, counts, importance):
     cells = ((1, 1), (2, 2), (2, 1), (1, 1))
     listed = tuple("dense" if k is None else k for k in keeps)
     config = SparsityConfig(keep=listed, rank=4, spread_rank=False, cells=cells)
-    costs = costing.macs(model, 1, fewer.ranking_rows(model), way, options)
+    costs = costing.macs(model, 1, token_models.ranking_rows(model), way, options)
 
     def total(c, a):
         rates = search.Schedule(c, a, 0, 0).rates()
@@ -138,7 +138,7 @@ def test_sensitivity_leaves_the_model_as_it_was_and_sees_what_matters():
     measured = schedule.sensitivity(model, SparsityConfig(keep=0.5, rank=4), [x], (None, 0.5, 0.25))
     with torch.no_grad():
         assert torch.equal(model(x), before)
-    assert type(model).__name__ == "VisionTransformer" and not list(fewer.stages(model))
+    assert type(model).__name__ == "VisionTransformer" and not list(token_models.stages(model))
     assert measured.empty == pytest.approx(0, abs=1e-6)  # nothing reads patch rows after the last block
     assert (measured.keeps[:, 0] == 0).all() and measured.tokens[0, -1] > measured.tokens[0, 1] >= 0
     assert np.allclose(measured.tokens[-1], 0, atol=1e-6)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from sparsify.config import SparsityConfig
 from sparsify.nn import graft
+from sparsify.nn.folding import fold, retract, unfold
 from sparsify.nn.predictor import HeadLowrank
-from sparsify.nn.unfold import fold, retract, unfold
 
 RANKS = ((8, 3, 21), (1, 64, 5))  # of each head of two blocks
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.config import SparsityConfig
-from sparsify.nn import fewer, graft, projection
-from sparsify.nn.blocks import AnyTokenBlock
+from sparsify.nn import graft, projection, token_models
 from sparsify.nn.importance import TINY, asked, features
+from sparsify.nn.token_blocks import AnyTokenBlock
 
 RIDGE = 1e-4  # lambda as a share of the mean diagonal of the features' Gram matrix
 CHUNK = 16  # images computed together at most
@@ -37,8 +37,8 @@ def fit(model: nn.Module, images: Iterable[Tensor]) -> None:
     dense = graft.graft(graft.dense_twin(model), SparsityConfig(keep="dense"))
     attentions = list(graft.attention_modules(dense).values())
     depth = len(attentions)
-    fewer.install(dense, "merge", [None] * depth, False)
-    rows, prefix = fewer.ranking_rows(dense), graft.num_prefix_tokens(dense)
+    token_models.install(dense, "merge", [None] * depth, False)
+    rows, prefix = token_models.ranking_rows(dense), graft.num_prefix_tokens(dense)
     fits = [Ridge() for _ in range(depth)]
     patches = graft.num_tokens(dense) - prefix
     size = max(1, min(CHUNK, HELD // (depth * patches * projection.channels(attentions[0]))))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import UsageError
 from sparsify.nn import graft
-from sparsify.nn.fewer import FewerTokens
+from sparsify.nn.token_models import FewerTokens
 from sparsify.nn.tokens import Tokens
 from sparsify.recipe import Repair
 

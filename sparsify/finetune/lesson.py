@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from sparsify.finetune import losses
 from sparsify.nn import graft, hosts
 from sparsify.nn.attention import SparseAttention
-from sparsify.nn.fewer import TokensLeave
 from sparsify.nn.observe import watching
 from sparsify.nn.predictor import Reconstruction, TokenLowrank
+from sparsify.nn.token_models import TokensLeave
 from sparsify.nn.tokens import Tokens
 from sparsify.ops.spec import budget
 from sparsify.stage import Losses, Stage

@@ -26,7 +26,7 @@ from sparsify.finetune.plan import Plan, Planned
 from sparsify.finetune.record import Record
 from sparsify.finetune.standing import How, Standing
 from sparsify.loading import drawn_number
-from sparsify.nn.unfold import retract
+from sparsify.nn.folding import retract
 from sparsify.report.progress import training_note
 
 STATE = "state.safetensors"

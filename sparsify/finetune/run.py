@@ -18,7 +18,7 @@ from sparsify.finetune.loop import StageRun
 from sparsify.finetune.plan import Plan
 from sparsify.finetune.record import Record
 from sparsify.finetune.standing import How, Outcome, Standing
-from sparsify.nn.unfold import unfold
+from sparsify.nn.folding import unfold
 
 
 def finetune(

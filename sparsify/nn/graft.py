@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsify.config import grid_of, growth
 from sparsify.errors import UsageError
-from sparsify.nn import fewer, hosts, projection
+from sparsify.nn import hosts, projection, token_models
 from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention, Sparsity
 from sparsify.nn.hosts import check, num_prefix_tokens, num_tokens, patch_grid, rotary, set_image_size, shape
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
@@ -52,7 +52,7 @@ def check_config(model: nn.Module, config: SparsityConfig) -> None:
     """Raise `UsageError` where `config` does not fit a dense model that is understood (`hosts.check`)."""
     config.check(*shape(check(model)), num_prefix_tokens(model))
     if config.tokens is not None:
-        fewer.check(model)
+        token_models.check(model)
 
 
 def reduce(model: nn.Module, config: SparsityConfig) -> None:
@@ -63,7 +63,7 @@ def reduce(model: nn.Module, config: SparsityConfig) -> None:
     Raises:
         UsageError: see `Tokens.check`.
     """
-    fewer.remove(model)
+    token_models.remove(model)
     attentions = list(attention_modules(model).values())
     depth = len(attentions)
     if config.tokens is not None:
@@ -77,7 +77,7 @@ def reduce(model: nn.Module, config: SparsityConfig) -> None:
     if config.tokens is None:
         return
     follow = config.tokens.way == "merge" and config.predictor == "token-lowrank"
-    fewer.install(model, config.tokens.way, config.tokens.shares(depth), follow)
+    token_models.install(model, config.tokens.way, config.tokens.shares(depth), follow)
 
 
 def fits_importance(config: SparsityConfig, depth: int) -> tuple[bool, ...]:
@@ -93,7 +93,7 @@ def apply(model: nn.Module, config: SparsityConfig) -> nn.Module:
     Raises:
         UsageError: `config` does not fit, or a block that is dense is to be sparse.
     """
-    fewer.remove(model)
+    token_models.remove(model)
     config = config.with_cells(num_tokens(model))
     for i, (name, module) in enumerate(attention_modules(model).items()):
         keep = config.keep_of(i)
@@ -245,7 +245,7 @@ def dense_twin(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model, memo=cast(dict, tensors))
     for name, module in attention_modules(twin).items():
         twin.set_submodule(name, module.dense())
-    fewer.remove(twin)
+    token_models.remove(twin)
     return twin
 
 

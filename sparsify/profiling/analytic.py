@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from sparsify.nn import hosts, projection
 from sparsify.nn.attention import GraftedAttention, SparseAttention, Sparsity
-from sparsify.nn.fewer import token_blocks
 from sparsify.nn.merging import rounds
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
+from sparsify.nn.token_models import token_blocks
 from sparsify.nn.tokens import Tokens
 from sparsify.ops.tails import LLOYD_STEPS
 

@@ -19,8 +19,8 @@ from torch import nn
 
 from sparsify.nn import hosts
 from sparsify.nn.attention import SparseAttention
-from sparsify.nn.fewer import token_blocks
 from sparsify.nn.graft import sparse_modules
+from sparsify.nn.token_models import token_blocks
 from sparsify.ops.macs import HANDLES, PARTS
 
 ELEMENTWISE = frozenset({

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import UsageError
-from sparsify.nn import fewer, graft
+from sparsify.nn import graft, token_models
 from sparsify.profiling.latency import interleaved
 from sparsify.profiling.macs import count, image_shape, replica
 from sparsify.schedule import costs as costing
@@ -73,7 +73,7 @@ def for_macs(model: nn.Module, config: SparsityConfig, measured: Sensitivity, ta
     """
     prefix, n0 = graft.num_prefix_tokens(model), measured.patches
     options = options_of(config, n0 + prefix, measured.options)
-    found = costing.macs(model, prefix, fewer.ranking_rows(model), way_of(config), options)
+    found = costing.macs(model, prefix, token_models.ranking_rows(model), way_of(config), options)
     fixed = dense - searching.price(found, [n0] * (len(found) + 1), [None] * len(found))
     schedule = searching.search(measured, found, target * dense - fixed)
     share = (schedule.cost + fixed) / dense

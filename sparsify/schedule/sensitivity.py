@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.calibration.distance import distance
-from sparsify.nn import fewer
+from sparsify.nn import token_models
 from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention
 from sparsify.nn.predictor import TokenLowrank
 from sparsify.nn.tokens import Stage, Tokens
@@ -130,8 +130,8 @@ def _laid_bare(model: nn.Module, way: str) -> Iterator[tuple[Any, list[Any], dic
     before = [getattr(block, "stage", None) for block in blocks]
     follow = bool(getattr(model, "follow", False))
     own_way = next((stage.way for stage in before if stage is not None), way)
-    fewer.remove(model)
-    fewer.install(
+    token_models.remove(model)
+    token_models.install(
         model,
         way,
         [None] * len(blocks),
@@ -146,9 +146,9 @@ def _laid_bare(model: nn.Module, way: str) -> Iterator[tuple[Any, list[Any], dic
     finally:
         for block, module in zip(blocks, attention, strict=True):
             block.attn = module
-        fewer.remove(model)
+        token_models.remove(model)
         if any(stage is not None for stage in before):
-            fewer.install(model, own_way, [None if s is None else s.share for s in before], follow)
+            token_models.install(model, own_way, [None if s is None else s.share for s in before], follow)
 
 
 def _dense_pass(host: Any, blocks: list[Any], x: Tensor) -> tuple[list[tuple[Tensor, Tokens]], Tensor, int]:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsify.errors import UsageError
-from sparsify.nn import blocks as blocks_
-from sparsify.nn.blocks import AnyTokenBlock
+from sparsify.nn import token_blocks as blocks_
 from sparsify.nn.hosts import ranking_rows
+from sparsify.nn.token_blocks import AnyTokenBlock
 from sparsify.nn.tokens import Stage, Tokens
 
 
