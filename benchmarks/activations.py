@@ -17,7 +17,8 @@ import torch
 from accuracy import DATA, WEIGHTS
 from torch import Tensor
 
-from sparsify import checkpoint, conversion, data
+from sparsify import conversion, data
+from sparsify.models import checkpoint
 from sparsify.nn import graft
 from sparsify.nn.observe import observe
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank

@@ -22,7 +22,8 @@ from quantised import SETTINGS
 from torch import Tensor
 from variants import variant
 
-from sparsify import checkpoint, conversion, data, exporting
+from sparsify import conversion, data, exporting
+from sparsify.models import checkpoint
 from sparsify.nn import graft
 from sparsify.ops.spec import Execution
 from sparsify.profiling.latency import interleaved

@@ -22,11 +22,12 @@ import torch
 from accuracy import DATA, WEIGHTS, photographs
 from torch import Tensor, nn
 
-from sparsify import checkpoint, conversion, zoo
+from sparsify import conversion
 from sparsify.config import Target
 from sparsify.evaluation import evaluate
 from sparsify.finetune.lesson import true_attention
 from sparsify.finetune.losses import attention
+from sparsify.models import checkpoint, names, pretrained
 from sparsify.nn import graft
 from sparsify.nn.observe import observe
 from sparsify.nn.predictor import Reconstruction, TokenLowrank
@@ -139,7 +140,7 @@ def main() -> None:
     if not WEIGHTS.exists():
         raise SystemExit(f"no weights at {DATA}: set SPARSIFY_TEST_DATA")
     wanted = arguments.only.split(",")
-    dense = zoo.load(zoo.resolve("deit_tiny"), WEIGHTS)
+    dense = pretrained.load(names.resolve("deit_tiny"), WEIGHTS)
     print(HEAD)
     seeded = {"seed": arguments.seed}
     if "paper" in wanted:

@@ -20,9 +20,10 @@ import timm
 import torch
 from torch import Tensor
 
-from sparsify import calibration, data, weights
+from sparsify import calibration, data
 from sparsify.config import SparsityConfig
 from sparsify.evaluation import evaluate
+from sparsify.models import dense_weights
 from sparsify.profiling import profile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +49,7 @@ def settings() -> Iterator[tuple[str, dict]]:
 def measure(images: int, calib_images: int) -> list[dict]:
     """One row for each setting: MHSA share, agreement and KL."""
     dense = timm.create_model("deit_tiny_patch16_224").eval()
-    dense.load_state_dict(weights.read_checkpoint(DATA / "deit_tiny_patch16_224.safetensors"))
+    dense.load_state_dict(dense_weights.read_checkpoint(DATA / "deit_tiny_patch16_224.safetensors"))
     transform = data.transform(data.data_config(dense))
     drawn = data.unlabelled(DATA / "imagenet-sample" / "train", calib_images + images, 0, transform)
     every = torch.cat(list(drawn))

@@ -23,10 +23,11 @@ import torch
 from accuracy import DATA, WEIGHTS, convert, photographs
 from torch import nn
 
-from sparsify import checkpoint, conversion, schedule, zoo
+from sparsify import conversion, schedule
 from sparsify.calibration import fit_importance
 from sparsify.config import SparsityConfig, Target, Tokens
 from sparsify.evaluation import evaluate
+from sparsify.models import checkpoint, names
 from sparsify.nn import graft, token_models
 from sparsify.profiling import profile
 from sparsify.recipe import load_recipe
@@ -104,7 +105,7 @@ def main() -> None:
     if "rates" in wanted or "ways" in wanted:
         made = convert("deit_tiny", load_recipe("calibrate"), WEIGHTS, images)
         config, recipe = made.header.config, load_recipe("calibrate")
-        source = zoo.resolve("deit_tiny")
+        source = names.resolve("deit_tiny")
         batches, _ = conversion.calibration_images(made.model, source, recipe, str(images), "cpu", 32, 0)
         fit_importance(made.model, batches)
         if "rates" in wanted:

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify import checkpoint, exporting, hub, original
 from sparsify import conversion as _conversion
 from sparsify import evaluation as _evaluation
+from sparsify import exporting
 from sparsify import profiling as _profiling
 from sparsify import saving as _saving
 from sparsify.config import Target, validate
 from sparsify.errors import UsageError
 from sparsify.exporting import Exported
 from sparsify.metrics import Evaluation
+from sparsify.models import checkpoint, hub, original
 from sparsify.nn import graft
 from sparsify.ops.auto import Chooser
 from sparsify.ops.spec import Execution
@@ -101,7 +102,7 @@ def load(
     Args:
         path: file; `hf-hub:ORG/NAME` or ORG/NAME of a repository that `sparsify push` wrote (@REVISION may follow),
             downloaded once; or `local-dir:FOLDER`.
-        img_size: see `sparsify.checkpoint.load`.
+        img_size: see `sparsify.models.checkpoint.load`.
         backend: cpu or reference computes the sparse form always. auto: per attention shape whatever was measured fastest
             on this machine (about 0.3 s at the first call of a shape, then remembered on disk): the CPU kernels, or
             dense attention, unless the file's backbone was changed. From the first `model.train()` on, always sparse, in
@@ -110,9 +111,9 @@ def load(
         rates: drop_rate, pos_drop_rate, proj_drop_rate, drop_path_rate of training, as timm's (0 to 1).
 
     Raises:
-        BadFile: see `sparsify.checkpoint.load`.
+        BadFile: see `sparsify.models.checkpoint.load`.
         UsageError: an unknown backend, precision or rate, or backend cpu where the kernels cannot be used.
-        SparsifyError: a download that failed, see `sparsify.hub.fetch`.
+        SparsifyError: a download that failed, see `sparsify.models.hub.fetch`.
     """
     file = hub.local(path)
     changed = checkpoint.read_header(file).backbone_changed
@@ -163,7 +164,7 @@ def profile(
         options: see `sparsify.profiling.profile`.
 
     Raises:
-        SparsifyError: see `sparsify.profiling.profile` and `sparsify.original.load_original`.
+        SparsifyError: see `sparsify.profiling.profile` and `sparsify.models.original.load_original`.
     """
     sparse, beside, changed = _opened(model, dense)
     return _profiling.profile(sparse, dense=beside, **{"backbone_changed": changed} | options)
@@ -187,7 +188,7 @@ def evaluate(
             kernel_precision, backbone_changed).
 
     Raises:
-        SparsifyError: see `sparsify.evaluation.evaluate_images` and `sparsify.original.load_original`.
+        SparsifyError: see `sparsify.evaluation.evaluate_images` and `sparsify.models.original.load_original`.
     """
     sparse, beside, changed = _opened(model, dense)
     return _evaluation.evaluate_images(sparse, str(images), dense=beside, **{"backbone_changed": changed} | options)

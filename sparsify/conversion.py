@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify import __version__, checkpoint, data, digits, finetune, processes, schedule, tuning, zoo
+from sparsify import __version__, data, digits, finetune, processes, schedule, tuning
 from sparsify.calibration import Calibration, calibrate, first, fit_importance, spends_ranks
 from sparsify.config import SparsityConfig, Target, Tokens
 from sparsify.errors import UsageError
 from sparsify.finetune import Outcome
+from sparsify.models import building, checkpoint, names, pretrained
 from sparsify.naming import place
 from sparsify.nn import graft, hosts, token_models
 from sparsify.ops import backends
@@ -113,7 +114,7 @@ def convert(
         graft.check_execution(execution, torch.device(device), dtype, hosts.biased(model))
         if target is not None:  # its schedule lets tokens leave
             token_models.check(model)
-        architecture, dense_sha256 = zoo.describe(model, source), checkpoint.digest_of(model)
+        architecture, dense_sha256 = building.describe(model, source), checkpoint.digest_of(model)
         checkpoint.may_overwrite(output, architecture, force)
         learns_from = partial(finetune.Source, val=val, device=device, workers=workers, micro_batch=micro_batch)
         plan = _planned(model, recipe, images, learns_from, dense_sha256, target)
@@ -171,18 +172,18 @@ def _fitted_first(recipe: Recipe, target: Target | None) -> SparsityConfig:
 def _loaded(
     name: str, recipe: Recipe, target: Target | None, weights: Path | None, num_classes: int | None,
     img_size: int | None, say: Callable[[str], None],
-) -> tuple[zoo.Source, nn.Module]:  # fmt: skip
+) -> tuple[names.Source, nn.Module]:  # fmt: skip
     """The dense model on the CPU, once `recipe` is known to fit it."""
-    source = zoo.resolve(name)
+    source = names.resolve(name)
     if source.note:
         say(source.note)
-    frame = zoo.skeleton(source, num_classes, img_size)  # what does not fit is refused before anything is loaded
+    frame = building.skeleton(source, num_classes, img_size)  # what does not fit is refused before anything is loaded
     graft.check(frame, source.asked)
     graft.check_config(frame, _fitted_first(recipe, target))
     if recipe.start == "random" and recipe.sparsity.predictor != "token-lowrank":
         raise UsageError("start random is the authors' way for predictor token-lowrank: use start closed-form")
-    model = zoo.load(source, weights, num_classes, img_size)
-    if differs := zoo.note(model, source):
+    model = pretrained.load(source, weights, num_classes, img_size)
+    if differs := building.note(model, source):
         say(differs)
     return source, model
 
@@ -202,7 +203,7 @@ def _planned(
 
 
 def _calibrated(
-    model: nn.Module, source: zoo.Source, recipe: Recipe, images: str | None, target: Target | None, device: str,
+    model: nn.Module, source: names.Source, recipe: Recipe, images: str | None, target: Target | None, device: str,
     dtype: torch.dtype, batch_size: int, workers: int, execution: Execution, say: Callable[[str], None],
     progress: Callable[..., None],
 ) -> Calibrated:  # fmt: skip
@@ -270,7 +271,7 @@ def _choose(
 
 
 def calibration_images(
-    model: nn.Module, source: zoo.Source, recipe: Recipe, images: str | None, device: str, size: int, workers: int
+    model: nn.Module, source: names.Source, recipe: Recipe, images: str | None, device: str, size: int, workers: int
 ) -> tuple[Callable[[], Iterator[Tensor]], str]:
     """The calibration images, read anew at each pass, and what they are in words."""
     transform = data.transform(data.data_config(model))

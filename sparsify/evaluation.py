@@ -16,9 +16,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from sparsify import __version__, data, original, processes, sharing
+from sparsify import __version__, data, processes, sharing
 from sparsify.errors import BadData
 from sparsify.metrics import Evaluation, Features, Logits
+from sparsify.models import original
 from sparsify.nn import graft, hosts
 from sparsify.ops import backends
 from sparsify.ops.machine import device_name

@@ -23,9 +23,9 @@ def model_file(name: str | Path) -> Path:
     """The file of a FILE argument; a hub's name is downloaded.
 
     Raises:
-        SparsifyError: see `sparsify.hub.local`.
+        SparsifyError: see `sparsify.models.hub.local`.
     """
-    from sparsify import hub
+    from sparsify.models import hub
 
     return hub.local(name if str(name).startswith((*hub.SCHEMES, "local-dir:")) else Path(name))
 

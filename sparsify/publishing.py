@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsify import __version__, checkpoint, findings, hub
+from sparsify import __version__
 from sparsify import profiling as profiles
 from sparsify.errors import BadFile, SparsifyError, UsageError, one_line
 from sparsify.files import whole
-from sparsify.licence import licence_of
+from sparsify.models import checkpoint, findings, hub
+from sparsify.models.provenance import licence_of
 from sparsify.nn import graft
 from sparsify.registry import ARCHITECTURE
 from sparsify.report.card import Facts, card

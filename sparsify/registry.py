@@ -21,8 +21,8 @@ from timm.models._pretrained import PretrainedCfg
 from timm.models._registry import generate_default_cfgs
 from torch import nn
 
-from sparsify import checkpoint, hub
 from sparsify.errors import UsageError
+from sparsify.models import checkpoint, hub
 from sparsify.nn import graft
 
 ARCHITECTURE = "sparsify_vit"
@@ -57,7 +57,7 @@ def sparsify_vit(
 
     Raises:
         UsageError: nothing to read from, or an argument that cannot be applied.
-        SparsifyError: see `sparsify.hub.fetch` and `sparsify.checkpoint.load`.
+        SparsifyError: see `sparsify.models.hub.fetch` and `sparsify.models.checkpoint.load`.
     """
     for name in ("pretrained_model_args", "strict_img_size", "dynamic_img_size"):
         more.pop(name, None)

@@ -14,9 +14,11 @@ from safetensors import safe_open
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from sparsify import __version__, checkpoint, profiling, zoo
+from sparsify import __version__, profiling
 from sparsify.config import SparsityConfig
 from sparsify.errors import UsageError, one_line
+from sparsify.models import building, checkpoint
+from sparsify.models.names import Source
 from sparsify.nn import graft
 from sparsify.ops.spec import Execution
 
@@ -87,7 +89,7 @@ def _described(host: nn.Module, header: Header) -> Header:
             model, "fc_norm"
         ):  # timm decides by the pooling where the last norm stands: here it stays where it was
             args["fc_norm"] = not isinstance(model.fc_norm, nn.Identity)
-    described = zoo.describe(host, zoo.Source(architecture, architecture, architecture, args))
+    described = building.describe(host, Source(architecture, architecture, architecture, args))
     config = described["pretrained_cfg"]
     if model.num_classes != cast(Any, before).num_classes:
         for name in ("label_names", "label_descriptions", "label_offset"):

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from torch import nn
 
-from sparsify import data, original, photograph
+from sparsify import data, photograph
 from sparsify.errors import UsageError
 from sparsify.inspection import Inspection, check, inspect
+from sparsify.models import original
 from sparsify.nn import graft
 from sparsify.photograph import Photograph, Point
 

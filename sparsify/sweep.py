@@ -20,11 +20,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from sparsify import __version__, checkpoint, comparison, conversion, schedule, zoo
+from sparsify import __version__, comparison, conversion, schedule
 from sparsify.calibration import calibrate, first, fit_importance, spends_ranks
 from sparsify.config import SparsityConfig
 from sparsify.errors import BadFile, UsageError
 from sparsify.metrics import Evaluation
+from sparsify.models import building, checkpoint, names, pretrained
 from sparsify.nn import graft, hosts
 from sparsify.ops import backends
 from sparsify.ops.machine import device_name
@@ -155,12 +156,12 @@ def sweep(
         say(source.note)
     where, execution = torch.device(device), Execution(backend)
     graft.check_execution(execution, where, dtype)
-    frame = zoo.skeleton(source, num_classes, img_size)  # what does not fit is refused before anything is loaded
+    frame = building.skeleton(source, num_classes, img_size)  # what does not fit is refused before anything is loaded
     graft.check(frame, source.asked)
     graft.check_config(frame, recipe.sparsity)
     graft.check_execution(execution, where, dtype, hosts.biased(frame))
-    model = zoo.load(source, weights, num_classes, img_size).to(where)
-    if differs := zoo.note(model, source):
+    model = pretrained.load(source, weights, num_classes, img_size).to(where)
+    if differs := building.note(model, source):
         say(differs)
     classes = int(cast(Any, model).num_classes)
     shown, labelled = comparison.images_of(model, images, classes, must_be_labelled, limit, recipe.seed, workers)
@@ -243,7 +244,7 @@ def sweep(
     )
 
 
-def _dense_source(name: str) -> zoo.Source:
+def _dense_source(name: str) -> names.Source:
     """`zoo.resolve`, with another word for files that `convert` wrote."""
     if name.endswith(".safetensors"):
         try:
@@ -254,7 +255,7 @@ def _dense_source(name: str) -> zoo.Source:
             f"'{name}' is a file: a sweep starts from the dense model, give its name, such as {known} (and --weights "
             "FILE for a checkpoint of your own)"
         )
-    return zoo.resolve(name)
+    return names.resolve(name)
 
 
 def _choices(

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from sparsify import checkpoint, processes
+from sparsify import processes
 from sparsify.config import SparsityConfig
 from sparsify.finetune import How, Outcome, Plan, RunFolder, finetune
+from sparsify.models import checkpoint
 from sparsify.nn.folding import fold
 from sparsify.recipe import Recipe, load_recipe, recipe_yaml
 

@@ -21,12 +21,12 @@ from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
-from sparsify import zoo
 from sparsify.calibration import calibrate
 from sparsify.config import SparsityConfig
 from sparsify.errors import UnsupportedModel
+from sparsify.models import building
+from sparsify.models.building import shallow
 from sparsify.nn import graft, hosts
-from sparsify.zoo import building
 
 SHALLOW = {"depth": 1, "num_classes": 5}
 NARROW = ({"embed_dim": 64, "num_heads": 2, **SHALLOW}, {"embed_dim": 96, "num_heads": 3, **SHALLOW}, SHALLOW)
@@ -49,7 +49,7 @@ def names() -> dict[str, list[str]]:
 def frame(name: str) -> nn.Module | str:
     """`name` on the meta device, one block deep; or why it is refused, after the name."""
     try:
-        model = zoo.shallow(name)
+        model = shallow(name)
         graft.check(model, name)
     except UnsupportedModel as error:
         return str(error).removeprefix(f"{name}: ").removesuffix(" (see 'sparsify models')")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import sparsify
-from sparsify import checkpoint
 from sparsify.errors import UsageError
+from sparsify.models import checkpoint
 from sparsify.nn import graft
 from sparsify.ops.auto import Choice, Chooser
 from sparsify.ops.spec import Execution

@@ -8,8 +8,9 @@ from families import images
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sparsify import checkpoint, conversion, zoo
+from sparsify import conversion
 from sparsify.errors import BadFile, UsageError
+from sparsify.models import building, checkpoint, names, pretrained
 from sparsify.nn import graft
 from sparsify.recipe import Recipe
 
@@ -142,7 +143,7 @@ def test_failed_write_leaves_the_old_file_whole(made, tmp_path, monkeypatch):
 def test_another_models_file_is_not_overwritten_without_force(made, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_text("something else")
-    architecture = zoo.describe(zoo.load(zoo.resolve("digits")), zoo.resolve("digits"))
+    architecture = building.describe(pretrained.load(names.resolve("digits")), names.resolve("digits"))
     with pytest.raises(BadFile, match="--force"):
         checkpoint.may_overwrite(path, architecture, force=False)
     checkpoint.may_overwrite(path, architecture, force=True)

@@ -10,9 +10,11 @@ from safetensors.torch import save_file
 from said import the_error
 
 import sparsify
-from sparsify import checkpoint, digits, original, profiling, zoo
+from sparsify import digits, profiling
 from sparsify.errors import BadFile, UsageError
 from sparsify.metrics import Logits
+from sparsify.models import checkpoint, original, pretrained
+from sparsify.models.names import resolve
 from sparsify.nn import graft
 from sparsify.profiling import latency
 
@@ -53,7 +55,7 @@ def quick(monkeypatch):
 def test_digest_changes_with_any_tensor_and_with_nothing_else():
     model = digits.build()
     digest = checkpoint.digest_of(model)
-    assert digest == checkpoint.digest_of(digits.build()) == checkpoint.digest_of(zoo.load(zoo.resolve("digits")))
+    assert digest == checkpoint.digest_of(digits.build()) == checkpoint.digest_of(pretrained.load(resolve("digits")))
     for name, tensor in model.state_dict().items():
         before = tensor.flatten()[-1].clone()
         tensor.view(-1)[-1] += 1

@@ -12,10 +12,11 @@ from families import FAMILIES, build, draw_importance, images
 from said import the_error
 from torch import nn
 
-from sparsify import checkpoint, exporting
+from sparsify import exporting
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import BadFile, SparsifyError, UsageError
 from sparsify.exporting import onnx_file
+from sparsify.models import checkpoint
 from sparsify.nn import graft
 from sparsify.nn.merging import matching
 from sparsify.nn.tokens import ranking
@@ -70,7 +71,9 @@ def test_onnx_answers_as_the_model_does(tmp_path, family, tokens, batch):
         assert shape == ["batch" if batch is None else batch, 3, side, side]
         torch.testing.assert_close(found, model(x), atol=1e-4, rtol=1e-4)
     own = checkpoint.metadata(path)
-    assert own.pop("format") == "pt" and own.items() <= kept.items() and kept["sparsify.licence"] == "apache-2.0"
+    assert (
+        own.pop("format") == "pt" and own.items() <= kept.items() and kept["sparsify.models.provenance"] == "apache-2.0"
+    )
     fed = json.loads(kept["sparsify.preprocessing"])
     assert fed["input_size"] == [3, side, side] and fed["mean"] == [0.4, 0.5, 0.6] and fed["interpolation"] == "bicubic"
     assert json.loads(kept["sparsify.labels"])[9] == "class 9"

@@ -8,14 +8,16 @@ import torch
 from families import FAMILIES, build, images, raise_attention
 from timm.models.naflexvit import batch_patchify
 
-from sparsify import checkpoint, profile, zoo
+from sparsify import profile
 from sparsify.calibration import calibrate
 from sparsify.config import SparsityConfig
 from sparsify.errors import UsageError
+from sparsify.models import building, checkpoint, pretrained
+from sparsify.models.building import describe
+from sparsify.models.names import Source
 from sparsify.nn import graft, hosts
 from sparsify.ops import attention as ops
 from sparsify.ops.spec import Execution
-from sparsify.zoo import building
 
 NEW = [
     "eva",
@@ -43,7 +45,7 @@ def sparse(dense, **settings):
 
 def source_of(family, **more):
     name, arguments = FAMILIES[family]
-    return zoo.Source(name, name, name, {**arguments, "depth": 2, **more})
+    return Source(name, name, name, {**arguments, "depth": 2, **more})
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def loaded(tmp_path):
         path = tmp_path / "own.safetensors"
         safetensors.torch.save_file({k: v.contiguous() for k, v in frame.state_dict().items()}, path)
         given = img_size or (None if frame.state_dict().keys() & {"pos_embed"} or "beit" in family else side)
-        return zoo.load(source, path, img_size=given), source, frame.eval()
+        return pretrained.load(source, path, img_size=given), source, frame.eval()
 
     return load
 
@@ -73,7 +75,7 @@ def test_own_checkpoint_to_file_and_back(family, loaded, tmp_path):
         close(dense(x), frame(x))
     model, config = sparse(dense, keep=0.4), SparsityConfig(rank=8, cells=(2, 2), keep=0.4, spread_rank=False)
     path = tmp_path / "model.safetensors"
-    described = zoo.describe(dense, source)
+    described = describe(dense, source)
     checkpoint.save(model, path, checkpoint.Header(described, config, {}, {}))
     again = checkpoint.load(path)
     assert hosts.image_size(again) == hosts.image_size(dense) and hosts.patch_grid(again) == (6, 6)

@@ -13,9 +13,9 @@ from torch import nn
 
 import sparsify
 import sparsify.registry
-from sparsify import checkpoint, zoo
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import BadFile, UsageError
+from sparsify.models import checkpoint, names, pretrained
 from sparsify.nn import graft
 from sparsify.ops.auto import Choice, Chooser
 
@@ -255,7 +255,7 @@ def test_a_model_that_a_file_cannot_describe_is_refused(case, plain, tmp_path):
 def test_save_refuses_dense_models_other_files_and_strangers(plain, tmp_path):
     model = sparsify.load(plain)
     with pytest.raises(UsageError, match="no sparse attention"):
-        sparsify.save(zoo.load(zoo.resolve("digits")), tmp_path / "a.safetensors", like=plain)
+        sparsify.save(pretrained.load(names.resolve("digits")), tmp_path / "a.safetensors", like=plain)
     with pytest.raises(BadFile, match="no file"):
         sparsify.save(model, tmp_path / "a.safetensors", like=tmp_path / "none.safetensors")
     (tmp_path / "a.safetensors").write_text("something else")

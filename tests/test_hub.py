@@ -14,8 +14,9 @@ from hubserver import READS, WRITES, Hub
 
 import sparsify
 import sparsify.registry
-from sparsify import checkpoint, conversion, publishing
+from sparsify import conversion, publishing
 from sparsify.errors import BadFile, SparsifyError, UsageError
+from sparsify.models import checkpoint
 from sparsify.nn import graft
 from sparsify.recipe import Recipe
 
@@ -132,7 +133,7 @@ def test_a_branch_is_made_and_read_back(made, hub):
 def test_downloaded_once_and_read_from_the_cache_without_network(made, hub, monkeypatch):
     publishing.push(publishing.package(made.path, "someone/m"))
     sparsify.load("hf-hub:someone/m")
-    monkeypatch.setattr("sparsify.hub.reachable", lambda url: False)
+    monkeypatch.setattr("sparsify.models.hub.reachable", lambda url: False)
     hub.requests.clear()
     assert sparsify.load("hf-hub:someone/m").num_classes == 10 and not hub.requests
     with pytest.raises(SparsifyError, match="no connection to the hub") as caught:
@@ -164,7 +165,7 @@ def refuse(server, monkeypatch, tmp_path, case):
     elif case == "reads only":
         monkeypatch.setenv("HF_TOKEN", READS)
     elif case == "no name service":
-        monkeypatch.setattr("sparsify.hub.reachable", lambda url: False)
+        monkeypatch.setattr("sparsify.models.hub.reachable", lambda url: False)
     elif case == "nobody answers":
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

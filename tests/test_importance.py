@@ -8,10 +8,10 @@ from families import LEAVING, build, images
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sparsify import checkpoint
 from sparsify.calibration import calibrate, fit_importance, importance
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import SparsifyError
+from sparsify.models import checkpoint
 from sparsify.nn import graft, projection, token_models
 from sparsify.nn.importance import fitted
 from sparsify.profiling import profile

@@ -5,18 +5,19 @@ import copy
 import pytest
 import torch
 
-from sparsify import data, exporting, weights, zoo
+from sparsify import data, exporting
 from sparsify.calibration import calibrate
 from sparsify.config import SparsityConfig
 from sparsify.evaluation import evaluate
 from sparsify.exporting import onnx_file
+from sparsify.models import dense_weights, names, pretrained
 from sparsify.nn import graft
 
 
 @pytest.fixture(scope="module")
 def deit_tiny(real_data):
-    model = zoo.load(zoo.resolve("deit_tiny"), real_data / "deit_tiny_patch16_224.safetensors")
-    assert len(weights.read_checkpoint(real_data / "deit_tiny_patch16_224.safetensors")) == 152
+    model = pretrained.load(names.resolve("deit_tiny"), real_data / "deit_tiny_patch16_224.safetensors")
+    assert len(dense_weights.read_checkpoint(real_data / "deit_tiny_patch16_224.safetensors")) == 152
     return model
 
 

@@ -9,8 +9,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sparsify import checkpoint
 from sparsify.cli import main
+from sparsify.models import checkpoint
 from sparsify.profiling import Profile
 
 EVIL = "\"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>{{ 7 * 7 }}'&amp;"

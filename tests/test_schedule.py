@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify import checkpoint, schedule
+from sparsify import schedule
 from sparsify.calibration import fit_importance
 from sparsify.cli import main
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import UsageError
+from sparsify.models import checkpoint
 from sparsify.nn import graft, token_models
 from sparsify.ops.spec import Execution
 from sparsify.profiling import profile

@@ -17,10 +17,11 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from sparsify import completion, config, terminal, zoo
+from sparsify import completion, config, terminal
 from sparsify.cli import app, main
 from sparsify.commands import convert
 from sparsify.helptext import tidy
+from sparsify.models import catalogue, names
 from sparsify.ops import attention
 from sparsify.options import torch_dtype
 from sparsify.recipe import recipe_names
@@ -101,9 +102,9 @@ def test_words_of_completion_are_those_of_the_options():
 @pytest.mark.parametrize("pattern", ["deit*", "*tiny*"])
 def test_names_offered_are_those_that_can_be_converted(pattern):
     """`make names` writes the list anew."""
-    listed = {name for name, _ in zoo.listing(pattern)}
+    listed = {name for name, _ in catalogue.listing(pattern)}
     written = {name for name in completion.models("") if re.fullmatch(pattern.replace("*", ".*"), name)}
-    assert listed <= written and {*zoo.ALIASES, zoo.DIGITS} <= set(completion.models(""))
+    assert listed <= written and {*names.ALIASES, names.DIGITS} <= set(completion.models(""))
     assert {name for name in written if name in listed or timm.is_model(name)} <= listed  # older timms know fewer
 
 
@@ -337,7 +338,7 @@ def test_stdout_has_the_result_and_stderr_the_rest(run, tmp_path):
     code, out, err = run("profile", "--no-measure", "--tree")
     assert code == 0 and not err and "\x1b" not in out and "blocks" in out
     code, out, err = run("models", "deit_s*")
-    assert code == 0 and not err and all(zoo.resolve(line.split(" ")[0]) for line in out.splitlines())
+    assert code == 0 and not err and all(names.resolve(line.split(" ")[0]) for line in out.splitlines())
 
 
 def test_version_is_one_line():

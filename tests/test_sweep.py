@@ -16,9 +16,10 @@ import yaml
 from PIL import Image
 from said import the_error
 
-from sparsify import checkpoint, comparison, data, digits, evaluation
+from sparsify import comparison, data, digits, evaluation
 from sparsify import sweep as job
 from sparsify.cli import main
+from sparsify.models import checkpoint
 from sparsify.nn import graft
 from sparsify.profiling import latency
 from sparsify.profiling.latency import Timing

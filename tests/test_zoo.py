@@ -16,11 +16,14 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsify import digits, zoo
+from sparsify import digits
 from sparsify.errors import BadFile, SparsifyError, UnsupportedModel, UsageError
+from sparsify.models import building, catalogue, pretrained
+from sparsify.models import building as building_
+from sparsify.models.building import describe, note, rebuild
+from sparsify.models.names import ALIASES, resolve
 from sparsify.nn import graft
 from sparsify.preflight import preflight
-from sparsify.zoo import building
 
 TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 SMALL = {"img_size": 32, "num_classes": 7}  # 2x2 patches: 5.4 M parameters remain
@@ -66,17 +69,17 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 # names
 
 
-@pytest.mark.parametrize("alias", sorted(zoo.ALIASES))
+@pytest.mark.parametrize("alias", sorted(ALIASES))
 def test_alias_names_pretrained_weights_of_a_model_that_can_be_converted(alias):
-    source = zoo.resolve(alias)
+    source = resolve(alias)
     assert source.pretrained_name in timm.list_pretrained()
     assert source.note == f"{alias} -> {source.pretrained_name}"
-    graft.check(zoo.skeleton(source), alias)
+    graft.check(building_.skeleton(source), alias)
 
 
 def test_exact_name_keeps_its_tag_and_a_bare_one_says_the_default_tag():
-    assert zoo.resolve("vit_base_patch16_224.mae").pretrained_name == "vit_base_patch16_224.mae"
-    bare = zoo.resolve("deit_small_patch16_224")
+    assert resolve("vit_base_patch16_224.mae").pretrained_name == "vit_base_patch16_224.mae"
+    bare = resolve("deit_small_patch16_224")
     assert (bare.architecture, bare.pretrained_name, bare.note) == (
         "deit_small_patch16_224",
         "deit_small_patch16_224.fb_in1k",
@@ -86,29 +89,29 @@ def test_exact_name_keeps_its_tag_and_a_bare_one_says_the_default_tag():
 
 def test_unknown_name_offers_the_nearest_names():
     with pytest.raises(UsageError, match="deit_small") as error:
-        zoo.resolve("deit_smal")
+        resolve("deit_smal")
     assert "unknown model 'deit_smal'" in one_line(error)
 
 
 def test_unknown_tag_lists_the_known_tags():
     with pytest.raises(UsageError, match=r"no weights tagged 'nope'.*fb_in1k"):
-        zoo.resolve("deit_tiny_patch16_224.nope")
+        resolve("deit_tiny_patch16_224.nope")
 
 
 @pytest.mark.parametrize("name", ["model.pth", "some/where/x.safetensors"])
 def test_path_as_name_points_to_weights(name):
     with pytest.raises(UsageError, match="--weights") as error:
-        zoo.resolve(name)
+        resolve(name)
     one_line(error)
 
 
 def test_folder_as_name_points_to_local_dir(tmp_path):
     with pytest.raises(UsageError, match="local-dir:"):
-        zoo.resolve(str(tmp_path))
+        resolve(str(tmp_path))
 
 
 def test_swin_resolves_and_is_refused_by_class_name_without_memory():
-    skeleton = zoo.skeleton(zoo.resolve("swin_tiny_patch4_window7_224"))
+    skeleton = building_.skeleton(resolve("swin_tiny_patch4_window7_224"))
     assert all(p.is_meta for p in skeleton.parameters())
     with pytest.raises(UnsupportedModel, match="WindowAttention"):
         graft.check(skeleton)
@@ -116,7 +119,7 @@ def test_swin_resolves_and_is_refused_by_class_name_without_memory():
 
 def test_image_size_must_be_a_multiple_of_the_patch():
     with pytest.raises(UsageError, match="225 is not a multiple of the patch size 16"):
-        zoo.skeleton(zoo.resolve("deit_tiny"), img_size=225)
+        building_.skeleton(resolve("deit_tiny"), img_size=225)
 
 
 # local files
@@ -138,26 +141,28 @@ def test_checkpoint_loads_whatever_wraps_it(tmp_path):
         torch.save(content, tmp_path / name)
     save_file({f"module.{k}": v for k, v in state.items()}, tmp_path / "x.safetensors")
     for name in [*cases, "x.safetensors"]:
-        loaded = zoo.load(zoo.resolve("vit_tiny"), tmp_path / name, img_size=32)
+        loaded = pretrained.load(resolve("vit_tiny"), tmp_path / name, img_size=32)
         assert same(loaded, model), name
         assert not loaded.training and next(loaded.parameters()).requires_grad
 
 
 def test_half_precision_checkpoint_becomes_float32(tmp_path):
     save_file(make(**SMALL).half().state_dict(), tmp_path / "half.safetensors")
-    loaded = zoo.load(zoo.resolve("vit_tiny"), tmp_path / "half.safetensors", img_size=32)
+    loaded = pretrained.load(resolve("vit_tiny"), tmp_path / "half.safetensors", img_size=32)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
 
 
 def test_head_and_image_size_are_read_off_the_file_and_told(tmp_path):
     model = make(**SMALL)
     save_file(model.state_dict(), tmp_path / "x.safetensors")
-    source = zoo.resolve("vit_tiny")
-    loaded = zoo.load(source, tmp_path / "x.safetensors")
+    source = resolve("vit_tiny")
+    loaded = pretrained.load(source, tmp_path / "x.safetensors")
     assert same(loaded, model)
-    told = zoo.note(loaded, source)
+    told = note(loaded, source)
     assert told == "vit_tiny_patch16_224 with 7 classes instead of 1000 and 32x32 px instead of 224x224"
-    assert zoo.note(zoo.load(source, tmp_path / "x.safetensors", 0), source).startswith("vit_tiny_patch16_224 with 0")
+    assert note(pretrained.load(source, tmp_path / "x.safetensors", 0), source).startswith(
+        "vit_tiny_patch16_224 with 0"
+    )
     config = timm.data.resolve_model_data_config(loaded)
     assert config["input_size"] == (3, 32, 32) and config["mean"] == (0.5, 0.5, 0.5)
 
@@ -165,7 +170,7 @@ def test_head_and_image_size_are_read_off_the_file_and_told(tmp_path):
 def test_other_image_size_resamples_position_embeddings_as_timm_does(tmp_path):
     model = make(**SMALL)
     save_file(model.state_dict(), tmp_path / "x.safetensors")
-    loaded = zoo.load(zoo.resolve("vit_tiny"), tmp_path / "x.safetensors", img_size=64)
+    loaded = pretrained.load(resolve("vit_tiny"), tmp_path / "x.safetensors", img_size=64)
     model.set_input_size(img_size=(64, 64))
     assert torch.allclose(loaded.pos_embed, model.pos_embed, atol=1e-6)
     assert loaded(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
@@ -176,21 +181,21 @@ def test_deit3_original_names_are_understood(tmp_path):
     original = {re.sub(r"ls(\d)\.gamma", r"gamma_\1", k): v for k, v in model.state_dict().items()}
     assert any("gamma_1" in k for k in original)
     torch.save({"model": original}, tmp_path / "deit3.pth")
-    assert same(zoo.load(zoo.resolve("deit3_small"), tmp_path / "deit3.pth"), model)
+    assert same(pretrained.load(resolve("deit3_small"), tmp_path / "deit3.pth"), model)
 
 
 def test_distilled_model_loads_both_heads(tmp_path):
     model = make("deit_tiny_distilled_patch16_224", img_size=32, num_classes=5)
     torch.save(model.state_dict(), tmp_path / "d.pth")
-    assert same(zoo.load(zoo.resolve("deit_tiny_distilled"), tmp_path / "d.pth"), model)
-    headless = zoo.load(zoo.resolve("deit_tiny_distilled"), tmp_path / "d.pth", num_classes=0)
+    assert same(pretrained.load(resolve("deit_tiny_distilled"), tmp_path / "d.pth"), model)
+    headless = pretrained.load(resolve("deit_tiny_distilled"), tmp_path / "d.pth", num_classes=0)
     assert not [k for k in headless.state_dict() if k.startswith("head")]
 
 
 def test_features_model_takes_a_fine_tuned_head(tmp_path):
     model = make("vit_small_patch14_dinov2", img_size=28, num_classes=3)
     save_file(model.state_dict(), tmp_path / "x.safetensors")
-    assert zoo.load(zoo.resolve("dinov2_small"), tmp_path / "x.safetensors").num_classes == 3
+    assert pretrained.load(resolve("dinov2_small"), tmp_path / "x.safetensors").num_classes == 3
 
 
 def _damaged(kind: str, path: Path) -> Path:
@@ -239,7 +244,7 @@ class Evil:
 def test_damaged_file_gives_one_line(kind, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadFile, match=said) as error:
-        zoo.load(zoo.resolve("vit_tiny"), _damaged(kind, tmp_path))
+        pretrained.load(resolve("vit_tiny"), _damaged(kind, tmp_path))
     assert "x." in one_line(error) and len(one_line(error)) < 400
     assert not Path("evil-was-here").exists()
 
@@ -251,7 +256,7 @@ def test_weights_of_another_architecture_name_the_differing_keys(tmp_path):
     state["norm.weight"] = torch.zeros(5)
     save_file(state, tmp_path / "x.safetensors")
     with pytest.raises(BadFile) as error:
-        zoo.load(zoo.resolve("vit_tiny"), tmp_path / "x.safetensors")
+        pretrained.load(resolve("vit_tiny"), tmp_path / "x.safetensors")
     text = one_line(error)
     assert "missing norm.bias" in text and "unexpected blocks.0.attn.extra" in text
     assert "norm.weight [5] (expected [192])" in text
@@ -260,25 +265,25 @@ def test_weights_of_another_architecture_name_the_differing_keys(tmp_path):
 def test_many_differing_keys_are_counted(tmp_path):
     save_file(make(**SMALL).state_dict(), tmp_path / "x.safetensors")
     with pytest.raises(BadFile, match=r"other shape: cls_token .* and \d+ more"):
-        zoo.load(zoo.resolve("vit_small"), tmp_path / "x.safetensors")
+        pretrained.load(resolve("vit_small"), tmp_path / "x.safetensors")
 
 
 def test_resnet_weights_are_refused(tmp_path):
     save_file({"conv1.weight": torch.zeros(8, 3, 7, 7), "fc.weight": torch.zeros(10, 8)}, tmp_path / "x.safetensors")
     with pytest.raises(BadFile, match=r"missing .*; unexpected conv1.weight, fc.weight \(no head in the file"):
-        zoo.load(zoo.resolve("vit_tiny"), tmp_path / "x.safetensors")
+        pretrained.load(resolve("vit_tiny"), tmp_path / "x.safetensors")
 
 
 def test_other_patch_size_is_refused_and_not_resampled(tmp_path):
     save_file(make("vit_small_patch32_224", num_classes=3).state_dict(), tmp_path / "x.safetensors")
     with pytest.raises(BadFile, match="patches of 32 px, vit_small_patch16_224 of 16 px"):
-        zoo.load(zoo.resolve("vit_small"), tmp_path / "x.safetensors")
+        pretrained.load(resolve("vit_small"), tmp_path / "x.safetensors")
 
 
 def test_number_of_classes_that_the_file_does_not_have_is_refused(tmp_path):
     save_file(make(**SMALL).state_dict(), tmp_path / "x.safetensors")
     with pytest.raises(BadFile, match="has 7 classes, not 10"):
-        zoo.load(zoo.resolve("vit_tiny"), tmp_path / "x.safetensors", num_classes=10)
+        pretrained.load(resolve("vit_tiny"), tmp_path / "x.safetensors", num_classes=10)
 
 
 # downloads, with local stand-ins
@@ -315,30 +320,30 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_download_asks_the_hub_for_the_repository_of_the_tag(hub, tmp_path):
-    model = zoo.load(zoo.resolve("vit_tiny"))
+    model = pretrained.load(resolve("vit_tiny"))
     assert hub == [(f"timm/{TINY}", "model.safetensors")]
     assert same(model, make())
 
 
 def test_download_for_features_drops_the_head(hub):
-    assert zoo.load(zoo.resolve("vit_tiny"), num_classes=0).num_classes == 0
+    assert pretrained.load(resolve("vit_tiny"), num_classes=0).num_classes == 0
 
 
 def test_download_with_another_number_of_classes_is_refused_before_it_starts(hub):
     with pytest.raises(UsageError, match="have 1000 classes, not 10"):
-        zoo.load(zoo.resolve("vit_tiny"), num_classes=10)
+        pretrained.load(resolve("vit_tiny"), num_classes=10)
     assert not hub
 
 
 def test_hub_name_takes_architecture_and_preprocessing_from_its_config(hub, tmp_path):
     model = make(img_size=32, num_classes=4)
     save_file(model.state_dict(), tmp_path / "hub.safetensors")
-    source = zoo.resolve("hf-hub:someone/some-vit")
+    source = resolve("hf-hub:someone/some-vit")
     assert source.architecture == "vit_tiny_patch16_224" and source.model_args == {"img_size": 32}
-    loaded = zoo.load(source)
+    loaded = pretrained.load(source)
     assert hub == [("someone/some-vit", "config.json"), ("someone/some-vit", "model.safetensors")]
     assert same(loaded, model)
-    told = zoo.describe(loaded, source)
+    told = describe(loaded, source)
     assert told["pretrained_cfg"]["mean"] == [0.1, 0.2, 0.3] and told["pretrained_cfg"]["license"] == "mit"
     assert told["model_args"] == {"img_size": [32, 32], "num_classes": 4}
 
@@ -354,15 +359,15 @@ def test_local_dir_needs_no_network(tmp_path, monkeypatch):
         "pretrained_cfg": {"input_size": [3, 32, 32], "classifier": "head"},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    source = zoo.resolve(f"local-dir:{tmp_path}")
-    loaded = zoo.load(source)
+    source = resolve(f"local-dir:{tmp_path}")
+    loaded = pretrained.load(source)
     assert same(loaded, model)
-    assert str(tmp_path) not in json.dumps(zoo.describe(loaded, source))
+    assert str(tmp_path) not in json.dumps(describe(loaded, source))
 
 
 def test_local_dir_without_config_says_what_is_expected(tmp_path):
     with pytest.raises(BadFile, match=r"not a model folder \(config.json and weights\)") as error:
-        zoo.resolve(f"local-dir:{tmp_path}")
+        resolve(f"local-dir:{tmp_path}")
     one_line(error)
 
 
@@ -373,26 +378,26 @@ def test_no_network_is_said_with_the_way_out(name, monkeypatch):
 
     monkeypatch.setattr("timm.models._hub.hf_hub_download", fail)
     with pytest.raises(SparsifyError, match=r"could not be downloaded \(ConnectionError: no route to host\)") as error:
-        zoo.load(zoo.resolve(name))
+        pretrained.load(resolve(name))
     assert "--weights FILE" in one_line(error) and "local-dir:" in one_line(error)
 
 
 def test_without_name_service_the_real_hub_client_gives_up_at_once(monkeypatch, tmp_path, capfd):
     import huggingface_hub.constants as constants
 
-    monkeypatch.setattr("sparsify.hub.reachable", lambda url: False)
+    monkeypatch.setattr("sparsify.models.hub.reachable", lambda url: False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     start = time.perf_counter()
     with pytest.raises(SparsifyError, match="could not be downloaded"):
-        zoo.load(zoo.resolve("vit_tiny"))
+        pretrained.load(resolve("vit_tiny"))
     assert time.perf_counter() - start < 5
     assert capfd.readouterr().err == ""
 
 
 def test_architecture_without_weights_points_to_a_file():
-    name = next(n for n, told in zoo.listing("vit_*") if told.startswith("no weights"))
+    name = next(n for n, told in catalogue.listing("vit_*") if told.startswith("no weights"))
     with pytest.raises(UsageError, match=r"no pretrained weights.*--weights FILE"):
-        zoo.load(zoo.resolve(name))
+        pretrained.load(resolve(name))
 
 
 # rebuilding
@@ -403,43 +408,43 @@ def test_architecture_without_weights_points_to_a_file():
                    ("dinov2_small_reg", {"img_size": 28}), ("siglip_base", {"img_size": 32})],
 )  # fmt: skip
 def test_header_alone_rebuilds_the_model(name, args, tmp_path):
-    source = zoo.resolve(name)
+    source = resolve(name)
     torch.save(make(source.pretrained_name, **args).state_dict(), tmp_path / "x.pth")
-    model = zoo.load(source, tmp_path / "x.pth")
-    header = json.loads(json.dumps(zoo.describe(model, source)))
-    again = zoo.rebuild(**header)
+    model = pretrained.load(source, tmp_path / "x.pth")
+    header = json.loads(json.dumps(describe(model, source)))
+    again = rebuild(**header)
     assert not again.training and all(p.dtype == torch.float32 and not p.is_meta for p in again.parameters())
     again.load_state_dict(model.state_dict())
     x = torch.randn(1, 3, args["img_size"], args["img_size"])
     assert torch.equal(again(x), model(x))
     assert timm.data.resolve_model_data_config(again) == timm.data.resolve_model_data_config(model)
-    assert zoo.describe(again, source) == header
+    assert describe(again, source) == header
 
 
 def test_header_of_a_newer_timm_or_with_strange_arguments_gives_one_line():
     with pytest.raises(BadFile, match="vit_of_tomorrow is not in timm"):
-        zoo.rebuild("vit_of_tomorrow", {}, {})
+        rebuild("vit_of_tomorrow", {}, {})
     with pytest.raises(BadFile, match="cannot be built") as error:
-        zoo.rebuild("vit_tiny_patch16_224", {"no_such_argument": 1}, {})
+        rebuild("vit_tiny_patch16_224", {"no_such_argument": 1}, {})
     one_line(error)
 
 
 def test_digits_rebuilds_without_timm_registry():
-    source = zoo.resolve("digits")
-    frame = zoo.skeleton(source)
+    source = resolve("digits")
+    frame = building_.skeleton(source)
     graft.check(frame, "digits")
-    again = zoo.rebuild(**zoo.describe(frame, source))
+    again = rebuild(**describe(frame, source))
     assert again(torch.zeros(1, 3, 28, 28)).shape == (1, 10)
     assert again.pretrained_cfg["license"] == digits.DATA_CONFIG["license"]
 
 
 @pytest.mark.skipif(not (Path(digits.__file__).parent / digits.WEIGHTS_FILE).exists(), reason="digits not trained yet")
 def test_digits_loads_from_the_package_and_from_its_own_file():
-    source = zoo.resolve("digits")
-    model = zoo.load(source)
+    source = resolve("digits")
+    model = pretrained.load(source)
     assert same(model, digits.build())
-    assert same(zoo.load(source, Path(digits.__file__).parent / digits.WEIGHTS_FILE), model)
-    assert zoo.load(source, num_classes=0).num_classes == 0
+    assert same(pretrained.load(source, Path(digits.__file__).parent / digits.WEIGHTS_FILE), model)
+    assert pretrained.load(source, num_classes=0).num_classes == 0
 
 
 # listing
@@ -447,7 +452,7 @@ def test_digits_loads_from_the_package_and_from_its_own_file():
 
 def test_listing_is_quick_and_true():
     start = time.process_time()
-    names = dict(zoo.listing())
+    names = dict(catalogue.listing())
     assert time.process_time() - start < 20  # 8 s
     assert {
         "digits",
@@ -465,11 +470,11 @@ def test_listing_is_quick_and_true():
 
 
 def test_listing_takes_a_part_of_a_name_or_a_pattern():
-    assert {n for n, _ in zoo.listing("deit3_small")} == {
+    assert {n for n, _ in catalogue.listing("deit3_small")} == {
         "deit3_small", "deit3_small_patch16_224", "deit3_small_patch16_384",
     }  # fmt: skip
-    assert [n for n, _ in zoo.listing("dig*")] == ["digits"]
-    assert zoo.listing("resnet18") == []
+    assert [n for n, _ in catalogue.listing("dig*")] == ["digits"]
+    assert catalogue.listing("resnet18") == []
 
 
 # preflight
@@ -504,11 +509,11 @@ def test_preflight_imports_nothing_heavy_by_itself():
 def test_real_deit_tiny_loads_strictly(real_data, monkeypatch):
     monkeypatch.undo()
     file = real_data / "deit_tiny_patch16_224.safetensors"
-    source = zoo.resolve("deit_tiny")
-    model = zoo.load(source, file)
+    source = resolve("deit_tiny")
+    model = pretrained.load(source, file)
     assert sum(p.numel() for p in model.parameters()) == 5_717_416
-    assert zoo.note(model, source) == ""
+    assert note(model, source) == ""
     state = load_file(file)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     with pytest.raises(BadFile, match="does not fit deit_small_patch16_224"):
-        zoo.load(zoo.resolve("deit_small"), file)
+        pretrained.load(resolve("deit_small"), file)

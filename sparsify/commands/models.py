@@ -27,9 +27,9 @@ def models(
     Example: sparsify models 'vit_*dinov2*'
     """
     preflight()
-    from sparsify import zoo
+    from sparsify.models import catalogue
 
-    found = zoo.listing(pattern)
+    found = catalogue.listing(pattern)
     if not found:
         raise UsageError(f"no model matches '{pattern}': 'sparsify models' lists all")
     for name, note in found:

@@ -48,7 +48,8 @@ def profile(
     options.kernel_precision(kernel_precision)
     options.torch_device(device)
     preflight()
-    from sparsify import checkpoint, original, profiling
+    from sparsify import profiling
+    from sparsify.models import checkpoint, original
     from sparsify.report import files, tables
 
     say = options.say(quiet)

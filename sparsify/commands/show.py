@@ -63,8 +63,9 @@ def show(
     Example: sparsify show model.safetensors cat.jpg --query 120,80
     """
     preflight()
-    from sparsify import checkpoint, original, photograph, showing
+    from sparsify import photograph, showing
     from sparsify.inspection import DENSE, OWN, REFERENCES
+    from sparsify.models import checkpoint, original
     from sparsify.report import captions
     from sparsify.report import show as report
     from sparsify.report.progress import Reporter

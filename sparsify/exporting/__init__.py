@@ -17,11 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsify import checkpoint, data, digits
+from sparsify import data, digits
 from sparsify.errors import BadFile, SparsifyError, UsageError, one_line
 from sparsify.exporting import onnx_file, pt2_file
 from sparsify.exporting.metadata import metadata, output_name
 from sparsify.files import whole
+from sparsify.models import checkpoint
 from sparsify.nn import graft
 
 FORMATS = {"onnx": onnx_file, "pt2": pt2_file}

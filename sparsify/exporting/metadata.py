@@ -1,6 +1,6 @@
 """What an exported program says of itself: the header of the file that it was made from, and how to feed it.
 
-Beside the keys of `sparsify.checkpoint` (but `format`, which is safetensors' own):
+Beside the keys of `sparsify.models.checkpoint` (but `format`, which is safetensors' own):
 
     sparsify.preprocessing  input_size [C, H, W], mean, std, interpolation, crop_pct, crop_mode: timm's words
     sparsify.export         format, batch (a number or "any"), input and output by name, library versions

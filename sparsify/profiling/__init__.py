@@ -11,8 +11,8 @@ import timm
 import torch
 from torch import nn
 
-from sparsify import original
 from sparsify.errors import SparsifyError, UsageError
+from sparsify.models import original
 from sparsify.nn import graft, hosts
 from sparsify.ops import backends
 from sparsify.ops.auto import Chooser

@@ -7,8 +7,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from sparsify.checkpoint import Header
 from sparsify.config import SparsityConfig
+from sparsify.models.checkpoint import Header
 from sparsify.report import memory
 
 Fact = tuple[str, str]  # what, in words

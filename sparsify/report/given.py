@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from sparsify.checkpoint import Header, digest_in
 from sparsify.errors import BadFile, one_line
+from sparsify.models.checkpoint import Header, digest_in
 from sparsify.profiling import Profile
 from sparsify.report.files import read_json
 

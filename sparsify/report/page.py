@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 
 from sparsify import __version__, report
-from sparsify.checkpoint import Header
 from sparsify.inspection import Inspection
+from sparsify.models.checkpoint import Header
 from sparsify.profiling import Profile
 from sparsify.report import accuracy, captions, facts, figures, panels, tables
 from sparsify.report.given import SweepFiles

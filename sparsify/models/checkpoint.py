@@ -9,7 +9,7 @@ Metadata keys (strings; all but `format` hold JSON or plain text):
     sparsify.provenance    source, recipe, calibration, seed, library versions, date, whether the backbone changed,
                            dense_sha256: digest of the dense model that was converted
     sparsify.report        headline figures (theoretical MACs)
-    sparsify.licence       licence of the weights that were converted
+    sparsify.models.provenance       licence of the weights that were converted
     sparsify.sha256        digest of every other key and every tensor
 """
 
@@ -26,10 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparsify import zoo
 from sparsify.config import SparsityConfig, validate
 from sparsify.errors import BadFile, UsageError, one_line
 from sparsify.files import whole
+from sparsify.models import building
 from sparsify.nn import graft
 
 FORMAT = 1
@@ -64,7 +64,7 @@ def save(model: nn.Module, path: Path, header: Header) -> None:
     """
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     meta = {"format": "pt", "sparsify.format": str(FORMAT)}
-    meta["sparsify.licence"] = str(header.architecture.get("pretrained_cfg", {}).get("license") or "unknown")
+    meta["sparsify.models.provenance"] = str(header.architecture.get("pretrained_cfg", {}).get("license") or "unknown")
     content = header._replace(config=header.config.model_dump(mode="json"))._asdict()  # type: ignore[arg-type]
     meta |= {f"sparsify.{key}": json.dumps(content[key], sort_keys=True) for key in JSON_KEYS}
     meta["sparsify.sha256"] = _digest(meta, tensors)
@@ -131,7 +131,7 @@ def load(
 
 def rebuild(header: Header, rates: Mapping[str, float] | None = None) -> nn.Module:
     """The sparse model that `header` describes, eval mode, every parameter zero. Errors are the hosts' own."""
-    host = zoo.rebuild(
+    host = building.rebuild(
         header.architecture["architecture"],
         {**header.architecture["model_args"], **(rates or {})},
         header.architecture["pretrained_cfg"],

@@ -11,12 +11,12 @@ import timm
 from torch import nn
 
 from sparsify import digits
-from sparsify import weights as weights_
 from sparsify.errors import BadFile, SparsifyError, UnsupportedModel, UsageError, one_line
-from sparsify.hub import quick_hub
+from sparsify.models import building
+from sparsify.models import dense_weights as weights_
+from sparsify.models.hub import quick_hub
+from sparsify.models.names import DIGITS, Source, no_download
 from sparsify.nn import hosts
-from sparsify.zoo import building
-from sparsify.zoo.names import DIGITS, Source, no_download
 
 
 def load(

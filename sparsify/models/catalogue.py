@@ -7,9 +7,9 @@ import fnmatch
 import timm
 
 from sparsify.errors import UnsupportedModel
+from sparsify.models.building import shallow
+from sparsify.models.names import ALIASES, DIGITS
 from sparsify.nn import graft, hosts
-from sparsify.zoo.building import shallow
-from sparsify.zoo.names import ALIASES, DIGITS
 
 
 def listing(pattern: str = "") -> list[tuple[str, str]]:

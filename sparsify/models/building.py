@@ -15,8 +15,8 @@ from torch import nn
 
 from sparsify import digits
 from sparsify.errors import BadFile, UnsupportedModel, UsageError, one_line
+from sparsify.models.names import Source
 from sparsify.nn import hosts
-from sparsify.zoo.names import Source
 
 _SOURCE_KEYS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")  # where weights came from
 

@@ -13,7 +13,7 @@ from timm.models._pretrained import PretrainedCfg
 
 from sparsify import digits
 from sparsify.errors import BadFile, SparsifyError, UsageError, one_line
-from sparsify.hub import quick_hub
+from sparsify.models.hub import quick_hub
 
 DIGITS = "digits"
 ALIASES = {

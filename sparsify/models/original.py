@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from sparsify import checkpoint, zoo
 from sparsify.errors import BadFile, UsageError
+from sparsify.models import building, checkpoint, names, pretrained
 from sparsify.nn import graft
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -70,14 +70,14 @@ def check(dense: nn.Module, sparse: nn.Module) -> None:
 
 
 def _of_name(header: checkpoint.Header, asked: str) -> nn.Module:
-    source = zoo.resolve(asked)
+    source = names.resolve(asked)
     wanted, classes = header.architecture["architecture"], _argument(header, "num_classes")
     if source.architecture != wanted:
         raise BadFile(_not_it(header, asked, f"it is a {source.architecture}, the file a {wanted}"))
-    own = _classes(zoo.skeleton(source))
+    own = _classes(building.skeleton(source))
     if classes not in (None, 0, own):
         raise BadFile(_not_it(header, asked, f"it has {own} classes, the file {classes}"))
-    return zoo.load(source, None, classes, _side(header))
+    return pretrained.load(source, None, classes, _side(header))
 
 
 def _of_file(header: checkpoint.Header, file: Path) -> nn.Module:
@@ -85,8 +85,8 @@ def _of_file(header: checkpoint.Header, file: Path) -> nn.Module:
         raise BadFile(f"--dense {file}: a model that 'sparsify convert' wrote, not a dense one; give {_hint(header)}")
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in header.architecture["model_args"].items()}
     architecture = header.architecture["architecture"]
-    source = zoo.Source(architecture, architecture, architecture, args)
-    return zoo.load(source, file, _argument(header, "num_classes"), _side(header))
+    source = names.Source(architecture, architecture, architecture, args)
+    return pretrained.load(source, file, _argument(header, "num_classes"), _side(header))
 
 
 def _converted(file: Path) -> bool:

@@ -7,8 +7,8 @@ from typing import Any
 
 import timm
 
-from sparsify import checkpoint, hub, zoo
 from sparsify.errors import BadFile, SparsifyError
+from sparsify.models import checkpoint, hub, names
 from sparsify.report.files import read_json
 
 
@@ -22,10 +22,10 @@ def origin(header: checkpoint.Header) -> tuple[str, str]:
         return f"[{name}](https://huggingface.co/{name})", name
     if source.startswith("local-dir:") or not source:
         return f"`{architecture}` with weights from a folder of its owner's", ""
-    if source == zoo.DIGITS:
+    if source == names.DIGITS:
         return "The `digits` model that comes with sparsify", ""
     try:
-        full = zoo.resolve(source).pretrained_name
+        full = names.resolve(source).pretrained_name
         config = timm.get_pretrained_cfg(full)
     except (SparsifyError, RuntimeError):
         return f"`{source}`", ""
