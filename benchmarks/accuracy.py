@@ -20,9 +20,10 @@ from pathlib import Path
 import timm
 import torch
 
-from sparsify import conversion, data
+from sparsify import conversion
 from sparsify.config import SparsityConfig
 from sparsify.evaluation import evaluate
+from sparsify.images import datasets
 from sparsify.metrics import Evaluation
 from sparsify.nn import graft
 from sparsify.profiling import profile
@@ -35,8 +36,10 @@ HEAD = "| keep | images | dense top-1 | top-1 | agreement | KL | lost / gained |
 
 def photographs(model: torch.nn.Module) -> chain:
     """The 950 photographs that calibration never sees, with labels."""
-    transform = data.transform(data.data_config(model))
-    return chain(*(data.labelled(DATA / part, 1000, transform) for part in ("imagenet-sample/val", "imagen-5perclass")))
+    transform = datasets.transform(datasets.data_config(model))
+    return chain(
+        *(datasets.labelled(DATA / part, 1000, transform) for part in ("imagenet-sample/val", "imagen-5perclass"))
+    )
 
 
 def row(keep: float, e: Evaluation) -> str:
@@ -102,7 +105,7 @@ def _per_key(fold: bool) -> int:
 
 def built_in_digits() -> None:
     made = convert("digits", load_recipe("calibrate"), None, None)
-    images = data.labelled("digits", 10, data.transform(data.data_config(made.model)))
+    images = datasets.labelled("digits", 10, datasets.transform(datasets.data_config(made.model)))
     print(HEAD)
     print(row(0.1, evaluate(made.model, graft.dense_twin(made.model), images)))
 

@@ -17,7 +17,8 @@ import torch
 from accuracy import DATA, WEIGHTS
 from torch import Tensor
 
-from sparsify import conversion, data
+from sparsify import conversion
+from sparsify.images import datasets
 from sparsify.models import checkpoint
 from sparsify.nn import graft
 from sparsify.nn.observe import observe
@@ -89,8 +90,8 @@ def _photographs(folder: Path, sizes: list[int], batch: int) -> dict[int, list[A
 def _blocks(files: dict[str, Path], tokens: int, batch: int) -> list[Activations]:
     side = PATCH * grid_of(tokens)[0]
     model, paper = (checkpoint.load(files[recipe], side) for recipe in ("calibrate", "paper-calibrated"))
-    transform = data.transform(data.data_config(model))
-    pairs = data.unlabelled(DATA / "imagenet-sample" / "val", 2 * batch, 0, transform, batch_size=2)
+    transform = datasets.transform(datasets.data_config(model))
+    pairs = datasets.unlabelled(DATA / "imagenet-sample" / "val", 2 * batch, 0, transform, batch_size=2)
     seen: dict[int, list[Tensor]] = {block: [] for block in BLOCKS}
 
     def keep(block: int, q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -14,8 +14,9 @@ import timm
 import torch
 from harness import Report, Row, conditions, options, start
 
-from sparsify import calibration, data
+from sparsify import calibration
 from sparsify.config import SparsityConfig, Tokens
+from sparsify.images import datasets
 from sparsify.nn import graft
 from sparsify.ops.spec import Execution
 from sparsify.profiling.latency import interleaved
@@ -34,13 +35,15 @@ def main() -> None:
     start(arguments)
     torch.manual_seed(0)
     model = timm.create_model(arguments.architecture, pretrained=False).eval()
-    pictures = data.builtin_calibration(False, PICTURES, 0, data.transform(data.data_config(model)), batch_size=2)
+    pictures = datasets.builtin_calibration(
+        False, PICTURES, 0, datasets.transform(datasets.data_config(model)), batch_size=2
+    )
     tokens = None if arguments.token_keep is None else Tokens(keep=arguments.token_keep, stages=STAGES)
     config = SparsityConfig(keep=arguments.keep, spread_rank=False, tokens=tokens)
     sparse = calibration.calibrate(model, config, lambda: pictures).model.eval().requires_grad_(False)
     graft.set_execution(sparse, Execution("cpu"))
     dense = graft.dense_twin(sparse)
-    images = torch.randn(arguments.batch, *data.data_config(dense)["input_size"])
+    images = torch.randn(arguments.batch, *datasets.data_config(dense)["input_size"])
     models = {"dense": dense, "sparse": sparse}
     models |= {f"{name}, compiled": torch.compile(model, fullgraph=True) for name, model in models.items()}
     calls = {name: partial(model, images) for name, model in models.items()}

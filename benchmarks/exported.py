@@ -22,7 +22,8 @@ from quantised import SETTINGS
 from torch import Tensor
 from variants import variant
 
-from sparsify import conversion, data, exporting
+from sparsify import conversion, exporting
+from sparsify.images import datasets
 from sparsify.models import checkpoint
 from sparsify.nn import graft
 from sparsify.ops.spec import Execution
@@ -75,7 +76,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for file in arguments.files or converted(Path(folder)):
             model = checkpoint.load(file).requires_grad_(False)
-            shown = data.labelled(DATA / "imagenet-sample" / "val", 1000, data.transform(data.data_config(model)))
+            shown = datasets.labelled(
+                DATA / "imagenet-sample" / "val", 1000, datasets.transform(datasets.data_config(model))
+            )
             x = torch.cat([images for images, _ in shown])[: arguments.images]
             runs: dict[str, Callable[[Tensor], Tensor]] = {"dense, eager": graft.dense_twin(model)}
             runs |= {f"sparse, eager, {name}": variant(model, Execution(name)) for name in ("cpu", "reference")}

@@ -20,9 +20,10 @@ import timm
 import torch
 from torch import Tensor
 
-from sparsify import calibration, data
+from sparsify import calibration
 from sparsify.config import SparsityConfig
 from sparsify.evaluation import evaluate
+from sparsify.images import datasets
 from sparsify.models import dense_weights
 from sparsify.profiling import profile
 
@@ -50,8 +51,8 @@ def measure(images: int, calib_images: int) -> list[dict]:
     """One row for each setting: MHSA share, agreement and KL."""
     dense = timm.create_model("deit_tiny_patch16_224").eval()
     dense.load_state_dict(dense_weights.read_checkpoint(DATA / "deit_tiny_patch16_224.safetensors"))
-    transform = data.transform(data.data_config(dense))
-    drawn = data.unlabelled(DATA / "imagenet-sample" / "train", calib_images + images, 0, transform)
+    transform = datasets.transform(datasets.data_config(dense))
+    drawn = datasets.unlabelled(DATA / "imagenet-sample" / "train", calib_images + images, 0, transform)
     every = torch.cat(list(drawn))
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
     calibrate_on, shown = every[order[:calib_images]], every[order[calib_images:]]

@@ -24,8 +24,9 @@ from harness import Report, Row, conditions, judged, options, start
 from torch import nn
 from variants import deit_tiny, variant
 
-from sparsify import calibration, data
+from sparsify import calibration
 from sparsify.config import SparsityConfig
+from sparsify.images import datasets
 from sparsify.nn import graft
 from sparsify.ops.auto import Choice, Chooser, Shape
 from sparsify.ops.spec import Execution
@@ -84,7 +85,9 @@ def converted(architecture: str, side: int) -> nn.Module:
         return deit_tiny(side, CALIB_IMAGES)
     torch.manual_seed(0)
     model = timm.create_model(architecture, pretrained=False, img_size=side).eval()
-    pictures = data.builtin_calibration(False, PICTURES, 0, data.transform(data.data_config(model)), batch_size=1)
+    pictures = datasets.builtin_calibration(
+        False, PICTURES, 0, datasets.transform(datasets.data_config(model)), batch_size=1
+    )
     return calibration.calibrate(model, SparsityConfig(keep=0.1, spread_rank=False), lambda: pictures).model.eval()
 
 

@@ -21,9 +21,10 @@ from model import converted
 from torch import nn
 from variants import deit_tiny, variant
 
-from sparsify import data, schedule
+from sparsify import schedule
 from sparsify.calibration import fit_importance
 from sparsify.config import SparsityConfig, Tokens
+from sparsify.images import datasets
 from sparsify.nn import graft
 from sparsify.ops.spec import Execution
 from sparsify.profiling import analytic
@@ -72,8 +73,8 @@ def sensitivity() -> tuple[SparsityConfig, Sensitivity]:
     """Of DeiT-Tiny on photographs, no labels."""
     model = deit_tiny(224, 32)
     config = SparsityConfig(keep=0.1)
-    transform = data.transform(data.data_config(model))
-    images = data.unlabelled(str(DATA / "imagenet-sample" / "train"), PROBE, 0, transform, 16, 0)
+    transform = datasets.transform(datasets.data_config(model))
+    images = datasets.unlabelled(str(DATA / "imagenet-sample" / "train"), PROBE, 0, transform, 16, 0)
     fit_importance(model, lambda: images)
     return config, schedule.sensitivity(model, config, images)
 

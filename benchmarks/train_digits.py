@@ -46,7 +46,7 @@ from timm.utils import ModelEmaV3, random_seed
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
-from sparsify import digits
+from sparsify.images import digits
 
 SPLIT_SEED = 0
 TEST_IMAGES = 597

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from sparsify import data
 from sparsify.errors import SparsifyError
-from sparsify.loading import LabelledBatches, Stream
+from sparsify.images import datasets
+from sparsify.images.loaders import LabelledBatches, Stream
 from sparsify.metrics import Evaluation, Features, Logits
 from sparsify.nn import graft
 
@@ -46,11 +46,11 @@ def images_of(
     model: nn.Module, place: str, classes: int, must_be_labelled: bool, limit: int | None, seed: int, workers: int
 ) -> tuple[LabelledBatches | _Loose, bool]:
     """The images to evaluate on, `limit` of them drawn by `seed`, and whether they have labels."""
-    transform = data.transform(data.data_config(model))
+    transform = datasets.transform(datasets.data_config(model))
     if not must_be_labelled and _is_flat(Path(place)):
         wanted = limit or len(list(Path(place).iterdir()))
-        return _Loose(data.unlabelled(place, wanted, seed, transform, EVAL_BATCH, workers)), False
-    found = data.labelled(place, classes, transform, EVAL_BATCH, workers)
+        return _Loose(datasets.unlabelled(place, wanted, seed, transform, EVAL_BATCH, workers)), False
+    found = datasets.labelled(place, classes, transform, EVAL_BATCH, workers)
     if limit is None or (found.total is not None and found.total <= limit):
         return found, True
     if isinstance(found.dataset, Stream):

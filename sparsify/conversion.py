@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify import __version__, data, digits, finetune, processes, schedule, tuning
+from sparsify import __version__, finetune, processes, schedule, tuning
 from sparsify.calibration import Calibration, calibrate, first, fit_importance, spends_ranks
 from sparsify.config import SparsityConfig, Target, Tokens
 from sparsify.errors import UsageError
 from sparsify.finetune import Outcome
+from sparsify.images import datasets, digits
 from sparsify.models import building, checkpoint, names, pretrained
 from sparsify.naming import place
 from sparsify.nn import graft, hosts, token_models
@@ -274,14 +275,14 @@ def calibration_images(
     model: nn.Module, source: names.Source, recipe: Recipe, images: str | None, device: str, size: int, workers: int
 ) -> tuple[Callable[[], Iterator[Tensor]], str]:
     """The calibration images, read anew at each pass, and what they are in words."""
-    transform = data.transform(data.data_config(model))
+    transform = datasets.transform(datasets.data_config(model))
     n, seed = recipe.calib_images, recipe.seed
     built_in_digits = source.architecture == digits.ARCHITECTURE
     if images is not None:
-        found = data.unlabelled(images, n, seed, transform, size, workers)
+        found = datasets.unlabelled(images, n, seed, transform, size, workers)
         words = f"up to {n} images of {images} (labels are not used)"
     else:
-        found = data.builtin_calibration(built_in_digits, n, seed, transform, size, workers)
+        found = datasets.builtin_calibration(built_in_digits, n, seed, transform, size, workers)
         words = f"{n} {'digits of the training split' if built_in_digits else 'built-in pictures'}: no --data was given"
     return lambda: (x.to(device) for x in found), words
 

@@ -16,8 +16,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from sparsify import __version__, data, processes, sharing
+from sparsify import __version__, processes
 from sparsify.errors import BadData
+from sparsify.images import datasets, sharing
 from sparsify.metrics import Evaluation, Features, Logits
 from sparsify.models import original
 from sparsify.nn import graft, hosts
@@ -128,7 +129,7 @@ def evaluate_images(
 
     Args:
         model: sparse; it is moved to `device` and `dtype`, and `dense` with it.
-        images: see `sparsify.data.labelled`.
+        images: see `sparsify.images.datasets.labelled`.
         dense: the original. None: the model's own weights without sparsity, which are the original's if it was calibrated
             only; with `backbone_changed` no dense model, and no dense figures.
         name: name of the model in the results.
@@ -145,12 +146,12 @@ def evaluate_images(
     graft.check_execution(execution, torch.device(device), dtype, hosts.biased(model))  # before anything is read
     if dense is not None:
         original.check(dense, model)
-    config = data.data_config(model)
+    config = datasets.data_config(model)
 
     processes.start(device)
     with processes.agree():
         classes = int(getattr(model, "num_classes", 0))
-        loader = data.labelled(images, classes, data.transform(config), batch_size, workers, strict=strict)
+        loader = datasets.labelled(images, classes, datasets.transform(config), batch_size, workers, strict=strict)
         if loader.note:
             say(loader.note)
         if note := backends.note(backend or "auto", torch.device(device), dtype, hosts.biased(model)):

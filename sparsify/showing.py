@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import nn
 
-from sparsify import data, photograph
 from sparsify.errors import UsageError
+from sparsify.images import datasets, photograph
+from sparsify.images.photograph import Photograph, Point
 from sparsify.inspection import Inspection, check, inspect
 from sparsify.models import original
 from sparsify.nn import graft
-from sparsify.photograph import Photograph, Point
 
 MOST_LAYERS, MOST_HEADS = 4, 6  # drawn where nobody says which
 
@@ -67,7 +67,7 @@ def look(
     blocks = _chosen(layers, "--layer", "layers", len(modules), [some[i] for i in spread(len(some), MOST_LAYERS)])
     count = modules[0].num_heads
     drawn = _chosen(heads, "--head", "heads", count, spread(count, MOST_HEADS))
-    config, grid = data.data_config(model), graft.patch_grid(model)
+    config, grid = datasets.data_config(model), graft.patch_grid(model)
     photos = [photograph.read(path, config) for path in images]
     asked = [tuple(dict.fromkeys(photo.patch(point, grid) for point in points)) for photo in photos]
     names = unique([path.stem for path in images])

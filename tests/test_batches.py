@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sparsify import data, digits
 from sparsify.errors import BadData, UsageError
 from sparsify.finetune.batches import Batch, Batches
-from sparsify.loading import Items, Mapped, Part, StreamPart
+from sparsify.images import datasets, digits
+from sparsify.images.loaders import Items, Mapped, Part, StreamPart
+from sparsify.images.trainset import trainset
 from sparsify.stage import Augmentation
-from sparsify.trainset import trainset
 
 CONFIG = {
     "input_size": (3, 12, 12),
@@ -80,7 +80,7 @@ def test_batch_has_normalised_images_soft_targets_and_places():
     (batch,) = steps(batches(items, EVAL), 0, 1)[0]
     assert batch.x.shape == (12, 3, 12, 12) and batch.x.dtype == batch.y.dtype == torch.float32
     assert batch.y.shape == (12, 10) and batch.index.dtype == torch.int64
-    to = data.transform(CONFIG)
+    to = datasets.transform(CONFIG)
     for x, y, index in zip(*batch, strict=True):
         image, label = items.fetch(int(index))
         assert torch.equal(x, to(image)) and y.argmax() == label and y.max() == 1

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from sparsify import data, digits
 from sparsify.errors import BadData
+from sparsify.images import datasets, digits
 
 ORDER = ImageNetInfo("imagenet-1k").label_names()
 
@@ -48,11 +48,11 @@ def classes(root: Path, names: list[str], each: int = 2) -> Path:
     return root
 
 
-def pairs(loader: data.LabelledBatches) -> list[tuple[int, int]]:
+def pairs(loader: datasets.LabelledBatches) -> list[tuple[int, int]]:
     return [(int(x), int(y)) for images, labels in loader for x, y in zip(images.flatten(), labels, strict=True)]
 
 
-def reds(loader: data.ImageBatches) -> list[int]:
+def reds(loader: datasets.ImageBatches) -> list[int]:
     return [int(x) for images in loader for x in images.flatten()]
 
 
@@ -71,10 +71,10 @@ def model() -> torch.nn.Module:
 
 
 def test_preprocessing_is_the_models_own(model):
-    config = data.data_config(model)
+    config = datasets.data_config(model)
     assert config["mean"] == (0.5, 0.5, 0.5) and config["crop_pct"] == 0.9  # augreg's, not ImageNet's
-    config = data.data_config(model, img_size=48)
-    tensor = data.transform(config)(Image.new("RGB", (70, 60), (255, 255, 255)))
+    config = datasets.data_config(model, img_size=48)
+    tensor = datasets.transform(config)(Image.new("RGB", (70, 60), (255, 255, 255)))
     assert tensor.shape == (3, 48, 48) and tensor.dtype == torch.float32
     assert torch.allclose(tensor, torch.ones(3, 48, 48))  # (1 - 0.5) / 0.5
 
@@ -83,7 +83,7 @@ def test_preprocessing_is_the_models_own(model):
 
 
 def test_class_folders_are_counted_in_order_of_their_names(tmp_path):
-    loader = data.labelled(classes(tmp_path, ["cat", "dog", "owl"]), 3, to_tensor, batch_size=4)
+    loader = datasets.labelled(classes(tmp_path, ["cat", "dog", "owl"]), 3, to_tensor, batch_size=4)
     assert pairs(loader) == [(0, 0), (1, 0), (10, 1), (11, 1), (20, 2), (21, 2)]
     assert loader.total == 6 and loader.broken == 0
     images, labels = next(iter(loader))
@@ -91,7 +91,7 @@ def test_class_folders_are_counted_in_order_of_their_names(tmp_path):
 
 
 def test_numbered_folders_are_in_numeric_order(tmp_path):
-    loader = data.labelled(classes(tmp_path, [str(i) for i in range(11)], 1), 11, to_tensor)
+    loader = datasets.labelled(classes(tmp_path, [str(i) for i in range(11)], 1), 11, to_tensor)
     assert [label for _, label in pairs(loader)] == list(range(11))  # not 0, 1, 10, 2, ...
     assert [red // 10 for red, _ in pairs(loader)] == list(range(11))
 
@@ -99,50 +99,50 @@ def test_numbered_folders_are_in_numeric_order(tmp_path):
 def test_val_inside_an_imagenet_root_is_found(tmp_path):
     classes(tmp_path / "train", ["a", "b", "c", "d"])
     classes(tmp_path / "val", ["a", "b"])
-    assert len(pairs(data.labelled(tmp_path, 2, to_tensor))) == 4
-    assert len(pairs(data.labelled(tmp_path / "train", 4, to_tensor))) == 8
+    assert len(pairs(datasets.labelled(tmp_path, 2, to_tensor))) == 4
+    assert len(pairs(datasets.labelled(tmp_path / "train", 4, to_tensor))) == 8
 
 
 def test_wnid_folders_map_to_imagenet_indices_even_when_few_are_present(tmp_path):
     names = [ORDER[7], ORDER[207], ORDER[999]]
-    loader = data.labelled(classes(tmp_path, names, 1), 1000, to_tensor)
+    loader = datasets.labelled(classes(tmp_path, names, 1), 1000, to_tensor)
     assert pairs(loader) == [(0, 7), (10, 207), (20, 999)]
     assert loader.note == "3 of 1,000 imagenet-1k classes, mapped by wnid"
 
 
 def test_wnid_folders_of_a_smaller_model_are_counted(tmp_path):
-    loader = data.labelled(classes(tmp_path, [ORDER[7], ORDER[207]], 1), 2, to_tensor)
+    loader = datasets.labelled(classes(tmp_path, [ORDER[7], ORDER[207]], 1), 2, to_tensor)
     assert pairs(loader) == [(0, 0), (10, 1)]
 
 
 def test_wnid_that_is_no_imagenet_class_is_named(tmp_path):
     with pytest.raises(BadData, match="n99999999") as error:
-        data.labelled(classes(tmp_path, [ORDER[0], "n99999999"]), 1000, to_tensor)
+        datasets.labelled(classes(tmp_path, [ORDER[0], "n99999999"]), 1000, to_tensor)
     one_line(error)
 
 
 def test_other_number_of_classes_than_the_model_names_both(tmp_path):
     with pytest.raises(BadData, match="has 2 classes, but the model has 1,000") as error:
-        data.labelled(classes(tmp_path, ["cat", "dog"]), 1000, to_tensor)
+        datasets.labelled(classes(tmp_path, ["cat", "dog"]), 1000, to_tensor)
     one_line(error)
 
 
 @pytest.mark.parametrize("num_classes", [0, None])
 def test_features_need_no_number_of_classes(tmp_path, num_classes):
-    assert pairs(data.labelled(classes(tmp_path, ["cat", "dog"], 1), num_classes, to_tensor)) == [(0, 0), (10, 1)]
+    assert pairs(datasets.labelled(classes(tmp_path, ["cat", "dog"], 1), num_classes, to_tensor)) == [(0, 0), (10, 1)]
 
 
 def test_flat_folder_is_recognised_and_explained(tmp_path):
     for i in range(3):
         picture(tmp_path / f"ILSVRC2012_val_{i:08d}.png", i)
     with pytest.raises(BadData, match=r"holds 3 images but no class folders.*wnid") as error:
-        data.labelled(tmp_path, 1000, to_tensor)
+        datasets.labelled(tmp_path, 1000, to_tensor)
     one_line(error)
 
 
 def test_images_beside_class_folders_are_left_out_and_told(tmp_path):
     picture(tmp_path / "preview.png", 99)
-    loader = data.labelled(classes(tmp_path, ["cat", "dog"], 1), 2, to_tensor)
+    loader = datasets.labelled(classes(tmp_path, ["cat", "dog"], 1), 2, to_tensor)
     assert pairs(loader) == [(0, 0), (10, 1)]
     assert loader.note == "1 images outside class folders left out"
     assert loader.total == 2 and loader.broken == 0
@@ -155,7 +155,7 @@ def test_nothing_to_read_gives_one_line(tmp_path, kind):
         (path / "cat" if "class" in kind else path).mkdir(parents=True)
     elif kind != "missing":
         path.write_text("no images")
-    for read in (lambda: data.labelled(path, 2, to_tensor), lambda: data.unlabelled(path, 4, 0, to_tensor)):
+    for read in (lambda: datasets.labelled(path, 2, to_tensor), lambda: datasets.unlabelled(path, 4, 0, to_tensor)):
         with pytest.raises(BadData, match="x") as error:
             read()
         one_line(error)
@@ -166,9 +166,9 @@ def test_tar_of_class_folders_reads_as_the_folder_does(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.add(folder, "val")
     for workers in (0, 2):
-        loader = data.labelled(tmp_path / "x.tar", 1000, to_tensor, batch_size=1, workers=workers)
-        assert pairs(loader) == pairs(data.labelled(folder, 1000, to_tensor)) == [(0, 3), (1, 3), (10, 5), (11, 5)]
-    assert len(reds(data.unlabelled(tmp_path / "x.tar", 3, 0, to_tensor))) == 3
+        loader = datasets.labelled(tmp_path / "x.tar", 1000, to_tensor, batch_size=1, workers=workers)
+        assert pairs(loader) == pairs(datasets.labelled(folder, 1000, to_tensor)) == [(0, 3), (1, 3), (10, 5), (11, 5)]
+    assert len(reds(datasets.unlabelled(tmp_path / "x.tar", 3, 0, to_tensor))) == 3
 
 
 # broken images
@@ -178,7 +178,7 @@ def test_broken_images_are_counted_and_not_replaced(tmp_path):
     classes(tmp_path, ["cat", "dog"], 2)
     broken(tmp_path / "cat" / "bad.jpg")
     (tmp_path / "dog" / "text.png").write_text("no image")
-    loader = data.labelled(tmp_path, 2, to_tensor, batch_size=2)
+    loader = datasets.labelled(tmp_path, 2, to_tensor, batch_size=2)
     for _ in range(2):  # the second pass counts anew
         assert pairs(loader) == [(0, 0), (1, 0), (10, 1), (11, 1)]
         assert loader.broken == 2 and "bad.jpg" in loader.first_broken
@@ -188,14 +188,14 @@ def test_strict_names_the_first_broken_image(tmp_path):
     classes(tmp_path, ["cat", "dog"], 2)
     broken(tmp_path / "cat" / "bad.jpg")
     with pytest.raises(BadData, match=r"cannot read cat.bad\.jpg") as error:
-        pairs(data.labelled(tmp_path, 2, to_tensor, strict=True))
+        pairs(datasets.labelled(tmp_path, 2, to_tensor, strict=True))
     one_line(error)
 
 
 def test_only_broken_images_is_an_error(tmp_path):
     broken(tmp_path / "bad.jpg")
     with pytest.raises(BadData, match="none of the 1 images could be read") as error:
-        reds(data.unlabelled(tmp_path, 4, 0, to_tensor))
+        reds(datasets.unlabelled(tmp_path, 4, 0, to_tensor))
     one_line(error)
 
 
@@ -204,7 +204,7 @@ def test_transform_errors_are_not_taken_for_broken_images(tmp_path):
         raise ValueError("a mistake of ours")
 
     with pytest.raises(ValueError, match="a mistake of ours"):
-        pairs(data.labelled(classes(tmp_path, ["cat", "dog"]), 2, wrong))
+        pairs(datasets.labelled(classes(tmp_path, ["cat", "dog"]), 2, wrong))
 
 
 # unlabelled
@@ -213,22 +213,22 @@ def test_transform_errors_are_not_taken_for_broken_images(tmp_path):
 def test_draw_is_the_same_for_a_seed_and_another_for_another(tmp_path):
     for i in range(40):
         picture(tmp_path / ("deep/er" if i % 2 else ".") / f"{i:02d}.png", i)
-    first, again = (reds(data.unlabelled(tmp_path, 10, 0, to_tensor, batch_size=4)) for _ in range(2))
-    other = reds(data.unlabelled(tmp_path, 10, 1, to_tensor))
+    first, again = (reds(datasets.unlabelled(tmp_path, 10, 0, to_tensor, batch_size=4)) for _ in range(2))
+    other = reds(datasets.unlabelled(tmp_path, 10, 1, to_tensor))
     assert first == again and len(set(first)) == 10 and set(first) != set(other)
-    assert sorted(reds(data.unlabelled(tmp_path, 1000, 0, to_tensor))) == list(range(40))
+    assert sorted(reds(datasets.unlabelled(tmp_path, 1000, 0, to_tensor))) == list(range(40))
 
 
 def test_formats_beyond_timms_three_are_read(tmp_path):
     for i, suffix in enumerate((".png", ".webp", ".bmp", ".tif", ".PNG")):
         picture(tmp_path / f"{i}{suffix}", 10 * i)
-    assert len(reds(data.unlabelled(tmp_path, 9, 0, to_tensor))) == 5
+    assert len(reds(datasets.unlabelled(tmp_path, 9, 0, to_tensor))) == 5
 
 
 def test_grey_palette_and_transparent_images_become_rgb(tmp_path):
     for mode in ("L", "P", "RGBA", "I;16", "1"):
         Image.new(mode, (4, 4)).save(tmp_path / f"{mode[0]}{len(mode)}.png")
-    assert len(reds(data.unlabelled(tmp_path, 9, 0, to_tensor))) == 5
+    assert len(reds(datasets.unlabelled(tmp_path, 9, 0, to_tensor))) == 5
 
 
 # workers
@@ -237,15 +237,15 @@ def test_grey_palette_and_transparent_images_become_rgb(tmp_path):
 def test_workers_give_the_same_batches_and_are_gone_afterwards(tmp_path):
     folder = classes(tmp_path, ["cat", "dog", "owl"], 5)
     broken(folder / "cat" / "bad.jpg")
-    alone = data.labelled(folder, 3, to_tensor, batch_size=2)
-    loader = data.labelled(folder, 3, to_tensor, batch_size=2, workers=2)
+    alone = datasets.labelled(folder, 3, to_tensor, batch_size=2)
+    loader = datasets.labelled(folder, 3, to_tensor, batch_size=2, workers=2)
     assert pairs(loader) == pairs(alone)
     assert loader.broken == alone.broken == 1
     assert not multiprocessing.active_children()
 
 
 def test_workers_end_when_the_reader_stops_early(tmp_path):
-    loader = data.labelled(classes(tmp_path, ["cat", "dog"], 20), 2, to_tensor, batch_size=2, workers=2)
+    loader = datasets.labelled(classes(tmp_path, ["cat", "dog"], 20), 2, to_tensor, batch_size=2, workers=2)
 
     def interrupted():
         for _ in loader:
@@ -263,7 +263,7 @@ def test_workers_end_with_an_error_even_while_it_is_held(tmp_path):
     folder = classes(tmp_path, ["cat", "dog"], 20)
     broken(folder / "cat" / "0.jpg")
     with pytest.raises(BadData) as error:
-        pairs(data.labelled(folder, 2, to_tensor, batch_size=2, workers=2, strict=True))
+        pairs(datasets.labelled(folder, 2, to_tensor, batch_size=2, workers=2, strict=True))
     assert error.tb is not None and not multiprocessing.active_children()  # the traceback keeps the frames alive
 
 
@@ -271,8 +271,8 @@ def test_datasets_can_be_sent_to_spawned_workers(tmp_path):
     import pickle
 
     for loader in (
-        data.labelled(classes(tmp_path, ["cat", "dog"]), 2, to_tensor),
-        data.builtin_calibration(False, 2, 0, to_tensor),
+        datasets.labelled(classes(tmp_path, ["cat", "dog"]), 2, to_tensor),
+        datasets.builtin_calibration(False, 2, 0, to_tensor),
     ):
         assert len(pickle.loads(pickle.dumps(loader.dataset))) == loader.total
 
@@ -282,21 +282,21 @@ def test_datasets_can_be_sent_to_spawned_workers(tmp_path):
 
 def test_torch_prefix_reads_a_torchvision_data_set_from_its_folder(tmp_path):
     folder = classes(tmp_path, ["cat", "dog"])
-    assert len(pairs(data.labelled(f"torch/image_folder:{folder}", 2, to_tensor))) == 4
+    assert len(pairs(datasets.labelled(f"torch/image_folder:{folder}", 2, to_tensor))) == 4
     with pytest.raises(BadData, match="3"):
-        data.labelled(f"torch/image_folder:{folder}", 3, to_tensor)
-    assert len(reds(data.unlabelled(f"torch/image_folder:{folder}", 3, 0, to_tensor))) == 3
+        datasets.labelled(f"torch/image_folder:{folder}", 3, to_tensor)
+    assert len(reds(datasets.unlabelled(f"torch/image_folder:{folder}", 3, 0, to_tensor))) == 3
 
 
 def test_torch_prefix_without_folder_says_how_to_give_it():
     with pytest.raises(BadData, match="torch/cifar10:FOLDER") as error:
-        data.labelled("torch/cifar10", 10, to_tensor)
+        datasets.labelled("torch/cifar10", 10, to_tensor)
     one_line(error)
 
 
 def test_torch_data_set_that_is_not_there_is_not_downloaded(tmp_path):
     with pytest.raises(BadData, match="torch/cifar10") as error:
-        data.labelled(f"torch/cifar10:{tmp_path}", 10, to_tensor)
+        datasets.labelled(f"torch/cifar10:{tmp_path}", 10, to_tensor)
     one_line(error)
 
 
@@ -304,7 +304,7 @@ def test_missing_library_of_a_prefix_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(BadData, match="hfds/someone/images") as error:
-        data.labelled("hfds/someone/images", 10, to_tensor)
+        datasets.labelled("hfds/someone/images", 10, to_tensor)
     one_line(error)
 
 
@@ -316,11 +316,11 @@ def test_streamed_data_set_has_no_known_length(monkeypatch):
             return ((Image.new("RGB", (4, 4), (i, 0, 0)), i) for i in range(5))
 
     asked = []
-    monkeypatch.setattr(data, "create_dataset", lambda name, **kw: asked.append((name, kw)) or Stream())
-    loader = data.labelled("wds/shards:/somewhere", 10, to_tensor, batch_size=2)
+    monkeypatch.setattr(datasets, "create_dataset", lambda name, **kw: asked.append((name, kw)) or Stream())
+    loader = datasets.labelled("wds/shards:/somewhere", 10, to_tensor, batch_size=2)
     assert loader.total is None and pairs(loader) == [(i, i) for i in range(5)]
     assert asked == [("wds/shards", {"root": "/somewhere", "split": "validation"})]
-    assert reds(data.unlabelled("wds/shards:/somewhere", 3, 0, to_tensor)) == [0, 1, 2]
+    assert reds(datasets.unlabelled("wds/shards:/somewhere", 3, 0, to_tensor)) == [0, 1, 2]
 
 
 def test_hub_data_set_is_read_through_its_reader_so_that_broken_images_are_seen(monkeypatch, tmp_path):
@@ -334,17 +334,17 @@ def test_hub_data_set_is_read_through_its_reader_so_that_broken_images_are_seen(
         def __getitem__(self, i):
             return open(tmp_path / f"{i}.png", "rb"), i
 
-    monkeypatch.setattr(data, "create_dataset", lambda *a, **k: types.SimpleNamespace(reader=Reader()))
-    loader = data.labelled("hfds/x", 10, to_tensor)
+    monkeypatch.setattr(datasets, "create_dataset", lambda *a, **k: types.SimpleNamespace(reader=Reader()))
+    loader = datasets.labelled("hfds/x", 10, to_tensor)
     assert pairs(loader) == [(5, 0)] and loader.broken == 1
 
 
 @pytest.mark.parametrize("label, said", [(12, "label 12, but the model has 10"), (-1, "without labels")])
 def test_label_that_the_model_cannot_give_is_an_error(monkeypatch, label, said):
     images = [(Image.new("RGB", (4, 4)), 3), (Image.new("RGB", (4, 4)), label)]
-    monkeypatch.setattr(data, "create_dataset", lambda *a, **k: images)
+    monkeypatch.setattr(datasets, "create_dataset", lambda *a, **k: images)
     with pytest.raises(BadData, match=said) as error:
-        pairs(data.labelled("hfds/x", 10, to_tensor))
+        pairs(datasets.labelled("hfds/x", 10, to_tensor))
     one_line(error)
 
 
@@ -358,24 +358,24 @@ needs_digits = pytest.mark.skipif(
 
 @needs_digits
 def test_digits_is_the_test_split_and_its_train_split_calibrates():
-    to = data.transform(data.data_config(digits.build(pretrained=False)))
-    test, train = data.labelled("digits", 10, to), data.labelled("digits:train", 10, to)
+    to = datasets.transform(datasets.data_config(digits.build(pretrained=False)))
+    test, train = datasets.labelled("digits", 10, to), datasets.labelled("digits:train", 10, to)
     assert test.total >= 500 and train.total + test.total == 1797
-    images = next(iter(data.builtin_calibration(True, 4, 0, to)))
+    images = next(iter(datasets.builtin_calibration(True, 4, 0, to)))
     assert images.shape == (4, 3, 28, 28)
-    wanted = next(iter(data.unlabelled("digits:train", 4, 0, to)))
+    wanted = next(iter(datasets.unlabelled("digits:train", 4, 0, to)))
     assert torch.equal(images, wanted)
     with pytest.raises(BadData, match="has 10 classes, but the model has 1,000"):
-        data.labelled("digits", 1000, to)
+        datasets.labelled("digits", 1000, to)
 
 
 def test_digits_has_no_other_split():
     with pytest.raises(BadData, match="train and test, not 'val'"):
-        data.labelled("digits:val", 10, to_tensor)
+        datasets.labelled("digits:val", 10, to_tensor)
 
 
 def test_built_in_pictures_come_in_batches(model):
-    loader = data.builtin_calibration(False, 5, 0, data.transform(data.data_config(model)), batch_size=2)
+    loader = datasets.builtin_calibration(False, 5, 0, datasets.transform(datasets.data_config(model)), batch_size=2)
     assert [len(x) for x in loader] == [2, 2, 1] and loader.total == 5
 
 
@@ -387,8 +387,8 @@ def test_order_of_imagenet_classes_is_timms(real_data):
 
 
 def test_real_photographs_are_mapped_by_wnid(real_data):
-    to = data.transform({"input_size": (3, 32, 32), "interpolation": "bilinear", "crop_pct": 1.0})
-    loader = data.labelled(real_data / "imagenet-sample", 1000, to, batch_size=50)
+    to = datasets.transform({"input_size": (3, 32, 32), "interpolation": "bilinear", "crop_pct": 1.0})
+    loader = datasets.labelled(real_data / "imagenet-sample", 1000, to, batch_size=50)
     labels = torch.cat([y for _, y in loader])
     folders = sorted(p.name for p in (real_data / "imagenet-sample/val").iterdir())
     assert labels.tolist() == [ORDER.index(name) for name in folders]  # one photograph for each class

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from said import the_error
 
 import sparsify
-from sparsify import digits, profiling
+from sparsify import profiling
 from sparsify.errors import BadFile, UsageError
+from sparsify.images import digits
 from sparsify.metrics import Logits
 from sparsify.models import checkpoint, original, pretrained
 from sparsify.models.names import resolve

@@ -9,9 +9,9 @@ from families import build
 from PIL import Image
 from torch import nn
 
-from sparsify import data
 from sparsify.config import SparsityConfig
 from sparsify.evaluation import evaluate, evaluate_images
+from sparsify.images import datasets
 from sparsify.metrics import knn
 from sparsify.nn import graft
 
@@ -85,4 +85,4 @@ def test_broken_images_are_counted_and_left_out(tmp_path):
     assert (e.images, e.broken) == (2, 1) and "broken.png" in lines[-1]
     with pytest.raises(Exception, match=r"broken\.png"):
         evaluate_images(model, str(tmp_path), strict=True)
-    assert data.labelled(tmp_path, 2, data.transform(data.data_config(model))).total == 3
+    assert datasets.labelled(tmp_path, 2, datasets.transform(datasets.data_config(model))).total == 3

@@ -6,11 +6,12 @@ import tune
 from said import the_error
 from tune import ATTENTION, recipe
 
-from sparsify import api, digits, tuning
+from sparsify import api, tuning
 from sparsify.finetune import loop
 from sparsify.finetune import run as runs
 from sparsify.finetune.judge import Score
 from sparsify.finetune.plan import Source, plan
+from sparsify.images import digits
 from sparsify.models import checkpoint
 from sparsify.nn import graft
 from sparsify.recipe import load_recipe, recipe_yaml

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from sparsify import photograph
 from sparsify.errors import BadData, UsageError
+from sparsify.images import photograph
 
 CONFIG = dict(
     input_size=(3, 96, 96), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic", crop_pct=0.9,

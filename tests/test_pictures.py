@@ -7,8 +7,8 @@ from importlib import resources
 import numpy as np
 import pytest
 
-from sparsify import pictures
-from sparsify.pictures import CalibrationImages, calibration_images
+from sparsify.images.pictures import pictures
+from sparsify.images.pictures.pictures import CalibrationImages, calibration_images
 
 FOLDER = resources.files(pictures)
 

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 import sparsify
-from sparsify import evaluation, processes, sharing
+from sparsify import evaluation, processes
 from sparsify.errors import BadData, SparsifyError
-from sparsify.loading import LabelledBatches, Stream
+from sparsify.images import sharing
+from sparsify.images.loaders import LabelledBatches, Stream
 from sparsify.metrics import Evaluation, Features, Logits
 
 COUNTS = ("images", "broken", "top1", "top5", "dense_top1", "dense_top5", "agreement", "images_lost", "images_gained")

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 
-from sparsify import data, exporting
+from sparsify import exporting
 from sparsify.calibration import calibrate
 from sparsify.config import SparsityConfig
 from sparsify.evaluation import evaluate
 from sparsify.exporting import onnx_file
+from sparsify.images import datasets
 from sparsify.models import dense_weights, names, pretrained
 from sparsify.nn import graft
 
@@ -24,9 +25,9 @@ def deit_tiny(real_data):
 @pytest.fixture(scope="module")
 def photographs(real_data, deit_tiny):
     """16 to calibrate on and 64 others, with labels for the latter."""
-    transform = data.transform(data.data_config(deit_tiny))
-    calibrate_on = torch.cat(list(data.unlabelled(real_data / "imagenet-sample" / "train", 16, 0, transform)))
-    shown = list(data.labelled(real_data / "imagenet-sample" / "val", 1000, transform))[:2]
+    transform = datasets.transform(datasets.data_config(deit_tiny))
+    calibrate_on = torch.cat(list(datasets.unlabelled(real_data / "imagenet-sample" / "train", 16, 0, transform)))
+    shown = list(datasets.labelled(real_data / "imagenet-sample" / "val", 1000, transform))[:2]
     return calibrate_on, shown
 
 

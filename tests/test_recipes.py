@@ -10,8 +10,9 @@ from folders import class_folders
 from safetensors.torch import save_file
 from said import the_error
 
-from sparsify import conversion, digits
+from sparsify import conversion
 from sparsify.errors import UsageError
+from sparsify.images import digits
 from sparsify.recipe import default_recipe, load_recipe, recipe_names, recipe_text, recipe_yaml
 
 NAMES = ("calibrate", "distill", "paper", "paper-calibrated", "paper-digits")

@@ -156,7 +156,7 @@ def unfinished(tmp_path, monkeypatch):
 
 def test_another_run_is_not_resumed(unfinished, tmp_path):
     (tmp_path / "set").mkdir()
-    from sparsify import digits
+    from sparsify.images import digits
 
     for i in range(12):
         digits.dataset("test")[i][0].save(tmp_path / "set" / f"{i}.png")

@@ -13,7 +13,7 @@ from test_choice import grafted
 
 from sparsify import inspection, showing
 from sparsify.cli import main
-from sparsify.photograph import Line, Photograph
+from sparsify.images.photograph import Line, Photograph
 from sparsify.report import captions, figures, panels
 
 

@@ -16,9 +16,10 @@ import yaml
 from PIL import Image
 from said import the_error
 
-from sparsify import comparison, data, digits, evaluation
+from sparsify import comparison, evaluation
 from sparsify import sweep as job
 from sparsify.cli import main
+from sparsify.images import datasets, digits
 from sparsify.models import checkpoint
 from sparsify.nn import graft
 from sparsify.profiling import latency
@@ -128,7 +129,7 @@ def test_a_recipe_gives_the_settings_model_again(name, swept, figures, run, tmp_
     header = checkpoint.read_header(Path("again.safetensors"))
     assert header.config.model_dump(mode="json") == setting["sparsity"]
     again = checkpoint.load("again.safetensors")
-    test = digits.dataset("test", data.transform(data.data_config(again)))
+    test = digits.dataset("test", datasets.transform(datasets.data_config(again)))
     drawn = [test[i] for i in sorted(random.Random(0).sample(range(len(test)), 48))]
     x, y = torch.stack([image for image, _ in drawn]), torch.tensor([label for _, label in drawn])
     found = evaluation.evaluate(again, graft.dense_twin(again), [(x, y)])

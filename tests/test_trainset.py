@@ -16,10 +16,10 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torch.utils.data import IterableDataset
 
-from sparsify import data
 from sparsify.errors import BadData
-from sparsify.loading import Items, StreamPart
-from sparsify.trainset import TrainSet, trainset
+from sparsify.images import datasets
+from sparsify.images.loaders import Items, StreamPart
+from sparsify.images.trainset import TrainSet, trainset
 
 ORDER = ImageNetInfo("imagenet-1k").label_names()
 
@@ -62,7 +62,7 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 @given(total=st.integers(2, 5000), hold_back=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 2**40))
 def test_parts_divide_the_images_and_the_held_back_are_at_most_1024(total, hold_back, seed):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "create_dataset", lambda *a, **k: list(range(total)))
+        patch.setattr(datasets, "create_dataset", lambda *a, **k: list(range(total)))
         both = trainset("hfds/x", None, False, seed, hold_back)
     learn, held = both.learn, both.held
     assert sorted([*learn.indices, *held.indices]) == list(range(total))
@@ -147,8 +147,8 @@ def test_tar_that_was_read_here_is_read_by_workers_too(tmp_path):
         tar.add(tmp_path / "f", "f")
     found = unlabelled(tmp_path / "x.tar", 0.5)
     assert len(found.learn) == len(found.held) == 20
-    to = data.transform({"input_size": (3, 8, 8), "interpolation": "bilinear", "crop_pct": 1.0})
-    alone, workers = (torch.cat(list(data.ImageBatches(data.Decoded(found.held, to), 1, w))) for w in (0, 2))
+    to = datasets.transform({"input_size": (3, 8, 8), "interpolation": "bilinear", "crop_pct": 1.0})
+    alone, workers = (torch.cat(list(datasets.ImageBatches(datasets.Decoded(found.held, to), 1, w))) for w in (0, 2))
     assert torch.equal(alone, workers)
     pickle.dumps(found.learn)  # for workers that are spawned: no open file
 
@@ -194,7 +194,7 @@ def test_one_image_cannot_be_divided(tmp_path):
 
 
 def test_empty_data_set_is_an_error(monkeypatch):
-    monkeypatch.setattr(data, "create_dataset", lambda *a, **k: [])
+    monkeypatch.setattr(datasets, "create_dataset", lambda *a, **k: [])
     with pytest.raises(BadData, match="hfds/x holds no images") as error:
         unlabelled("hfds/x", 0)
     one_line(error)
@@ -224,7 +224,7 @@ class Counted(Shards):
 def test_stream_holds_back_its_first_images(monkeypatch, source, hold_back, first):
     stream = source()
     asked = []
-    monkeypatch.setattr(data, "create_dataset", lambda name, **k: asked.append(k["split"]) or stream)
+    monkeypatch.setattr(datasets, "create_dataset", lambda name, **k: asked.append(k["split"]) or stream)
     found = trainset("wds/shards:/x", 300, True, 0, hold_back)
     assert found.stream and asked == ["train"]
     for _ in range(2):

@@ -16,8 +16,8 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsify import digits
 from sparsify.errors import BadFile, SparsifyError, UnsupportedModel, UsageError
+from sparsify.images import digits
 from sparsify.models import building, catalogue, pretrained
 from sparsify.models import building as building_
 from sparsify.models.building import describe, note, rebuild

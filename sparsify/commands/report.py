@@ -52,7 +52,8 @@ def report(
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise BadFile(f"cannot write {output}: a file name in a folder that exists is expected")
     preflight()
-    from sparsify import photograph, profiling, showing
+    from sparsify import profiling, showing
+    from sparsify.images import photograph
     from sparsify.models import checkpoint, original
     from sparsify.report import files, given, page
     from sparsify.report.progress import Reporter

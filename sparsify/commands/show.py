@@ -63,7 +63,8 @@ def show(
     Example: sparsify show model.safetensors cat.jpg --query 120,80
     """
     preflight()
-    from sparsify import photograph, showing
+    from sparsify import showing
+    from sparsify.images import photograph
     from sparsify.inspection import DENSE, OWN, REFERENCES
     from sparsify.models import checkpoint, original
     from sparsify.report import captions

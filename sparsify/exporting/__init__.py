@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsify import data, digits
 from sparsify.errors import BadFile, SparsifyError, UsageError, one_line
 from sparsify.exporting import onnx_file, pt2_file
 from sparsify.exporting.metadata import metadata, output_name
 from sparsify.files import whole
+from sparsify.images import datasets, digits
 from sparsify.models import checkpoint
 from sparsify.nn import graft
 
@@ -145,7 +145,7 @@ def trace(model: nn.Module, batch_size: int | None) -> torch.export.ExportedProg
         SparsifyError: torch cannot follow the model.
     """
     dynamic = None if batch_size else {"x": {0: torch.export.Dim("batch", min=1)}}
-    example = torch.zeros(batch_size or 2, *data.data_config(model)["input_size"])
+    example = torch.zeros(batch_size or 2, *datasets.data_config(model)["input_size"])
     try:
         with torch.no_grad(), graft.sparse_form(model):
             return torch.export.export(model, (example,), dynamic_shapes=dynamic)
@@ -155,10 +155,10 @@ def trace(model: nn.Module, batch_size: int | None) -> torch.export.ExportedProg
 
 def shown(model: nn.Module, architecture: str) -> Tensor:
     """Pictures that program and model are compared on, as the model wants them; noise for unusual channels."""
-    config, is_digits = data.data_config(model), architecture == digits.ARCHITECTURE
+    config, is_digits = datasets.data_config(model), architecture == digits.ARCHITECTURE
     if config["input_size"][0] != 3 and not is_digits:
         return torch.randn(PICTURES, *config["input_size"], generator=torch.Generator().manual_seed(0))
-    return next(iter(data.builtin_calibration(is_digits, PICTURES, 0, data.transform(config))))
+    return next(iter(datasets.builtin_calibration(is_digits, PICTURES, 0, datasets.transform(config))))
 
 
 def compare(model: nn.Module, run: Callable[[Tensor], Tensor], pictures: Tensor, batch_size: int | None) -> Checked:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify import __version__, data
+from sparsify import __version__
+from sparsify.images import datasets
 
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 INPUT = "images"
@@ -28,7 +29,7 @@ def output_name(model: nn.Module) -> str:
 
 def metadata(model: nn.Module, format: str, batch_size: int | None) -> dict[str, str]:
     """The keys above, of the model as it is exported."""
-    config = data.data_config(model)
+    config = datasets.data_config(model)
     about = {
         "format": format,
         "batch": batch_size or "any",

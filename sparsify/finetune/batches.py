@@ -19,9 +19,9 @@ from timm.data.mixup import mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sparsify.data import train_transform, transform
 from sparsify.errors import BadData, UsageError
-from sparsify.loading import Items, StreamPart, drawn, drawn_number, ignore_interrupt, read
+from sparsify.images.datasets import train_transform, transform
+from sparsify.images.loaders import Items, StreamPart, drawn, drawn_number, ignore_interrupt, read
 from sparsify.stage import Augmentation
 
 ATTEMPTS = 4  # draws of an augmentation: Pillow 13 refuses one in 300 of timm's rand-m9 (posterize to 0 bits)

@@ -25,7 +25,7 @@ from sparsify.finetune.lesson import Forward, Lesson, Teacher
 from sparsify.finetune.plan import Plan, Planned
 from sparsify.finetune.record import Record
 from sparsify.finetune.standing import How, Standing
-from sparsify.loading import drawn_number
+from sparsify.images.loaders import drawn_number
 from sparsify.nn.folding import retract
 from sparsify.report.progress import training_note
 

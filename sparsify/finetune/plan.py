@@ -8,20 +8,21 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from sparsify import data, processes
+from sparsify import processes
 from sparsify.calibration import repair
 from sparsify.config import SparsityConfig
 from sparsify.errors import UsageError
 from sparsify.finetune import devices, learners
 from sparsify.finetune.batches import Batches
-from sparsify.finetune.crops import WithCrops
 from sparsify.finetune.judge import Labelled
-from sparsify.loading import Decoded, ImageBatches, Items, Part, Stream
+from sparsify.images import datasets
+from sparsify.images.crops import WithCrops
+from sparsify.images.loaders import Decoded, ImageBatches, Items, Part, Stream
+from sparsify.images.sharing import share
+from sparsify.images.trainset import TrainSet, trainset
 from sparsify.naming import place
 from sparsify.recipe import Recipe, Repair
-from sparsify.sharing import share
 from sparsify.stage import Stage
-from sparsify.trainset import TrainSet, trainset
 
 JUDGE_BATCH = 32  # images that are judged together
 REPAIR_BATCH = 32  # images whose least squares are summed together
@@ -33,8 +34,8 @@ class Source:
     """Where the images come from and how they are computed.
 
     Attributes:
-        images: what is learned from (`sparsify.trainset`).
-        val: labelled images between the epochs (`sparsify.data.labelled`); None: a part of `images` is held back.
+        images: what is learned from (`sparsify.images.trainset`).
+        val: labelled images between the epochs (`sparsify.images.datasets.labelled`); None: a part of `images` is held back.
         device: cpu, cuda, ...; workers: processes that read images.
         micro_batch: most images computed together in one process.
     """
@@ -106,7 +107,7 @@ def plan(model: nn.Module, recipe: Recipe, source: Source, dense_sha256: str) ->
         raise UsageError("hold_back 0 leaves nothing to judge by: give --val PATH with labelled images")
     kind = devices.precision(recipe.precision, source.device)
     images = trainset(source.images, classes, labels, recipe.seed, hold_back)
-    config = data.data_config(model)
+    config = datasets.data_config(model)
     judged, words = _judged(images, source, config, classes)
     stages = []
     for number, stage in enumerate(recipe.stages):
@@ -168,17 +169,17 @@ def _repaired(
     repair.check(model)
     n = recipe.repair.images
     if images.stream:
-        stream = Stream(cast(Any, images.learn), data.transform(config), n)
+        stream = Stream(cast(Any, images.learn), datasets.transform(config), n)
         return recipe.repair, ImageBatches(stream, REPAIR_BATCH, 0, place=source.images)
     learn = cast(Items, images.learn)
-    some = WithCrops(Part(learn, data.draw(len(learn), n, recipe.seed)), n, config, recipe.seed)
+    some = WithCrops(Part(learn, datasets.draw(len(learn), n, recipe.seed)), n, config, recipe.seed)
     return recipe.repair, ImageBatches(some, REPAIR_BATCH, source.workers, place=source.images)
 
 
 def _judged(images: TrainSet, source: Source, config: dict[str, Any], classes: int) -> tuple[Labelled, str]:
-    transform = data.transform(config)
+    transform = datasets.transform(config)
     if source.val is not None:
-        found = share(data.labelled(source.val, classes, transform, JUDGE_BATCH, source.workers))
+        found = share(datasets.labelled(source.val, classes, transform, JUDGE_BATCH, source.workers))
         return lambda: iter(found), f"the labelled images of {place(source.val)}"
     if images.stream:
         dataset: Any = Stream(cast(Any, images.held), transform)

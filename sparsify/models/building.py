@@ -13,8 +13,8 @@ from timm.models._pretrained import PretrainedCfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from sparsify import digits
 from sparsify.errors import BadFile, UnsupportedModel, UsageError, one_line
+from sparsify.images import digits
 from sparsify.models.names import Source
 from sparsify.nn import hosts
 

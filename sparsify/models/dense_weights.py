@@ -14,8 +14,8 @@ import timm
 import torch
 from torch import nn
 
-from sparsify import digits
 from sparsify.errors import BadFile, one_line
+from sparsify.images import digits
 from sparsify.nn import graft, hosts
 
 

@@ -11,8 +11,8 @@ import timm
 from timm.models import _hub
 from timm.models._pretrained import PretrainedCfg
 
-from sparsify import digits
 from sparsify.errors import BadFile, SparsifyError, UsageError, one_line
+from sparsify.images import digits
 from sparsify.models.hub import quick_hub
 
 DIGITS = "digits"

@@ -10,8 +10,8 @@ from typing import Any, cast
 import timm
 from torch import nn
 
-from sparsify import digits
 from sparsify.errors import BadFile, SparsifyError, UnsupportedModel, UsageError, one_line
+from sparsify.images import digits
 from sparsify.models import building
 from sparsify.models import dense_weights as weights_
 from sparsify.models.hub import quick_hub

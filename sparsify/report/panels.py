@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from sparsify.images.photograph import Photograph
 from sparsify.inspection import Inspection, Layer, Survivors
-from sparsify.photograph import Photograph
 
 Array = np.ndarray
 COLOURS = "plasma"  # of attention; matplotlib's, lightness rises with the value

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sparsify.data import train_transform, transform
-from sparsify.loading import Items, drawn, read
+from sparsify.images.datasets import train_transform, transform
+from sparsify.images.loaders import Items, drawn, read
 from sparsify.stage import Augmentation
 
 CROP = Augmentation(scale=(0.5, 1.0))  # at least half of the picture, flipped or not

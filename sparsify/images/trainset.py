@@ -10,9 +10,9 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from sparsify.data import TRAIN, VAL, all_images, class_images, draw, is_digits, is_prefixed, split_folder
 from sparsify.errors import BadData
-from sparsify.loading import Items, Part, StreamPart
+from sparsify.images.datasets import TRAIN, VAL, all_images, class_images, draw, is_digits, is_prefixed, split_folder
+from sparsify.images.loaders import Items, Part, StreamPart
 
 MOST_HELD = 1024
 HELD_OF_UNKNOWN = 256  # images held back from a stream that does not know its length

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch.utils.data import Subset
 
 from sparsify import processes
-from sparsify.loading import ImageBatches, LabelledBatches, Stream
+from sparsify.images.loaders import ImageBatches, LabelledBatches, Stream
 
 L = TypeVar("L", ImageBatches, LabelledBatches)
 

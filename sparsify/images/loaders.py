@@ -140,7 +140,7 @@ class _Loader:
     Attributes:
         total: images that will be tried; None for streams.
         note: one line for the user (what was left out or mapped), or ''.
-        part: of what several processes read (`sparsify.sharing`): it may hold nothing.
+        part: of what several processes read (`sparsify.images.sharing`): it may hold nothing.
     """
 
     def __init__(

@@ -13,8 +13,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from sparsify import data
 from sparsify.errors import BadData, UsageError, one_line
+from sparsify.images import datasets
 
 
 class Line(NamedTuple):
@@ -110,7 +110,7 @@ def read(path: Path, config: dict[str, Any]) -> Photograph:
     """The picture of a file, turned upright as viewers show it (its EXIF orientation).
 
     Args:
-        config: the model's preprocessing (`sparsify.data.data_config`).
+        config: the model's preprocessing (`sparsify.images.datasets.data_config`).
 
     Raises:
         BadData: missing, a folder, or no picture.
@@ -124,7 +124,7 @@ def read(path: Path, config: dict[str, Any]) -> Photograph:
             image = ImageOps.exif_transpose(file).convert("RGB")
     except Exception as error:  # PIL raises a dozen kinds on damaged files
         raise BadData(f"{path} cannot be read as an image: {one_line(error, 100)}") from None
-    transform = data.transform(config)
+    transform = datasets.transform(config)
     x = transform(image)
     mean, std = (torch.tensor(config[name]).reshape(-1, 1, 1) for name in ("mean", "std"))
     view = (x * std + mean).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()

@@ -16,11 +16,21 @@ from timm.data import ImageNetInfo, create_dataset, create_transform, infer_imag
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from sparsify import digits
 from sparsify.errors import BadData, SparsifyError, UsageError, one_line
-from sparsify.loading import Decoded, ImageBatches, Items, LabelledBatches, Mapped, Part, Reader, Stream, Transform
+from sparsify.images import digits
+from sparsify.images.loaders import (
+    Decoded,
+    ImageBatches,
+    Items,
+    LabelledBatches,
+    Mapped,
+    Part,
+    Reader,
+    Stream,
+    Transform,
+)
+from sparsify.images.pictures.pictures import CalibrationImages
 from sparsify.nn import hosts
-from sparsify.pictures import CalibrationImages
 from sparsify.stage import Augmentation
 
 PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")  # timm's data set prefixes
