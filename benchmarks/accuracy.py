@@ -22,11 +22,11 @@ import torch
 
 from sparsify import conversion
 from sparsify.config import SparsityConfig
-from sparsify.evaluation import evaluate
 from sparsify.images import datasets
-from sparsify.metrics import Evaluation
+from sparsify.measure.accuracy import Evaluation
+from sparsify.measure.evaluate import evaluate
+from sparsify.measure.profile import profile
 from sparsify.nn import graft
-from sparsify.profiling import profile
 from sparsify.recipe import Recipe, load_recipe
 
 DATA = Path(os.environ.get("SPARSIFY_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))

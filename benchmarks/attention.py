@@ -37,10 +37,10 @@ from harness import Report, Row, conditions, judged, options, start
 from torch import Tensor
 
 from sparsify.config import SparsityConfig
+from sparsify.measure.latency import interleaved
 from sparsify.ops import attention
 from sparsify.ops.cpu import kernels
 from sparsify.ops.spec import Spec, budget
-from sparsify.profiling.latency import interleaved
 from sparsify.recipe import load_recipe
 
 TOKENS = (197, 577, 1370, 4097)

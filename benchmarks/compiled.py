@@ -17,9 +17,9 @@ from harness import Report, Row, conditions, options, start
 from sparsify import calibration
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.images import datasets
+from sparsify.measure.latency import interleaved
 from sparsify.nn import graft
 from sparsify.ops.spec import Execution
-from sparsify.profiling.latency import interleaved
 
 PICTURES = 4  # that calibration sees
 STAGES = (4, 7, 10)

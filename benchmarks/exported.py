@@ -24,10 +24,10 @@ from variants import variant
 
 from sparsify import conversion, exporting
 from sparsify.images import datasets
+from sparsify.measure.latency import interleaved
 from sparsify.models import checkpoint
 from sparsify.nn import graft
 from sparsify.ops.spec import Execution
-from sparsify.profiling.latency import interleaved
 from sparsify.recipe import load_recipe
 
 

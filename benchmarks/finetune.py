@@ -24,16 +24,16 @@ from torch import Tensor, nn
 
 from sparsify import conversion
 from sparsify.config import Target
-from sparsify.evaluation import evaluate
 from sparsify.finetune.lesson import true_attention
 from sparsify.finetune.losses import attention
+from sparsify.measure.evaluate import evaluate
+from sparsify.measure.profile import profile
 from sparsify.models import checkpoint, names, pretrained
 from sparsify.nn import graft
 from sparsify.nn.observe import observe
 from sparsify.nn.predictor import Reconstruction, TokenLowrank
 from sparsify.ops.reference import top_b
 from sparsify.ops.spec import budget
-from sparsify.profiling import profile
 from sparsify.recipe import Recipe, load_recipe
 from sparsify.stage import Augmentation, Stage
 

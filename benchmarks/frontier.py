@@ -22,10 +22,10 @@ from torch import Tensor
 
 from sparsify import calibration
 from sparsify.config import SparsityConfig
-from sparsify.evaluation import evaluate
 from sparsify.images import datasets
+from sparsify.measure.evaluate import evaluate
+from sparsify.measure.profile import profile
 from sparsify.models import dense_weights
-from sparsify.profiling import profile
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("SPARSIFY_TEST_DATA", ROOT.parent / "shared" / "data"))

@@ -23,7 +23,7 @@ from harness import Report, Row, conditions, judged, options, start
 from torch import Tensor, nn
 from variants import deit_tiny, variant
 
-from sparsify.metrics import Logits
+from sparsify.measure.accuracy import Logits
 from sparsify.nn import graft
 from sparsify.ops.spec import Execution
 

@@ -27,12 +27,12 @@ from variants import deit_tiny, variant
 from sparsify import calibration
 from sparsify.config import SparsityConfig
 from sparsify.images import datasets
+from sparsify.measure import paths
+from sparsify.measure.latency import interleaved
+from sparsify.measure.macs import replica
 from sparsify.nn import graft
 from sparsify.ops.auto import Choice, Chooser, Shape
 from sparsify.ops.spec import Execution
-from sparsify.profiling import choices
-from sparsify.profiling.latency import interleaved
-from sparsify.profiling.macs import replica
 
 PICTURES = 4
 CALIB_IMAGES = 32  # photographs, real weights
@@ -113,7 +113,7 @@ def rows(case: Case, rounds: int) -> tuple[list[Row], str]:
     images = torch.randn(case.batch, 3, case.side, case.side, generator=torch.Generator().manual_seed(0)).to(case.dtype)
     models = variants(sparse)
     took = {}
-    for entry in choices.taken(models["auto"], images):
+    for entry in paths.taken(models["auto"], images):
         took[entry["taken"]] = took.get(entry["taken"], 0) + len(entry["blocks"])
     timings = interleaved({name: partial(model, images) for name, model in models.items()}, rounds=rounds, warmup=1)
     bars, found = dict(case.bars), []

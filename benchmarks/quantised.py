@@ -23,7 +23,7 @@ from torchao import __version__ as torchao_version
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
 from sparsify import conversion
-from sparsify.metrics import Logits
+from sparsify.measure.accuracy import Logits
 from sparsify.models import checkpoint
 from sparsify.nn import graft
 from sparsify.recipe import load_recipe

@@ -26,10 +26,10 @@ from torch import nn
 from sparsify import conversion, schedule
 from sparsify.calibration import fit_importance
 from sparsify.config import SparsityConfig, Target, Tokens
-from sparsify.evaluation import evaluate
+from sparsify.measure.evaluate import evaluate
+from sparsify.measure.profile import profile
 from sparsify.models import checkpoint, names
 from sparsify.nn import graft, token_models
-from sparsify.profiling import profile
 from sparsify.recipe import load_recipe
 from sparsify.schedule import costs as costing
 from sparsify.schedule import search

@@ -25,11 +25,11 @@ from sparsify import schedule
 from sparsify.calibration import fit_importance
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.images import datasets
+from sparsify.measure import analytic
+from sparsify.measure.latency import interleaved
+from sparsify.measure.macs import image_shape, replica
 from sparsify.nn import graft
 from sparsify.ops.spec import Execution
-from sparsify.profiling import analytic
-from sparsify.profiling.latency import interleaved
-from sparsify.profiling.macs import image_shape, replica
 from sparsify.schedule.sensitivity import Sensitivity
 
 FP32, BF16 = torch.float32, torch.bfloat16

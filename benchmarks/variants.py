@@ -11,9 +11,9 @@ from accuracy import DATA, WEIGHTS
 from torch import nn
 
 from sparsify import conversion
+from sparsify.measure.macs import replica
 from sparsify.nn import graft
 from sparsify.ops.spec import Execution
-from sparsify.profiling.macs import replica
 from sparsify.recipe import load_recipe
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from sparsify import conversion as _conversion
-from sparsify import evaluation as _evaluation
 from sparsify import exporting
-from sparsify import profiling as _profiling
 from sparsify import saving as _saving
 from sparsify.config import Target, validate
 from sparsify.errors import UsageError
 from sparsify.exporting import Exported
-from sparsify.metrics import Evaluation
+from sparsify.measure import evaluate as _evaluation
+from sparsify.measure import profile as _profiling
+from sparsify.measure.accuracy import Evaluation
 from sparsify.models import checkpoint, hub, original
 from sparsify.nn import graft
 from sparsify.ops.auto import Chooser
@@ -161,10 +161,10 @@ def profile(
         dense: the original: a model; with a file also a name or checkpoint, which is checked against the file. None: the
             model's own weights without sparsity, or, for a file whose backbone was changed, no dense figures (None). Of a
             module nobody knows whether its weights were changed: say backbone_changed=True or give `dense`.
-        options: see `sparsify.profiling.profile`.
+        options: see `sparsify.measure.profile.profile`.
 
     Raises:
-        SparsifyError: see `sparsify.profiling.profile` and `sparsify.models.original.load_original`.
+        SparsifyError: see `sparsify.measure.profile.profile` and `sparsify.models.original.load_original`.
     """
     sparse, beside, changed = _opened(model, dense)
     return _profiling.profile(sparse, dense=beside, **{"backbone_changed": changed} | options)
@@ -184,11 +184,11 @@ def evaluate(
 
     Args:
         dense: as in `profile`.
-        options: see `sparsify.evaluation.evaluate_images` (batch_size, workers, device, dtype, strict, backend,
+        options: see `sparsify.measure.evaluate.evaluate_images` (batch_size, workers, device, dtype, strict, backend,
             kernel_precision, backbone_changed).
 
     Raises:
-        SparsifyError: see `sparsify.evaluation.evaluate_images` and `sparsify.models.original.load_original`.
+        SparsifyError: see `sparsify.measure.evaluate.evaluate_images` and `sparsify.models.original.load_original`.
     """
     sparse, beside, changed = _opened(model, dense)
     return _evaluation.evaluate_images(sparse, str(images), dense=beside, **{"backbone_changed": changed} | options)

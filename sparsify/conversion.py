@@ -22,12 +22,12 @@ from sparsify.config import SparsityConfig, Target, Tokens
 from sparsify.errors import UsageError
 from sparsify.finetune import Outcome
 from sparsify.images import datasets, digits
+from sparsify.measure.profile import Profile, profile
 from sparsify.models import building, checkpoint, names, pretrained
 from sparsify.naming import place
 from sparsify.nn import graft, hosts, token_models
 from sparsify.ops import backends
 from sparsify.ops.spec import Execution
-from sparsify.profiling import Profile, profile
 from sparsify.recipe import Recipe, recipe_yaml
 from sparsify.report import files
 from sparsify.tuning import Calibrated, Tuned

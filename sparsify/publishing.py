@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsify import __version__
-from sparsify import profiling as profiles
 from sparsify.errors import BadFile, SparsifyError, UsageError, one_line
 from sparsify.files import whole
+from sparsify.measure import profile as profiles
 from sparsify.models import checkpoint, findings, hub
 from sparsify.models.provenance import licence_of
 from sparsify.nn import graft

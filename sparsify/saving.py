@@ -14,9 +14,10 @@ from safetensors import safe_open
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from sparsify import __version__, profiling
+from sparsify import __version__
 from sparsify.config import SparsityConfig
 from sparsify.errors import UsageError, one_line
+from sparsify.measure import profile
 from sparsify.models import building, checkpoint
 from sparsify.models.names import Source
 from sparsify.nn import graft
@@ -60,7 +61,7 @@ def save(model: nn.Module, path: Path, like: Path, force: bool = False) -> Heade
         )
     described = described._replace(provenance=_provenance(header, like, state, described))
     if described.architecture["model_args"] != header.architecture["model_args"]:
-        figures = profiling.profile(fresh, measure=False).as_dict()
+        figures = profile.profile(fresh, measure=False).as_dict()
         described = described._replace(report={k: v for k, v in figures.items() if k in header.report})
     checkpoint.may_overwrite(path, described.architecture, force)
     checkpoint.save(fresh, path, described)

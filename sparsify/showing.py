@@ -11,7 +11,7 @@ from torch import nn
 from sparsify.errors import UsageError
 from sparsify.images import datasets, photograph
 from sparsify.images.photograph import Photograph, Point
-from sparsify.inspection import Inspection, check, inspect
+from sparsify.measure.inspection import Inspection, check, inspect
 from sparsify.models import original
 from sparsify.nn import graft
 
@@ -47,10 +47,10 @@ def look(
     """What a sparse model does with each image.
 
     Args:
-        points: queries, in each image; none: `sparsify.inspection.default_queries`.
+        points: queries, in each image; none: `sparsify.measure.inspection.default_queries`.
         layers, heads: counted from 1 and separated by commas, or all; None: at most `MOST_LAYERS` of those with sparse
             attention (of all, where there are none), `MOST_HEADS` heads, evenly spaced.
-        dense: see `sparsify.inspection.inspect`.
+        dense: see `sparsify.measure.inspection.inspect`.
         progress: called with images done and in all.
 
     Raises:

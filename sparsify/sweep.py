@@ -20,19 +20,20 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from sparsify import __version__, comparison, conversion, schedule
+from sparsify import __version__, conversion, schedule
 from sparsify.calibration import calibrate, first, fit_importance, spends_ranks
 from sparsify.config import SparsityConfig
 from sparsify.errors import BadFile, UsageError
-from sparsify.metrics import Evaluation
+from sparsify.measure import comparison, latency
+from sparsify.measure.accuracy import Evaluation
+from sparsify.measure.latency import Timing
+from sparsify.measure.macs import image_shape, replica
+from sparsify.measure.profile import Profile, profile
 from sparsify.models import building, checkpoint, names, pretrained
 from sparsify.nn import graft, hosts
 from sparsify.ops import backends
 from sparsify.ops.machine import device_name
 from sparsify.ops.spec import Execution
-from sparsify.profiling import Profile, latency, profile
-from sparsify.profiling.latency import Timing
-from sparsify.profiling.macs import image_shape, replica
 from sparsify.recipe import Recipe
 from sparsify.schedule import Found, Schedule
 

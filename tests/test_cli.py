@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from said import the_error
 
 from sparsify.cli import main
+from sparsify.measure import latency
 from sparsify.ops import backends
-from sparsify.profiling import latency
 
 
 @pytest.fixture(scope="module")

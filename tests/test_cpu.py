@@ -29,10 +29,10 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.data import DataLoader, Dataset
 
+from sparsify.measure.latency import peak_memory
 from sparsify.ops import attention as ops
 from sparsify.ops import reference, tails
 from sparsify.ops.cpu import kernels as cpu
-from sparsify.profiling.latency import peak_memory
 
 
 @pytest.fixture(scope="module", autouse=True)

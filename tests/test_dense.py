@@ -10,14 +10,13 @@ from safetensors.torch import save_file
 from said import the_error
 
 import sparsify
-from sparsify import profiling
 from sparsify.errors import BadFile, UsageError
 from sparsify.images import digits
-from sparsify.metrics import Logits
+from sparsify.measure import latency, profile
+from sparsify.measure.accuracy import Logits
 from sparsify.models import checkpoint, original, pretrained
 from sparsify.models.names import resolve
 from sparsify.nn import graft
-from sparsify.profiling import latency
 
 DENSE_FIGURES = (
     "dense_top1", "dense_top5", "agreement", "images_lost", "images_gained", "kl", "cosine_pooled", "cosine_patch",
@@ -80,8 +79,8 @@ def test_changed_file_alone_has_no_dense_figures_and_a_line_says_why(run, files)
 def test_changed_file_is_compared_with_the_original_that_is_given(run, files):
     model, dense = checkpoint.load(files / "tuned.safetensors"), digits.build()
     expected, wrong, hits = Logits(), 0, 0
-    loader = sparsify.evaluation.data.labelled(
-        "digits", 10, sparsify.evaluation.data.transform(sparsify.evaluation.data.data_config(model)), 32
+    loader = sparsify.measure.evaluate.data.labelled(
+        "digits", 10, sparsify.measure.evaluate.data.transform(sparsify.measure.evaluate.data.data_config(model)), 32
     )
     with torch.inference_mode():
         for x, y in loader:
@@ -140,7 +139,7 @@ def test_library_has_the_same_rule(files):
     assert sparsify.evaluate(model, "digits", batch_size=64, backbone_changed=True).dense_top1 is None
     assert sparsify.profile(files / "tuned.safetensors", measure=False).macs_dense is None
     figures = sparsify.profile(files / "tuned.safetensors", measure=False, dense=files / "dense.pth")
-    assert figures.macs_dense == profiling.profile(model, measure=False).macs_dense
+    assert figures.macs_dense == profile.profile(model, measure=False).macs_dense
     with pytest.raises(UsageError, match="dense model itself"):
         sparsify.profile(model, dense="digits")
     with pytest.raises(UsageError, match="has sparse attention"):

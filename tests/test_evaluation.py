@@ -10,9 +10,9 @@ from PIL import Image
 from torch import nn
 
 from sparsify.config import SparsityConfig
-from sparsify.evaluation import evaluate, evaluate_images
 from sparsify.images import datasets
-from sparsify.metrics import knn
+from sparsify.measure.accuracy import knn
+from sparsify.measure.evaluate import evaluate, evaluate_images
 from sparsify.nn import graft
 
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from sparsify.calibration import calibrate, fit_importance, importance
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import SparsifyError
+from sparsify.measure.profile import profile
 from sparsify.models import checkpoint
 from sparsify.nn import graft, projection, token_models
 from sparsify.nn.importance import fitted
-from sparsify.profiling import profile
 
 TOKENS = Tokens(keep=0.6, stages=(1, 2, 3))
 

@@ -7,9 +7,9 @@ import torch
 from families import build, images
 from test_choice import grafted
 
-from sparsify import inspection
 from sparsify.config import SparsityConfig
 from sparsify.errors import SparsifyError, UsageError
+from sparsify.measure import inspection
 from sparsify.nn import graft, observe
 
 KINDS = {

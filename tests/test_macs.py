@@ -11,10 +11,11 @@ from timm.models.vision_transformer import VisionTransformer
 
 from sparsify.config import SparsityConfig, TokenLowrank
 from sparsify.errors import SparsifyError
+from sparsify.measure import analytic, macs
+from sparsify.measure.profile import profile, verify
 from sparsify.nn import graft
 from sparsify.ops.macs import dense_macs, head_lowrank_macs, token_lowrank_macs
 from sparsify.ops.reference import top_b
-from sparsify.profiling import analytic, macs, profile, verify
 
 FAMILIES = {
     "deit": ("deit_tiny_patch16_224", {"img_size": 64}),

@@ -14,11 +14,12 @@ from timm.models.vision_transformer import VisionTransformer
 from sparsify import report
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import SparsifyError
+from sparsify.measure import analytic, macs, paper
+from sparsify.measure.profile import Profile, profile, verify
 from sparsify.nn import graft
 from sparsify.nn.tokens import WAYS
 from sparsify.ops.macs import PARTS
 from sparsify.ops.spec import Execution
-from sparsify.profiling import Profile, analytic, macs, paper, profile, verify
 from sparsify.report import files, tables
 
 ATTENTION = {

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 import sparsify
-from sparsify import evaluation, processes
+from sparsify import processes
 from sparsify.errors import BadData, SparsifyError
 from sparsify.images import sharing
 from sparsify.images.loaders import LabelledBatches, Stream
-from sparsify.metrics import Evaluation, Features, Logits
+from sparsify.measure import evaluate
+from sparsify.measure.accuracy import Evaluation, Features, Logits
 
 COUNTS = ("images", "broken", "top1", "top5", "dense_top1", "dense_top5", "agreement", "images_lost", "images_gained")
 
@@ -69,7 +70,7 @@ def test_a_single_process_joins_nobody_and_imports_nothing():
     probe = "import sys, sparsify.processes as p; print('torch' in sys.modules, p.world())"
     out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "False 1"
-    probe = "import sys, sparsify.evaluation, sparsify.processes as p; p.gather(1); print('accelerate' in sys.modules)"
+    probe = "import sys, sparsify.measure.evaluate, sparsify.processes as p; p.gather(1); print('accelerate' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "False"
 
@@ -153,11 +154,11 @@ def test_rates_of_processes_add_up_and_those_without_images_count_nothing():
         def forward(self, x):
             return x
 
-    one = evaluation._part(
+    one = evaluate._part(
         Answers(), None, [(torch.eye(3), torch.arange(3))], "cpu", torch.float32, lambda n: None, None, None
     )
     one.seconds = {"sparse": 1.5}
-    empty = evaluation.Found(Logits(), 0, {"sparse": 0.0}, broken=2)
-    found = evaluation._whole([one, empty, replace(one, sums=Logits(), broken=1)])
+    empty = evaluate.Found(Logits(), 0, {"sparse": 0.0}, broken=2)
+    found = evaluate._whole([one, empty, replace(one, sums=Logits(), broken=1)])
     assert (found.throughput_sparse, found.images, found.broken) == (4.0, 6, 3)
-    assert evaluation._whole([empty]) == Evaluation()
+    assert evaluate._whole([empty]) == Evaluation()

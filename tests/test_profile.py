@@ -16,10 +16,11 @@ from sparsify import report
 from sparsify.cli import main
 from sparsify.config import SparsityConfig, TokenLowrank, Tokens
 from sparsify.errors import BadFile, SparsifyError, UsageError
+from sparsify.measure import latency
+from sparsify.measure.latency import Timing
+from sparsify.measure.profile import Profile, profile
 from sparsify.nn import graft
 from sparsify.ops import auto, backends, remembered
-from sparsify.profiling import Profile, latency, profile
-from sparsify.profiling.latency import Timing
 from sparsify.report import files, tables
 
 THEORETICAL = {

@@ -8,9 +8,9 @@ import torch
 from sparsify import exporting
 from sparsify.calibration import calibrate
 from sparsify.config import SparsityConfig
-from sparsify.evaluation import evaluate
 from sparsify.exporting import onnx_file
 from sparsify.images import datasets
+from sparsify.measure.evaluate import evaluate
 from sparsify.models import dense_weights, names, pretrained
 from sparsify.nn import graft
 

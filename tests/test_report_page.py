@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sparsify.cli import main
+from sparsify.measure.profile import Profile
 from sparsify.models import checkpoint
-from sparsify.profiling import Profile
 
 EVIL = "\"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>{{ 7 * 7 }}'&amp;"
 VOID = {"meta", "img", "br", "link", "input", "hr"}

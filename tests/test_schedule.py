@@ -14,10 +14,10 @@ from sparsify.calibration import fit_importance
 from sparsify.cli import main
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import UsageError
+from sparsify.measure.profile import profile
 from sparsify.models import checkpoint
 from sparsify.nn import graft, token_models
 from sparsify.ops.spec import Execution
-from sparsify.profiling import profile
 from sparsify.recipe import load_recipe
 from sparsify.schedule import costs as costing
 from sparsify.schedule import search, seconds

@@ -11,9 +11,10 @@ from folders import class_folders
 from PIL import Image
 from test_choice import grafted
 
-from sparsify import inspection, showing
+from sparsify import showing
 from sparsify.cli import main
 from sparsify.images.photograph import Line, Photograph
+from sparsify.measure import inspection
 from sparsify.report import captions, figures, panels
 
 

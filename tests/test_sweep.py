@@ -16,14 +16,13 @@ import yaml
 from PIL import Image
 from said import the_error
 
-from sparsify import comparison, evaluation
 from sparsify import sweep as job
 from sparsify.cli import main
 from sparsify.images import datasets, digits
+from sparsify.measure import comparison, evaluate, latency
+from sparsify.measure.latency import Timing
 from sparsify.models import checkpoint
 from sparsify.nn import graft
-from sparsify.profiling import latency
-from sparsify.profiling.latency import Timing
 from sparsify.recipe import load_recipe
 from sparsify.report import sweep as report
 
@@ -132,7 +131,7 @@ def test_a_recipe_gives_the_settings_model_again(name, swept, figures, run, tmp_
     test = digits.dataset("test", datasets.transform(datasets.data_config(again)))
     drawn = [test[i] for i in sorted(random.Random(0).sample(range(len(test)), 48))]
     x, y = torch.stack([image for image, _ in drawn]), torch.tensor([label for _, label in drawn])
-    found = evaluation.evaluate(again, graft.dense_twin(again), [(x, y)])
+    found = evaluate.evaluate(again, graft.dense_twin(again), [(x, y)])
     assert found.kl == pytest.approx(setting["kl"], abs=2e-6)
     assert (found.top1, found.agreement) == (setting["top1"], setting["agreement"])
 

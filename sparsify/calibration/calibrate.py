@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.calibration import importance
-from sparsify.calibration.distance import distance
 from sparsify.calibration.lowrank import Moments
 from sparsify.calibration.ranks import allocate, candidates
 from sparsify.calibration.tokens import Ridge, pooling
 from sparsify.config import SparsityConfig
+from sparsify.measure.distance import distance
 from sparsify.nn import graft, hosts, projection
 from sparsify.nn.attention import SparseAttention
 from sparsify.nn.observe import observe

@@ -59,7 +59,7 @@ def evaluate(
     quiet = quiet or not processes.main()
     kind, where = options.torch_dtype(dtype), options.torch_device(processes.place(device))
     preflight()
-    from sparsify import evaluation
+    from sparsify.measure import evaluate as evaluation
     from sparsify.models import checkpoint, original
     from sparsify.report import files, tables
     from sparsify.report.progress import Reporter

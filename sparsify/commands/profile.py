@@ -48,7 +48,7 @@ def profile(
     options.kernel_precision(kernel_precision)
     options.torch_device(device)
     preflight()
-    from sparsify import profiling
+    from sparsify.measure import profile as profiling
     from sparsify.models import checkpoint, original
     from sparsify.report import files, tables
 

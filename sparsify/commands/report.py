@@ -52,8 +52,9 @@ def report(
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise BadFile(f"cannot write {output}: a file name in a folder that exists is expected")
     preflight()
-    from sparsify import profiling, showing
+    from sparsify import showing
     from sparsify.images import photograph
+    from sparsify.measure import profile as profiling
     from sparsify.models import checkpoint, original
     from sparsify.report import files, given, page
     from sparsify.report.progress import Reporter

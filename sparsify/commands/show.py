@@ -65,7 +65,7 @@ def show(
     preflight()
     from sparsify import showing
     from sparsify.images import photograph
-    from sparsify.inspection import DENSE, OWN, REFERENCES
+    from sparsify.measure.inspection import DENSE, OWN, REFERENCES
     from sparsify.models import checkpoint, original
     from sparsify.report import captions
     from sparsify.report import show as report

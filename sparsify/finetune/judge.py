@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsify import processes
 from sparsify.finetune import losses
-from sparsify.metrics import Logits
+from sparsify.measure.accuracy import Logits
 from sparsify.nn import graft
 
 Labelled = Callable[[], Iterable[tuple[Tensor, Tensor]]]

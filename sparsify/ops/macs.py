@@ -8,7 +8,7 @@ masks them, a compiled kernel does not. Sums, softmax, exp, top-k and elementwis
     kept        logits and values of the b kept keys of each of the n = N - P patch rows
     tail        logits and values of the cells, and the assignments of `clusters`
 
-`HANDLES` has them in the form that fvcore's `set_op_handle` takes. `sparsify.profiling.analytic` counts the same things
+`HANDLES` has them in the form that fvcore's `set_op_handle` takes. `sparsify.measure.analytic` counts the same things
 without this file, so that the two can disagree.
 """
 

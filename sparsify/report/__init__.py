@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sparsify.profiling import Profile
-from sparsify.profiling.latency import Timing
+from sparsify.measure.latency import Timing
+from sparsify.measure.profile import Profile
 
 Row = tuple[str, str, str, str]  # what, dense, sparse, change
 NOTHING = "–"  # a figure that there is not

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsify.inspection import OWN, Inspection, Layer, Survivors
+from sparsify.measure.inspection import OWN, Inspection, Layer, Survivors
 from sparsify.showing import Shown
 
 NOT_COMPUTED = "patch rows are not computed here: only the prefix tokens go on"

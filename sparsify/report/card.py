@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from sparsify import report
+from sparsify.measure.profile import Profile
 from sparsify.models.checkpoint import Header
 from sparsify.models.provenance import Licence
-from sparsify.profiling import Profile
 from sparsify.report import accuracy
 from sparsify.report.files import markdown_table
 

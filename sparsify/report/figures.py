@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsify.inspection import Inspection
+from sparsify.measure.inspection import Inspection
 from sparsify.report import captions, panels
 from sparsify.showing import Shown
 

@@ -12,7 +12,7 @@ from typing import Any
 from sparsify import report
 from sparsify.errors import BadFile, one_line
 from sparsify.files import whole
-from sparsify.profiling import Profile
+from sparsify.measure.profile import Profile
 
 TIMM_COLUMNS = (
     "model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation",

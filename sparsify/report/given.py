@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 
 from sparsify.errors import BadFile, one_line
+from sparsify.measure.profile import Profile
 from sparsify.models.checkpoint import Header, digest_in
-from sparsify.profiling import Profile
 from sparsify.report.files import read_json
 
 

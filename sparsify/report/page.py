@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from sparsify import __version__, report
-from sparsify.inspection import Inspection
+from sparsify.measure.inspection import Inspection
+from sparsify.measure.profile import Profile
 from sparsify.models.checkpoint import Header
-from sparsify.profiling import Profile
 from sparsify.report import accuracy, captions, facts, figures, panels, tables
 from sparsify.report.given import SweepFiles
 from sparsify.showing import Shown

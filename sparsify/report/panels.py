@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from sparsify.images.photograph import Photograph
-from sparsify.inspection import Inspection, Layer, Survivors
+from sparsify.measure.inspection import Inspection, Layer, Survivors
 
 Array = np.ndarray
 COLOURS = "plasma"  # of attention; matplotlib's, lightness rises with the value

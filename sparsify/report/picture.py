@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsify.metrics import Evaluation
+from sparsify.measure.accuracy import Evaluation
 from sparsify.report.published import PUBLISHED_DENSE_TOP1, Point, published
 from sparsify.sweep import Sweep
 

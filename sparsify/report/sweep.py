@@ -16,8 +16,8 @@ from rich.text import Text
 
 from sparsify import report
 from sparsify.errors import BadFile, one_line
-from sparsify.metrics import Evaluation
-from sparsify.profiling.latency import Timing
+from sparsify.measure.accuracy import Evaluation
+from sparsify.measure.latency import Timing
 from sparsify.recipe import recipe_yaml
 from sparsify.report import files
 from sparsify.report.picture import plot, top1_error
@@ -162,7 +162,7 @@ def to_markdown(sweep: Sweep, prefix: str, picture: bool) -> str:
 def as_dict(sweep: Sweep, prefix: str) -> dict[str, Any]:
     """Every figure, fit for JSON. MACs per image, theoretical; ms per batch; shares of the dense model's from 0 to 1.
 
-    Figures of the evaluation are `sparsify.metrics.Evaluation`'s, percent from 0 to 100.
+    Figures of the evaluation are `sparsify.measure.accuracy.Evaluation`'s, percent from 0 to 100.
     """
     one = sweep.settings[0]
     settings = []

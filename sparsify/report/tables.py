@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsify import report, terminal
-from sparsify.profiling import Profile
+from sparsify.measure.profile import Profile
 from sparsify.report import accuracy
 
 

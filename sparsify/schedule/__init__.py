@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import UsageError
+from sparsify.measure.latency import interleaved
+from sparsify.measure.macs import count, image_shape, replica
 from sparsify.nn import graft, token_models
-from sparsify.profiling.latency import interleaved
-from sparsify.profiling.macs import count, image_shape, replica
 from sparsify.schedule import costs as costing
 from sparsify.schedule import search as searching
 from sparsify.schedule import seconds

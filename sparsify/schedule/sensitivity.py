@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsify.calibration.distance import distance
+from sparsify.measure.distance import distance
 from sparsify.nn import token_models
 from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention
 from sparsify.nn.predictor import TokenLowrank

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from sparsify.errors import SparsifyError, UsageError
+from sparsify.measure import analytic, latency, macs, paper, paths
+from sparsify.measure.figures import Measured, PaperMacs, Profile
 from sparsify.models import original
 from sparsify.nn import graft, hosts
 from sparsify.ops import backends
 from sparsify.ops.auto import Chooser
 from sparsify.ops.machine import device_name
 from sparsify.ops.spec import Execution
-from sparsify.profiling import analytic, choices, latency, macs, paper
-from sparsify.profiling.figures import Measured, PaperMacs, Profile
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ACCOUNTINGS = ("product", "paper")
@@ -57,7 +57,7 @@ def profile(
         backbone_changed: the weights are not the dense original's any more, so that `auto` has no dense fallback and
             the model no dense twin.
         repeats: rounds to time; None: for about `budget_s` seconds, at least 5.
-        count_as: one of `ACCOUNTINGS`; paper: MHSA by the authors' accounting besides (`sparsify.profiling.paper`).
+        count_as: one of `ACCOUNTINGS`; paper: MHSA by the authors' accounting besides (`sparsify.measure.paper`).
 
     Raises:
         UsageError: an unknown dtype, backend, device or accounting, a backend that cannot be used here, a batch size
@@ -98,7 +98,7 @@ def profile(
         beside = _beside(sparse, dense, backbone_changed, place, kind)
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(batch_size, *image, generator=generator).to(place, kind)  # (B, C, H, W)
-        made = choices.taken(auto, images)
+        made = paths.taken(auto, images)
         models = {"sparse": sparse, "auto": auto}
         measured = _measure(models if beside is None else {"dense": beside, **models}, images, repeats, budget_s)
         backend = backends.describe(backend, kernel_precision, place, kind, hosts.biased(model))

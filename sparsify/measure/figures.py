@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
 from sparsify.errors import SparsifyError
-from sparsify.profiling.latency import Timing
+from sparsify.measure.latency import Timing
 
 
 class DenseMacs(NamedTuple):
@@ -57,7 +57,7 @@ class Profile:
         tokens                              of each block a pair, prefix included: tokens into its attention, and into its
                                             MLP (of the sparse model; the dense one has as many everywhere)
         paper                               with count_as='paper' only: mapping mhsa_macs_dense, mhsa_macs_sparse by the
-                                            accounting of Sparsifiner's authors (`sparsify.profiling.paper`), which is not
+                                            accounting of Sparsifiner's authors (`sparsify.measure.paper`), which is not
                                             what is executed, and not checked by a second count
         unsupported                         mapping op -> occurrences: ops that fvcore could not count; best empty
 

@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 from sparsify.errors import SparsifyError
 from sparsify.images import datasets
 from sparsify.images.loaders import LabelledBatches, Stream
-from sparsify.metrics import Evaluation, Features, Logits
+from sparsify.measure.accuracy import Evaluation, Features, Logits
 from sparsify.nn import graft
 
 EVAL_BATCH = 32  # images computed together
@@ -73,7 +73,7 @@ def compare(
     dense: nn.Module, sparse: Mapping[str, nn.Module], batches: Batches, classes: int, labelled: bool,
     device: torch.device, dtype: torch.dtype, progress: Callable[[int], None],
 ) -> dict[str, Evaluation]:  # fmt: skip
-    """Every sparse model beside the dense one, which computes once; as `sparsify.evaluation` without its clock."""
+    """Every sparse model beside the dense one, which computes once; as `sparsify.measure.evaluate` without its clock."""
     prefix = graft.num_prefix_tokens(dense)
     sums = {name: Logits() if classes else Features(prefix) for name in sparse}
     done = 0

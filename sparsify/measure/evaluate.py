@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sparsify import __version__, processes
 from sparsify.errors import BadData
 from sparsify.images import datasets, sharing
-from sparsify.metrics import Evaluation, Features, Logits
+from sparsify.measure.accuracy import Evaluation, Features, Logits
 from sparsify.models import original
 from sparsify.nn import graft, hosts
 from sparsify.ops import backends

@@ -1,0 +1,1 @@
+"""Accuracy, MACs, time, and one image inside the model. May import images, models, nn, ops and roots."""
