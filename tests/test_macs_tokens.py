@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
 
-from sparsify import report
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import SparsifyError
 from sparsify.measure import analytic, macs, paper
@@ -21,6 +20,7 @@ from sparsify.nn.tokens import WAYS
 from sparsify.ops.macs import PARTS
 from sparsify.ops.spec import Execution
 from sparsify.report import files, tables
+from sparsify.report import profile as report
 
 ATTENTION = {
     "dense": dict(keep="dense", rank=4),

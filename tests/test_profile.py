@@ -12,7 +12,6 @@ from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from sparsify import report
 from sparsify.cli import main
 from sparsify.config import SparsityConfig, TokenLowrank, Tokens
 from sparsify.errors import BadFile, SparsifyError, UsageError
@@ -22,6 +21,7 @@ from sparsify.measure.profile import Profile, profile
 from sparsify.nn import graft
 from sparsify.ops import auto, backends, remembered
 from sparsify.report import files, tables
+from sparsify.report import profile as report
 
 THEORETICAL = {
     "macs_dense", "macs_sparse", "mhsa_macs_dense", "mhsa_macs_sparse", "kept_macs", "prefix_macs", "predictor_macs",

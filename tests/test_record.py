@@ -12,7 +12,7 @@ from rich.console import Console
 
 from sparsify.errors import BadFile
 from sparsify.finetune.record import METRICS, PARTS, Record, read
-from sparsify.report import curve, progress
+from sparsify.report import progress, training_plot
 from sparsify.report.progress import Reporter, training_note
 from sparsify.stage import Losses
 
@@ -152,7 +152,7 @@ def test_without_tensorboard_the_rest_is_written_and_one_line_says_so(how, tmp_p
 
 def test_a_picture_that_fails_costs_a_line(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(curve, "draw", lambda *a: 1 / 0)
+    monkeypatch.setattr(training_plot, "draw", lambda *a: 1 / 0)
     with Record(tmp_path, ["a"], None, said.append) as made:
         made.step(row(1))
     assert said == ["no picture was drawn (division by zero)"]
@@ -199,10 +199,10 @@ def test_only_the_start_is_drawn_too_and_nothing_is_no_picture(tmp_path):
 def test_a_thinned_line_keeps_its_peaks_and_the_mean_a_straight_line():
     x, y = np.arange(100_000.0), np.zeros(100_000)
     y[[7, 50_001]] = 5, -5
-    few, kept = curve.thinned(x, y)
-    assert len(few) < 2 * curve.POINTS and (kept.max(), kept.min()) == (5, -5) and (np.diff(few) > 0).all()
-    assert np.allclose(curve.running_mean(x[:100], 9)[4:-4], x[4:96])
-    assert curve.running_mean(np.array([2.0]), 5).tolist() == [2.0]
+    few, kept = training_plot.thinned(x, y)
+    assert len(few) < 2 * training_plot.POINTS and (kept.max(), kept.min()) == (5, -5) and (np.diff(few) > 0).all()
+    assert np.allclose(training_plot.running_mean(x[:100], 9)[4:-4], x[4:96])
+    assert training_plot.running_mean(np.array([2.0]), 5).tolist() == [2.0]
 
 
 # the bar

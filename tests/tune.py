@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsify import conversion
 from sparsify.config import validate
 from sparsify.recipe import Recipe
-from sparsify.report import curve
+from sparsify.report import training_plot
 
 PLAIN = {"form": "eval"}
 SMALL: dict[str, Any] = {"precision": "float32", "calib_images": 8, "hold_back": 0.01}
@@ -55,7 +55,7 @@ def convert(output: Path, chosen: Recipe, picture: bool = False, **more: Any) ->
     """`digits` by that recipe, learning from the digits; `picture`: draw the curve (longer than three steps)."""
     with pytest.MonkeyPatch.context() as patch:
         if not picture:
-            patch.setattr(curve, "draw", lambda *figures: None)
+            patch.setattr(training_plot, "draw", lambda *figures: None)
         return conversion.convert("digits", chosen, output, **{"images": "digits", **more})
 
 

@@ -56,16 +56,16 @@ def report(
     from sparsify.images import photograph
     from sparsify.measure import profile as profiling
     from sparsify.models import checkpoint, original
-    from sparsify.report import files, given, page
+    from sparsify.report import files, page, readback
     from sparsify.report.progress import Reporter
 
     say = options.say(quiet)
     points = [photograph.point(text) for text in query or []]
-    evaluation = None if eval_file is None else given.evaluation(eval_file)
-    swept = None if sweep is None else given.sweep(sweep)
-    figures = None if profile is None else given.profile(profile)
+    evaluation = None if eval_file is None else readback.evaluation(eval_file)
+    swept = None if sweep is None else readback.sweep(sweep)
+    figures = None if profile is None else readback.profile(profile)
     header, model = checkpoint.read_header(file), checkpoint.load(file)
-    given.check(file, header, model, profile, figures, eval_file, evaluation)
+    readback.check(file, header, model, profile, figures, eval_file, evaluation)
     beside = original.load_original(header, dense, None, say) if dense else None
     with Reporter(quiet) as reporter:
         shown = showing.look(

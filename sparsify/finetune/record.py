@@ -125,9 +125,9 @@ class Record:
                 file.close()
             self._tell("close")
         try:
-            from sparsify.report import curve
+            from sparsify.report import training_plot
 
-            curve.draw(self.metrics, self.validations, self.folder / "curve.png", self.stages)
+            training_plot.draw(self.metrics, self.validations, self.folder / "curve.png", self.stages)
         except Exception as error:  # the figures are there without it
             self.say(f"no picture was drawn ({one_line(error)})")
 

@@ -8,7 +8,7 @@ Metadata keys (strings; all but `format` hold JSON or plain text):
     sparsify.config        SparsityConfig, ranks resolved
     sparsify.provenance    source, recipe, calibration, seed, library versions, date, whether the backbone changed,
                            dense_sha256: digest of the dense model that was converted
-    sparsify.report        headline figures (theoretical MACs)
+    sparsify.report.profile        headline figures (theoretical MACs)
     sparsify.models.provenance       licence of the weights that were converted
     sparsify.sha256        digest of every other key and every tensor
 """

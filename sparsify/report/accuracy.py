@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sparsify import report
 from sparsify.naming import place
+from sparsify.report import profile
 
 HEADING = "Measured, on the same images"
 
 
-def pairs(result: Mapping[str, Any]) -> list[report.Row]:
+def pairs(result: Mapping[str, Any]) -> list[profile.Row]:
     """What, dense, sparse, change."""
-    rows: list[report.Row] = []
+    rows: list[profile.Row] = []
     for label, dense_key, key in (
         ("top-1, %", "dense_top1", "top1"),
         ("top-5, %", "dense_top5", "top5"),
@@ -31,7 +31,7 @@ def pairs(result: Mapping[str, Any]) -> list[report.Row]:
             continue
         both = dense is not None and sparse is not None
         if key.startswith("throughput"):
-            difference = report.change(dense, sparse) if both else ""  # type: ignore[arg-type]
+            difference = profile.change(dense, sparse) if both else ""  # type: ignore[arg-type]
             rows.append((label, _number(dense, None), _number(sparse, None), difference))
         else:
             difference = f"{sparse - dense:+.2f} points" if both else ""  # type: ignore[operator]
@@ -80,5 +80,5 @@ def broken(result: Mapping[str, Any]) -> str:
 
 def _number(value: float | None, form: str | None) -> str:
     if value is None:
-        return report.NOTHING
-    return report.plain(value) if form is None else format(value, form)
+        return profile.NOTHING
+    return profile.plain(value) if form is None else format(value, form)

@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
-from sparsify import report
 from sparsify.measure.profile import Profile
 from sparsify.models.checkpoint import Header
 from sparsify.models.provenance import Licence
 from sparsify.report import accuracy
+from sparsify.report import profile as report
 from sparsify.report.files import markdown_table
 
 CITATION = """\

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsify import report
 from sparsify.errors import BadFile, one_line
 from sparsify.files import whole
 from sparsify.measure.profile import Profile
+from sparsify.report import profile as report
 
 TIMM_COLUMNS = (
     "model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation",

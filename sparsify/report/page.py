@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sparsify import __version__, report
+from sparsify import __version__
 from sparsify.measure.inspection import Inspection
 from sparsify.measure.profile import Profile
 from sparsify.models.checkpoint import Header
-from sparsify.report import accuracy, captions, facts, figures, panels, tables
-from sparsify.report.given import SweepFiles
+from sparsify.report import accuracy, captions, figures, panels, tables
+from sparsify.report import header as facts
+from sparsify.report import profile as report
+from sparsify.report.readback import SweepFiles
 from sparsify.showing import Shown
 
 SIDE = 280  # pixels of a panel; on the page it takes half as many or fewer
@@ -54,7 +56,7 @@ def render(content: Content) -> str:
     """The page, HTML."""
     from jinja2 import Environment, StrictUndefined
 
-    text = (resources.files("sparsify.report") / TEMPLATE).read_text(encoding="utf-8")
+    text = (resources.files("sparsify.report.profile") / TEMPLATE).read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(text).render(**_context(content)) + "\n"
 

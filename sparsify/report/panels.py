@@ -1,7 +1,7 @@
 """Small pictures without words: the keys of a query, the tokens that go on, a query's place; over the photograph.
 
 Each is an RGB array [h * cell, w * cell, 3] of uint8, `cell` pixels a patch. What is drawn in words beside them is the
-caller's (`sparsify.report.attention`, `sparsify.report.page`).
+caller's (`sparsify.report.profile.attention`, `sparsify.report.page`).
 """
 
 from __future__ import annotations

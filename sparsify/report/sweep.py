@@ -14,14 +14,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sparsify import report
 from sparsify.errors import BadFile, one_line
 from sparsify.measure.accuracy import Evaluation
 from sparsify.measure.latency import Timing
 from sparsify.recipe import recipe_yaml
-from sparsify.report import files
-from sparsify.report.picture import plot, top1_error
+from sparsify.report import files, profile
 from sparsify.report.published import PUBLISHED_DENSE_TOP1, published
+from sparsify.report.sweep_plot import plot, top1_error
 from sparsify.sweep import Setting, Sweep
 
 FORMAT = 1  # of the JSON
@@ -86,14 +85,14 @@ def table(sweep: Sweep) -> Group:
         short = {"lost/gained": "-/+"}.get(heading, heading.removesuffix(" %"))
         shown.add_column(short, justify="right" if heading else "left", no_wrap=True)
     dense = [cell for _, cell, _ in quality(one.evaluation)]
-    shown.add_row("dense", report.human(one.profile.dense.macs), "", "", *dense, "1.00x", "")
+    shown.add_row("dense", profile.human(one.profile.dense.macs), "", "", *dense, "1.00x", "")
     for s in sweep.settings:
         p, speed = s.profile, s.speed
         shown.add_row(
             label(s),
-            report.human(p.macs_sparse),
-            report.change(p.dense.macs, p.macs_sparse).removesuffix(" %") + "%",
-            report.change(p.dense.mhsa_macs, p.mhsa_macs_sparse).removesuffix(" %") + "%",
+            profile.human(p.macs_sparse),
+            profile.change(p.dense.macs, p.macs_sparse).removesuffix(" %") + "%",
+            profile.change(p.dense.mhsa_macs, p.mhsa_macs_sparse).removesuffix(" %") + "%",
             *(cell[:-1] if name == "agree %" else cell for name, _, cell in quality(s.evaluation)),
             f"{speed.median:.2f}x",
             f"{speed.p10:.2f}-{speed.p90:.2f}",
@@ -121,13 +120,13 @@ def to_markdown(sweep: Sweep, prefix: str, picture: bool) -> str:
     headings += [name for name, _, _ in cells[:1]] + (["change"] if change else [])
     headings += [name for name, _, _ in cells[1:]] + ["ms (p10-p90)", "speed"]
     dense = [cell for _, cell, _ in cells]
-    first = ["dense", report.human(p.dense.macs), "", report.human(p.dense.mhsa_macs), ""]
+    first = ["dense", profile.human(p.dense.macs), "", profile.human(p.dense.mhsa_macs), ""]
     rows = [[*first, *dense[:1], *([""] if change else []), *dense[1:], _ms(sweep.dense), "1"]]
     for s in sweep.settings:
         p, own, speed = s.profile, [cell for _, _, cell in quality(s.evaluation)], s.speed
         rows.append([
-            label(s), report.human(p.macs_sparse), report.change(p.dense.macs, p.macs_sparse),
-            report.human(p.mhsa_macs_sparse), report.change(p.dense.mhsa_macs, p.mhsa_macs_sparse),
+            label(s), profile.human(p.macs_sparse), profile.change(p.dense.macs, p.macs_sparse),
+            profile.human(p.mhsa_macs_sparse), profile.change(p.dense.mhsa_macs, p.mhsa_macs_sparse),
             *own[:1], *([_top1_change(s.evaluation)] if change else []), *own[1:],
             _ms(s.timing), f"{speed.median:.2f}x ({speed.p10:.2f}-{speed.p90:.2f})",
         ])  # fmt: skip
@@ -140,9 +139,9 @@ def to_markdown(sweep: Sweep, prefix: str, picture: bool) -> str:
         f"Measured on {seen(sweep)}.",
         *(["Change in top-1: points, with its standard error over the same images."] if change else []),
         "",
-        f"Timed on {conditions(sweep)}. {SPEED} {report.NOT_SPEED}",
+        f"Timed on {conditions(sweep)}. {SPEED} {profile.NOT_SPEED}",
     ]
-    if warning := report.uncounted({k: v for s in sweep.settings for k, v in s.profile.unsupported.items()}):
+    if warning := profile.uncounted({k: v for s in sweep.settings for k, v in s.profile.unsupported.items()}):
         lines += ["", f"**{warning}**"]
     if sweep.skipped:
         lines += ["", *(f"Left out, {reason}." for reason in sweep.skipped.values())]
@@ -292,7 +291,7 @@ def _top1_change(e: Evaluation) -> str:
 
 
 def _ms(t: Timing) -> str:
-    return f"{report.plain(t.median)} ({report.plain(t.p10)}-{report.plain(t.p90)})"
+    return f"{profile.plain(t.median)} ({profile.plain(t.p10)}-{profile.plain(t.p90)})"
 
 
 def _number(value: float | None, form: str) -> str:
