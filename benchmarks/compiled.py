@@ -14,8 +14,8 @@ import timm
 import torch
 from harness import Report, Row, conditions, options, start
 
-from sparsify import calibration
 from sparsify.config import SparsityConfig, Tokens
+from sparsify.fit.calibrate import calibrate
 from sparsify.images import datasets
 from sparsify.measure.latency import interleaved
 from sparsify.nn import graft
@@ -40,7 +40,7 @@ def main() -> None:
     )
     tokens = None if arguments.token_keep is None else Tokens(keep=arguments.token_keep, stages=STAGES)
     config = SparsityConfig(keep=arguments.keep, spread_rank=False, tokens=tokens)
-    sparse = calibration.calibrate(model, config, lambda: pictures).model.eval().requires_grad_(False)
+    sparse = calibrate.calibrate(model, config, lambda: pictures).model.eval().requires_grad_(False)
     graft.set_execution(sparse, Execution("cpu"))
     dense = graft.dense_twin(sparse)
     images = torch.randn(arguments.batch, *datasets.data_config(dense)["input_size"])

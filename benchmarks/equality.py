@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from sparsify.calibration import calibrate
 from sparsify.config import SparsityConfig
+from sparsify.fit.calibrate.calibrate import calibrate
 from sparsify.nn import graft
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from sparsify import conversion
 from sparsify.config import Target
-from sparsify.finetune.lesson import true_attention
-from sparsify.finetune.losses import attention
+from sparsify.fit.finetune.losses import attention
+from sparsify.fit.finetune.objective import true_attention
 from sparsify.measure.evaluate import evaluate
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint, names, pretrained

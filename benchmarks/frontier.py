@@ -20,8 +20,8 @@ import timm
 import torch
 from torch import Tensor
 
-from sparsify import calibration
 from sparsify.config import SparsityConfig
+from sparsify.fit.calibrate import calibrate
 from sparsify.images import datasets
 from sparsify.measure.evaluate import evaluate
 from sparsify.measure.profile import profile
@@ -59,7 +59,7 @@ def measure(images: int, calib_images: int) -> list[dict]:
     rows = []
     for series, setting in settings():
         model = copy.deepcopy(dense)
-        calibration.calibrate(model, SparsityConfig(**setting), lambda: calibrate_on.split(16))
+        calibrate.calibrate(model, SparsityConfig(**setting), lambda: calibrate_on.split(16))
         result = evaluate(model, dense, _unlabelled(shown))
         macs = profile(model, measure=False)
         share = macs.mhsa_macs_sparse / macs.mhsa_macs_dense

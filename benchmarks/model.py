@@ -24,8 +24,8 @@ from harness import Report, Row, conditions, judged, options, start
 from torch import nn
 from variants import deit_tiny, variant
 
-from sparsify import calibration
 from sparsify.config import SparsityConfig
+from sparsify.fit.calibrate import calibrate
 from sparsify.images import datasets
 from sparsify.measure import paths
 from sparsify.measure.latency import interleaved
@@ -88,7 +88,7 @@ def converted(architecture: str, side: int) -> nn.Module:
     pictures = datasets.builtin_calibration(
         False, PICTURES, 0, datasets.transform(datasets.data_config(model)), batch_size=1
     )
-    return calibration.calibrate(model, SparsityConfig(keep=0.1, spread_rank=False), lambda: pictures).model.eval()
+    return calibrate.calibrate(model, SparsityConfig(keep=0.1, spread_rank=False), lambda: pictures).model.eval()
 
 
 def variants(sparse: nn.Module) -> dict[str, nn.Module]:

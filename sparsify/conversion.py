@@ -16,11 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify import __version__, finetune, processes, schedule, tuning
-from sparsify.calibration import Calibration, calibrate, first, fit_importance, spends_ranks
+from sparsify import __version__, processes, tuning
 from sparsify.config import SparsityConfig, Target, Tokens
 from sparsify.errors import UsageError
-from sparsify.finetune import Outcome
+from sparsify.fit.calibrate.calibrate import Calibration, calibrate, first, fit_importance, spends_ranks
+from sparsify.fit.finetune import plan as plan_
+from sparsify.fit.finetune import run_folder, run_status
+from sparsify.fit.finetune.plan import Plan, Source, check
+from sparsify.fit.finetune.run_status import Outcome
+from sparsify.fit.schedule import choose
 from sparsify.images import datasets, digits
 from sparsify.measure.profile import Profile, profile
 from sparsify.models import building, checkpoint, names, pretrained
@@ -117,7 +121,7 @@ def convert(
             token_models.check(model)
         architecture, dense_sha256 = building.describe(model, source), checkpoint.digest_of(model)
         checkpoint.may_overwrite(output, architecture, force)
-        learns_from = partial(finetune.Source, val=val, device=device, workers=workers, micro_batch=micro_batch)
+        learns_from = partial(Source, val=val, device=device, workers=workers, micro_batch=micro_batch)
         plan = _planned(model, recipe, images, learns_from, dense_sha256, target)
     model.to(device)
     start = time.perf_counter()
@@ -139,8 +143,8 @@ def convert(
         if images is None:
             say("calibrated only: --data FOLDER gives images to learn from")
     else:
-        run = finetune.RunFolder(output.with_name(f"{output.name.removesuffix('.safetensors')}.run"))
-        how = finetune.How(run.path, device, save_minutes, say, progress)
+        run = run_folder.RunFolder(output.with_name(f"{output.name.removesuffix('.safetensors')}.run"))
+        how = run_status.How(run.path, device, save_minutes, say, progress)
         tuned = tuning.tune(model, plan, run, how, calibrated, lambda c: header(c, c.config, None), resume, force)
         found, sparse, config = tuned.start, tuned.model, tuned.config
     figures = profile(sparse, measure=False)
@@ -190,15 +194,15 @@ def _loaded(
 
 
 def _planned(
-    model: nn.Module, recipe: Recipe, images: str | None, source: Callable[[str], finetune.Source], dense_sha256: str,
+    model: nn.Module, recipe: Recipe, images: str | None, source: Callable[[str], Source], dense_sha256: str,
     target: Target | None,
-) -> finetune.Plan | None:  # fmt: skip
+) -> Plan | None:  # fmt: skip
     """The fine-tuning of `recipe`; None where it has none."""
     if not recipe.trains:
         return None
     if images is None:
         raise UsageError("this recipe learns from images: give them with --data, or calibrate only (--calibrate-only)")
-    plan = finetune.plan(model, recipe, source(images), dense_sha256)
+    plan = plan_.plan(model, recipe, source(images), dense_sha256)
     asked = None if target is None else target.model_dump(mode="json")
     return replace(plan, identity=plan.identity | {"target": asked})
 
@@ -232,7 +236,7 @@ def _calibrated(
         return Calibrated(result.model, result.config, recipe, words, result.images)
     config, chosen = _choose(result, recipe, target, batches, execution, say, progress)
     for stage in chosen.stages:  # tokens may leave now
-        finetune.check(stage, chosen.sparsity, int(getattr(model, "num_classes", 0)))
+        check(stage, chosen.sparsity, int(getattr(model, "num_classes", 0)))
     return Calibrated(result.model, config, chosen, words, result.images)
 
 
@@ -248,13 +252,13 @@ def _choose(
     graft.set_execution(model, execution)
     probe = list(first(batches(), PROBE_IMAGES))
     total = sum(map(len, probe))
-    measured = schedule.sensitivity(model, config, probe, target.keeps, lambda done: progress("schedule", done, total))
+    measured = choose.sensitivity(model, config, probe, target.keeps, lambda done: progress("schedule", done, total))
     if target.macs is not None:
-        found = schedule.for_macs(model, config, measured, target.macs, schedule.dense_macs(model))
+        found = choose.for_macs(model, config, measured, target.macs, choose.dense_macs(model))
         words = f"{found.share:.3f} of the dense model's MACs, {target.macs:g} asked for"
     else:
         assert target.latency is not None
-        found = schedule.for_latency(model, config, measured, target.latency, target.batch_size, say)
+        found = choose.for_latency(model, config, measured, target.latency, target.batch_size, say)
         words = (
             f"{found.share:.3f} of the dense model's time at batch {target.batch_size}, {target.latency:g} asked for"
         )

@@ -20,10 +20,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from sparsify import __version__, conversion, schedule
-from sparsify.calibration import calibrate, first, fit_importance, spends_ranks
+from sparsify import __version__, conversion
 from sparsify.config import SparsityConfig
 from sparsify.errors import BadFile, UsageError
+from sparsify.fit.calibrate.calibrate import calibrate, first, fit_importance, spends_ranks
+from sparsify.fit.schedule import choose as schedule
+from sparsify.fit.schedule.choose import Found, Schedule
 from sparsify.measure import comparison, latency
 from sparsify.measure.accuracy import Evaluation
 from sparsify.measure.latency import Timing
@@ -35,7 +37,6 @@ from sparsify.ops import backends
 from sparsify.ops.machine import device_name
 from sparsify.ops.spec import Execution
 from sparsify.recipe import Recipe
-from sparsify.schedule import Found, Schedule
 
 SECONDS = 2.5  # of timing, for each model; `latency.BUDGET_S` at least
 

@@ -11,7 +11,10 @@ from torch import nn
 
 from sparsify import processes
 from sparsify.config import SparsityConfig
-from sparsify.finetune import How, Outcome, Plan, RunFolder, finetune
+from sparsify.fit.finetune.plan import Plan
+from sparsify.fit.finetune.run import finetune
+from sparsify.fit.finetune.run_folder import RunFolder
+from sparsify.fit.finetune.run_status import How, Outcome
 from sparsify.models import checkpoint
 from sparsify.nn.folding import fold
 from sparsify.recipe import Recipe, load_recipe, recipe_yaml

@@ -16,7 +16,7 @@ import tune
 
 from sparsify.cli import main
 from sparsify.conversion import Conversion
-from sparsify.finetune.judge import Judge, Score
+from sparsify.fit.finetune.validation import Judge, Score
 from sparsify.ops.cpu import build
 from sparsify.ops.cpu import kernels as cpu
 

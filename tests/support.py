@@ -21,9 +21,9 @@ from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
-from sparsify.calibration import calibrate
 from sparsify.config import SparsityConfig
 from sparsify.errors import UnsupportedModel
+from sparsify.fit.calibrate.calibrate import calibrate
 from sparsify.models import building
 from sparsify.models.building import shallow
 from sparsify.nn import graft, hosts

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sparsify.errors import BadData, UsageError
-from sparsify.finetune.batches import Batch, Batches
+from sparsify.fit.finetune.batches import Batch, Batches
 from sparsify.images import datasets, digits
 from sparsify.images.loaders import Items, Mapped, Part, StreamPart
 from sparsify.images.trainset import trainset

@@ -8,11 +8,11 @@ from families import build, images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify.calibration import calibrate
-from sparsify.calibration.lowrank import Moments
-from sparsify.calibration.ranks import allocate, candidates
-from sparsify.calibration.tokens import pooling
 from sparsify.config import SparsityConfig
+from sparsify.fit.calibrate.calibrate import calibrate
+from sparsify.fit.calibrate.head_lowrank import Moments
+from sparsify.fit.calibrate.ranks import allocate, candidates
+from sparsify.fit.calibrate.token_lowrank import pooling
 from sparsify.nn import graft
 from sparsify.nn.predictor import resample
 from sparsify.ops import attention

@@ -9,9 +9,9 @@ from families import FAMILIES, build, images, raise_attention
 from timm.models.naflexvit import batch_patchify
 
 from sparsify import profile
-from sparsify.calibration import calibrate
 from sparsify.config import SparsityConfig
 from sparsify.errors import UsageError
+from sparsify.fit.calibrate.calibrate import calibrate
 from sparsify.models import building, checkpoint, pretrained
 from sparsify.models.building import describe
 from sparsify.models.names import Source

@@ -7,10 +7,10 @@ from said import the_error
 from tune import ATTENTION, recipe
 
 from sparsify import api, tuning
-from sparsify.finetune import loop
-from sparsify.finetune import run as runs
-from sparsify.finetune.judge import Score
-from sparsify.finetune.plan import Source, plan
+from sparsify.fit.finetune import loop
+from sparsify.fit.finetune import run as runs
+from sparsify.fit.finetune.plan import Source, plan
+from sparsify.fit.finetune.validation import Score
 from sparsify.images import digits
 from sparsify.models import checkpoint
 from sparsify.nn import graft

@@ -7,9 +7,9 @@ import timm
 import torch
 from families import FAMILIES, build, images
 
-from sparsify.calibration import calibrate
 from sparsify.config import SparsityConfig
 from sparsify.errors import UnsupportedModel, UsageError
+from sparsify.fit.calibrate.calibrate import calibrate
 from sparsify.nn import graft
 from sparsify.nn.attention import SparseAttention
 from sparsify.ops import reference

@@ -8,9 +8,10 @@ from families import LEAVING, build, images
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sparsify.calibration import calibrate, fit_importance, importance
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import SparsifyError
+from sparsify.fit.calibrate import token_importance
+from sparsify.fit.calibrate.calibrate import calibrate, fit_importance
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint
 from sparsify.nn import graft, projection, token_models
@@ -53,7 +54,7 @@ def by_hand(dense, x):
         target = torch.stack(read[i:]).mean(0).log().flatten().double()
         f = torch.cat([f, torch.ones_like(f[..., :1])], -1).flatten(0, 1).double()
         gram = f.T @ f
-        damp = importance.RIDGE * gram.diagonal()[:-1].mean() * torch.ones(len(gram), dtype=torch.float64)
+        damp = token_importance.RIDGE * gram.diagonal()[:-1].mean() * torch.ones(len(gram), dtype=torch.float64)
         damp[-1] = 0
         found.append(torch.linalg.solve(gram + damp.diag(), f.T @ target))
     return found
@@ -62,15 +63,15 @@ def by_hand(dense, x):
 def test_it_is_the_regression_of_what_later_blocks_read(monkeypatch):
     dense = build("deit", depth=3)
     expected = by_hand(dense, images(dense, 6))
-    blocks, together = importance._blocks, set()
+    blocks, together = token_importance._blocks, set()
 
     def seen(dense, x, *more):
         together.add(len(x))
         return blocks(dense, x, *more)
 
-    monkeypatch.setattr(importance, "_blocks", seen)
-    for batch, held, most in ((2, importance.HELD, 2), (6, importance.HELD, 6), (6, 1, 1)):
-        monkeypatch.setattr(importance, "HELD", held)
+    monkeypatch.setattr(token_importance, "_blocks", seen)
+    for batch, held, most in ((2, token_importance.HELD, 2), (6, token_importance.HELD, 6), (6, 1, 1)):
+        monkeypatch.setattr(token_importance, "HELD", held)
         together.clear()
         for own, other in zip(weights_of(calibrated(batch=batch).model), expected, strict=True):
             torch.testing.assert_close(own.double(), other, atol=1e-3, rtol=1e-3)

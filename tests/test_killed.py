@@ -13,8 +13,8 @@ import torch
 import tune
 from tune import CHOSEN, recipe
 
-from sparsify.finetune import state
-from sparsify.finetune.interrupts import Interrupts
+from sparsify.fit.finetune import saved_state
+from sparsify.fit.finetune.interrupts import Interrupts
 from sparsify.recipe import recipe_yaml
 
 # signals
@@ -43,7 +43,7 @@ def test_signals_are_a_wish_until_the_second_ctrl_c():
     assert found == [(False, before[0])]
 
 
-LATEST = "import sys; from sparsify.finetune.judge import Score; Score.better_than = lambda a, b: True; "
+LATEST = "import sys; from sparsify.fit.finetune.validation import Score; Score.better_than = lambda a, b: True; "
 COMMAND = LATEST + "from sparsify.cli import main; main(sys.argv[1:])"
 
 
@@ -81,7 +81,9 @@ def test_the_command_ends_with_130_and_one_line(tmp_path, asked):
     assert process.returncode == 130 and not out and len(lines) == 1
     assert lines[0].startswith("error: interrupted after ") and "--resume" in lines[0]
     assert (
-        state.load(tmp_path / "m.run" / "state.safetensors").facts["done"] == len(tune.metrics(tmp_path / "m.run")) >= 2
+        saved_state.load(tmp_path / "m.run" / "state.safetensors").facts["done"]
+        == len(tune.metrics(tmp_path / "m.run"))
+        >= 2
     )
 
 

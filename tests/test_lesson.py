@@ -8,9 +8,9 @@ from families import build, images
 
 from sparsify.config import SparsityConfig
 from sparsify.errors import UsageError
-from sparsify.finetune import learners
-from sparsify.finetune.lesson import Lesson, Teacher, _listen, _present
-from sparsify.finetune.plan import check
+from sparsify.fit.finetune import trainable
+from sparsify.fit.finetune.objective import Lesson, Teacher, _listen, _present
+from sparsify.fit.finetune.plan import check
 from sparsify.nn import graft
 from sparsify.nn.folding import unfold
 from sparsify.stage import Stage
@@ -45,7 +45,7 @@ def stage(losses, train="backbone", attention="sparse", **more):
 
 def taught(dense, student, s, x=None):
     """The losses by name and the parameters that a stage moves; gradients are on the student."""
-    learners.trainable(student, s)
+    trainable.trainable(student, s)
     x = images(dense, 4) if x is None else x
     classes = max(1, dense.num_classes)
     y = torch.eye(classes)[torch.arange(len(x)) % classes]
@@ -155,8 +155,8 @@ def test_an_optimiser_step_moves_what_the_stage_names_and_nothing_else(train):
     losses = {"attention": 1.0} if train == "predictors" else {"logits": 1.0, "attention": 1.0}
     s = stage(losses, train, optimiser=dict(lr=0.01, weight_decay=0.3))
     parameters, teacher = copy.deepcopy(student.state_dict()), copy.deepcopy(dense.state_dict())
-    named = learners.trainable(student, s)
-    optimizer = learners.optimiser(student, s)
+    named = trainable.trainable(student, s)
+    optimizer = trainable.optimiser(student, s)
     taught(dense, student, s)
     optimizer.step()
     moved = {name for name, t in student.state_dict().items() if not torch.equal(t, parameters[name])}
@@ -172,7 +172,7 @@ def test_an_optimiser_step_moves_what_the_stage_names_and_nothing_else(train):
 def test_folded_predictors_have_nothing_to_train():
     student = graft.graft(build("deit", **SMALL), SparsityConfig(**HEAD))
     with pytest.raises(UsageError, match="trains nothing"):
-        learners.trainable(student, stage({"attention": 1.0}, "predictors"))
+        trainable.trainable(student, stage({"attention": 1.0}, "predictors"))
 
 
 @pytest.mark.parametrize("attention", ["sparse", "dense"])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify.finetune import losses
+from sparsify.fit.finetune import losses
 
 
 @pytest.fixture

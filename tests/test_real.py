@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from sparsify import exporting
-from sparsify.calibration import calibrate
 from sparsify.config import SparsityConfig
 from sparsify.exporting import onnx_file
+from sparsify.fit.calibrate.calibrate import calibrate
 from sparsify.images import datasets
 from sparsify.measure.evaluate import evaluate
 from sparsify.models import dense_weights, names, pretrained

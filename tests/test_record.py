@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from sparsify.errors import BadFile
-from sparsify.finetune.record import METRICS, PARTS, Record, read
+from sparsify.fit.finetune.log import METRICS, PARTS, Record, read
 from sparsify.report import progress, training_plot
 from sparsify.report.progress import Reporter, training_note
 from sparsify.stage import Losses

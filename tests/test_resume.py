@@ -8,13 +8,13 @@ import tune
 from tune import CHOSEN, recipe
 
 from sparsify import processes
-from sparsify.calibration.repair import repair
 from sparsify.errors import BadFile, Interrupted, UsageError
-from sparsify.finetune import loop, state
-from sparsify.finetune import run as runs
-from sparsify.finetune.folder import RunFolder
-from sparsify.finetune.interrupts import Interrupts
-from sparsify.finetune.judge import Score
+from sparsify.fit.calibrate.repair import repair
+from sparsify.fit.finetune import loop, saved_state
+from sparsify.fit.finetune import run as runs
+from sparsify.fit.finetune.interrupts import Interrupts
+from sparsify.fit.finetune.run_folder import RunFolder
+from sparsify.fit.finetune.validation import Score
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +117,7 @@ def test_a_run_without_a_saved_state_goes_on_from_its_calibrated_model(undisturb
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "adan", "muon"])
 def test_optimisers_are_packed_whole(name):
-    from sparsify.finetune import learners
+    from sparsify.fit.finetune import trainable
     from sparsify.stage import Stage
 
     def steps(model, optimizer, count):
@@ -130,14 +130,14 @@ def test_optimisers_are_packed_whole(name):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
         s = Stage(steps=1, losses={"logits": 1}, optimiser={"name": name, "lr": 1e-3})
-        return model, learners.optimiser(model, s)
+        return model, trainable.optimiser(model, s)
 
     model, optimizer = fresh()
     steps(model, optimizer, 2)
-    tensors, facts = state.pack(optimizer)
+    tensors, facts = saved_state.pack(optimizer)
     other, again = fresh()
     other.load_state_dict(model.state_dict())
-    state.unpack(again, {k: t.clone() for k, t in tensors.items()}, json.loads(json.dumps(facts)))
+    saved_state.unpack(again, {k: t.clone() for k, t in tensors.items()}, json.loads(json.dumps(facts)))
     steps(model, optimizer, 2), steps(other, again, 2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 

@@ -9,20 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify import schedule
-from sparsify.calibration import fit_importance
 from sparsify.cli import main
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import UsageError
+from sparsify.fit.calibrate.calibrate import fit_importance
+from sparsify.fit.schedule import choose, search, seconds
+from sparsify.fit.schedule import costs as costing
+from sparsify.fit.schedule.costs import BlockCost
+from sparsify.fit.schedule.sensitivity import Sensitivity
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint
 from sparsify.nn import graft, token_models
 from sparsify.ops.spec import Execution
 from sparsify.recipe import load_recipe
-from sparsify.schedule import costs as costing
-from sparsify.schedule import search, seconds
-from sparsify.schedule.costs import BlockCost
-from sparsify.schedule.sensitivity import Sensitivity
 
 KW = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
 
@@ -136,7 +135,7 @@ def test_sensitivity_leaves_the_model_as_it_was_and_sees_what_matters():
     x = torch.randn(6, 3, 32, 32)
     with torch.no_grad():
         before = model(x)
-    measured = schedule.sensitivity(model, SparsityConfig(keep=0.5, rank=4), [x], (None, 0.5, 0.25))
+    measured = choose.sensitivity(model, SparsityConfig(keep=0.5, rank=4), [x], (None, 0.5, 0.25))
     with torch.no_grad():
         assert torch.equal(model(x), before)
     assert type(model).__name__ == "VisionTransformer" and not list(token_models.stages(model))
@@ -148,7 +147,7 @@ def test_sensitivity_leaves_the_model_as_it_was_and_sees_what_matters():
 def test_no_classifier_no_empty_end():
     model = tiny(num_classes=0)
     graft.set_execution(model, Execution("reference"))
-    measured = schedule.sensitivity(model, SparsityConfig(keep=0.5, rank=4), [torch.randn(4, 3, 32, 32)], (None, 0.5))
+    measured = choose.sensitivity(model, SparsityConfig(keep=0.5, rank=4), [torch.randn(4, 3, 32, 32)], (None, 0.5))
     assert measured.empty is None and measured.tokens[-1, -1] > 0
 
 
@@ -158,9 +157,9 @@ def test_target_macs_is_met_and_the_better_of_two(target):
     graft.set_execution(model, Execution("reference"))
     config = SparsityConfig(keep=0.5, rank=4, spread_rank=False)
     x = torch.randn(8, 3, 32, 32)
-    measured = schedule.sensitivity(model, config, [x], (None, 0.5))
+    measured = choose.sensitivity(model, config, [x], (None, 0.5))
     dense = profile(model, measure=False).macs_dense
-    found = schedule.for_macs(model, config, measured, target, dense)
+    found = choose.for_macs(model, config, measured, target, dense)
     got = profile(graft.applied(model, found.config), measure=False).macs_sparse / dense
     assert got <= target * 1.001 and got > target - 0.06  # 16 patches move in steps of 2 %
 
@@ -169,16 +168,16 @@ def test_a_target_below_the_least_is_refused():
     model = tiny()
     graft.set_execution(model, Execution("reference"))
     config = SparsityConfig(keep=0.5, rank=4, spread_rank=False)
-    measured = schedule.sensitivity(model, config, [torch.randn(2, 3, 32, 32)], (None,))
+    measured = choose.sensitivity(model, config, [torch.randn(2, 3, 32, 32)], (None,))
     with pytest.raises(UsageError, match="least that a schedule"):
-        schedule.for_macs(model, config, measured, 0.01, profile(model, measure=False).macs_dense)
+        choose.for_macs(model, config, measured, 0.01, profile(model, measure=False).macs_dense)
 
 
 def test_target_latency_aims_by_what_it_measures(monkeypatch):
     model = tiny()
     graft.set_execution(model, Execution("reference"))
     config = SparsityConfig(keep=0.5, rank=4, spread_rank=False)
-    measured = schedule.sensitivity(model, config, [torch.randn(4, 3, 32, 32)], (None, 0.5))
+    measured = choose.sensitivity(model, config, [torch.randn(4, 3, 32, 32)], (None, 0.5))
     said, shares = [], iter([0.9, 0.75, 0.61])
 
     class At:
@@ -188,16 +187,16 @@ def test_target_latency_aims_by_what_it_measures(monkeypatch):
     def pretended(candidates, rounds=None):
         return {"dense": At(10.0), "sparse": At(10.0 * next(shares))} if "sparse" in candidates else {"dense": At(10.0)}
 
-    monkeypatch.setattr(schedule, "interleaved", pretended)
-    monkeypatch.setattr(schedule.seconds, "measured", lambda *_: [Linear()] * 4)
-    found = schedule.for_latency(model, config, measured, 0.6, say=said.append)
+    monkeypatch.setattr(choose, "interleaved", pretended)
+    monkeypatch.setattr(choose.seconds, "measured", lambda *_: [Linear()] * 4)
+    found = choose.for_latency(model, config, measured, 0.6, say=said.append)
     assert found.share == pytest.approx(0.61) and len(said) == 3
 
 
 def test_measured_costs_are_times():
     model = tiny()
     graft.set_execution(model, Execution("reference"))
-    costs = schedule.seconds.measured(model, "merge", {None: (1, 1), 0.5: (2, 2)}, 1)
+    costs = choose.seconds.measured(model, "merge", {None: (1, 1), 0.5: (2, 2)}, 1)
     assert len(costs) == 4
     for n, m in ((16, 16), (16, 9), (9, 3), (3, 0)):
         assert costs[0].whole(None, n, m) > 0 and costs[0].attention(0.5, n) > 0

@@ -3,7 +3,7 @@
     attention   what a token is given by the cls row (and the distillation token's) of this block, mean over heads; where
                 there is no cls token, by the mean query of all tokens
     fitted      I_j = s_j e^(w . norm(x_j) + b): how much later rows will read of it, told from the token itself. w and b
-                are fitted to the dense model in closed form (`sparsify.calibration.importance`)
+                are fitted to the dense model in closed form (`sparsify.fit.calibrate.token_importance`)
 
 Tokens leave in the first blocks while the cls row hardly attends to anything yet; what it will read is better told from what
 a token says than from what it is given now. s_j is the token's size (`Tokens.size`).

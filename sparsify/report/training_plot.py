@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsify.files import whole
-from sparsify.finetune.record import read
+from sparsify.fit.finetune.log import read
 from sparsify.report.sweep_plot import BLUE, GREEN, ORANGE
 
 PURPLE = "#CC79A7"  # of the same palette
@@ -44,7 +44,7 @@ class Span(NamedTuple):
 
 
 def draw(metrics: Path, validation: Path, target: Path, stages: Sequence[str] = ()) -> None:
-    """Draw the rows of both files (`sparsify.finetune.record`) as `target`, a PNG 1800 pixels wide; no rows, no picture.
+    """Draw the rows of both files (`sparsify.fit.finetune.log`) as `target`, a PNG 1800 pixels wide; no rows, no picture.
 
     Args:
         stages: their names, by number; 'stage 1' and so on without.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from sparsify.finetune import losses
+from sparsify.fit.finetune import losses
 from sparsify.nn import graft, hosts
 from sparsify.nn.attention import SparseAttention
 from sparsify.nn.observe import watching

@@ -17,11 +17,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sparsify.calibration import importance
-from sparsify.calibration.lowrank import Moments
-from sparsify.calibration.ranks import allocate, candidates
-from sparsify.calibration.tokens import Ridge, pooling
 from sparsify.config import SparsityConfig
+from sparsify.fit.calibrate import token_importance
+from sparsify.fit.calibrate.head_lowrank import Moments
+from sparsify.fit.calibrate.ranks import allocate, candidates
+from sparsify.fit.calibrate.token_lowrank import Ridge, pooling
 from sparsify.measure.distance import distance
 from sparsify.nn import graft, hosts, projection
 from sparsify.nn.attention import SparseAttention
@@ -87,7 +87,7 @@ def calibrate(
 
 def fit_importance(model: nn.Module, batches: Batches, progress: Progress = lambda step, done, total: None) -> None:
     """Fits the importance of tokens in every block of a calibrated model, in place (`importance.fit`)."""
-    importance.fit(model, _counted(batches(), "importance", progress))
+    token_importance.fit(model, _counted(batches(), "importance", progress))
 
 
 def any_sparse(config: SparsityConfig, depth: int) -> bool:

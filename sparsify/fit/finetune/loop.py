@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from sparsify import processes
 from sparsify.errors import Interrupted
-from sparsify.finetune import learners, state
-from sparsify.finetune.batches import Batch
-from sparsify.finetune.cache import Cached
-from sparsify.finetune.interrupts import Interrupts
-from sparsify.finetune.judge import Judge
-from sparsify.finetune.lesson import Forward, Lesson, Teacher
-from sparsify.finetune.plan import Plan, Planned
-from sparsify.finetune.record import Record
-from sparsify.finetune.standing import How, Standing
+from sparsify.fit.finetune import saved_state, trainable
+from sparsify.fit.finetune.batches import Batch
+from sparsify.fit.finetune.interrupts import Interrupts
+from sparsify.fit.finetune.log import Record
+from sparsify.fit.finetune.objective import Forward, Lesson, Teacher
+from sparsify.fit.finetune.plan import Plan, Planned
+from sparsify.fit.finetune.run_status import How, Standing
+from sparsify.fit.finetune.teacher_cache import Cached
+from sparsify.fit.finetune.validation import Judge
 from sparsify.images.loaders import drawn_number
 from sparsify.nn.folding import retract
 from sparsify.report.progress import training_note
@@ -43,26 +43,26 @@ class StageRun:
         self.judge, self.how, self.standing, self.record, self.interrupts = judge, how, standing, record, interrupts
         self.planned: Planned = plan.stages[number]
         self.stage = self.planned.stage
-        learners.trainable(student, self.stage)
-        learners.set_drop_path(student, self.stage.drop_path)
+        trainable.trainable(student, self.stage)
+        trainable.set_drop_path(student, self.stage.drop_path)
         cast(Any, student).set_grad_checkpointing(self.stage.grad_checkpointing)
         moved = plan.repair is not None or any(p.stage.moves_backbone for p in plan.stages[: number + 1])
         pairs = self.stage.losses.pairs and self.stage.losses.attention_target == "teacher" and (
             moved or self.stage.attention != "dense"
         )  # fmt: skip
         self.teacher, self.cached = Teacher(teacher, self.stage.losses, pairs), cast(Cached | None, None)
-        self.optimizer = learners.optimiser(student, self.stage)
-        self.schedule: Scheduler = learners.schedule(
+        self.optimizer = trainable.optimiser(student, self.stage)
+        self.schedule: Scheduler = trainable.schedule(
             self.optimizer, self.stage, self.planned.steps, self.planned.batches.steps_per_epoch or self.planned.steps
         )
         self.ema = ModelEmaV3(student, decay=self.stage.ema) if self.stage.ema else None
-        self.keeps = learners.Keeps(student, self.stage, self.planned.steps)
+        self.keeps = trainable.Keeps(student, self.stage, self.planned.steps)
 
-    def run(self, resume: state.State | None) -> str:
+    def run(self, resume: saved_state.State | None) -> str:
         """Steps until the stage ends; returns why it stopped before, or ''."""
         first = self.standing.step
         if resume is not None:
-            state.unpack(self.optimizer, resume.part("optimiser"), resume.facts["optimiser"])
+            saved_state.unpack(self.optimizer, resume.part("optimiser"), resume.facts["optimiser"])
             if self.ema is not None:
                 self.ema.module.load_state_dict(resume.part("ema"))
         if first >= self.planned.steps:
@@ -157,17 +157,19 @@ class StageRun:
         s = self.standing
         if self.record is not None:
             self.record.flush()
-        moments, values = state.pack(self.optimizer)
-        tensors = state.prefixed("student", self.student.state_dict()) | state.prefixed("optimiser", moments)
+        moments, values = saved_state.pack(self.optimizer)
+        tensors = saved_state.prefixed("student", self.student.state_dict()) | saved_state.prefixed(
+            "optimiser", moments
+        )
         if self.ema is not None:
-            tensors |= state.prefixed("ema", self.ema.module.state_dict())
+            tensors |= saved_state.prefixed("ema", self.ema.module.state_dict())
         if s.best_weights is not None:
-            tensors |= state.prefixed("best", s.best_weights)
+            tensors |= saved_state.prefixed("best", s.best_weights)
         facts = {
             "identity": self.plan.identity, "stage": self.number, "step": s.step, "done": s.done, "optimiser": values,
             "start": s.start.as_dict(), "best": s.best.as_dict(),
         }  # fmt: skip
-        state.save(self.how.folder / STATE, state.State(tensors, facts))
+        saved_state.save(self.how.folder / STATE, saved_state.State(tensors, facts))
         s.saved_at = time.monotonic()
 
     def _stop(self, step: int) -> str:

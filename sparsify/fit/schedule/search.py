@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsify.schedule.costs import BlockCost, Keep
-from sparsify.schedule.sensitivity import Sensitivity
+from sparsify.fit.schedule.costs import BlockCost, Keep
+from sparsify.fit.schedule.sensitivity import Sensitivity
 
 LEVELS = 64  # numbers of tokens that the search tells apart
 STEPS = 50  # of each bisection

@@ -9,12 +9,12 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from sparsify import processes
-from sparsify.calibration import repair
 from sparsify.config import SparsityConfig
 from sparsify.errors import UsageError
-from sparsify.finetune import devices, learners
-from sparsify.finetune.batches import Batches
-from sparsify.finetune.judge import Labelled
+from sparsify.fit.calibrate import repair
+from sparsify.fit.finetune import devices, trainable
+from sparsify.fit.finetune.batches import Batches
+from sparsify.fit.finetune.validation import Labelled
 from sparsify.images import datasets
 from sparsify.images.crops import WithCrops
 from sparsify.images.loaders import Decoded, ImageBatches, Items, Part, Stream
@@ -118,8 +118,8 @@ def plan(model: nn.Module, recipe: Recipe, source: Source, dense_sha256: str) ->
         )  # fmt: skip
         if stage.cache_teacher and images.stream:
             raise UsageError(f"stage '{stage.name}': cache_teacher needs images by number, not a stream")
-        learners.optimiser(model, stage)  # refused now, not after the calibration
-        steps = learners.steps_of(stage, batches.steps_per_epoch)
+        trainable.optimiser(model, stage)  # refused now, not after the calibration
+        steps = trainable.steps_of(stage, batches.steps_per_epoch)
         known = 0 if images.stream else len(cast(Items, images.learn))
         every = stage.validate_every or (0 if source.val is None else 1)
         stages.append(Planned(stage, batches, steps, known, every))

@@ -9,20 +9,20 @@ from typing import Any, cast
 from torch import nn
 
 from sparsify import processes
-from sparsify.calibration.repair import repair
 from sparsify.errors import Interrupted
-from sparsify.finetune import devices, learners, state
-from sparsify.finetune.interrupts import Interrupts
-from sparsify.finetune.judge import Judge
-from sparsify.finetune.loop import StageRun
-from sparsify.finetune.plan import Plan
-from sparsify.finetune.record import Record
-from sparsify.finetune.standing import How, Outcome, Standing
+from sparsify.fit.calibrate.repair import repair
+from sparsify.fit.finetune import devices, saved_state, trainable
+from sparsify.fit.finetune.interrupts import Interrupts
+from sparsify.fit.finetune.log import Record
+from sparsify.fit.finetune.loop import StageRun
+from sparsify.fit.finetune.plan import Plan
+from sparsify.fit.finetune.run_status import How, Outcome, Standing
+from sparsify.fit.finetune.validation import Judge
 from sparsify.nn.folding import unfold
 
 
 def finetune(
-    student: nn.Module, teacher: nn.Module, plan: Plan, how: How, resume: state.State | None = None
+    student: nn.Module, teacher: nn.Module, plan: Plan, how: How, resume: saved_state.State | None = None
 ) -> Outcome:
     """Runs the stages of `plan` and leaves the best weights in `student`.
 
@@ -62,7 +62,7 @@ def finetune(
     if standing.best_weights is not None:
         student.load_state_dict(standing.best_weights)
     student.requires_grad_(True).eval()
-    learners.set_drop_path(student, 0.0)
+    trainable.set_drop_path(student, 0.0)
     cast(Any, student).set_grad_checkpointing(False)
     processes.barrier()
     seconds = time.monotonic() - begun
@@ -91,7 +91,7 @@ def _repair(
     standing.compare(student, judge, record, how, 0.0, "repaired")
 
 
-def _record(plan: Plan, how: How, resume: state.State | None) -> Any:
+def _record(plan: Plan, how: How, resume: saved_state.State | None) -> Any:
     if not processes.main():
         return contextlib.nullcontext()
     names = [planned.stage.name for planned in plan.stages]

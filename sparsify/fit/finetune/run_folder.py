@@ -19,7 +19,7 @@ from typing import Any
 
 from sparsify.errors import BadFile, UsageError, one_line
 from sparsify.files import whole
-from sparsify.finetune import state
+from sparsify.fit.finetune import saved_state
 
 HALF = (".*.*.????????", ".tmp*")  # files that a kill left half-written: `sparsify.files`'s and safetensors' own
 
@@ -40,7 +40,7 @@ class RunFolder:
 
     def open(
         self, identity: dict[str, Any], resume: bool, force: bool, say: Callable[[str], None]
-    ) -> tuple[bool, state.State | None]:
+    ) -> tuple[bool, saved_state.State | None]:
         """Whether the start model is to be read from here, and the state to go on from (None: the first step).
 
         Raises:
@@ -63,7 +63,7 @@ class RunFolder:
         if not self.state.exists():
             say(f"{self.path}: no state was saved yet, going on from its calibrated model")
             return True, None
-        found = state.load(self.state)
+        found = saved_state.load(self.state)
         say(f"resuming {self.path} after {found.facts['done']} steps")
         return True, found
 

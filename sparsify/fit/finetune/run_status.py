@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsify.finetune import state
-from sparsify.finetune.judge import Judge, Score
-from sparsify.finetune.record import Record
+from sparsify.fit.finetune import saved_state
+from sparsify.fit.finetune.log import Record
+from sparsify.fit.finetune.validation import Judge, Score
 
 Weights = dict[str, Tensor]
 
@@ -66,7 +66,7 @@ class Standing:
     saved_at: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def of(cls, start: Score, resume: state.State | None) -> Standing:
+    def of(cls, start: Score, resume: saved_state.State | None) -> Standing:
         """Of a run that begins with a model of that score, or goes on from a saved state."""
         if resume is None:
             return cls(start, start)

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparsify.fit.schedule.costs import Keep, Options
 from sparsify.measure.distance import distance
 from sparsify.nn import token_models
 from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention
 from sparsify.nn.predictor import TokenLowrank
 from sparsify.nn.tokens import Stage, Tokens
-from sparsify.schedule.costs import Keep, Options
 
 SHARES = (0.85, 0.7, 0.5, 0.35, 0.2, 0.1)  # of the patch tokens, tried after each block
 CHUNK = 16  # images computed together

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsify import processes
 from sparsify.files import whole
-from sparsify.finetune.lesson import Said, Teacher
+from sparsify.fit.finetune.objective import Said, Teacher
 
 
 class Cached:

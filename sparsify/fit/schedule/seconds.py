@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparsify.fit.schedule.costs import BlockCost, Keep, Options
 from sparsify.measure.latency import interleaved
 from sparsify.nn import hosts, projection, token_models
 from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention
 from sparsify.nn.importance import fitted, given
 from sparsify.nn.tokens import Stage, Tokens
-from sparsify.schedule.costs import BlockCost, Keep, Options
 
 POINTS = (0.1, 0.25, 0.5, 0.75, 1.0)  # shares of the tokens at which parts are timed
 ROUNDS = 9

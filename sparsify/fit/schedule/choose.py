@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import UsageError
+from sparsify.fit.schedule import costs as costing
+from sparsify.fit.schedule import search as searching
+from sparsify.fit.schedule import seconds
+from sparsify.fit.schedule.costs import BlockCost, Keep, Options
+from sparsify.fit.schedule.search import Schedule
+from sparsify.fit.schedule.sensitivity import Sensitivity, measure
 from sparsify.measure.latency import interleaved
 from sparsify.measure.macs import count, image_shape, replica
 from sparsify.nn import graft, token_models
-from sparsify.schedule import costs as costing
-from sparsify.schedule import search as searching
-from sparsify.schedule import seconds
-from sparsify.schedule.costs import BlockCost, Keep, Options
-from sparsify.schedule.search import Schedule
-from sparsify.schedule.sensitivity import Sensitivity, measure
 
 KEEPS: tuple[Keep, ...] = (None, 0.25, 0.1, 0.05)  # that a search tries
 ROUNDS = 9  # of every timing

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import processes
-from sparsify.finetune import losses
+from sparsify.fit.finetune import losses
 from sparsify.measure.accuracy import Logits
 from sparsify.nn import graft
 

@@ -1,0 +1,1 @@
+"""How numbers enter a model: calibrate (closed form), schedule (search), finetune (gradient)."""

@@ -1,0 +1,1 @@
+"""Closed-form fits of predictors from unlabelled images: no gradient, no label."""

@@ -1,0 +1,1 @@
+"""Fine-tuning by recipe: stages of losses, from a laptop to many GPUs (`docs/training.md`)."""
