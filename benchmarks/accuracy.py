@@ -20,9 +20,9 @@ from pathlib import Path
 import timm
 import torch
 
-from sparsify import conversion
 from sparsify.config import SparsityConfig
 from sparsify.images import datasets
+from sparsify.jobs import convert as conversion
 from sparsify.measure.accuracy import Evaluation
 from sparsify.measure.evaluate import evaluate
 from sparsify.measure.profile import profile

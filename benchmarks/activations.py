@@ -17,8 +17,8 @@ import torch
 from accuracy import DATA, WEIGHTS
 from torch import Tensor
 
-from sparsify import conversion
 from sparsify.images import datasets
+from sparsify.jobs import convert
 from sparsify.models import checkpoint
 from sparsify.nn import graft
 from sparsify.nn.observe import observe
@@ -83,7 +83,7 @@ def _photographs(folder: Path, sizes: list[int], batch: int) -> dict[int, list[A
         files[recipe] = folder / f"{recipe}.safetensors"
         chosen = load_recipe(recipe).override(keep=0.1, **changes)
         images = str(DATA / "imagenet-sample" / "train")
-        conversion.convert("deit_tiny", chosen, files[recipe], weights=WEIGHTS, images=images)
+        convert.convert("deit_tiny", chosen, files[recipe], weights=WEIGHTS, images=images)
     return {tokens: _blocks(files, tokens, batch) for tokens in sizes}
 
 

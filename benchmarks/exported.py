@@ -22,8 +22,9 @@ from quantised import SETTINGS
 from torch import Tensor
 from variants import variant
 
-from sparsify import conversion, exporting
 from sparsify.images import datasets
+from sparsify.jobs import convert
+from sparsify.jobs.export import program as exporting
 from sparsify.measure.latency import interleaved
 from sparsify.models import checkpoint
 from sparsify.nn import graft
@@ -36,7 +37,7 @@ def converted(folder: Path) -> list[Path]:
     for name, changes in SETTINGS.items():
         recipe, images = load_recipe("calibrate").override(keep=0.1, **changes), DATA / "imagenet-sample" / "train"
         files.append(folder / f"{name}.safetensors")
-        conversion.convert("deit_tiny", recipe, files[-1], weights=WEIGHTS, images=str(images))
+        convert.convert("deit_tiny", recipe, files[-1], weights=WEIGHTS, images=str(images))
     return files
 
 

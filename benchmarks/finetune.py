@@ -22,10 +22,10 @@ import torch
 from accuracy import DATA, WEIGHTS, photographs
 from torch import Tensor, nn
 
-from sparsify import conversion
 from sparsify.config import Target
 from sparsify.fit.finetune.losses import attention
 from sparsify.fit.finetune.objective import true_attention
+from sparsify.jobs import convert as conversion
 from sparsify.measure.evaluate import evaluate
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint, names, pretrained

@@ -22,7 +22,7 @@ from torch import nn
 from torchao import __version__ as torchao_version
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
-from sparsify import conversion
+from sparsify.jobs import convert
 from sparsify.measure.accuracy import Logits
 from sparsify.models import checkpoint
 from sparsify.nn import graft
@@ -42,7 +42,7 @@ def converted(files: list[Path]) -> dict[str, nn.Module]:
             recipe = load_recipe("calibrate").override(keep=0.1, **changes)
             images = str(DATA / "imagenet-sample" / "train")
             out = Path(folder) / "model.safetensors"
-            made[name] = conversion.convert("deit_tiny", recipe, out, weights=WEIGHTS, images=images).model
+            made[name] = convert.convert("deit_tiny", recipe, out, weights=WEIGHTS, images=images).model
             out.unlink()
     return made
 

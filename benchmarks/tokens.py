@@ -23,11 +23,11 @@ import torch
 from accuracy import DATA, WEIGHTS, convert, photographs
 from torch import nn
 
-from sparsify import conversion
 from sparsify.config import SparsityConfig, Target, Tokens
 from sparsify.fit.calibrate.calibrate import fit_importance
 from sparsify.fit.schedule import choose, search
 from sparsify.fit.schedule import costs as costing
+from sparsify.jobs import convert as conversion
 from sparsify.measure.evaluate import evaluate
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint, names

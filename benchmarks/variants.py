@@ -10,7 +10,7 @@ import torch
 from accuracy import DATA, WEIGHTS
 from torch import nn
 
-from sparsify import conversion
+from sparsify.jobs import convert
 from sparsify.measure.macs import replica
 from sparsify.nn import graft
 from sparsify.ops.spec import Execution
@@ -23,7 +23,7 @@ def deit_tiny(side: int, calib_images: int) -> nn.Module:
     images = str(DATA / "imagenet-sample" / "train")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "model.safetensors"
-        return conversion.convert("deit_tiny", recipe, out, weights=WEIGHTS, images=images, img_size=side).model.eval()
+        return convert.convert("deit_tiny", recipe, out, weights=WEIGHTS, images=images, img_size=side).model.eval()
 
 
 def variant(sparse: nn.Module, execution: Execution, tile: tuple[int, ...] = ()) -> nn.Module:

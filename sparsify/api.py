@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify import conversion as _conversion
-from sparsify import exporting
-from sparsify import saving as _saving
 from sparsify.config import Target, validate
 from sparsify.errors import UsageError
-from sparsify.exporting import Exported
+from sparsify.jobs import convert as _conversion
+from sparsify.jobs import save as _saving
+from sparsify.jobs.export import program
+from sparsify.jobs.export.program import Exported
 from sparsify.measure import evaluate as _evaluation
 from sparsify.measure import profile as _profiling
 from sparsify.measure.accuracy import Evaluation
@@ -124,7 +124,7 @@ def load(
 
 
 def save(model: nn.Module, path: str | Path, *, like: str | Path, force: bool = False) -> Path:
-    """Writes a model that `load` gave and that was trained further to a file that `load` reads; see `sparsify.saving.save`.
+    """Writes a model that `load` gave and that was trained further to a file that `load` reads; see `sparsify.jobs.save.save`.
 
     Args:
         model: weights, number of classes, pooling and image size may have changed; other modules may not. Wrappers
@@ -134,7 +134,7 @@ def save(model: nn.Module, path: str | Path, *, like: str | Path, force: bool = 
         force: overwrite a file that holds another model.
 
     Raises:
-        SparsifyError: see `sparsify.saving.save`; nothing is written then.
+        SparsifyError: see `sparsify.jobs.save.save`; nothing is written then.
     """
     _saving.save(model, Path(path), hub.local(like), force)
     return Path(path)
@@ -144,12 +144,12 @@ def export(path: str | Path, format: str = "onnx", output: str | Path | None = N
     """Write the model of a file as a program that runs without this package, ONNX or torch.export's; docs/export.md.
 
     Args:
-        options: see `sparsify.exporting.export` (batch_size, img_size, force).
+        options: see `sparsify.jobs.export.program.export` (batch_size, img_size, force).
 
     Raises:
-        SparsifyError: see `sparsify.exporting.export`.
+        SparsifyError: see `sparsify.jobs.export.program.export`.
     """
-    return exporting.export(path, format, output, **options)
+    return program.export(path, format, output, **options)
 
 
 def profile(

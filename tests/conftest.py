@@ -15,8 +15,8 @@ import pytest
 import tune
 
 from sparsify.cli import main
-from sparsify.conversion import Conversion
 from sparsify.fit.finetune.validation import Judge, Score
+from sparsify.jobs.convert import Conversion
 from sparsify.ops.cpu import build
 from sparsify.ops.cpu import kernels as cpu
 

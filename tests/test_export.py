@@ -12,10 +12,10 @@ from families import FAMILIES, build, draw_importance, images
 from said import the_error
 from torch import nn
 
-from sparsify import exporting
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import BadFile, SparsifyError, UsageError
-from sparsify.exporting import onnx_file
+from sparsify.jobs.export import onnx_file
+from sparsify.jobs.export import program as exporting
 from sparsify.models import checkpoint
 from sparsify.nn import graft
 from sparsify.nn.merging import matching

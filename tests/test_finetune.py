@@ -6,12 +6,13 @@ import tune
 from said import the_error
 from tune import ATTENTION, recipe
 
-from sparsify import api, tuning
+from sparsify import api
 from sparsify.fit.finetune import loop
 from sparsify.fit.finetune import run as runs
 from sparsify.fit.finetune.plan import Source, plan
 from sparsify.fit.finetune.validation import Score
 from sparsify.images import digits
+from sparsify.jobs import tune as tuning
 from sparsify.models import checkpoint
 from sparsify.nn import graft
 from sparsify.recipe import load_recipe, recipe_yaml

@@ -7,8 +7,9 @@ import tune
 from safetensors.torch import load_file
 from tune import ATTENTION, recipe
 
-from sparsify import conversion, tuning
 from sparsify.images import digits
+from sparsify.jobs import convert as conversion
+from sparsify.jobs import tune as tuning
 from sparsify.models import checkpoint
 from sparsify.nn import graft
 from sparsify.recipe import load_recipe, recipe_yaml

@@ -14,8 +14,8 @@ from hubserver import READS, WRITES, Hub
 
 import sparsify
 import sparsify.registry
-from sparsify import conversion, publishing
 from sparsify.errors import BadFile, SparsifyError, UsageError
+from sparsify.jobs import convert, push
 from sparsify.models import checkpoint
 from sparsify.nn import graft
 from sparsify.recipe import Recipe
@@ -24,7 +24,7 @@ from sparsify.recipe import Recipe
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("made") / "digits.safetensors"
-    return conversion.convert("digits", Recipe().override(calib_images=8, spread_rank=False), path)
+    return convert.convert("digits", Recipe().override(calib_images=8, spread_rank=False), path)
 
 
 @pytest.fixture
@@ -97,9 +97,9 @@ def cpu():
 
 
 def test_timm_builds_what_was_pushed_or_written(made, hub, tmp_path):
-    package = publishing.package(made.path, "someone/digits-sparse")
-    publishing.push(package)
-    publishing.write(package, tmp_path / "folder")
+    package = push.package(made.path, "someone/digits-sparse")
+    push.push(package)
+    push.write(package, tmp_path / "folder")
     expected = logits(made.model)
     for name in ("hf-hub:someone/digits-sparse", f"local-dir:{tmp_path / 'folder'}"):
         model = timm.create_model(name, pretrained=True)
@@ -110,7 +110,7 @@ def test_timm_builds_what_was_pushed_or_written(made, hub, tmp_path):
         torch.equal(logits(sparsify.load(f"local-dir:{tmp_path / 'folder'}", backend="reference")), expected) or cpu()
     )
     with pytest.raises(BadFile, match="already"):
-        publishing.write(package, tmp_path / "folder")
+        push.write(package, tmp_path / "folder")
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
     assert (config["architecture"], config["num_classes"]) == ("sparsify_vit", 10)
     assert config["sparsify"]["architecture"] == "vit_digits_patch2_28" and config["pretrained_cfg"]["license"]
@@ -119,7 +119,7 @@ def test_timm_builds_what_was_pushed_or_written(made, hub, tmp_path):
 
 
 def test_a_branch_is_made_and_read_back(made, hub):
-    done = publishing.push(publishing.package(made.path, "someone/m"), revision="v2")
+    done = push.push(push.package(made.path, "someone/m"), revision="v2")
     assert done.name == "hf-hub:someone/m@v2" and "model.safetensors" not in hub.repos["someone/m"].commits[
         hub.repos["someone/m"].branches["main"]
     ]  # fmt: skip
@@ -131,7 +131,7 @@ def test_a_branch_is_made_and_read_back(made, hub):
 
 
 def test_downloaded_once_and_read_from_the_cache_without_network(made, hub, monkeypatch):
-    publishing.push(publishing.package(made.path, "someone/m"))
+    push.push(push.package(made.path, "someone/m"))
     sparsify.load("hf-hub:someone/m")
     monkeypatch.setattr("sparsify.models.hub.reachable", lambda url: False)
     hub.requests.clear()
@@ -275,7 +275,7 @@ def test_measured_figures_come_with_their_conditions_and_of_this_file_only(made,
         assert code == 1 and message in err and err.count("\n") == 1
     (tmp_path / "q.json").write_text(json.dumps(times | {"macs_sparse": 1}))
     with pytest.raises(BadFile, match="another model"):
-        publishing.package(made.path, "someone/m", timing=tmp_path / "q.json")
+        push.package(made.path, "someone/m", timing=tmp_path / "q.json")
 
 
 def described(made, tmp_path, licence="apache-2.0", **provenance):
@@ -286,7 +286,7 @@ def described(made, tmp_path, licence="apache-2.0", **provenance):
         provenance=made.header.provenance | provenance,
     )  # fmt: skip
     checkpoint.save(made.model, tmp_path / "told.safetensors", header)
-    package = publishing.package(tmp_path / "told.safetensors", "someone/m")
+    package = push.package(tmp_path / "told.safetensors", "someone/m")
     return *parts(package.card), package
 
 
@@ -324,7 +324,7 @@ def test_card_names_the_original(made, tmp_path):
 
 
 def test_owner_can_say_the_licence(made):
-    package = publishing.package(made.path, "someone/m", licence="mit")
+    package = push.package(made.path, "someone/m", licence="mit")
     assert (
         parts(package.card)[0]["license"] == "mit" and json.loads(package.config)["pretrained_cfg"]["license"] == "mit"
     )

@@ -5,11 +5,10 @@ import copy
 import pytest
 import torch
 
-from sparsify import exporting
 from sparsify.config import SparsityConfig
-from sparsify.exporting import onnx_file
 from sparsify.fit.calibrate.calibrate import calibrate
 from sparsify.images import datasets
+from sparsify.jobs.export import onnx_file, program
 from sparsify.measure.evaluate import evaluate
 from sparsify.models import dense_weights, names, pretrained
 from sparsify.nn import graft
@@ -72,6 +71,6 @@ def test_onnx_answers_as_the_model_does_but_for_near_ties(deit_tiny, photographs
     cut, path = copy.deepcopy(deit_tiny), str(tmp_path / "two.onnx")
     cut.blocks = cut.blocks[:2]
     model = sparse(cut, photographs[0], keep=0.1, spread_rank=False, tokens=tokens).requires_grad_(False)
-    onnx_file.write(exporting.trace(model, 8), path, {}, "logits")
-    checked = exporting.compare(model, onnx_file.runner(path), photographs[1][0][0][:16], 8)
+    onnx_file.write(program.trace(model, 8), path, {}, "logits")
+    checked = program.compare(model, onnx_file.runner(path), photographs[1][0][0][:16], 8)
     assert checked.median < 1e-4 and checked.apart <= 4, checked

@@ -10,9 +10,9 @@ from folders import class_folders
 from safetensors.torch import save_file
 from said import the_error
 
-from sparsify import conversion
 from sparsify.errors import UsageError
 from sparsify.images import digits
+from sparsify.jobs import convert
 from sparsify.recipe import default_recipe, load_recipe, recipe_names, recipe_text, recipe_yaml
 
 NAMES = ("calibrate", "distill", "paper", "paper-calibrated", "paper-digits")
@@ -139,8 +139,8 @@ def nothing_is_computed(monkeypatch, request):
     def fail(*arguments, **more):
         raise AssertionError("calibration was entered")
 
-    monkeypatch.setattr(conversion, "calibrate", fail)
-    monkeypatch.setattr(conversion.graft, "draw", fail)
+    monkeypatch.setattr(convert, "calibrate", fail)
+    monkeypatch.setattr(convert.graft, "draw", fail)
 
 
 def refused(run, tmp_path, code, *words, how=()):
@@ -267,7 +267,7 @@ def test_classes_cannot_be_learned_without_a_head(tmp_path, monkeypatch):
     chosen = tune.recipe({"losses": {"classification": 1.0}})
     model = digits.build()
     model.reset_classifier(0)
-    monkeypatch.setattr(conversion.zoo, "load", lambda *a: model)
+    monkeypatch.setattr(convert.zoo, "load", lambda *a: model)
     with pytest.raises(UsageError, match="classification needs a model with classes") as caught:
         tune.convert(tmp_path / "m.safetensors", chosen)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())

@@ -11,9 +11,9 @@ from folders import class_folders
 from PIL import Image
 from test_choice import grafted
 
-from sparsify import showing
 from sparsify.cli import main
 from sparsify.images.photograph import Line, Photograph
+from sparsify.jobs import show
 from sparsify.measure import inspection
 from sparsify.report import captions, figures, panels
 
@@ -94,7 +94,7 @@ def test_figures_of_every_kind_are_drawn(case, tmp_path):
     photo = photo_of(model, tmp_path)
     found = inspection.inspect(model, photo.x)
     heads = (0,) if case == "one head" else (0, 2)
-    shown = showing.Shown("noise", photo, found, (0, 1), heads)
+    shown = show.Shown("noise", photo, found, (0, 1), heads)
     drawn = [figures.keys(shown, query) for query in range(len(found.queries))] + [figures.mass(shown)]
     drawn += [figures.tokens(shown)] if found.stages else []
     for content in drawn:
@@ -122,10 +122,10 @@ def test_words_say_where_the_rest_of_the_attention_goes():
 
 
 def test_names_do_not_meet_and_choices_are_spread():
-    assert showing.unique(["a", "A", "b", "a", "a-2"]) == ["a", "A-2", "b", "a-3", "a-2-2"]
-    assert showing.spread(3, 4) == [0, 1, 2] and showing.spread(12, 4) == [0, 4, 7, 11] and showing.spread(0, 4) == []
+    assert show.unique(["a", "A", "b", "a", "a-2"]) == ["a", "A-2", "b", "a-3", "a-2-2"]
+    assert show.spread(3, 4) == [0, 1, 2] and show.spread(12, 4) == [0, 4, 7, 11] and show.spread(0, 4) == []
     for n in range(1, 40):
-        assert len(set(showing.spread(n, 6))) == min(n, 6)
+        assert len(set(show.spread(n, 6))) == min(n, 6)
 
 
 @pytest.fixture

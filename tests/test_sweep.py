@@ -16,9 +16,9 @@ import yaml
 from PIL import Image
 from said import the_error
 
-from sparsify import sweep as job
 from sparsify.cli import main
 from sparsify.images import datasets, digits
+from sparsify.jobs import sweep as job
 from sparsify.measure import comparison, evaluate, latency
 from sparsify.measure.latency import Timing
 from sparsify.models import checkpoint

@@ -10,8 +10,8 @@ import pytest
 from safetensors import safe_open
 from torch import Tensor
 
-from sparsify import conversion
 from sparsify.config import validate
+from sparsify.jobs import convert as conversion
 from sparsify.recipe import Recipe
 from sparsify.report import training_plot
 

@@ -267,7 +267,8 @@ def convert(
         chosen = chosen.without_training()
     options.backend(backend)
     preflight()
-    from sparsify import conversion, processes
+    from sparsify import processes
+    from sparsify.jobs import convert as conversion
     from sparsify.report import tables
     from sparsify.report.progress import Reporter
 

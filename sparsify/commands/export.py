@@ -34,11 +34,10 @@ def export(
     if dynamic_batch and batch_size is not None:
         raise UsageError("--dynamic-batch takes any number of images: leave --batch-size out")
     preflight()
-    from sparsify import exporting
-    from sparsify.exporting import onnx_file
+    from sparsify.jobs.export import onnx_file, program
 
     say = options.say(quiet)
-    made = exporting.export(
+    made = program.export(
         file, format, output, batch_size=None if dynamic_batch else batch_size or 1, img_size=img_size, force=force,
         say=say,
     )  # fmt: skip

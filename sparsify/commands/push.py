@@ -49,7 +49,7 @@ def push(
     if dry_run and output is not None:
         raise UsageError("--dry-run shows the card, --output FOLDER writes it: give one of them")
     preflight()
-    from sparsify import publishing
+    from sparsify.jobs import push as publishing
 
     say = options.say(quiet)
     made = publishing.package(file, repo, evaluation, timing, licence)

@@ -52,8 +52,8 @@ def report(
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise BadFile(f"cannot write {output}: a file name in a folder that exists is expected")
     preflight()
-    from sparsify import showing
     from sparsify.images import photograph
+    from sparsify.jobs import show
     from sparsify.measure import profile as profiling
     from sparsify.models import checkpoint, original
     from sparsify.report import files, page, readback
@@ -68,7 +68,7 @@ def report(
     readback.check(file, header, model, profile, figures, eval_file, evaluation)
     beside = original.load_original(header, dense, None, say) if dense else None
     with Reporter(quiet) as reporter:
-        shown = showing.look(
+        shown = show.look(
             model, [*(images or []), *(more_images or [])], points, layers=layer, heads=head, dense=beside,
             progress=lambda done, total: reporter.update("look", done, total),
         )  # fmt: skip

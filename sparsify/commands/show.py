@@ -63,8 +63,8 @@ def show(
     Example: sparsify show model.safetensors cat.jpg --query 120,80
     """
     preflight()
-    from sparsify import showing
     from sparsify.images import photograph
+    from sparsify.jobs import show as showing
     from sparsify.measure.inspection import DENSE, OWN, REFERENCES
     from sparsify.models import checkpoint, original
     from sparsify.report import captions

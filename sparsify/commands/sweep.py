@@ -102,7 +102,7 @@ def sweep(
     options.backend(backend)
     kind, where = options.torch_dtype(dtype), options.torch_device(device)
     preflight()
-    from sparsify import sweep as job
+    from sparsify.jobs import sweep as job
     from sparsify.report import sweep as report
     from sparsify.report import tables
     from sparsify.report.progress import Reporter

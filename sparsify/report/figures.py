@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from sparsify.jobs.show import Shown
 from sparsify.measure.inspection import Inspection
 from sparsify.report import captions, panels
-from sparsify.showing import Shown
 
 SIDE = 280  # pixels of a panel, about
 INCH = 1.75  # of a panel

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from sparsify import __version__
+from sparsify.jobs.show import Shown
 from sparsify.measure.inspection import Inspection
 from sparsify.measure.profile import Profile
 from sparsify.models.checkpoint import Header
@@ -26,7 +27,6 @@ from sparsify.report import accuracy, captions, figures, panels, tables
 from sparsify.report import header as facts
 from sparsify.report import profile as report
 from sparsify.report.readback import SweepFiles
-from sparsify.showing import Shown
 
 SIDE = 280  # pixels of a panel; on the page it takes half as many or fewer
 LARGE = 448  # of the photograph and of the tokens

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from sparsify.errors import BadFile, one_line
 from sparsify.files import whole
+from sparsify.jobs.show import Shown
 from sparsify.report import figures
-from sparsify.showing import Shown
 
 
 def draw(shown: Sequence[Shown], progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, bytes]:

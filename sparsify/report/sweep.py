@@ -15,13 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsify.errors import BadFile, one_line
+from sparsify.jobs.sweep import Setting, Sweep
 from sparsify.measure.accuracy import Evaluation
 from sparsify.measure.latency import Timing
 from sparsify.recipe import recipe_yaml
 from sparsify.report import files, profile
 from sparsify.report.published import PUBLISHED_DENSE_TOP1, published
 from sparsify.report.sweep_plot import plot, top1_error
-from sparsify.sweep import Setting, Sweep
 
 FORMAT = 1  # of the JSON
 SPEED = (

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsify.jobs.sweep import Sweep
 from sparsify.measure.accuracy import Evaluation
 from sparsify.report.published import PUBLISHED_DENSE_TOP1, Point, published
-from sparsify.sweep import Sweep
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.35"  # Okabe and Ito's, told apart without colour vision
 

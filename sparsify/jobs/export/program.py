@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import BadFile, SparsifyError, UsageError, one_line
-from sparsify.exporting import onnx_file, pt2_file
-from sparsify.exporting.metadata import metadata, output_name
 from sparsify.files import whole
 from sparsify.images import datasets, digits
+from sparsify.jobs.export import onnx_file, pt2_file
+from sparsify.jobs.export.metadata import metadata, output_name
 from sparsify.models import checkpoint
 from sparsify.nn import graft
 

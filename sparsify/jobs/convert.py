@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify import __version__, processes, tuning
+from sparsify import __version__, processes
 from sparsify.config import SparsityConfig, Target, Tokens
 from sparsify.errors import UsageError
 from sparsify.fit.calibrate.calibrate import Calibration, calibrate, first, fit_importance, spends_ranks
@@ -26,6 +26,8 @@ from sparsify.fit.finetune.plan import Plan, Source, check
 from sparsify.fit.finetune.run_status import Outcome
 from sparsify.fit.schedule import choose
 from sparsify.images import datasets, digits
+from sparsify.jobs import tune as tuning
+from sparsify.jobs.tune import Calibrated, Tuned
 from sparsify.measure.profile import Profile, profile
 from sparsify.models import building, checkpoint, names, pretrained
 from sparsify.naming import place
@@ -34,7 +36,6 @@ from sparsify.ops import backends
 from sparsify.ops.spec import Execution
 from sparsify.recipe import Recipe, recipe_yaml
 from sparsify.report import files
-from sparsify.tuning import Calibrated, Tuned
 
 PROBE_IMAGES = 64  # of the calibration's that a schedule is chosen on
 CALIBRATION_BATCH = 16  # images; bounds the memory of the widest step, the reference attention at four ranks

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import SparsifyError
-from sparsify.exporting.metadata import INPUT
+from sparsify.jobs.export.metadata import INPUT
 
 MOST_BYTES = 2_000_000_000  # of a protobuf file, a little below the 2 GiB that it can hold
 UNCHECKED = "not checked: onnxruntime is not installed (pip install 'sparsify-vit[export]')"

@@ -20,12 +20,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from sparsify import __version__, conversion
+from sparsify import __version__
 from sparsify.config import SparsityConfig
 from sparsify.errors import BadFile, UsageError
 from sparsify.fit.calibrate.calibrate import calibrate, first, fit_importance, spends_ranks
 from sparsify.fit.schedule import choose as schedule
 from sparsify.fit.schedule.choose import Found, Schedule
+from sparsify.jobs import convert as conversion
 from sparsify.measure import comparison, latency
 from sparsify.measure.accuracy import Evaluation
 from sparsify.measure.latency import Timing

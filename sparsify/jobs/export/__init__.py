@@ -1,0 +1,1 @@
+"""A sparse model as a program of another runtime."""
