@@ -1,6 +1,6 @@
 """`python cli.py ...` in a checkout does what the installed command `sparsify ...` does."""
 
-from sparsify.cli import main
+from sparsify.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -49,7 +49,7 @@ stages:
     cache_teacher: true
 """
 LATEST = "from sparsify.fit.finetune.validation import Score; Score.better_than = lambda own, other: True"
-PROGRAM = f"import sys; {LATEST}; from sparsify.cli import main; main(sys.argv[1:])"
+PROGRAM = f"import sys; {LATEST}; from sparsify.cli.app import main; main(sys.argv[1:])"
 TIMEOUT = 600
 
 

@@ -1,6 +1,6 @@
 """`python -m sparsify`."""
 
-from sparsify.cli import main
+from sparsify.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import tune
 
-from sparsify.cli import main
+from sparsify.cli.app import main
 from sparsify.fit.finetune.validation import Judge, Score
 from sparsify.jobs.convert import Conversion
 from sparsify.ops.cpu import build

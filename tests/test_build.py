@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from sparsify.cli import main
+from sparsify.cli.app import main
 from sparsify.ops.cpu import kernels
 from sparsify.ops.cpu.build import LIBRARY, Built, build, cache_dir, commands
 

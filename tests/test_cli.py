@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from said import the_error
 
-from sparsify.cli import main
+from sparsify.cli.app import main
 from sparsify.measure import latency
 from sparsify.ops import backends
 
@@ -195,13 +195,13 @@ def test_ctrl_c_leaves_nothing_and_says_so(ctrl_c, tmp_path):
 
 
 def test_help_does_not_import_torch_and_the_three_entry_points_agree():
-    probe = "import sys\nfrom sparsify.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    probe = "import sys\nfrom sparsify.cli.app import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     probe += "print('torch' in sys.modules, 'pydantic' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "False False"
     versions = {
         subprocess.run([sys.executable, *how, "--version"], capture_output=True, text=True, check=True).stdout
-        for how in (["-m", "sparsify"], ["-c", "from sparsify.cli import main; main()"])
+        for how in (["-m", "sparsify"], ["-c", "from sparsify.cli.app import main; main()"])
     }
     assert len(versions) == 1
 

@@ -44,7 +44,7 @@ def test_signals_are_a_wish_until_the_second_ctrl_c():
 
 
 LATEST = "import sys; from sparsify.fit.finetune.validation import Score; Score.better_than = lambda a, b: True; "
-COMMAND = LATEST + "from sparsify.cli import main; main(sys.argv[1:])"
+COMMAND = LATEST + "from sparsify.cli.app import main; main(sys.argv[1:])"
 
 
 def launched(folder, *more):

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
 
+from sparsify.cli import tables
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import SparsifyError
 from sparsify.measure import analytic, macs, paper
@@ -19,7 +20,7 @@ from sparsify.nn import graft
 from sparsify.nn.tokens import WAYS
 from sparsify.ops.macs import PARTS
 from sparsify.ops.spec import Execution
-from sparsify.report import files, tables
+from sparsify.report import files
 from sparsify.report import profile as report
 
 ATTENTION = {

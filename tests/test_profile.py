@@ -12,7 +12,8 @@ from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from sparsify.cli import main
+from sparsify.cli import tables
+from sparsify.cli.app import main
 from sparsify.config import SparsityConfig, TokenLowrank, Tokens
 from sparsify.errors import BadFile, SparsifyError, UsageError
 from sparsify.measure import latency
@@ -20,7 +21,7 @@ from sparsify.measure.latency import Timing
 from sparsify.measure.profile import Profile, profile
 from sparsify.nn import graft
 from sparsify.ops import auto, backends, remembered
-from sparsify.report import files, tables
+from sparsify.report import files
 from sparsify.report import profile as report
 
 THEORETICAL = {

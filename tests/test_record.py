@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from sparsify.cli import progress
+from sparsify.cli.progress import Reporter, training_note
 from sparsify.errors import BadFile
 from sparsify.fit.finetune.log import METRICS, PARTS, Record, read
-from sparsify.report import progress, training_plot
-from sparsify.report.progress import Reporter, training_note
+from sparsify.report import training_plot
 from sparsify.stage import Losses
 
 

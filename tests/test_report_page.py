@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sparsify.cli import main
+from sparsify.cli.app import main
 from sparsify.measure.profile import Profile
 from sparsify.models import checkpoint
 

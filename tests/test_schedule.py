@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify.cli import main
+from sparsify.cli.app import main
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import UsageError
 from sparsify.fit.calibrate.calibrate import fit_importance

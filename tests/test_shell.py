@@ -17,16 +17,16 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from sparsify import completion, config, terminal
-from sparsify.cli import app, main
-from sparsify.commands import convert
-from sparsify.helptext import tidy
+from sparsify import config
+from sparsify.cli import completion, tables, terminal
+from sparsify.cli.app import app, main
+from sparsify.cli.commands import convert
+from sparsify.cli.helptext import tidy
+from sparsify.cli.options import torch_dtype
+from sparsify.cli.progress import Reporter
 from sparsify.models import catalogue, names
 from sparsify.ops import attention
-from sparsify.options import torch_dtype
 from sparsify.recipe import recipe_names
-from sparsify.report import tables
-from sparsify.report.progress import Reporter
 
 HERE = Path(__file__).resolve().parent.parent
 GROUP = typer.main.get_command(app)

@@ -11,7 +11,7 @@ from folders import class_folders
 from PIL import Image
 from test_choice import grafted
 
-from sparsify.cli import main
+from sparsify.cli.app import main
 from sparsify.images.photograph import Line, Photograph
 from sparsify.jobs import show
 from sparsify.measure import inspection

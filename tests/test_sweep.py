@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 from said import the_error
 
-from sparsify.cli import main
+from sparsify.cli.app import main
 from sparsify.images import datasets, digits
 from sparsify.jobs import sweep as job
 from sparsify.measure import comparison, evaluate, latency
@@ -307,7 +307,7 @@ def test_bad_input_is_one_line_and_an_exit_code(kind, run, tmp_path):
 
 
 def test_bad_shares_are_refused_before_torch_is_imported():
-    probe = "import sys\nfrom sparsify.cli import main\n"
+    probe = "import sys\nfrom sparsify.cli.app import main\n"
     probe += "try: main(['sweep', 'digits', '--data', 'digits', '--targets', '2'])\nexcept SystemExit: pass\n"
     probe += "print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout

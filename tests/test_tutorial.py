@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from sparsify.cli import main
+from sparsify.cli.app import main
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 FENCE = re.compile(r"^```(\w+)(?: title=\"(.+?)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)

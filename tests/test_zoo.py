@@ -16,6 +16,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparsify.cli.preflight import preflight
 from sparsify.errors import BadFile, SparsifyError, UnsupportedModel, UsageError
 from sparsify.images import digits
 from sparsify.models import building, catalogue, pretrained
@@ -23,7 +24,6 @@ from sparsify.models import building as building_
 from sparsify.models.building import describe, note, rebuild
 from sparsify.models.names import ALIASES, resolve
 from sparsify.nn import graft
-from sparsify.preflight import preflight
 
 TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 SMALL = {"img_size": 32, "num_classes": 7}  # 2x2 patches: 5.4 M parameters remain
@@ -489,7 +489,7 @@ def test_mismatched_torchvision_is_said_in_one_line(monkeypatch):
             raise RuntimeError("operator torchvision::nms does not exist")
         return real(name, *args)
 
-    monkeypatch.setattr("sparsify.preflight.importlib.import_module", broken)
+    monkeypatch.setattr("sparsify.cli.preflight.importlib.import_module", broken)
     with pytest.raises(SparsifyError, match="torchvision must be the release made for torch") as error:
         preflight()
     assert "torchvision::nms" in one_line(error)
@@ -498,7 +498,7 @@ def test_mismatched_torchvision_is_said_in_one_line(monkeypatch):
 def test_preflight_imports_nothing_heavy_by_itself():
     import subprocess
 
-    code = "import sys, sparsify.preflight; sys.exit('timm' in sys.modules or 'torch' in sys.modules)"
+    code = "import sys, sparsify.cli.preflight; sys.exit('timm' in sys.modules or 'torch' in sys.modules)"
     root = Path(digits.__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 

@@ -19,11 +19,12 @@ import numpy as np
 from PIL import Image
 
 from sparsify import __version__
+from sparsify.cli import tables
 from sparsify.jobs.show import Shown
 from sparsify.measure.inspection import Inspection
 from sparsify.measure.profile import Profile
 from sparsify.models.checkpoint import Header
-from sparsify.report import accuracy, captions, figures, panels, tables
+from sparsify.report import accuracy, captions, figures, panels
 from sparsify.report import header as facts
 from sparsify.report import profile as report
 from sparsify.report.readback import SweepFiles

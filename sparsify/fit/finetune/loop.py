@@ -15,6 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from sparsify import processes
+from sparsify.cli.progress import training_note
 from sparsify.errors import Interrupted
 from sparsify.fit.finetune import saved_state, trainable
 from sparsify.fit.finetune.batches import Batch
@@ -27,7 +28,6 @@ from sparsify.fit.finetune.teacher_cache import Cached
 from sparsify.fit.finetune.validation import Judge
 from sparsify.images.loaders import drawn_number
 from sparsify.nn.folding import retract
-from sparsify.report.progress import training_note
 
 STATE = "state.safetensors"
 

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from sparsify import options
+from sparsify.cli import options
+from sparsify.cli.preflight import preflight
 from sparsify.errors import UsageError
-from sparsify.preflight import preflight
 
 
 def export(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sparsify import completion
+from sparsify.cli import completion
 from sparsify.errors import UsageError
 
 

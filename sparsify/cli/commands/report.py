@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from sparsify import options
-from sparsify.commands.show import Heads, Layers, Queries
+from sparsify.cli import options
+from sparsify.cli.commands.show import Heads, Layers, Queries
+from sparsify.cli.preflight import preflight
 from sparsify.errors import BadFile, UsageError
-from sparsify.preflight import preflight
 
 
 def report(
@@ -52,12 +52,12 @@ def report(
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise BadFile(f"cannot write {output}: a file name in a folder that exists is expected")
     preflight()
+    from sparsify.cli.progress import Reporter
     from sparsify.images import photograph
     from sparsify.jobs import show
     from sparsify.measure import profile as profiling
     from sparsify.models import checkpoint, original
     from sparsify.report import files, page, readback
-    from sparsify.report.progress import Reporter
 
     say = options.say(quiet)
     points = [photograph.point(text) for text in query or []]

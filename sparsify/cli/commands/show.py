@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from sparsify import options
-from sparsify.preflight import preflight
+from sparsify.cli import options
+from sparsify.cli.preflight import preflight
 
 Layers = Annotated[
     str | None,
@@ -63,13 +63,13 @@ def show(
     Example: sparsify show model.safetensors cat.jpg --query 120,80
     """
     preflight()
+    from sparsify.cli.progress import Reporter
     from sparsify.images import photograph
     from sparsify.jobs import show as showing
     from sparsify.measure.inspection import DENSE, OWN, REFERENCES
     from sparsify.models import checkpoint, original
     from sparsify.report import captions
     from sparsify.report import show as report
-    from sparsify.report.progress import Reporter
 
     say = options.say(quiet)
     report.can_write(output)

@@ -39,7 +39,7 @@ def _fitting(words: Iterable[str], incomplete: str) -> list[str]:
 
 def models(incomplete: str) -> list[str]:
     """Names that `convert` takes: of the models, or how a hub's or a folder's name begins."""
-    known = (resources.files("sparsify") / NAMES).read_text(encoding="utf-8").split()
+    known = (resources.files("sparsify.cli") / NAMES).read_text(encoding="utf-8").split()
     return _fitting([*known, *PLACES], incomplete)
 
 

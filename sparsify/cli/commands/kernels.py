@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from sparsify import options
+from sparsify.cli import options
+from sparsify.cli.preflight import preflight
 from sparsify.errors import SparsifyError
-from sparsify.preflight import preflight
 
 
 def build_kernels(

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from sparsify import completion, options, processes
+from sparsify import processes
+from sparsify.cli import completion, options
+from sparsify.cli.helptext import RUNNING
+from sparsify.cli.preflight import preflight
 from sparsify.errors import UsageError
-from sparsify.helptext import RUNNING
-from sparsify.preflight import preflight
 
 
 def evaluate(
@@ -59,10 +60,11 @@ def evaluate(
     quiet = quiet or not processes.main()
     kind, where = options.torch_dtype(dtype), options.torch_device(processes.place(device))
     preflight()
+    from sparsify.cli import tables
+    from sparsify.cli.progress import Reporter
     from sparsify.measure import evaluate as evaluation
     from sparsify.models import checkpoint, original
-    from sparsify.report import files, tables
-    from sparsify.report.progress import Reporter
+    from sparsify.report import files
 
     say = options.say(quiet)
     processes.start(where)

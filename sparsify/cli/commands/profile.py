@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from sparsify import completion, options
-from sparsify.helptext import RUNNING
-from sparsify.preflight import preflight
+from sparsify.cli import completion, options
+from sparsify.cli.helptext import RUNNING
+from sparsify.cli.preflight import preflight
 
 
 def profile(
@@ -48,9 +48,10 @@ def profile(
     options.kernel_precision(kernel_precision)
     options.torch_device(device)
     preflight()
+    from sparsify.cli import tables
     from sparsify.measure import profile as profiling
     from sparsify.models import checkpoint, original
-    from sparsify.report import files, tables
+    from sparsify.report import files
 
     say = options.say(quiet)
     header, model = checkpoint.read_header(file), checkpoint.load(file, img_size)

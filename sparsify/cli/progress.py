@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID,
 from rich.table import Column
 from rich.text import Text
 
-from sparsify import terminal
+from sparsify.cli import terminal
 
 EVERY = 10.0  # seconds between plain lines
 EVERY_NOTE = 30.0  # of training, which goes on for hours

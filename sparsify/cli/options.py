@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsify import completion
+from sparsify.cli import completion
+from sparsify.cli.helptext import MODEL, RUNNING, TALK
 from sparsify.errors import UsageError
-from sparsify.helptext import MODEL, RUNNING, TALK
 
 if TYPE_CHECKING:
     from sparsify.config import Target, Tokens

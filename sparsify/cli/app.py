@@ -12,20 +12,21 @@ from typing import Annotated
 
 import typer
 
-from sparsify import __version__, processes, terminal
-from sparsify.commands.convert import convert
-from sparsify.commands.evaluate import evaluate
-from sparsify.commands.export import export
-from sparsify.commands.kernels import build_kernels
-from sparsify.commands.models import models
-from sparsify.commands.profile import profile
-from sparsify.commands.push import push
-from sparsify.commands.recipes import recipes
-from sparsify.commands.report import report
-from sparsify.commands.show import show
-from sparsify.commands.sweep import sweep
+from sparsify import __version__, processes
+from sparsify.cli import terminal
+from sparsify.cli.commands.convert import convert
+from sparsify.cli.commands.evaluate import evaluate
+from sparsify.cli.commands.export import export
+from sparsify.cli.commands.kernels import build_kernels
+from sparsify.cli.commands.models import models
+from sparsify.cli.commands.profile import profile
+from sparsify.cli.commands.push import push
+from sparsify.cli.commands.recipes import recipes
+from sparsify.cli.commands.report import report
+from sparsify.cli.commands.show import show
+from sparsify.cli.commands.sweep import sweep
+from sparsify.cli.helptext import App
 from sparsify.errors import SparsifyError
-from sparsify.helptext import App
 
 INTERRUPTED = 130
 READER_GONE = 141  # what a shell makes of a program that a closed pipe ended

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from sparsify import terminal
+from sparsify.cli import terminal
 
 WIDTH = 100  # columns at most, in a wide terminal
 OPTIONS = "Options"  # the group of options that name none

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from sparsify import completion
+from sparsify.cli import completion
+from sparsify.cli.preflight import preflight
 from sparsify.errors import UsageError
-from sparsify.preflight import preflight
 
 
 def models(

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sparsify import terminal
+from sparsify.cli import terminal
 from sparsify.measure.profile import Profile
 from sparsify.report import accuracy
 from sparsify.report import profile as report

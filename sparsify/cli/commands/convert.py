@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from sparsify import completion, options
+from sparsify.cli import completion, options
+from sparsify.cli.helptext import MODEL, RUNNING
+from sparsify.cli.preflight import preflight
 from sparsify.errors import SparsifyError
-from sparsify.helptext import MODEL, RUNNING
-from sparsify.preflight import preflight
 
 KEPT, FORM, LEARNING, FILES = "What is kept", "Form of the sparse attention", "Images and training", "Files"
 
@@ -268,9 +268,9 @@ def convert(
     options.backend(backend)
     preflight()
     from sparsify import processes
+    from sparsify.cli import tables
+    from sparsify.cli.progress import Reporter
     from sparsify.jobs import convert as conversion
-    from sparsify.report import tables
-    from sparsify.report.progress import Reporter
 
     quiet = quiet or not processes.main()
     with Reporter(quiet) as reporter:

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from sparsify import completion, options
+from sparsify.cli import completion, options
+from sparsify.cli.helptext import MODEL, RUNNING
+from sparsify.cli.preflight import preflight
 from sparsify.errors import UsageError
-from sparsify.helptext import MODEL, RUNNING
-from sparsify.preflight import preflight
 
 
 def sweep(
@@ -102,10 +102,10 @@ def sweep(
     options.backend(backend)
     kind, where = options.torch_dtype(dtype), options.torch_device(device)
     preflight()
+    from sparsify.cli import tables
+    from sparsify.cli.progress import Reporter
     from sparsify.jobs import sweep as job
     from sparsify.report import sweep as report
-    from sparsify.report import tables
-    from sparsify.report.progress import Reporter
 
     report.can_write(output)
     with Reporter(quiet) as reporter:

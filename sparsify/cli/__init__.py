@@ -1,0 +1,1 @@
+"""What a person types and sees. Only roots are imported before a command runs."""
