@@ -166,6 +166,3 @@ def _fit(ramp: np.ndarray, inside: np.ndarray, side: int) -> Line:
 def _ends(line: Line, pixels: int, side: int) -> tuple[int, int]:
     """First and last pixel of the original that the view shows."""
     return max(0, round(line.start)), min(side, round(line.start + line.step * pixels)) - 1
-
-
-__all__ = ["Line", "Photograph", "Point", "point", "read"]

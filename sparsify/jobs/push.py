@@ -242,6 +242,3 @@ def _places(header: checkpoint.Header) -> str:
     text = json.dumps(header.provenance)
     found = re.search(r"(?<![\w/.])(?:/[\w.+-]+){2,}|[A-Za-z]:\\\\\\\\[\w.+-]+|~/[\w./-]+", text)
     return found.group(0) if found else ""
-
-
-__all__ = ["Package", "Pushed", "package", "push", "write"]

@@ -112,6 +112,3 @@ def _chosen(text: str | None, option: str, what: str, count: int, default: Seque
             f"{option} {text}: numbers from 1 to {count} separated by commas, or all, are expected ({what})"
         )
     return tuple(sorted({int(part) - 1 for part in parts}))
-
-
-__all__ = ["MOST_HEADS", "MOST_LAYERS", "Shown", "look", "spread", "unique"]

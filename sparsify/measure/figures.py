@@ -189,6 +189,3 @@ def _timing(tree: Mapping[str, Any], name: str) -> Timing | None:
     if median is None:
         return None
     return Timing(median, tree[f"latency_ms_{name}_p10"], tree[f"latency_ms_{name}_p90"], tree["conditions"]["runs"])
-
-
-__all__ = ["Measured", "Profile"]

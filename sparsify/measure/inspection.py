@@ -287,17 +287,3 @@ def _on_tokens(original: Map, h: int, owner: Tensor, P: int, N: int) -> tuple[Te
     out[:, :P] = full[:, :P]
     into = (owner[there] + P).to(q.device)  # (m)
     return out.index_add_(1, into, full[:, rows]), into.cpu()
-
-
-__all__ = [
-    "DENSE",
-    "OWN",
-    "REFERENCES",
-    "Inspection",
-    "Layer",
-    "Survivors",
-    "check",
-    "default_queries",
-    "inspect",
-    "prefix_names",
-]

@@ -72,6 +72,3 @@ def _dense(module: GraftedAttention, q: Tensor, mask: Tensor | None) -> Entry:
 
 def _entry(shape: Entry, path: str, reason: str) -> Entry:
     return {"blocks": [], "shape": shape, "taken": path, "ms": {}, "reason": reason}
-
-
-__all__ = ["taken"]

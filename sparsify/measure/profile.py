@@ -226,6 +226,3 @@ def _conditions(images: torch.Tensor, dtype: str, runs: int) -> dict[str, Any]:
 
 def _params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-__all__ = ["Measured", "Profile", "profile", "verify"]

@@ -56,6 +56,3 @@ def _warning(licence: Licence) -> str:
     if licence.non_commercial:
         return f"The licence, {licence.name}, forbids or restricts commercial use: read it before using the weights."
     return ""
-
-
-__all__ = ["Licence", "licence_of"]

@@ -280,10 +280,3 @@ def resize(model: nn.Module, img_size: int) -> None:
 def foldable(module: GraftedAttention) -> bool:
     """Whether a change of basis of q and k can be folded into the projections exactly."""
     return projection.foldable(module, module.rotary)
-
-
-__all__ = [
-    "Predictor", "applied", "apply", "attention_modules", "check", "check_config", "check_execution", "dense_twin", "draw",
-    "fits_importance", "foldable", "graft", "new_predictor", "num_prefix_tokens", "num_tokens", "patch_grid", "reduce",
-    "resize", "set_basis", "set_execution", "shape", "sparse_block", "sparse_form", "sparse_modules",
-]  # fmt: skip

@@ -154,9 +154,3 @@ def _strange_attention(model: nn.Module) -> str:
         if re.search(r"attn|attention|msa$", type(module).__name__, re.IGNORECASE) and any(module.children()):
             return f"{type(module).__name__} ({name})" if name else type(module).__name__
     return ""
-
-
-__all__ = [
-    "BLOCKS", "MODELS", "MODULES", "biased", "check", "embedding", "image_size", "num_prefix_tokens", "num_tokens",
-    "patch_grid", "position_bias", "ranking_rows", "rotary", "set_image_size", "shape", "stride", "takes_any_size",
-]  # fmt: skip

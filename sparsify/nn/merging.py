@@ -140,8 +140,3 @@ def effective_size(size: Tensor, I: Tensor, group: Tensor, m: int) -> Tensor:
 def count_up(like: Tensor) -> Tensor:
     """0, 1, 2 ... in every row of a tensor [B, n]."""
     return torch.arange(like.shape[1], device=like.device).expand_as(like)
-
-
-__all__ = [
-    "CANDIDATES", "ROUND", "candidates", "cosines", "count_up", "effective_size", "matching", "rounds", "weighted_mean",
-]  # fmt: skip

@@ -181,9 +181,3 @@ def _turn(rows: Tensor, t: Tensor) -> None:
     H, d, _ = t.shape
     turned = t.mT.double().to(rows.device) @ rows.double().reshape(H, d, -1)
     rows.copy_(turned.reshape_as(rows))
-
-
-__all__ = [
-    "UNDERSTOOD", "channels", "close", "fold", "foldable", "head_dim", "heads", "heads_of", "linears", "own_bias",
-    "position_bias", "prefix_heads", "weight",
-]  # fmt: skip

@@ -143,5 +143,3 @@ HOSTS: dict[type, type] = {
     BeitBlock: TokenBeitBlock,
 }
 """timm's class -> the one of the same parameters where tokens may leave."""
-
-__all__ = ["HOSTS", "AnyTokenBlock"]

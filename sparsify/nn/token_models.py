@@ -249,6 +249,3 @@ def token_blocks(model: nn.Module) -> dict[str, AnyTokenBlock]:
 def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
         raise NotImplementedError("attention masks are not defined where tokens leave: convert without --token-keep")
-
-
-__all__ = ["HOSTS", "TokensLeave", "check", "install", "ranking_rows", "remove", "stages", "token_blocks"]

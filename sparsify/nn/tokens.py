@@ -159,6 +159,3 @@ def ranking(I: Tensor, m: int, fuse: bool) -> tuple[Tensor, Tensor]:
         first = group.gather(1, order[:, m : m + 1])  # (B, 1) where the fused token stands
         group = group.masked_fill(group < 0, 0) + (group < 0) * first
     return keep, group
-
-
-__all__ = ["WAYS", "Stage", "Tokens", "ranking"]

@@ -247,8 +247,3 @@ def _spec(budget, prefix, tail, grid, cells, tile, coef_topk=0, coef_threshold=0
 
 _register(head_lowrank_attention, 8, _head_reference)
 _register(token_lowrank_attention, 12, _token_reference)
-
-__all__ = [
-    "BACKENDS", "PRECISIONS", "Execution", "Spec", "dense", "head_lowrank", "head_lowrank_attention", "token_lowrank",
-    "token_lowrank_attention",
-]  # fmt: skip

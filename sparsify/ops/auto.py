@@ -230,6 +230,3 @@ def _parse(found: Any, shape: Shape) -> Choice | None:
     except (TypeError, KeyError, ValueError):
         return None
     return choice if whole and choice.taken in {shape.sparse, *DENSE} & choice.ms.keys() else None
-
-
-__all__ = ["DENSE", "PREFERENCE", "Choice", "Chooser", "Kind", "Shape", "decide", "race"]

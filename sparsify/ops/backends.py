@@ -97,8 +97,3 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-
-__all__ = [
-    "BACKENDS", "PRECISIONS", "compiling", "describe", "eager", "needs_grad", "not_built", "note", "resolve", "training",
-    "unavailable",
-]  # fmt: skip

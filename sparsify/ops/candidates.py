@@ -67,6 +67,3 @@ def spread(heads: int, total: int, largest: int) -> tuple[int, ...]:
         return (largest,)
     low, more = divmod(total - largest, heads - 1)
     return (largest, *(low + (i < more) for i in range(heads - 1)))
-
-
-__all__ = ["Candidates", "make", "spread"]

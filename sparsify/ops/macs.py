@@ -152,5 +152,3 @@ HANDLES = {
     "sparsify::head_lowrank_attention": _head_handle,
     "sparsify::token_lowrank_attention": _token_handle,
 }
-
-__all__ = ["HANDLES", "PARTS", "dense_macs", "head_lowrank_macs", "token_lowrank_macs"]

@@ -79,6 +79,3 @@ def _grid(spec: Spec, n: int, place: Tensor | None) -> tuple[int, int]:
 
 def _pair(x: tuple[int, ...]) -> tuple[int, int]:
     return x[0], x[1]
-
-
-__all__ = ["attend", "choose"]

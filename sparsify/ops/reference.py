@@ -247,6 +247,3 @@ def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
-
-
-__all__ = ["alive", "attend", "head_lowrank_scores", "pool_tiles", "rank_mask", "token_lowrank_coefficients", "top_b"]

@@ -68,6 +68,3 @@ def add(path: Path | None, machine: dict[str, str], shape: str, choice: dict[str
     except OSError:
         if os.path.exists(temporary):
             os.unlink(temporary)
-
-
-__all__ = ["add", "identity", "place", "read"]

@@ -127,6 +127,3 @@ def additive(mask: Tensor | None, like: Tensor, N: int) -> Tensor | None:
 def _grid(spec: Spec, n: int, place: Tensor | None) -> tuple[int, int]:
     grid = (spec.grid[0], spec.grid[1])
     return grid if place is not None else tails.patch_grid(n, grid)
-
-
-__all__ = ["Ranking", "additive", "cells", "dense", "kept", "weights"]

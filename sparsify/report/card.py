@@ -261,6 +261,3 @@ def _listed(values: Sequence[Any]) -> str:
     """One value where all blocks have the same, else all of them."""
     words = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
     return words[0] if len(set(words)) == 1 else " ".join(words)
-
-
-__all__ = ["CITATION", "Facts", "card", "metadata"]

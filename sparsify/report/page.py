@@ -273,6 +273,3 @@ def _form(value: Any, form: str) -> str:
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
-
-
-__all__ = ["Content", "parts", "render"]

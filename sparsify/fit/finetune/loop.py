@@ -189,6 +189,3 @@ def _drawn(seed: int, stage: int, step: int, device: torch.device) -> Iterator[N
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(drawn_number(seed, "step", stage, step, processes.rank()) >> 1)
         yield
-
-
-__all__ = ["STATE", "StageRun"]

@@ -137,16 +137,3 @@ def config_of(config: SparsityConfig, schedule: Schedule) -> SparsityConfig:
 def way_of(config: SparsityConfig) -> str:
     """The way that tokens leave."""
     return (config.tokens or Tokens()).way
-
-
-__all__ = [
-    "KEEPS",
-    "BlockCost",
-    "Found",
-    "Schedule",
-    "Sensitivity",
-    "config_of",
-    "for_latency",
-    "for_macs",
-    "sensitivity",
-]

@@ -16,17 +16,6 @@ if TYPE_CHECKING:
     import numpy as np
     from timm.models.vision_transformer import VisionTransformer
 
-__all__ = [
-    "ARCHITECTURE",
-    "DATA_CONFIG",
-    "DATA_FILE",
-    "MODEL_ARGS",
-    "SPLITS",
-    "WEIGHTS_FILE",
-    "Digits",
-    "build",
-    "dataset",
-]
 
 ARCHITECTURE = "vit_digits_patch2_28"
 DATA_FILE = "data.safetensors"

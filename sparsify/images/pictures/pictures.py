@@ -17,7 +17,6 @@ from typing import overload
 
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
-__all__ = ["LEAF_SHARE", "PHOTOGRAPHS", "SIDE", "CalibrationImages", "calibration_images"]
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "china", "coffee", "flower", "raccoon", "rocket")
 SIDE = 288  # pixels, both sides of every picture

@@ -52,6 +52,3 @@ def _labels(model: nn.Module) -> list[str]:
     names = pretrained.get("label_names")
     known = isinstance(names, list | tuple) and len(names) == getattr(model, "num_classes", 0)
     return [str(name) for name in names] if known and names else []
-
-
-__all__ = ["INPUT", "PREPROCESSING", "metadata", "output_name"]

@@ -102,6 +102,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-__all__ = ["UNCHECKED", "check", "check_size", "runner", "write"]

@@ -199,6 +199,3 @@ def _batches(pictures: Tensor, batch_size: int | None) -> list[Tensor]:
         return [pictures[:1], pictures[1:]]
     filled = torch.cat([pictures, pictures[:1].expand(-len(pictures) % batch_size, -1, -1, -1)])
     return list(filled.split(batch_size))
-
-
-__all__ = ["FORMATS", "PICTURES", "TOLERANCE", "Checked", "Exported", "compare", "export", "trace"]

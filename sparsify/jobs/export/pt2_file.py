@@ -26,6 +26,3 @@ def runner(path: str) -> Callable[[Tensor], Tensor]:
     """The program of a file: images [B, C, H, W] -> answers."""
     with open(path, "rb") as file:
         return torch.export.load(file).module()
-
-
-__all__ = ["check", "check_size", "runner", "write"]

@@ -193,6 +193,3 @@ def _describe() -> None:
 def _dense_shape(q: Tensor, k: Tensor, *_: object) -> Tensor:
     B, H, N, d = q.shape
     return q.new_empty(B, N, H * d)
-
-
-__all__ = ["ISAS", "available", "dense", "head_lowrank", "isa", "supports", "token_lowrank", "trained"]
