@@ -20,7 +20,7 @@ from torch import Tensor
 from sparsify.images import datasets
 from sparsify.jobs import convert
 from sparsify.models import checkpoint
-from sparsify.nn import graft
+from sparsify.nn import attention, graft
 from sparsify.nn.observe import observe
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
 from sparsify.recipe import load_recipe
@@ -99,7 +99,7 @@ def _blocks(files: dict[str, Path], tokens: int, batch: int) -> list[Activations
             seen[block].append(torch.stack([q, k, v]).flatten(1, 2).permute(2, 0, 1, 3))
 
     observe(graft.dense_twin(model), pairs, keep)
-    sparse, papers = (list(graft.sparse_modules(m).values()) for m in (model, paper))
+    sparse, papers = (list(attention.sparse_modules(m).values()) for m in (model, paper))
     found = []
     for block in BLOCKS:
         ranks = cast(HeadLowrank, sparse[block].predictor).ranks

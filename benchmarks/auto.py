@@ -21,8 +21,8 @@ from harness import Report, Row, conditions, options, start, text
 from sparsify.config import SparsityConfig
 from sparsify.measure.latency import interleaved
 from sparsify.ops import candidates, remembered
-from sparsify.ops.auto import Chooser, Kind, Shape
-from sparsify.ops.spec import Spec, budget
+from sparsify.ops.auto import Chooser
+from sparsify.ops.spec import Kind, Shape, Spec, budget
 from sparsify.recipe import load_recipe
 
 WITHIN = 1.05

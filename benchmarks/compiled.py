@@ -18,8 +18,8 @@ from sparsify.config import SparsityConfig, Tokens
 from sparsify.fit.calibrate import calibrate
 from sparsify.images import datasets
 from sparsify.measure.latency import interleaved
-from sparsify.nn import graft
-from sparsify.ops.spec import Execution
+from sparsify.nn import execution, graft
+from sparsify.nn.attention import Execution
 
 PICTURES = 4  # that calibration sees
 STAGES = (4, 7, 10)
@@ -41,7 +41,7 @@ def main() -> None:
     tokens = None if arguments.token_keep is None else Tokens(keep=arguments.token_keep, stages=STAGES)
     config = SparsityConfig(keep=arguments.keep, spread_rank=False, tokens=tokens)
     sparse = calibrate.calibrate(model, config, lambda: pictures).model.eval().requires_grad_(False)
-    graft.set_execution(sparse, Execution("cpu"))
+    execution.set_execution(sparse, Execution("cpu"))
     dense = graft.dense_twin(sparse)
     images = torch.randn(arguments.batch, *datasets.data_config(dense)["input_size"])
     models = {"dense": dense, "sparse": sparse}

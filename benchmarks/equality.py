@@ -16,7 +16,7 @@ import torch
 
 from sparsify.config import SparsityConfig
 from sparsify.fit.calibrate.calibrate import calibrate
-from sparsify.nn import graft
+from sparsify.nn import attention, hosts
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from families import FAMILIES, build, images
@@ -32,7 +32,7 @@ def main() -> None:
         with torch.inference_mode():
             expected = dense(x)
             difference = float((model(x) - expected).abs().max())
-        tokens, blocks = graft.num_tokens(dense), len(graft.sparse_modules(model))
+        tokens, blocks = hosts.num_tokens(dense), len(attention.sparse_modules(model))
         print(
             f"| {family} | {name} | {tokens} | {blocks} | {difference:.1e} | {float(expected.abs().max()):.2f} |",
             flush=True,

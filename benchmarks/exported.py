@@ -28,7 +28,7 @@ from sparsify.jobs.export import program as exporting
 from sparsify.measure.latency import interleaved
 from sparsify.models import checkpoint
 from sparsify.nn import graft
-from sparsify.ops.spec import Execution
+from sparsify.nn.attention import Execution
 from sparsify.recipe import load_recipe
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import support  # noqa: E402
 
 from sparsify.errors import UnsupportedModel  # noqa: E402
-from sparsify.nn import graft  # noqa: E402
+from sparsify.nn import hosts  # noqa: E402
 
 
 def main() -> int:
@@ -68,7 +68,7 @@ def others() -> list[str]:
             unbuilt += 1
             continue
         try:
-            graft.check(model, name)
+            hosts.check(model, name)
             converts = True
         except UnsupportedModel as error:
             converts, refused = False, refused + 1

@@ -29,13 +29,12 @@ from sparsify.jobs import convert as conversion
 from sparsify.measure.evaluate import evaluate
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint, names, pretrained
-from sparsify.nn import graft
+from sparsify.nn.attention import attention_modules
 from sparsify.nn.observe import observe
 from sparsify.nn.predictor import Reconstruction, TokenLowrank
-from sparsify.ops.reference import top_b
+from sparsify.ops.selection import top_b
 from sparsify.ops.spec import budget
-from sparsify.recipe import Recipe, load_recipe
-from sparsify.stage import Augmentation, Stage
+from sparsify.recipe import Augmentation, Recipe, Stage, load_recipe
 
 HEAD = (
     "| recipe | minutes | MHSA | whole model | | top-1 (dense) | agreement | KL | lost / gained | bar |\n"
@@ -76,7 +75,7 @@ def rows(name: str, recipe: Recipe, dense: nn.Module, bar: str, target: float | 
 
 def by_layer(model: nn.Module, dense: nn.Module, batches: list[Tensor]) -> list[tuple[float, float]]:
     """For each block: squared error per row of the reconstructed attention, and the kept share of the true one's mass."""
-    modules = list(graft.attention_modules(model).values())
+    modules = list(attention_modules(model).values())
     sums = torch.zeros(len(modules), 3, dtype=torch.float64)
 
     def add(block: int, q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -13,9 +13,9 @@ import timm
 import torch
 
 from sparsify import __version__
+from sparsify.files import write_json, write_text
+from sparsify.ops.backends import device_name
 from sparsify.ops.cpu import kernels
-from sparsify.ops.machine import device_name
-from sparsify.report import files
 
 Row = Mapping[str, object]
 
@@ -78,11 +78,11 @@ class Report:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
         if json_file is not None:
-            files.write_json(json_file, {"title": self.title, "conditions": self.conditions, "tables": self.tables})
+            write_json(json_file, {"title": self.title, "conditions": self.conditions, "tables": self.tables})
         if markdown_file is not None:
             circumstances = ", ".join(f"{key} {value}" for key, value in self.conditions.items())
             parts = [f"# {self.title}", circumstances, *map(markdown, self.tables)]
-            files.write_text(markdown_file, "\n\n".join(parts) + "\n")
+            write_text(markdown_file, "\n\n".join(parts) + "\n")
 
 
 def markdown(table: Mapping[str, object]) -> str:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from variants import deit_tiny, variant
 
 from sparsify.measure.accuracy import Logits
-from sparsify.nn import graft
-from sparsify.ops.spec import Execution
+from sparsify.nn import attention, graft, hosts
+from sparsify.nn.attention import Execution
 
 PHOTOGRAPHS = 950
 TILES: tuple[tuple[int, ...], ...] = ((), (2, 2), (4, 4), (4, 8))
@@ -97,8 +97,8 @@ def tiles(side: int, images: int, calib_images: int, report: Report) -> None:
         rows.append(
             {"queries with one key set": name, **figures, "lost / gained": f"{e.images_lost} / {e.images_gained}"}
         )
-    cells = next(iter(graft.sparse_modules(sparse).values())).sparsity.cells
-    tokens, shape = graft.num_tokens(sparse), f"{cells[0]}x{cells[1]} clusters"
+    cells = next(iter(attention.sparse_modules(sparse).values())).sparsity.cells
+    tokens, shape = hosts.num_tokens(sparse), f"{cells[0]}x{cells[1]} clusters"
     report.add(f"Tiles, {side} pixels, N = {tokens}, keep 0.1, {shape}, {len(labels)} photographs", rows)
 
 

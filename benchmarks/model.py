@@ -30,9 +30,10 @@ from sparsify.images import datasets
 from sparsify.measure import paths
 from sparsify.measure.latency import interleaved
 from sparsify.measure.macs import replica
-from sparsify.nn import graft
-from sparsify.ops.auto import Choice, Chooser, Shape
-from sparsify.ops.spec import Execution
+from sparsify.nn import graft, hosts
+from sparsify.nn.attention import Execution
+from sparsify.ops.auto import Choice, Chooser
+from sparsify.ops.spec import Shape
 
 PICTURES = 4
 CALIB_IMAGES = 32  # photographs, real weights
@@ -122,7 +123,7 @@ def rows(case: Case, rounds: int) -> tuple[list[Row], str]:
         row: Row = {"model": name, "median ms": timing.median, "p10": timing.p10, "p90": timing.p90, "x dense": ratio}
         found.append({**row, **judged(ratio, bars.get(name)), "images/s": timing.throughput(case.batch)})
     blocks = ", ".join(f"{path} in {count}" for path, count in took.items())
-    return found, f"auto took {blocks} of {sum(took.values())} blocks; N = {graft.num_tokens(sparse)}"
+    return found, f"auto took {blocks} of {sum(took.values())} blocks; N = {hosts.num_tokens(sparse)}"
 
 
 def main() -> None:

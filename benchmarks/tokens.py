@@ -28,10 +28,11 @@ from sparsify.fit.calibrate.calibrate import fit_importance
 from sparsify.fit.schedule import choose, search
 from sparsify.fit.schedule import costs as costing
 from sparsify.jobs import convert as conversion
+from sparsify.jobs.dense import calibration_images
 from sparsify.measure.evaluate import evaluate
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint, names
-from sparsify.nn import graft, token_models
+from sparsify.nn import attention, graft, hosts
 from sparsify.recipe import load_recipe
 
 TARGETS = (0.7, 0.55, 0.4)
@@ -69,11 +70,9 @@ def searched(target: float, images: Path, folder: Path) -> nn.Module:
 
 def one_rate(base: nn.Module, config: SparsityConfig, target: float, ends_empty: bool) -> nn.Module:
     """One token rate for all blocks that gives `target` of the dense MACs, keep 0.1 everywhere."""
-    n0, depth = graft.num_tokens(base) - 1, len(graft.attention_modules(base))
+    n0, depth = hosts.num_tokens(base) - 1, len(attention.attention_modules(base))
     dense = profile(base, measure=False).macs_dense
-    costs = costing.macs(
-        base, 1, token_models.ranking_rows(base), "merge", choose.options_of(config, n0 + 1, (None, 0.1))
-    )
+    costs = costing.macs(base, 1, hosts.ranking_rows(base), "merge", choose.options_of(config, n0 + 1, (None, 0.1)))
     fixed = dense - search.price(costs, [n0] * (depth + 1), [None] * depth)
     low, high = 0.5, 1.0
     for _ in range(40):
@@ -106,7 +105,7 @@ def main() -> None:
         made = convert("deit_tiny", load_recipe("calibrate"), WEIGHTS, images)
         config, recipe = made.header.config, load_recipe("calibrate")
         source = names.resolve("deit_tiny")
-        batches, _ = conversion.calibration_images(made.model, source, recipe, str(images), "cpu", 32, 0)
+        batches, _ = calibration_images(made.model, source, recipe, str(images), "cpu", 32, 0)
         fit_importance(made.model, batches)
         if "rates" in wanted:
             for target in arguments.targets:

@@ -29,8 +29,8 @@ from sparsify.images import datasets
 from sparsify.measure import analytic
 from sparsify.measure.latency import interleaved
 from sparsify.measure.macs import image_shape, replica
-from sparsify.nn import graft
-from sparsify.ops.spec import Execution
+from sparsify.nn import execution, graft
+from sparsify.nn.attention import Execution
 
 FP32, BF16 = torch.float32, torch.bfloat16
 PROBE = 64  # photographs of the sensitivities
@@ -106,7 +106,7 @@ def variants(case: Case, sparse: nn.Module) -> dict[str, nn.Module]:
     for name, model in list(found.items()):
         if name == "dense":
             continue
-        graft.set_execution(model, Execution("cpu"))
+        execution.set_execution(model, Execution("cpu"))
         if case.dtype == FP32 and not case.targets:
             found[f"{name}, bf16 storage"] = variant(model, Execution("cpu", "bf16"))
     return found

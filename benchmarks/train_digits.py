@@ -1,6 +1,6 @@
-"""Train the built-in `digits` model and write the two files that `sparsify/digits` ships.
+"""Train the built-in `digits` model and write the files that `sparsify/images/digits` and `sparsify/models/digits` ship.
 
-    python benchmarks/train_digits.py                       # writes data.safetensors and weights.safetensors
+    python benchmarks/train_digits.py                       # writes data.safetensors and weights.safetensors to build/digits
     python benchmarks/train_digits.py --out /tmp/digits     # the same, elsewhere
     python benchmarks/train_digits.py --holdout 200         # for tuning: see below; writes the data file only
 
@@ -46,7 +46,8 @@ from timm.utils import ModelEmaV3, random_seed
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
-from sparsify.images import digits
+from sparsify.images.digits import scans
+from sparsify.models.digits import network
 
 SPLIT_SEED = 0
 TEST_IMAGES = 597
@@ -59,16 +60,16 @@ def write_data(folder: Path) -> None:
     _, test = train_test_split(
         np.arange(len(labels)), test_size=TEST_IMAGES, stratify=labels, random_state=SPLIT_SEED
     )  # [597]
-    split = np.full(len(labels), digits.SPLITS.index("train"), np.uint8)  # [1797]
-    split[test] = digits.SPLITS.index("test")
+    split = np.full(len(labels), scans.SPLITS.index("train"), np.uint8)  # [1797]
+    split[test] = scans.SPLITS.index("test")
     credit = "Alpaydin, E. and Kaynak, C. (1998), https://doi.org/10.24432/C50P49, CC BY 4.0; see NOTICE.md"
     arrays = {"images": bunch.images.astype(np.uint8), "labels": labels, "split": split}
-    save_arrays(arrays, folder / digits.DATA_FILE, metadata={"credit": credit})
+    save_arrays(arrays, folder / scans.DATA_FILE, metadata={"credit": credit})
 
 
 def train_transform() -> transforms.Compose:
     """PIL image 8 x 8 to a randomly distorted, normalised float32 tensor [3, 28, 28]."""
-    config = digits.DATA_CONFIG
+    config = network.DATA_CONFIG
     return transforms.Compose(
         [
             transforms.Resize(config["input_size"][1:], transforms.InterpolationMode.BICUBIC),
@@ -89,7 +90,7 @@ def train_transform() -> transforms.Compose:
 def train(args: argparse.Namespace, data: Dataset) -> VisionTransformer:
     """Run the fixed schedule over `data` and return the averaged model."""
     random_seed(args.seed)
-    model = VisionTransformer(**digits.MODEL_ARGS, weight_init="jax")
+    model = VisionTransformer(**network.MODEL_ARGS, weight_init="jax")
     grid = build_sincos2d_pos_embed(model.patch_embed.grid_size, model.embed_dim)  # [196, 128]
     with torch.no_grad():
         model.pos_embed[0, 1:] = grid / 2  # a start that tells places apart; learnt from there like the rest
@@ -137,7 +138,12 @@ def correct(model: VisionTransformer, data: Dataset) -> int:
 def main() -> None:
     """Write the data file, train, write the weights file, and print the accuracy of what was written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(digits.__file__).parent, help="folder of the two files")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("build/digits"),
+        help="folder of the two files",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=40)
@@ -154,21 +160,21 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     write_data(args.out)
-    config = resolve_data_config(pretrained_cfg=digits.DATA_CONFIG)
+    config = resolve_data_config(pretrained_cfg=network.DATA_CONFIG)
     eval_transform = create_transform(**config, is_training=False)
-    data = digits.dataset("train", train_transform(), args.out)
+    data = scans.dataset("train", train_transform(), args.out)
     started = time.perf_counter()
     if args.holdout:
         order = np.random.RandomState(SPLIT_SEED).permutation(len(data)).tolist()
         model = train(args, Subset(data, order[args.holdout :])).half().float().eval()
-        held_out = Subset(digits.dataset("train", eval_transform, args.out), order[: args.holdout])
+        held_out = Subset(scans.dataset("train", eval_transform, args.out), order[: args.holdout])
         print(f"held out: {correct(model, held_out)} of {args.holdout} right")
         return
     weights = train(args, data).half().state_dict()
     minutes = (time.perf_counter() - started) / 60
-    save_tensors({name: tensor.contiguous() for name, tensor in weights.items()}, args.out / digits.WEIGHTS_FILE)
-    test = digits.dataset("test", eval_transform, args.out)
-    right = correct(digits.build(folder=args.out), test)
+    save_tensors({name: tensor.contiguous() for name, tensor in weights.items()}, args.out / network.WEIGHTS_FILE)
+    test = scans.dataset("test", eval_transform, args.out)
+    right = correct(network.build(folder=args.out), test)
     print(f"trained in {minutes:.1f} min; test accuracy {right / len(test):.2%} ({right} of {len(test)})")
 
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from sparsify.jobs import convert
 from sparsify.measure.macs import replica
-from sparsify.nn import graft
-from sparsify.ops.spec import Execution
+from sparsify.nn import attention
+from sparsify.nn.attention import Execution
+from sparsify.nn.execution import set_execution
 from sparsify.recipe import load_recipe
 
 
@@ -29,7 +30,7 @@ def deit_tiny(side: int, calib_images: int) -> nn.Module:
 def variant(sparse: nn.Module, execution: Execution, tile: tuple[int, ...] = ()) -> nn.Module:
     """The same tensors, computed in another way: with one key set for each tile of queries, or for each query."""
     model = replica(sparse, torch.device("cpu"))
-    for module in graft.sparse_modules(model).values():
+    for module in attention.sparse_modules(model).values():
         module.sparsity = dataclasses.replace(module.sparsity, tile=tile)
-    graft.set_execution(model, execution)
+    set_execution(model, execution)
     return model

@@ -16,12 +16,13 @@ from sparsify.jobs import save as _saving
 from sparsify.jobs.export import program
 from sparsify.jobs.export.program import Exported
 from sparsify.measure import evaluate as _evaluation
+from sparsify.measure import figures
 from sparsify.measure import profile as _profiling
 from sparsify.measure.accuracy import Evaluation
 from sparsify.models import checkpoint, hub, original
-from sparsify.nn import graft
+from sparsify.nn import execution, graft
+from sparsify.nn.attention import Execution
 from sparsify.ops.auto import Chooser
-from sparsify.ops.spec import Execution
 from sparsify.recipe import Recipe, default_recipe, load_recipe
 
 
@@ -119,12 +120,12 @@ def load(
     changed = checkpoint.read_header(file).backbone_changed
     model = graft.freeze_predictors(checkpoint.load(file, img_size, device, rates))
     fallback = backend == "auto" and not changed
-    graft.set_execution(model, Execution(backend, kernel_precision, fallback, Chooser() if fallback else None))
+    execution.set_execution(model, Execution(backend, kernel_precision, fallback, Chooser() if fallback else None))
     return model
 
 
 def save(model: nn.Module, path: str | Path, *, like: str | Path, force: bool = False) -> Path:
-    """Writes a model that `load` gave and that was trained further to a file that `load` reads; see `sparsify.jobs.save.save`.
+    """Writes a model that `load` gave and that was trained further to a file that `load` reads; see `jobs/save.py`.
 
     Args:
         model: weights, number of classes, pooling and image size may have changed; other modules may not. Wrappers
@@ -154,7 +155,7 @@ def export(path: str | Path, format: str = "onnx", output: str | Path | None = N
 
 def profile(
     model: nn.Module | str | Path, *, dense: nn.Module | str | Path | None = None, **options: Any
-) -> _profiling.Profile:
+) -> figures.Profile:
     """MACs and latency of a sparse model (or its file) beside its dense original.
 
     Args:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -42,3 +44,37 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def place(name: str, parts: int = 2) -> str:
+    """A data set's or a model's name; of a path the last `parts` parts: '/home/me/photos/val' -> 'photos/val'."""
+    found = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..", "~")]
+    return "/".join(found[-parts:]) or name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of JSON in a file that a command wrote.
+
+    Raises:
+        BadFile: missing, or something else.
+    """
+    if not path.exists():
+        raise BadFile(f"no file {path}")
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadFile(f"{path} cannot be read as JSON: {one_line(error, 100)}") from None
+    if not isinstance(tree, dict):
+        raise BadFile(f"{path} holds no results: an object of JSON is expected")
+    return tree
+
+
+def write_json(path: str | Path, tree: Mapping[str, Any]) -> None:
+    """Write a report as JSON, exact numbers; see `write_text`."""
+    write_text(path, json.dumps(tree, indent=2) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all; see `sparsify.files.whole`."""
+    with whole(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)

@@ -23,9 +23,9 @@ from torch import nn
 
 from sparsify.errors import UsageError
 from sparsify.models import checkpoint, hub
+from sparsify.models.hub import ARCHITECTURE
 from sparsify.nn import graft
 
-ARCHITECTURE = "sparsify_vit"
 default_cfgs = generate_default_cfgs({ARCHITECTURE: {}})  # timm looks for this name; without it, it warns
 FEATURES = ("out_indices", "out_map", "return_dict", "output_fmt", "norm")
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from sparsify.ops import reference, tails
+from sparsify.ops import reference, selection, tails
 from sparsify.ops.cpu import build, kernels
 from sparsify.ops.spec import Spec
 
@@ -285,7 +285,7 @@ def ranking(call):
     near = 1e-5 * row[:, :, call.P :] * col.amax(-1, keepdim=True)
     near = near if call.shift is None else near + 1e-6 * call.shift.double().abs().amax(-1)[:, None, None]
     if call.spec.tile and s.shape[2]:
-        s = reference.pool_tiles(s, grids(call)[0], call.spec.tile, call.place)
+        s = selection.pool_tiles(s, grids(call)[0], call.spec.tile, call.place)
         near = (near / sd).nan_to_num(0)
         near = near.masked_fill(near > 0.1, torch.inf)  # scores that differ by rounding alone: any order will do
         near = over_tiles(near, call)
@@ -303,7 +303,7 @@ def assert_highest(call, kept, coarse=False):
     assert bool((excess <= 0).all()), f"a key with a score higher by {float(excess.max()):.2g} was dropped"
     row, col, _ = call.coordinates()
     shift = torch.zeros(1, s.shape[-1]) if call.shift is None else call.shift
-    first = reference.top_b(shift, call.spec.budget)[:, None, None].expand_as(kept)
+    first = selection.top_b(shift, call.spec.budget)[:, None, None].expand_as(kept)
     zero = ~row[:, :, call.P :].any(-1)
     if call.spec.tile and s.shape[2]:
         zero = over_tiles((~zero).float(), call) == 0
@@ -348,8 +348,8 @@ def assert_reference_right(call):
     (grid, cells), s = grids(call), (row @ col.mT)[:, :, call.P :]
     s = s if call.shift is None else s + call.shift[:, None, None]
     if call.spec.tile and s.shape[2]:
-        s = reference.pool_tiles(s, grid, call.spec.tile, call.place)
-    kept = pad(reference.top_b(s, call.spec.budget), (0, 0, call.P, 0), value=True)
+        s = selection.pool_tiles(s, grid, call.spec.tile, call.place)
+    kept = pad(selection.top_b(s, call.spec.budget), (0, 0, call.P, 0), value=True)
     weight = None if call.size is None else call.size[:, None].expand(f.shape[:3])
     tail = "mean" if call.spec.tail == "none" else call.spec.tail
     right, logit, _ = oracle(call, kept, tails.assign(tail, f, weight, call.P, grid, cells, call.place))

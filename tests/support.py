@@ -26,7 +26,8 @@ from sparsify.errors import UnsupportedModel
 from sparsify.fit.calibrate.calibrate import calibrate
 from sparsify.models import building
 from sparsify.models.building import shallow
-from sparsify.nn import graft, hosts
+from sparsify.nn import hosts
+from sparsify.nn.attention import sparse_modules
 
 SHALLOW = {"depth": 1, "num_classes": 5}
 NARROW = ({"embed_dim": 64, "num_heads": 2, **SHALLOW}, {"embed_dim": 96, "num_heads": 3, **SHALLOW}, SHALLOW)
@@ -50,7 +51,7 @@ def frame(name: str) -> nn.Module | str:
     """`name` on the meta device, one block deep; or why it is refused, after the name."""
     try:
         model = shallow(name)
-        graft.check(model, name)
+        hosts.check(model, name)
     except UnsupportedModel as error:
         return str(error).removeprefix(f"{name}: ").removesuffix(" (see 'sparsify models')")
     return model
@@ -90,7 +91,7 @@ def difference(dense: nn.Module, predictor: str = "head-lowrank") -> float:
     model, x = copy.deepcopy(dense), images(dense)
     config = SparsityConfig(keep=1.0, rank=4, cells=(2, 2), predictor=predictor, spread_rank=False)
     calibrate(model, config, lambda: [x])
-    assert len(graft.sparse_modules(model)) == len(dense.blocks)
+    assert len(sparse_modules(model)) == len(dense.blocks)
     with torch.inference_mode():
         expected = outputs(dense, x)
         assert all(t.abs().max() > 1e-3 for t in expected)  # something comes out

@@ -9,9 +9,9 @@ import torch
 import sparsify
 from sparsify.errors import UsageError
 from sparsify.models import checkpoint
-from sparsify.nn import graft
+from sparsify.nn import attention, graft
+from sparsify.nn.attention import Execution
 from sparsify.ops.auto import Choice, Chooser
-from sparsify.ops.spec import Execution
 
 
 def test_convert_load_profile_evaluate(tmp_path):
@@ -28,7 +28,7 @@ def test_convert_load_profile_evaluate(tmp_path):
 
 
 def executions(model):
-    return {module.execution for module in graft.sparse_modules(model).values()}
+    return {module.execution for module in attention.sparse_modules(model).values()}
 
 
 def test_load_chooses_how_to_compute_and_evaluate_never_takes_the_dense_way(tmp_path, monkeypatch):

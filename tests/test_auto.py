@@ -15,13 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparsify.config import SparsityConfig, TokenLowrank
 from sparsify.errors import UsageError
 from sparsify.nn import graft
+from sparsify.nn.attention import Execution
+from sparsify.nn.execution import set_execution, sparse_form
 from sparsify.nn.predictor import HeadLowrank
 from sparsify.ops import attention as ops
 from sparsify.ops import auto, backends, candidates, remembered
-from sparsify.ops.auto import Chooser, Kind, Shape
+from sparsify.ops.auto import Chooser
 from sparsify.ops.cpu import build
 from sparsify.ops.cpu import kernels as cpu
-from sparsify.ops.spec import Execution, Spec
+from sparsify.ops.spec import Kind, Shape, Spec
 
 SPEC = Spec(5, 1, "clusters", (4, 4), (2, 2))
 SHAPE = Shape(1, 2, 17, 8, torch.float32, "cpu", 1, False, "input", "cpu", Kind("head-folded", 8, 4), SPEC)
@@ -451,26 +453,26 @@ def test_set_execution_refuses_what_cannot_be_done(kernels, monkeypatch):
         (Execution(precision="int4"), "input, bf16"),
     ):
         with pytest.raises(UsageError, match=words):
-            graft.set_execution(module, execution)
-    graft.set_execution(module, Execution("cpu"))
+            set_execution(module, execution)
+    set_execution(module, Execution("cpu"))
     monkeypatch.setattr(cpu, "available", lambda: "no compiler was found")
     with pytest.raises(UsageError, match=r"'cpu'.*no compiler was found.*'reference'"):
-        graft.set_execution(module, Execution("cpu"))
+        set_execution(module, Execution("cpu"))
     monkeypatch.setattr(cpu, "available", lambda: None)
     with pytest.raises(UsageError, match="float16"):
-        graft.set_execution(module.half(), Execution("cpu"))
+        set_execution(module.half(), Execution("cpu"))
     assert module.execution == Execution("cpu")
 
 
 def test_sparse_form_forbids_the_fallback_for_a_while(kernels, folder):
     module = block()
     own = Execution("auto", "bf16", True, Always("sdpa"))
-    graft.set_execution(module, own)
-    with graft.sparse_form(module):
+    set_execution(module, own)
+    with sparse_form(module):
         assert module.execution == Execution("auto", "bf16")
-    with graft.sparse_form(module, "reference", "input"):
+    with sparse_form(module, "reference", "input"):
         assert module.execution == Execution("reference", "input")
-    with pytest.raises(UsageError), graft.sparse_form(module, "magic"):
+    with pytest.raises(UsageError), sparse_form(module, "magic"):
         pass
     assert module.execution is own
 

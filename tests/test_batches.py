@@ -17,10 +17,11 @@ from PIL import Image
 
 from sparsify.errors import BadData, UsageError
 from sparsify.fit.finetune.batches import Batch, Batches
-from sparsify.images import datasets, digits
+from sparsify.images import datasets
+from sparsify.images.digits import scans
 from sparsify.images.loaders import Items, Mapped, Part, StreamPart
 from sparsify.images.trainset import trainset
-from sparsify.stage import Augmentation
+from sparsify.recipe import Augmentation
 
 CONFIG = {
     "input_size": (3, 12, 12),
@@ -36,7 +37,7 @@ EVAL = Augmentation(form="eval")
 
 
 def some_digits(count: int = 26) -> Part:
-    return Part(Mapped(digits.dataset("train")), range(count))
+    return Part(Mapped(scans.dataset("train")), range(count))
 
 
 def batches(items: Items | StreamPart | None = None, augmentation: Augmentation = STRONG, **how) -> Batches:

@@ -13,9 +13,9 @@ from sparsify.fit.calibrate.calibrate import calibrate
 from sparsify.fit.calibrate.head_lowrank import Moments
 from sparsify.fit.calibrate.ranks import allocate, candidates
 from sparsify.fit.calibrate.token_lowrank import pooling
-from sparsify.nn import graft
+from sparsify.nn import attention
 from sparsify.nn.predictor import resample
-from sparsify.ops import attention
+from sparsify.ops import backends
 
 
 def fitted(seed_images: int = 4, **settings):
@@ -72,7 +72,7 @@ def test_same_images_same_tensors_however_they_are_batched(predictor):
 def test_token_lowrank_is_ridge_regression_of_the_attention(channels, shared_heads, shared):
     knobs = dict(channels=channels, shared_heads=shared_heads, shared_projection=shared)
     model = fitted(predictor="token-lowrank", token_lowrank=knobs, tail="none").model
-    predictor = graft.sparse_modules(model)["blocks.1.attn"].predictor
+    predictor = attention.sparse_modules(model)["blocks.1.attn"].predictor
     assert predictor.w_down.shape == (8, 37)
     assert (predictor.w_up is None) if shared else predictor.w_up.shape == (1 if shared_heads else 3, 8, 37)
     assert (predictor.w_q is None) if channels is None else predictor.w_q.shape == (8, 64)
@@ -126,7 +126,7 @@ def test_spread_ranks_are_one_for_each_head_with_the_asked_mean():
 
 def test_ranks_by_head_are_used():
     model = fitted(rank=((4, 8, 16), (8, 8, 8)), fold=False).model
-    a_q = graft.sparse_modules(model)["blocks.0.attn"].predictor.a_q
+    a_q = attention.sparse_modules(model)["blocks.0.attn"].predictor.a_q
     assert a_q.shape == (3, 64, 16) and not a_q[0, :, 4:].any() and a_q[0, :, 3].any() and a_q[2, :, 15].any()
 
 
@@ -159,7 +159,7 @@ def test_unfolded_basis_scores_like_the_folded_one():
     x = images(folded)
     with torch.inference_mode():
         torch.testing.assert_close(folded(x), unfolded(x), atol=1e-4, rtol=1e-4)
-    assert attention.BACKENDS[0] == "auto"
+    assert backends.BACKENDS[0] == "auto"
 
 
 @pytest.mark.parametrize("keep,cells", [(0.02, (5, 4)), (0.05, (4, 4)), (0.1, (4, 3)), (0.25, (6, 5)), (1.0, (6, 5))])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from sparsify.errors import BadFile, UsageError
 from sparsify.jobs import convert
 from sparsify.models import building, checkpoint, names, pretrained
-from sparsify.nn import graft
+from sparsify.nn import attention
 from sparsify.recipe import Recipe
 
 
@@ -33,7 +33,7 @@ def test_file_is_enough_and_exact(made):
     x = images(loaded)
     with torch.inference_mode():
         assert torch.equal(loaded(x), made.model(x))
-    assert len(graft.sparse_modules(loaded)) == 4 and not loaded.training
+    assert len(attention.sparse_modules(loaded)) == 4 and not loaded.training
     assert loaded.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
 
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify.config import SparsityConfig
-from sparsify.nn import graft, observe
-from sparsify.nn.attention import SparseAttention
-from sparsify.ops import attention, reference, weights
+from sparsify.nn import execution, graft, observe
+from sparsify.nn.attention import SparseAttention, sparse_modules
+from sparsify.ops import attention, reference, selection, weights
 from sparsify.ops.spec import Spec
 
 CASES = {
@@ -37,7 +37,7 @@ def grafted(family, patches=(4, 6), **settings):
     model = build(family, patches=None, img_size=tuple(14 * n if "dinov2" in family else 16 * n for n in patches))
     graft.graft(model, SparsityConfig(**{"keep": 0.25, "rank": 6, **settings}))
     torch.manual_seed(5)
-    for module in graft.sparse_modules(model).values():
+    for module in sparse_modules(model).values():
         for parameter in module.predictor.parameters():
             torch.nn.init.normal_(parameter)
     return model
@@ -70,12 +70,12 @@ def test_keys_and_weights_are_those_of_the_op(case, masked):
             mask = torch.randn(B, H, N, N, generator=torch.Generator().manual_seed(2))
             mask[..., 3] = -torch.inf
         spec = module.spec(N, tokens)
-        with graft.sparse_form(model, "reference"), torch.inference_mode():
+        with execution.sparse_form(model, "reference"), torch.inference_mode():
             out = module.attend(q, k, units(q), mask, tokens).view(B, N, H, d).transpose(1, 2)[..., :N]  # (B, H, N, N)
             size, place = (None, None) if tokens is None else (tokens.size, tokens.place)
             ranking = module.predictor.ranking(q, k, mask, tokens, module.scale, spec)
-            kept = weights.kept(ranking, mask, spec, place)
-            a = weights.cells(ranking, mask, size, spec, place)
+            kept = selection.kept(ranking, mask, spec, place)
+            a = selection.cells(ranking, mask, size, spec, place)
             bias = weights.additive(mask, q, N)
             weight, tail = weights.weights(q, k, kept, a, bias, size, module.scale)
         assert (kept[:, :, spec.prefix :].sum(-1) == spec.budget).all() and kept[:, :, : spec.prefix].all()
@@ -121,20 +121,20 @@ def test_equal_scores_keep_the_same_keys_as_the_op(data):
         q, k, torch.eye(N).expand(2, H, N, N), None, None, None, size, None, ranks, scale, b, P, "none", (h, w), (1, 1), tile
     )  # fmt: skip
     row, col = reference.head_lowrank_scores(q, k, None, None, ranks)
-    ranking = weights.Ranking(row, col, col, None if size is None else size.log() / scale, 1 / scale)
-    kept = weights.kept(ranking, None, spec, None)
+    ranking = selection.Ranking(row, col, col, None if size is None else size.log() / scale, 1 / scale)
+    kept = selection.kept(ranking, None, spec, None)
     assert torch.equal(out.view(2, N, H, N).transpose(1, 2) > 0, kept)
     weight, _ = weights.weights(q, k, kept, None, None, size, scale)
     torch.testing.assert_close(out.view(2, N, H, N).transpose(1, 2), weight)
     for head in range(H):  # one head at a time gives the same
-        assert torch.equal(weights.kept(ranking.head(head), None, spec, None)[:, 0], kept[:, head])
+        assert torch.equal(selection.kept(ranking.head(head), None, spec, None)[:, 0], kept[:, head])
 
 
 def test_all_scores_equal_keep_the_first_keys():
     model = grafted("deit", predictor="token-lowrank", rank=4)
-    for module in graft.sparse_modules(model).values():
+    for module in sparse_modules(model).values():
         torch.nn.init.zeros_(module.predictor.w_up)
     for module, q, k, mask, tokens in calls(model, images(model)):
         spec = module.spec(q.shape[2], tokens)
-        kept = weights.kept(module.predictor.ranking(q, k, mask, tokens, module.scale, spec), mask, spec, None)
+        kept = selection.kept(module.predictor.ranking(q, k, mask, tokens, module.scale, spec), mask, spec, None)
         assert (kept[:, :, 1:, : spec.budget]).all() and not (kept[:, :, 1:, spec.budget :]).any()

@@ -5,7 +5,7 @@ import torch
 from families import FAMILIES, LEAVING, build, draw_importance, images
 
 from sparsify.config import SparsityConfig, Tokens
-from sparsify.nn import graft, token_models
+from sparsify.nn import attention, graft, hosts, token_models
 from sparsify.ops import backends
 
 HEAD, TOKEN = "head-lowrank", "token-lowrank"
@@ -21,7 +21,7 @@ def sparse(family, predictors, tokens=None):
     model = build(family, depth=len(predictors), **NARROW.get(family, {}))
     config = SparsityConfig(keep=0.3, rank=8, cells=(2, 2), predictor=TOKEN, tokens=tokens)
     made, g = [], torch.Generator().manual_seed(5)
-    for i, (name, host) in enumerate(zip(predictors, graft.check(model).values(), strict=True)):
+    for i, (name, host) in enumerate(zip(predictors, hosts.check(model).values(), strict=True)):
         made.append(graft.new_predictor(model, host, config.model_copy(update={"predictor": name}), i))
         for parameter in made[-1].parameters() if name == TOKEN else ():
             parameter.data.copy_(torch.rand(parameter.shape, generator=g) / parameter.shape[-1])
@@ -45,7 +45,7 @@ def test_no_graph_break(family):
 @pytest.mark.parametrize("family", LEAVING)
 def test_no_graph_break_where_tokens_leave(family):
     model = sparse(family, [HEAD, TOKEN], Tokens(keep=0.5, stages=(1,), way=WAYS[family]))
-    assert [i for i, _ in token_models.stages(model)] == [0] and len(graft.sparse_modules(model)) == 2
+    assert [i for i, _ in token_models.stages(model)] == [0] and len(attention.sparse_modules(model)) == 2
     assert not breaks(model)
 
 

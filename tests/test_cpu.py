@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sparsify.measure.latency import peak_memory
 from sparsify.ops import attention as ops
-from sparsify.ops import reference, tails
+from sparsify.ops import selection, tails
 from sparsify.ops.cpu import kernels as cpu
 
 
@@ -151,7 +151,7 @@ def test_keys_kept_in_bf16_hold_the_attention_of_the_references(isa, tile, side,
     call = plain(side=side, budget=budget, tile=tile)
     attention = (call.q.double() @ call.k.double().mT * call.scale).softmax(-1)
     s = (call.coordinates()[0] @ call.coordinates()[1].mT)[:, :, 1:]
-    wanted = reference.top_b(reference.pool_tiles(s, (side, side), tile) if tile else s, budget)
+    wanted = selection.top_b(selection.pool_tiles(s, (side, side), tile) if tile else s, budget)
     mass = [
         float((attention * kept)[:, :, 1:].sum(-1).mean()) for _, kept, _ in (call.probe(isa), call.probe(isa, "bf16"))
     ]

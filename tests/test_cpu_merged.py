@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from sparsify.ops import attention, reference, tails
+from sparsify.ops import attention, selection, tails
 from sparsify.ops.cpu import kernels as cpu
 
 
@@ -76,8 +76,8 @@ def test_the_op_is_the_reference_where_scores_differ(isa, data):
     s = s if call.shift is None else s + call.shift[:, None, None]
     grid, cells = grids(call)
     if call.spec.tile and s.shape[2]:
-        s = reference.pool_tiles(s, grid, call.spec.tile, call.place)
-    same = (reference.top_b(s, call.spec.budget) == kept[:, :, call.P :]).all(-1).all(-1)  # (B, H)
+        s = selection.pool_tiles(s, grid, call.spec.tile, call.place)
+    same = (selection.top_b(s, call.spec.budget) == kept[:, :, call.P :]).all(-1).all(-1)  # (B, H)
     if call.spec.tail == "clusters":
         weight = None if call.size is None else call.size[:, None].expand(f.shape[:3])
         same &= (tails.assign("clusters", f, weight, call.P, grid, cells, call.place) == a).all(-1)

@@ -16,7 +16,9 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 from sparsify.errors import BadData
-from sparsify.images import datasets, digits
+from sparsify.images import datasets
+from sparsify.images.digits import scans
+from sparsify.models.digits import network
 
 ORDER = ImageNetInfo("imagenet-1k").label_names()
 
@@ -352,13 +354,13 @@ def test_label_that_the_model_cannot_give_is_an_error(monkeypatch, label, said):
 
 
 needs_digits = pytest.mark.skipif(
-    not (Path(digits.__file__).parent / digits.DATA_FILE).exists(), reason="digits data not made yet"
+    not (Path(scans.__file__).parent / scans.DATA_FILE).exists(), reason="digits data not made yet"
 )
 
 
 @needs_digits
 def test_digits_is_the_test_split_and_its_train_split_calibrates():
-    to = datasets.transform(datasets.data_config(digits.build(pretrained=False)))
+    to = datasets.transform(datasets.data_config(network.build(pretrained=False)))
     test, train = datasets.labelled("digits", 10, to), datasets.labelled("digits:train", 10, to)
     assert test.total >= 500 and train.total + test.total == 1797
     images = next(iter(datasets.builtin_calibration(True, 4, 0, to)))

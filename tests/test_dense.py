@@ -11,10 +11,10 @@ from said import the_error
 
 import sparsify
 from sparsify.errors import BadFile, UsageError
-from sparsify.images import digits
 from sparsify.measure import latency, profile
 from sparsify.measure.accuracy import Logits
 from sparsify.models import checkpoint, original, pretrained
+from sparsify.models.digits import network
 from sparsify.models.names import resolve
 from sparsify.nn import graft
 
@@ -29,7 +29,7 @@ def files(tmp_path_factory):
     """A calibrated file that knows its original, `same`; one with a weight nudged, `tuned`; dense checkpoints."""
     folder = tmp_path_factory.mktemp("dense")
     made = sparsify.convert("digits", output=folder / "same.safetensors", calib_images=8, spread_rank=False)
-    dense = digits.build()
+    dense = network.build()
     known = made.header.provenance | {"dense_sha256": checkpoint.digest_of(dense)}
     checkpoint.save(made.model, made.path, made.header._replace(provenance=known))
     with torch.no_grad():
@@ -53,9 +53,9 @@ def quick(monkeypatch):
 
 
 def test_digest_changes_with_any_tensor_and_with_nothing_else():
-    model = digits.build()
+    model = network.build()
     digest = checkpoint.digest_of(model)
-    assert digest == checkpoint.digest_of(digits.build()) == checkpoint.digest_of(pretrained.load(resolve("digits")))
+    assert digest == checkpoint.digest_of(network.build()) == checkpoint.digest_of(pretrained.load(resolve("digits")))
     for name, tensor in model.state_dict().items():
         before = tensor.flatten()[-1].clone()
         tensor.view(-1)[-1] += 1
@@ -77,7 +77,7 @@ def test_changed_file_alone_has_no_dense_figures_and_a_line_says_why(run, files)
 
 
 def test_changed_file_is_compared_with_the_original_that_is_given(run, files):
-    model, dense = checkpoint.load(files / "tuned.safetensors"), digits.build()
+    model, dense = checkpoint.load(files / "tuned.safetensors"), network.build()
     expected, wrong, hits = Logits(), 0, 0
     loader = sparsify.measure.evaluate.data.labelled(
         "digits", 10, sparsify.measure.evaluate.data.transform(sparsify.measure.evaluate.data.data_config(model)), 32
@@ -130,7 +130,7 @@ def test_profile_of_a_changed_file(run, files, quick):
 def test_library_has_the_same_rule(files):
     alone = sparsify.evaluate(files / "tuned.safetensors", "digits", batch_size=64)
     beside = sparsify.evaluate(files / "tuned.safetensors", "digits", batch_size=64, dense="digits")
-    module = sparsify.evaluate(files / "tuned.safetensors", "digits", batch_size=64, dense=digits.build())
+    module = sparsify.evaluate(files / "tuned.safetensors", "digits", batch_size=64, dense=network.build())
     assert alone.dense_top1 is None and alone.top1 == beside.top1
     assert beside.dense_top1 == module.dense_top1 > 95 and beside.images_lost == module.images_lost
     model = checkpoint.load(files / "tuned.safetensors")
@@ -145,7 +145,7 @@ def test_library_has_the_same_rule(files):
     with pytest.raises(UsageError, match="has sparse attention"):
         sparsify.evaluate(model, "digits", dense=model)
     with pytest.raises(UsageError, match="7 classes"):
-        other = digits.build()
+        other = network.build()
         other.reset_classifier(7)
         sparsify.profile(model, dense=other, measure=False)
 
@@ -202,7 +202,7 @@ def test_of_a_checkpoint_of_ones_own_the_checkpoint_is_asked_for(files):
 
 
 def test_a_dense_model_is_left_as_it_is_by_profile(files):
-    dense = digits.build().train()
+    dense = network.build().train()
     before = {name: (t.data_ptr(), t.dtype) for name, t in dense.state_dict().items()}
     sparsify.profile(files / "tuned.safetensors", dense=dense, dtype="bfloat16", repeats=1)
     assert {name: (t.data_ptr(), t.dtype) for name, t in dense.state_dict().items()} == before and dense.training

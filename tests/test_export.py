@@ -20,7 +20,7 @@ from sparsify.models import checkpoint
 from sparsify.nn import graft
 from sparsify.nn.merging import matching
 from sparsify.nn.tokens import ranking
-from sparsify.ops import reference
+from sparsify.ops import selection
 
 NARROW = {"siglip": dict(embed_dim=96, num_heads=3), "dinov2-registers": dict(embed_dim=96, num_heads=3)}
 MERGED = Tokens(keep=0.7, stages=(1,))
@@ -114,7 +114,7 @@ class Choices(nn.Module):
 
     def forward(self, x):
         keep, group = ranking(x[:, 0], 5, True)
-        return reference.top_b(x, 4), keep, group, *matching(x.mT, x[:, 0].abs() + 1, 7)
+        return selection.top_b(x, 4), keep, group, *matching(x.mT, x[:, 0].abs() + 1, 7)
 
 
 def test_ties_are_decided_alike(tmp_path):

@@ -15,9 +15,9 @@ from sparsify.fit.calibrate.calibrate import calibrate
 from sparsify.models import building, checkpoint, pretrained
 from sparsify.models.building import describe
 from sparsify.models.names import Source
-from sparsify.nn import graft, hosts
+from sparsify.nn import execution, graft, hosts
+from sparsify.nn.attention import Execution, sparse_modules
 from sparsify.ops import attention as ops
-from sparsify.ops.spec import Execution
 
 NEW = [
     "eva",
@@ -100,7 +100,7 @@ def test_another_image_size_equals_dense_at_that_size(family, predictor):
     assert x.shape[-1] == side and hosts.patch_grid(model) == (8, 8)
     with torch.inference_mode():
         close(model(x), dense(x))
-    assert all(m.sparsity.grid == (8, 8) for m in graft.sparse_modules(model).values())
+    assert all(m.sparsity.grid == (8, 8) for m in sparse_modules(model).values())
 
 
 @pytest.mark.parametrize("family", NEW)
@@ -192,7 +192,7 @@ def test_the_tool_says_that_position_biases_are_the_references():
     assert found.backend.startswith("reference (this model adds position biases")
     assert all("cpu" not in choice["ms"] and choice["taken"] in ("sdpa", "reference") for choice in found.choices)
     with pytest.raises(UsageError, match="'cpu' cannot be used here: this model adds position biases"):
-        graft.set_execution(model, Execution("cpu"))
+        execution.set_execution(model, Execution("cpu"))
     assert not hosts.biased(build("deit"))
 
 
@@ -219,7 +219,7 @@ def test_patches_with_a_mask_are_the_image_they_came_from(family, predictor):
 
 def test_rotary_embedding_is_refused_by_attention_that_was_grafted_without():
     model = sparse(build("eva"), keep=0.4)
-    attention = next(iter(graft.sparse_modules(model).values()))
+    attention = next(iter(sparse_modules(model).values()))
     with pytest.raises(ValueError, match="without rotary"):
         attention(torch.randn(1, 37, 96), rope=torch.randn(36, 64))
 

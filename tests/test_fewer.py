@@ -21,13 +21,13 @@ from timm.models.vision_transformer import ResPostBlock
 
 from sparsify.config import SparsityConfig, Tokens, validate
 from sparsify.errors import UsageError
-from sparsify.nn import graft, merging, projection, token_models
-from sparsify.nn.attention import SparseAttention
+from sparsify.nn import execution, graft, merging, projection, token_models
+from sparsify.nn.attention import Execution, SparseAttention, attention_modules, sparse_modules
 from sparsify.nn.merging import matching
 from sparsify.nn.predictor import TokenLowrank
 from sparsify.nn.tokens import WAYS, Stage
 from sparsify.ops import attention
-from sparsify.ops.spec import Execution, budget
+from sparsify.ops.spec import budget
 
 KINDS = ["deit", "deit-distilled", "dinov2-registers", "vit-avg-pool", "siglip", "res-post-norm", "qk-norm", "gated"]
 PLACED = [
@@ -53,7 +53,7 @@ def reduced(dense, way="merge", tokens=0.5, stages=(1, 2), importance="attention
     settings = {"keep": "dense", "rank": 8, "cells": (2, 2), **settings}
     leaving = Tokens(way=way, keep=tokens, stages=stages, importance=importance)
     graft.graft(model, SparsityConfig(tokens=leaving, **settings))
-    graft.set_execution(model, Execution("reference"))
+    execution.set_execution(model, Execution("reference"))
     g = torch.Generator().manual_seed(5)
     for parameter in (p for m in model.modules() if isinstance(m, TokenLowrank) for p in m.parameters()):
         parameter.data.copy_(torch.rand(parameter.shape, generator=g) / parameter.shape[-1])
@@ -62,7 +62,7 @@ def reduced(dense, way="merge", tokens=0.5, stages=(1, 2), importance="attention
 
 def importances(model):
     """w and b of each block; None where its stage goes by attention."""
-    return [module.importance for module in graft.attention_modules(model).values()]
+    return [module.importance for module in attention_modules(model).values()]
 
 
 @contextlib.contextmanager
@@ -385,7 +385,7 @@ def test_stages_leave_no_trace(family):
     x, own = images(dense), {name: type(m) for name, m in dense.named_modules()}
     model, plain = reduced(dense, keep=(0.3, "dense")), copy.deepcopy(dense)
     graft.graft(plain, SparsityConfig(keep=(0.3, "dense"), rank=8, cells=(2, 2)))
-    graft.set_execution(plain, Execution("reference"))
+    execution.set_execution(plain, Execution("reference"))
     assert list(model.state_dict()) == list(plain.state_dict())
     plain.load_state_dict(model.state_dict())
     twin = graft.dense_twin(model)
@@ -577,7 +577,7 @@ def test_dense_attention_in_the_place_of_sparse_knows_the_tokens(way):
 
     dense, chooser = host("deit", 3), Dense()
     model, x = reduced(dense, way, (0.5, 0.6, 1.0), keep=0.1), images(dense)
-    graft.set_execution(model, Execution("reference", dense_fallback=True, choose=chooser))
+    execution.set_execution(model, Execution("reference", dense_fallback=True, choose=chooser))
     with torch.no_grad():
         close(model(x), reduced(dense, way, (0.5, 0.6, 1.0))(x), 1e-5)
     left = [(37, False, False), *((n + (way == "evit-fused"), way == "merge", True) for n in (19, 12))]
@@ -595,7 +595,7 @@ def test_folding_does_not_change_which_tokens_merge():
     inverse = torch.linalg.inv(basis).mT
     for fold in (True, False):
         models[fold] = model = reduced(dense, "merge", 0.5, keep=0.5, rank=64, fold=fold)
-        for module in graft.sparse_modules(model).values():
+        for module in sparse_modules(model).values():
             assert module.predictor.folded is fold
             graft.set_basis(module, module.predictor, basis, inverse)
     found, keys = {}, {}

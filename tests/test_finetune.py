@@ -11,10 +11,11 @@ from sparsify.fit.finetune import loop
 from sparsify.fit.finetune import run as runs
 from sparsify.fit.finetune.plan import Source, plan
 from sparsify.fit.finetune.validation import Score
-from sparsify.images import digits
+from sparsify.images.digits import scans
 from sparsify.jobs import tune as tuning
 from sparsify.models import checkpoint
-from sparsify.nn import graft
+from sparsify.models.digits import network
+from sparsify.nn import attention, graft
 from sparsify.recipe import load_recipe, recipe_yaml
 
 
@@ -108,7 +109,7 @@ def test_a_stop_between_keeps_the_model_its_own_share_of_keys(tmp_path, monkeypa
     monkeypatch.setattr(loop.Standing, "of", lambda start, resume: loop.Standing(*[Score(9.0, 1.0, None, 24)] * 2))
     made = tune.convert(tmp_path / "m.safetensors", recipe(stage, repair={"images": 16}))
     assert made.tuning.stopped and made.tuning.changed
-    assert {module.sparsity.keep for module in graft.sparse_modules(made.model).values()} == {0.1}
+    assert {module.sparsity.keep for module in attention.sparse_modules(made.model).values()} == {0.1}
 
 
 # what a stage does
@@ -116,13 +117,13 @@ def test_a_stop_between_keeps_the_model_its_own_share_of_keys(tmp_path, monkeypa
 
 def test_the_share_of_keys_is_annealed_to_the_models_own(tmp_path, monkeypatch):
     seen = spied(
-        monkeypatch, "_step", lambda s, found: [m.sparsity.keep for m in graft.sparse_modules(s.student).values()]
+        monkeypatch, "_step", lambda s, found: [m.sparsity.keep for m in attention.sparse_modules(s.student).values()]
     )
     judged = []
     whole = loop.Judge.__call__
 
     def judge(self, model):
-        judged.append({m.sparsity.keep for m in graft.sparse_modules(model).values()})
+        judged.append({m.sparsity.keep for m in attention.sparse_modules(model).values()})
         return whole(self, model)
 
     monkeypatch.setattr(loop.Judge, "__call__", judge)
@@ -132,7 +133,7 @@ def test_the_share_of_keys_is_annealed_to_the_models_own(tmp_path, monkeypatch):
     expected = [[0.6, 0.6, 1.0], [0.35, 0.4, 1.0], [0.1, 0.2, 1.0], [0.1, 0.2, 1.0], [0.1, 0.2, 1.0], [0.5] * 3]
     assert [pytest.approx(row) for row in expected] == seen
     assert judged == [{0.1, 0.2, 1.0}] * 4
-    assert [m.sparsity.keep for m in graft.sparse_modules(made.model).values()] == [0.1, 0.2, 1.0]
+    assert [m.sparsity.keep for m in attention.sparse_modules(made.model).values()] == [0.1, 0.2, 1.0]
 
 
 def test_the_running_mean_is_what_is_judged_and_kept(tmp_path, scores, monkeypatch):
@@ -179,14 +180,14 @@ def test_the_papers_stages_move_the_predictors_and_then_the_backbone(tmp_path, m
         monkeypatch, "_step", lambda s, found: {n: t.clone() for n, t in s.teacher.model.state_dict().items()}
     )
     made = tune.convert(tmp_path / "m.safetensors", chosen)
-    start, (one, two) = digits.build().state_dict(), ends
+    start, (one, two) = network.build().state_dict(), ends
     predictors = {name for name in one if ".predictor." in name}
     assert len(predictors) == 4 * 6 and one.keys() - predictors == start.keys()
     assert all(torch.equal(one[name], start[name]) for name in start)
     assert all(torch.equal(two[name], one[name]) for name in predictors)
     assert not any(torch.equal(two[name], one[name]) for name in start if "weight" in name)
     assert all(equal(weights, start) for weights in targets)
-    drawn = graft.draw(graft.graft(digits.build(), chosen.sparsity), 0).state_dict()
+    drawn = graft.draw(graft.graft(network.build(), chosen.sparsity), 0).state_dict()
     moved = {name for name in predictors if not torch.equal(one[name], drawn[name])}
     assert moved == {name for name in predictors if not name.endswith("b_k")} or moved == predictors
     first, last = tune.metrics(made.run)[0], tune.metrics(made.run)[-1]
@@ -217,7 +218,7 @@ def test_an_epoch_from_the_cache_asks_the_teacher_for_nothing(tmp_path, monkeypa
     monkeypatch.setattr(loop.Teacher, "__call__", lambda self, x: asked.append(len(x)) or whole(self, x))
     (tmp_path / "set").mkdir()
     for i in range(20):
-        digits.dataset("test")[i][0].save(tmp_path / "set" / f"{i}.png")
+        scans.dataset("test")[i][0].save(tmp_path / "set" / f"{i}.png")
     chosen = recipe({"steps": None, "epochs": 3, "cache_teacher": True}, hold_back=0.2)
     made = tune.convert(tmp_path / "m.safetensors", chosen, images=str(tmp_path / "set"))
     assert asked == [8, 8] and made.tuning.steps == 6  # 16 images to learn from, seen three times
@@ -242,7 +243,7 @@ def test_images_computed_together_change_nothing(tmp_path):
 
 def test_validation_between_the_epochs_where_val_is_given(tmp_path):
     """validate_every null: every epoch is judged by images that the user named, by a few held back the last alone."""
-    dense = digits.build()
+    dense = network.build()
     chosen = recipe({"validate_every": None}, {"validate_every": 7})
     found = [
         [planned.validate_every for planned in plan(dense, chosen, Source("digits", val), "").stages]
@@ -256,7 +257,7 @@ def test_validation_between_the_epochs_where_val_is_given(tmp_path):
 
 def test_least_squares_see_crops_where_there_are_fewer_images():
     """1188 digits to learn from: all of them, and crops of the first up to the number asked for."""
-    repair = plan(digits.build(), recipe(repair={"images": 1190}), Source("digits"), "").repair
+    repair = plan(network.build(), recipe(repair={"images": 1190}), Source("digits"), "").repair
     assert repair is not None
     x = torch.cat(list(repair[1]))
     assert len(x) == 1190 and not torch.equal(x[1188], x[0]) and not torch.equal(x[1189], x[1])

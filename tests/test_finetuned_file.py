@@ -7,11 +7,12 @@ import tune
 from safetensors.torch import load_file
 from tune import ATTENTION, recipe
 
-from sparsify.images import digits
+from sparsify.images.digits import scans
 from sparsify.jobs import convert as conversion
 from sparsify.jobs import tune as tuning
 from sparsify.models import checkpoint
-from sparsify.nn import graft
+from sparsify.models.digits import network
+from sparsify.nn import execution
 from sparsify.recipe import load_recipe, recipe_yaml
 
 # predictors that learn, and what the file says
@@ -25,21 +26,21 @@ def test_learned_predictors_are_folded_into_the_file(tmp_path, scores, monkeypat
     stage = {"train": "all", "losses": {"logits": 1.0, **ATTENTION}, "optimiser": {"lr": 1e-2}, "schedule": {}}
     made = tune.convert(tmp_path / "m.safetensors", recipe(stage, sparsity={"rank": ((9, 3),) * 4}))
     assert made.header.config.fold and not any("predictor" in name for name in tune.tensors(made.path))
-    assert not torch.allclose(trained[0], answers(digits.build()), atol=0.1)
+    assert not torch.allclose(trained[0], answers(network.build()), atol=0.1)
     for model in (made.model, checkpoint.load(made.path)):
         assert torch.allclose(answers(model), trained[0], atol=1e-3 * float(trained[0].abs().max()))
 
 
 def answers(model):
     x = torch.stack([image_of(i) for i in range(4)])
-    with torch.inference_mode(), graft.sparse_form(model):
+    with torch.inference_mode(), execution.sparse_form(model):
         return model(x)
 
 
 def image_of(i):
     from torchvision.transforms.functional import pil_to_tensor, resize
 
-    return pil_to_tensor(resize(digits.dataset("test")[i][0], [28, 28])) / 127.5 - 1
+    return pil_to_tensor(resize(scans.dataset("test")[i][0], [28, 28])) / 127.5 - 1
 
 
 def test_predictors_that_cannot_be_folded_stay_in_the_file(tmp_path, scores):
@@ -57,7 +58,7 @@ def test_the_header_tells_what_was_done(tmp_path, scores, monkeypatch):
     made = tune.convert(tmp_path / "m.safetensors", chosen)
     header = checkpoint.read_header(made.path)
     about = header.provenance
-    assert header.backbone_changed and header.dense_sha256 == checkpoint.digest_of(digits.build())
+    assert header.backbone_changed and header.dense_sha256 == checkpoint.digest_of(network.build())
     assert about["recipe"] == chosen.model_dump(mode="json") and about["calibration"] == {"images": 8, "set": "user"}
     tuned = about["finetuned"]
     assert (tuned["steps"], tuned["stopped"], tuned["precision"], tuned["processes"]) == (3, "", "float32", 1)

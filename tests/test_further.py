@@ -16,7 +16,7 @@ import sparsify.registry
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import BadFile, UsageError
 from sparsify.models import checkpoint, names, pretrained
-from sparsify.nn import graft
+from sparsify.nn import attention, execution, graft
 from sparsify.ops.auto import Choice, Chooser
 
 SETTINGS = {
@@ -194,7 +194,7 @@ def test_reset_classifier_survives_the_file(classes, file, tmp_path):
     path = sparsify.save(model, tmp_path / "new.safetensors", like=file)
     loaded, x = sparsify.load(path, backend="reference"), images(model)
     assert loaded.num_classes == classes == loaded.pretrained_cfg["num_classes"]
-    graft.set_execution(model, next(iter(graft.attention_modules(loaded).values())).execution)
+    execution.set_execution(model, next(iter(attention.attention_modules(loaded).values())).execution)
     with torch.inference_mode():
         assert torch.equal(loaded(x), model(x)) and loaded(x).shape == (2, classes or 128)
     report = checkpoint.read_header(path).report
@@ -305,7 +305,7 @@ def test_features_only_by_timms_factory(file):
     )
     model = sparsify.load(file, backend="reference")
     x = images(model)
-    graft.set_execution(net, next(iter(graft.attention_modules(model).values())).execution)
+    execution.set_execution(net, next(iter(attention.attention_modules(model).values())).execution)
     with torch.inference_mode():
         found = net(x)
     expected = taken(model, x, indices=(1, 3), norm=True, intermediates_only=True)

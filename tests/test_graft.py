@@ -10,7 +10,7 @@ from families import FAMILIES, build, images
 from sparsify.config import SparsityConfig
 from sparsify.errors import UnsupportedModel, UsageError
 from sparsify.fit.calibrate.calibrate import calibrate
-from sparsify.nn import graft
+from sparsify.nn import attention, graft, hosts
 from sparsify.nn.attention import SparseAttention
 from sparsify.ops import reference
 
@@ -32,7 +32,7 @@ def test_keep_one_equals_dense(family, predictor):
     dense = build(family)
     model = sparse(dense, keep=1.0, predictor=predictor, tail="clusters")
     x = images(dense)
-    modules = graft.sparse_modules(model)
+    modules = attention.sparse_modules(model)
     assert len(modules) == len(dense.blocks) and all("predictor" in dict(m.named_children()) for m in modules.values())
     with torch.inference_mode():
         torch.testing.assert_close(model(x), dense(x), atol=1e-4, rtol=1e-4)
@@ -51,9 +51,9 @@ def test_keep_below_one_differs_and_the_dense_twin_does_not(family):
 @pytest.mark.parametrize("family", ["deit", "dinov2-registers", "vit-avg-pool"])
 def test_one_key_less_than_all_is_a_dense_softmax_without_the_lowest_scored_key(family):
     dense = build(family)
-    N = graft.num_prefix_tokens(dense) + 36
+    N = hosts.num_prefix_tokens(dense) + 36
     model = sparse(dense, keep=(N - 1) / N, tail="none")
-    block, P = model.blocks[0], graft.num_prefix_tokens(dense)
+    block, P = model.blocks[0], hosts.num_prefix_tokens(dense)
     with torch.inference_mode():
         tokens = dense._pos_embed(dense.patch_embed(images(dense)))  # (B, N, C)
         x = block.norm1(dense.norm_pre(tokens))
@@ -105,7 +105,7 @@ def test_model_trains_in_half_precision_autocast_too():
     model = sparse(build("deit"), keep=0.5).train()
     with torch.autocast("cpu", torch.bfloat16):
         model(images(model)).square().mean().backward()
-    gradients = [p.grad for p in graft.sparse_modules(model)["blocks.0.attn"].parameters()]
+    gradients = [p.grad for p in attention.sparse_modules(model)["blocks.0.attn"].parameters()]
     assert all(g is not None and g.isfinite().all() for g in gradients)
     assert model.to(torch.bfloat16).eval()(images(model).bfloat16()).dtype == torch.bfloat16
 
@@ -113,7 +113,7 @@ def test_model_trains_in_half_precision_autocast_too():
 @pytest.mark.parametrize("family,folded", [("deit", True), ("gated", True), ("qk-norm", False)])
 def test_predictor_is_folded_exactly_where_nothing_stands_between(family, folded):
     model = sparse(build(family), keep=0.5)
-    for module in graft.sparse_modules(model).values():
+    for module in attention.sparse_modules(model).values():
         assert module.predictor.folded is folded and bool(list(module.predictor.parameters())) is not folded
 
 
@@ -142,7 +142,7 @@ def test_another_image_size_has_the_cells_that_a_conversion_at_that_size_has():
     model = sparse(build("deit", patches=14), keep=0.1, cells=None)
     for side, cells in ((14, (4, 3)), (24, (5, 4)), (37, (6, 5)), (14, (4, 3))):
         graft.resize(model, 16 * side)
-        assert {m.sparsity.cells for m in graft.sparse_modules(model).values()} == {cells}
+        assert {m.sparsity.cells for m in attention.sparse_modules(model).values()} == {cells}
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_other_attention_is_refused_by_its_name(name, named):
     with torch.device("meta"):
         model = timm.create_model(name)
     with pytest.raises(UnsupportedModel, match=named) as caught:
-        graft.check(model, name)
+        hosts.check(model, name)
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -182,4 +182,4 @@ def test_lists_must_fit_the_depth():
 
 def test_keep_per_block_is_used():
     model = sparse(build("deit"), keep=(0.2, 0.7), rank=8)
-    assert [m.sparsity.keep for m in graft.sparse_modules(model).values()] == [0.2, 0.7]
+    assert [m.sparsity.keep for m in attention.sparse_modules(model).values()] == [0.2, 0.7]

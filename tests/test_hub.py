@@ -17,7 +17,7 @@ import sparsify.registry
 from sparsify.errors import BadFile, SparsifyError, UsageError
 from sparsify.jobs import convert, push
 from sparsify.models import checkpoint
-from sparsify.nn import graft
+from sparsify.nn import attention
 from sparsify.recipe import Recipe
 
 
@@ -103,7 +103,7 @@ def test_timm_builds_what_was_pushed_or_written(made, hub, tmp_path):
     expected = logits(made.model)
     for name in ("hf-hub:someone/digits-sparse", f"local-dir:{tmp_path / 'folder'}"):
         model = timm.create_model(name, pretrained=True)
-        assert len(graft.sparse_modules(model)) == 4 and torch.equal(logits(model), expected)
+        assert len(attention.sparse_modules(model)) == 4 and torch.equal(logits(model), expected)
         assert timm.data.resolve_model_data_config(model)["mean"] == (0.5, 0.5, 0.5)
     assert timm.create_model("hf-hub:someone/digits-sparse", pretrained=True, num_classes=3).num_classes == 3
     assert (

@@ -14,14 +14,14 @@ from sparsify.fit.calibrate import token_importance
 from sparsify.fit.calibrate.calibrate import calibrate, fit_importance
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint
-from sparsify.nn import graft, projection, token_models
+from sparsify.nn import attention, graft, projection, token_models
 from sparsify.nn.importance import fitted
 
 TOKENS = Tokens(keep=0.6, stages=(1, 2, 3))
 
 
 def weights_of(model):
-    return [module.importance for module in graft.attention_modules(model).values()]
+    return [module.importance for module in attention.attention_modules(model).values()]
 
 
 def calibrated(family="deit", tokens=TOKENS, batch=2, depth=3, **settings):

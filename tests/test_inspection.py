@@ -10,7 +10,7 @@ from test_choice import grafted
 from sparsify.config import SparsityConfig
 from sparsify.errors import SparsifyError, UsageError
 from sparsify.measure import inspection
-from sparsify.nn import graft, observe
+from sparsify.nn import attention, graft, observe
 
 KINDS = {
     "deit": ("deit", {}),
@@ -152,7 +152,7 @@ def test_the_model_is_left_as_it_was():
     with torch.inference_mode():
         before = model(x)
     keys = {name: set(vars(module)) for name, module in model.named_modules()}
-    executions = [module.execution for module in graft.attention_modules(model).values()]
+    executions = [module.execution for module in attention.attention_modules(model).values()]
     inspection.inspect(model, x[0], dense=original("deit", model))
     with pytest.raises(AssertionError), torch.inference_mode():
         inspection.inspect(model, x[0, :, :-1])  # an image that does not fit stops it half-way
@@ -160,7 +160,7 @@ def test_the_model_is_left_as_it_was():
         model(x)
     assert keys == {name: set(vars(module)) for name, module in model.named_modules()}
     assert not any(module._forward_hooks for module in model.modules())
-    assert executions == [module.execution for module in graft.attention_modules(model).values()]
+    assert executions == [module.execution for module in attention.attention_modules(model).values()]
     with torch.inference_mode():
         assert torch.equal(model(x), before)
 

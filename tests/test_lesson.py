@@ -12,8 +12,9 @@ from sparsify.fit.finetune import trainable
 from sparsify.fit.finetune.objective import Lesson, Teacher, _listen, _present
 from sparsify.fit.finetune.plan import check
 from sparsify.nn import graft
+from sparsify.nn.attention import sparse_modules
 from sparsify.nn.folding import unfold
-from sparsify.stage import Stage
+from sparsify.recipe import Stage
 
 SMALL = dict(embed_dim=48, num_heads=3, patches=4)
 HEAD = dict(predictor="head-lowrank", rank=4, spread_rank=False, keep=0.3)
@@ -28,7 +29,7 @@ def pair(sparsity, family="deit", random=True, **more):
     unfold(student)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for module in graft.sparse_modules(student).values() if random else ():
+        for module in sparse_modules(student).values() if random else ():
             for p in module.predictor.parameters():
                 p += 0.3 * torch.randn(p.shape, generator=generator)
     return dense, student
@@ -135,7 +136,7 @@ def test_the_predictors_gradient_is_the_same_with_and_without_losses_of_the_outp
 def test_basis_l1_is_the_sum_of_the_basis():
     dense, student = pair(TOKEN)
     parts = taught(dense, student, stage({"basis_l1": 0.5}, "predictors", "dense"))
-    bases = [m.predictor.w_up.detach() for m in graft.sparse_modules(student).values()]
+    bases = [m.predictor.w_up.detach() for m in sparse_modules(student).values()]
     assert float(parts["basis_l1"].detach()) == pytest.approx(0.5 * float(sum(w.abs().sum() for w in bases)), rel=1e-5)
     assert touched(student) == {f"blocks.{i}.attn.predictor.w_up" for i in range(2)}
 

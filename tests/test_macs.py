@@ -13,9 +13,9 @@ from sparsify.config import SparsityConfig, TokenLowrank
 from sparsify.errors import SparsifyError
 from sparsify.measure import analytic, macs
 from sparsify.measure.profile import profile, verify
-from sparsify.nn import graft
+from sparsify.nn import attention, graft
 from sparsify.ops.macs import dense_macs, head_lowrank_macs, token_lowrank_macs
-from sparsify.ops.reference import top_b
+from sparsify.ops.selection import top_b
 
 FAMILIES = {
     "deit": ("deit_tiny_patch16_224", {"img_size": 64}),
@@ -60,7 +60,7 @@ def tiny(config: SparsityConfig, **options) -> VisionTransformer:
 
 def both(model: torch.nn.Module) -> list[tuple[macs.Counts, analytic.Analytic]]:
     """fvcore's and the analytic count of the sparse model and of its dense twin."""
-    image, names = macs.image_shape(model), list(graft.sparse_modules(model))
+    image, names = macs.image_shape(model), list(attention.sparse_modules(model))
     return [
         (macs.count(m, image, names), analytic.count(m, torch.zeros(1, *image)))
         for m in (model, graft.dense_twin(model))

@@ -15,13 +15,14 @@ from sparsify.cli import tables
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import SparsifyError
 from sparsify.measure import analytic, macs, paper
-from sparsify.measure.profile import Profile, profile, verify
-from sparsify.nn import graft
+from sparsify.measure.figures import Profile
+from sparsify.measure.profile import profile, verify
+from sparsify.nn import execution, graft, hosts
+from sparsify.nn.attention import Execution, attention_modules, sparse_modules
 from sparsify.nn.tokens import WAYS
 from sparsify.ops.macs import PARTS
-from sparsify.ops.spec import Execution
-from sparsify.report import files
 from sparsify.report import profile as report
+from sparsify.report.words import human
 
 ATTENTION = {
     "dense": dict(keep="dense", rank=4),
@@ -54,9 +55,9 @@ def by_attention(way: str, keep: float | tuple[float, ...], stages: tuple[int, .
 
 def agree(model: torch.nn.Module) -> tuple[macs.Counts, analytic.Analytic]:
     """Both counts of a model, equal to the unit."""
-    graft.set_execution(model, Execution("reference"))
+    execution.set_execution(model, Execution("reference"))
     image = macs.image_shape(model)
-    counts = macs.count(model, image, list(graft.attention_modules(model)))
+    counts = macs.count(model, image, list(attention_modules(model)))
     other = analytic.count(model, torch.zeros(1, *image))
     assert not counts.unsupported
     verify("small", counts, other)
@@ -101,7 +102,7 @@ def test_both_counts_agree_for_every_tail(tail, attention, way):
 @pytest.mark.parametrize("family,way", families.ways_of(WAYS))
 def test_both_counts_agree_for_every_family(family, way):
     model = families.build(family, patches=4, depth=3)
-    last = 0.0 if graft.num_prefix_tokens(model) else 0.5
+    last = 0.0 if hosts.num_prefix_tokens(model) else 0.5
     config = SparsityConfig(keep=(0.3, "dense", 0.5), rank=4, tokens=Tokens(way=way, keep=(0.6, 0.7, last)))
     counts, other = agree(graft.graft(model, config))
     assert counts.stages > 0 and other.tokens[-1][1] < other.tokens[0][0]
@@ -234,9 +235,9 @@ def shape():
     graft.graft(model, SparsityConfig(keep=1.0))
 
     def with_keep(keep: float) -> list:
-        for module in graft.sparse_modules(model).values():
+        for module in sparse_modules(model).values():
             module.sparsity = dataclasses.replace(module.sparsity, keep=keep)
-        return list(graft.attention_modules(model).values())
+        return list(attention_modules(model).values())
 
     return with_keep
 
@@ -258,7 +259,7 @@ def test_keys_alone_are_the_published_line(shape, keep, budget):
 def test_authors_accounting_by_hand():
     """N0 = 5 and then M = 2 patch tokens; keep 0.6: b = 3, of which 2 are left."""
     dense, sparse = (tiny(by_attention("evit", 0.5, (1,)), keep=keep) for keep in ("dense", 0.6))
-    found = [paper.count(list(graft.attention_modules(m).values()), [5, 3], 1) for m in (dense, sparse)]
+    found = [paper.count(list(attention_modules(m).values()), [5, 3], 1) for m in (dense, sparse)]
     assert found[0] == (2 * 8 * 50, 2 * 8 * (25 + 5 + 4))
     predictor = 2 * (5 + 3) * 32 * 8 + 2 * (4 * 5 + 2 * 3) * 5.53
     assert found[1] == (2 * 8 * 50, round(2 * 8 * (5 + 4 * 3 + 5 + 2 * 2) + predictor))
@@ -297,9 +298,9 @@ def test_table_says_the_whole_model_first_and_all_in_80_columns(found):
 
 
 def test_markdown_has_the_same_lines(found):
-    text = files.to_markdown(found)
+    text = report.to_markdown(found)
     assert "tokens per block 18 14 14, then 8 into the last MLP." in text
-    assert f"| choosing tokens | 0 | {report.human(found.stage_macs)} |" in text
+    assert f"| choosing tokens | 0 | {human(found.stage_macs)} |" in text
     assert "| MHSA, authors' accounting |" in text
 
 

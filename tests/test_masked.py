@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from timm.layers import Attention
 from torch.utils.checkpoint import checkpoint
 
-from sparsify.nn.attention import SparseAttention, Sparsity
+from sparsify.nn.attention import Execution, SparseAttention, Sparsity
 from sparsify.nn.predictor import HeadLowrank
 from sparsify.ops import attention as ops
 from sparsify.ops import backends, masked, reference, tails
 from sparsify.ops.cpu import kernels as cpu
-from sparsify.ops.spec import Execution
+from sparsify.ops.spec import Spec
 
 MERGED = pytest.mark.parametrize("merged", [False, True])
 
@@ -261,7 +261,7 @@ def test_token_lowrank_in_training(backend):
     g = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(2, 2, 37, 8, generator=g, requires_grad=True) for _ in range(3))
     weights = torch.rand(5, 37, generator=g), torch.randn(2, 5, 37, generator=g), None, None, None, None
-    spec = ops.Spec(6, 1, "clusters", (6, 6), (3, 2), (), 2)
+    spec = Spec(6, 1, "clusters", (6, 6), (3, 2), (), 2)
     size = torch.rand(2, 37, generator=g) + 0.5
 
     def run(backend):
@@ -274,7 +274,7 @@ def test_token_lowrank_in_training(backend):
 
 def test_masks_sizes_with_gradients_and_those_who_trace_take_the_op(kernels):
     q, k, v = (torch.randn(1, 1, 5, 4, requires_grad=True) for _ in range(3))
-    spec = ops.Spec(2, 1, "mean", (2, 2), (1, 1))
+    spec = Spec(2, 1, "mean", (2, 2), (1, 1))
 
     def run(mask=None, size=None, backend="cpu"):
         return ops.head_lowrank(q, k, v, None, None, mask, size, None, (2,), 0.5, spec, backend, "input")

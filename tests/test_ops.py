@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify.ops import attention, reference, tails
+from sparsify.ops import attention, reference, selection, tails
 from sparsify.ops.spec import budget
 
 TAILS = ["none", "mean", "cells", "clusters"]
@@ -119,7 +119,7 @@ def test_top_b_keeps_exactly_b_and_breaks_ties_by_the_lower_index(n, seed, data)
     b = data.draw(st.integers(1, n))
     s = torch.randint(-2, 3, (4, n), generator=torch.Generator().manual_seed(seed)).float()
     s[0, : n // 2], s[1] = -torch.inf, torch.nan
-    kept = reference.top_b(s, b)
+    kept = selection.top_b(s, b)
     for row, chosen in zip(s.nan_to_num(nan=-torch.inf, neginf=-torch.inf).tolist(), kept, strict=True):
         assert chosen.nonzero().flatten().tolist() == sorted(sorted(range(n), key=lambda j: (-row[j], j))[:b])
 
@@ -127,7 +127,7 @@ def test_top_b_keeps_exactly_b_and_breaks_ties_by_the_lower_index(n, seed, data)
 def test_queries_of_a_tile_share_their_keys():
     torch.manual_seed(0)
     scores = torch.randn(1, 2, 16, 17)
-    pooled = reference.pool_tiles(scores, (4, 4), (2, 2))
+    pooled = selection.pool_tiles(scores, (4, 4), (2, 2))
     assert torch.equal(pooled[:, :, 0], pooled[:, :, 5]) and not torch.equal(pooled[:, :, 0], pooled[:, :, 2])
     z = (scores - scores.mean(-1, keepdim=True)) / scores.std(-1, keepdim=True, correction=0)
     torch.testing.assert_close(pooled[:, :, 0], z[:, :, [0, 1, 4, 5]].amax(2))
@@ -138,12 +138,12 @@ def test_a_tile_does_not_see_the_scale_of_its_rows_nor_keys_that_none_may_attend
     scores = torch.randn(1, 1, 4, 5)
     scaled = scores * torch.tensor([1.0, 10.0, 0.1, 5.0])[:, None] + torch.tensor([0.0, 3.0, -2.0, 9.0])[:, None]
     torch.testing.assert_close(
-        *(reference.pool_tiles(s, (2, 2), (2, 2)) for s in (scores, scaled)), atol=1e-5, rtol=1e-4
+        *(selection.pool_tiles(s, (2, 2), (2, 2)) for s in (scores, scaled)), atol=1e-5, rtol=1e-4
     )
     scores[..., 3] = -torch.inf
-    pooled = reference.pool_tiles(scores, (2, 2), (2, 2))
+    pooled = selection.pool_tiles(scores, (2, 2), (2, 2))
     assert (pooled[..., 3] == -torch.inf).all() and pooled[..., :3].isfinite().all()
-    assert not reference.pool_tiles(torch.ones(1, 1, 4, 5), (2, 2), (2, 2)).any()  # equal scores: no key ahead
+    assert not selection.pool_tiles(torch.ones(1, 1, 4, 5), (2, 2), (2, 2)).any()  # equal scores: no key ahead
 
 
 def test_a_row_that_may_attend_to_nothing_gives_zero():
@@ -161,7 +161,7 @@ def test_a_row_that_may_attend_to_nothing_gives_zero():
 def test_a_nan_key_reaches_the_rows_that_see_it_and_not_silently_fewer_keys():
     q, k, v = torch.randn(3, 1, 1, 6, 4, generator=torch.Generator().manual_seed(0))
     k[0, 0, 2] = torch.nan
-    kept = reference.top_b(q @ k.mT, 2)
+    kept = selection.top_b(q @ k.mT, 2)
     assert not kept[..., 2].any() and (kept.sum(-1) == 2).all()
 
 

@@ -16,13 +16,16 @@ from sparsify.cli import tables
 from sparsify.cli.app import main
 from sparsify.config import SparsityConfig, TokenLowrank, Tokens
 from sparsify.errors import BadFile, SparsifyError, UsageError
+from sparsify.files import write_json, write_text
 from sparsify.measure import latency
+from sparsify.measure.figures import Profile
 from sparsify.measure.latency import Timing
-from sparsify.measure.profile import Profile, profile
+from sparsify.measure.profile import profile
 from sparsify.nn import graft
 from sparsify.ops import auto, backends, remembered
-from sparsify.report import files
+from sparsify.report import accuracy
 from sparsify.report import profile as report
+from sparsify.report.words import human
 
 THEORETICAL = {
     "macs_dense", "macs_sparse", "mhsa_macs_dense", "mhsa_macs_sparse", "kept_macs", "prefix_macs", "predictor_macs",
@@ -126,7 +129,7 @@ def test_tree_shows_a_predictor_in_every_block(fold):
     rows = [row for row in found.modules if row["name"].endswith(".predictor")]
     assert [row["name"] for row in rows] == [f"blocks.{i}.attn.predictor" for i in range(3)]
     assert sum(row["macs_sparse"] for row in rows) == found.predictor_macs > 0
-    assert files.to_markdown(found).count("predictor | HeadLowrank") == 3
+    assert report.to_markdown(found).count("predictor | HeadLowrank") == 3
 
 
 def test_tree_on_screen_joins_blocks_that_are_alike():
@@ -276,7 +279,7 @@ def test_auto_takes_dense_attention_where_it_is_faster_and_says_so(monkeypatch):
     assert first["shape"]["batch"] == 2 and first["shape"]["tokens"] == 17 and first["shape"]["sparse"] == "reference"
     assert found.measured.auto.median < found.measured.sparse.median  # the reference is the slower one by far
     line = "auto: blocks 0-2 torch's dense SDPA (0.31 ms; sparse reference 0.42)"
-    assert line in report.auto(found) and line in files.to_markdown(found)
+    assert line in report.auto(found) and line in report.to_markdown(found)
     assert line in " ".join(shown(tables.profile_table(found)).split())
 
 
@@ -336,7 +339,7 @@ def test_verdict_in_words(found, dense, sparse, words):
     p = timed(found, dense, sparse)
     assert words in report.verdict(p)
     assert words in " ".join(shown(tables.profile_table(p)).split())
-    assert words in files.to_markdown(p)
+    assert words in report.to_markdown(p)
 
 
 def test_table_at_80_columns_without_colour(found):
@@ -361,7 +364,7 @@ def test_table_at_80_columns_without_colour(found):
 def test_nothing_measured_says_so():
     p = profile(small(), measure=False)
     assert "Measured" not in shown(tables.profile_table(p))
-    assert "latency" not in files.to_markdown(p)
+    assert "latency" not in report.to_markdown(p)
     assert report.verdict(p) == "" and report.auto(p) == []
 
 
@@ -377,10 +380,10 @@ def test_without_a_dense_model_a_dash_stands_for_every_dense_figure_and_change(c
     assert report.remarks(p) == report.remarks(with_dense)
     assert report.verdict(p) == report.NO_DENSE and "dense" not in report.auto(p)[0]
     assert report.auto(p)[0].endswith(f"{p.measured.auto.p10:.4g}-{p.measured.auto.p90:.4g})")
-    for text in (shown(tables.profile_table(p), tables.module_tree(p)), files.to_markdown(p)):
+    for text in (shown(tables.profile_table(p), tables.module_tree(p)), report.to_markdown(p)):
         assert text.count("No dense figures") == 1 and "%" not in text and "than dense" not in text
     bare = dataclasses.replace(p, measured=None, choices=())
-    for text in (shown(tables.profile_table(bare)), files.to_markdown(bare)):
+    for text in (shown(tables.profile_table(bare)), report.to_markdown(bare)):
         assert text.count("No dense figures") == 1
     assert with_dense.dense == (with_dense.macs_dense, with_dense.mhsa_macs_dense)
     with pytest.raises(SparsifyError, match="no dense figures"):
@@ -388,7 +391,7 @@ def test_without_a_dense_model_a_dash_stands_for_every_dense_figure_and_change(c
 
 
 def test_markdown_and_the_screen_have_the_same_rows(found):
-    screen, text = " ".join(shown(tables.profile_table(found)).split()), files.to_markdown(found)
+    screen, text = " ".join(shown(tables.profile_table(found)).split()), report.to_markdown(found)
     for row in (*report.headline(found), *report.measured(found)):
         assert f"| {' | '.join(row)} |" in text and " ".join(" ".join(row).split()) in screen
     assert "| HeadLowrank |" in text and " | – | " in text.split("## By module")[1]
@@ -397,7 +400,7 @@ def test_markdown_and_the_screen_have_the_same_rows(found):
 def test_uncounted_ops_are_said_loudly(found):
     p = dataclasses.replace(found, unsupported={"aten::fft": 2})
     assert "NOT COUNTED" in shown(tables.profile_table(p))
-    assert "NOT COUNTED" in files.to_markdown(p)
+    assert "NOT COUNTED" in report.to_markdown(p)
 
 
 @pytest.mark.parametrize(
@@ -408,7 +411,7 @@ def test_uncounted_ops_are_said_loudly(found):
     ],
 )  # fmt: skip
 def test_human_numbers(number, text):
-    assert report.human(number) == text
+    assert human(number) == text
 
 
 def test_eval_table():
@@ -450,12 +453,12 @@ def test_command_counts_as_the_authors_do(tmp_path, capsys):
 
 
 def test_json_has_exact_numbers(found, tmp_path):
-    files.write_json(tmp_path / "p.json", found.as_dict())
+    write_json(tmp_path / "p.json", found.as_dict())
     assert json.loads((tmp_path / "p.json").read_text(encoding="utf-8")) == found.as_dict()
 
 
 def test_results_file_has_timms_columns(tmp_path):
-    files.write_results(tmp_path / "r.csv", {"model": "a", "top1": 71.5, "top5": None, "kl": 0.02})
+    accuracy.write_results(tmp_path / "r.csv", {"model": "a", "top1": 71.5, "top5": None, "kl": 0.02})
     header, row = (tmp_path / "r.csv").read_text(encoding="utf-8").splitlines()
     assert header == "model,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation,kl"
     assert row == "a,71.5,28.5,,,,,,,0.02"
@@ -463,13 +466,13 @@ def test_results_file_has_timms_columns(tmp_path):
 
 def test_writing_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "report.md"
-    files.write_text(path, "old")
+    write_text(path, "old")
 
     def full_disk(handle: int) -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(BadFile, match="No space"):
-        files.write_text(path, "new")
+        write_text(path, "new")
     assert path.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [path]

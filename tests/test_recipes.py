@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from said import the_error
 
 from sparsify.errors import UsageError
-from sparsify.images import digits
 from sparsify.jobs import convert
+from sparsify.models.digits import network
 from sparsify.recipe import default_recipe, load_recipe, recipe_names, recipe_text, recipe_yaml
 
 NAMES = ("calibrate", "distill", "paper", "paper-calibrated", "paper-digits")
@@ -265,7 +265,7 @@ def test_images_that_do_not_fit_are_one_line(run, tmp_path):
 
 def test_classes_cannot_be_learned_without_a_head(tmp_path, monkeypatch):
     chosen = tune.recipe({"losses": {"classification": 1.0}})
-    model = digits.build()
+    model = network.build()
     model.reset_classifier(0)
     monkeypatch.setattr(convert.zoo, "load", lambda *a: model)
     with pytest.raises(UsageError, match="classification needs a model with classes") as caught:

@@ -11,11 +11,12 @@ from PIL import Image
 from rich.console import Console
 
 from sparsify.cli import progress
-from sparsify.cli.progress import Reporter, training_note
+from sparsify.cli.progress import Reporter
 from sparsify.errors import BadFile
 from sparsify.fit.finetune.log import METRICS, PARTS, Record, read
+from sparsify.fit.finetune.loop import training_note
+from sparsify.recipe import Losses
 from sparsify.report import training_plot
-from sparsify.stage import Losses
 
 
 def row(step, stage=0, **more):

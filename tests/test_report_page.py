@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sparsify.cli.app import main
-from sparsify.measure.profile import Profile
+from sparsify.measure.figures import Profile
 from sparsify.models import checkpoint
 
 EVIL = "\"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>{{ 7 * 7 }}'&amp;"

@@ -118,7 +118,7 @@ def test_a_run_without_a_saved_state_goes_on_from_its_calibrated_model(undisturb
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion", "adan", "muon"])
 def test_optimisers_are_packed_whole(name):
     from sparsify.fit.finetune import trainable
-    from sparsify.stage import Stage
+    from sparsify.recipe import Stage
 
     def steps(model, optimizer, count):
         for i in range(count):
@@ -156,10 +156,10 @@ def unfinished(tmp_path, monkeypatch):
 
 def test_another_run_is_not_resumed(unfinished, tmp_path):
     (tmp_path / "set").mkdir()
-    from sparsify.images import digits
+    from sparsify.images.digits import scans
 
     for i in range(12):
-        digits.dataset("test")[i][0].save(tmp_path / "set" / f"{i}.png")
+        scans.dataset("test")[i][0].save(tmp_path / "set" / f"{i}.png")
     for field, how in {
         "recipe.stages.0.optimiser.lr was 0.0001, is 0.5": {"chosen": recipe({"optimiser": {"lr": 0.5}})},
         "recipe.stages.0.steps was 3, is 4": {"chosen": recipe({"steps": 4})},

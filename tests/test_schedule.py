@@ -19,8 +19,8 @@ from sparsify.fit.schedule.costs import BlockCost
 from sparsify.fit.schedule.sensitivity import Sensitivity
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint
-from sparsify.nn import graft, token_models
-from sparsify.ops.spec import Execution
+from sparsify.nn import execution, graft, hosts, token_models
+from sparsify.nn.attention import Execution, attention_modules
 from sparsify.recipe import load_recipe
 
 KW = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
@@ -104,7 +104,7 @@ def test_costs_are_the_profiles_macs(way, counts, importance):
     cells = ((1, 1), (2, 2), (2, 1), (1, 1))
     listed = tuple("dense" if k is None else k for k in keeps)
     config = SparsityConfig(keep=listed, rank=4, spread_rank=False, cells=cells)
-    costs = costing.macs(model, 1, token_models.ranking_rows(model), way, options)
+    costs = costing.macs(model, 1, hosts.ranking_rows(model), way, options)
 
     def total(c, a):
         rates = search.Schedule(c, a, 0, 0).rates()
@@ -121,7 +121,7 @@ def test_costs_are_the_profiles_macs(way, counts, importance):
 @pytest.mark.parametrize("importance,untimed", [("fitted", "given"), ("attention", "fitted")])
 def test_the_importance_that_is_timed_is_the_models(importance, untimed, monkeypatch):
     model = tiny()
-    graft.set_execution(model, Execution("reference"))
+    execution.set_execution(model, Execution("reference"))
     if importance == "fitted":
         fit_importance(model, lambda: [torch.randn(4, 3, 32, 32)])
     monkeypatch.setattr(seconds, untimed, lambda *arguments: pytest.fail("timed"))
@@ -131,7 +131,7 @@ def test_the_importance_that_is_timed_is_the_models(importance, untimed, monkeyp
 
 def test_sensitivity_leaves_the_model_as_it_was_and_sees_what_matters():
     model = tiny()
-    graft.set_execution(model, Execution("reference"))
+    execution.set_execution(model, Execution("reference"))
     x = torch.randn(6, 3, 32, 32)
     with torch.no_grad():
         before = model(x)
@@ -146,7 +146,7 @@ def test_sensitivity_leaves_the_model_as_it_was_and_sees_what_matters():
 
 def test_no_classifier_no_empty_end():
     model = tiny(num_classes=0)
-    graft.set_execution(model, Execution("reference"))
+    execution.set_execution(model, Execution("reference"))
     measured = choose.sensitivity(model, SparsityConfig(keep=0.5, rank=4), [torch.randn(4, 3, 32, 32)], (None, 0.5))
     assert measured.empty is None and measured.tokens[-1, -1] > 0
 
@@ -154,7 +154,7 @@ def test_no_classifier_no_empty_end():
 @pytest.mark.parametrize("target", [0.75, 0.5])
 def test_target_macs_is_met_and_the_better_of_two(target):
     model = tiny()
-    graft.set_execution(model, Execution("reference"))
+    execution.set_execution(model, Execution("reference"))
     config = SparsityConfig(keep=0.5, rank=4, spread_rank=False)
     x = torch.randn(8, 3, 32, 32)
     measured = choose.sensitivity(model, config, [x], (None, 0.5))
@@ -166,7 +166,7 @@ def test_target_macs_is_met_and_the_better_of_two(target):
 
 def test_a_target_below_the_least_is_refused():
     model = tiny()
-    graft.set_execution(model, Execution("reference"))
+    execution.set_execution(model, Execution("reference"))
     config = SparsityConfig(keep=0.5, rank=4, spread_rank=False)
     measured = choose.sensitivity(model, config, [torch.randn(2, 3, 32, 32)], (None,))
     with pytest.raises(UsageError, match="least that a schedule"):
@@ -175,7 +175,7 @@ def test_a_target_below_the_least_is_refused():
 
 def test_target_latency_aims_by_what_it_measures(monkeypatch):
     model = tiny()
-    graft.set_execution(model, Execution("reference"))
+    execution.set_execution(model, Execution("reference"))
     config = SparsityConfig(keep=0.5, rank=4, spread_rank=False)
     measured = choose.sensitivity(model, config, [torch.randn(4, 3, 32, 32)], (None, 0.5))
     said, shares = [], iter([0.9, 0.75, 0.61])
@@ -195,7 +195,7 @@ def test_target_latency_aims_by_what_it_measures(monkeypatch):
 
 def test_measured_costs_are_times():
     model = tiny()
-    graft.set_execution(model, Execution("reference"))
+    execution.set_execution(model, Execution("reference"))
     costs = choose.seconds.measured(model, "merge", {None: (1, 1), 0.5: (2, 2)}, 1)
     assert len(costs) == 4
     for n, m in ((16, 16), (16, 9), (9, 3), (3, 0)):
@@ -241,7 +241,7 @@ def test_the_importance_asked_for_is_what_the_file_goes_by(importance, tmp_path)
     for more in (["--token-keep", "0.7", "--token-stages", "2"], ["--target-macs", "0.8", "--calib-images", "16"]):
         path = convert(tmp_path, "--token-importance", importance, *more, "--force")
         assert checkpoint.read_header(path).config.tokens.importance == importance
-        modules = graft.attention_modules(checkpoint.load(path)).values()
+        modules = attention_modules(checkpoint.load(path)).values()
         assert any(m.importance is not None and bool(m.importance.any()) for m in modules) == (importance == "fitted")
 
 

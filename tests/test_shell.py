@@ -22,10 +22,10 @@ from sparsify.cli import completion, tables, terminal
 from sparsify.cli.app import app, main
 from sparsify.cli.commands import convert
 from sparsify.cli.helptext import tidy
-from sparsify.cli.options import torch_dtype
+from sparsify.cli.parsers import torch_dtype
 from sparsify.cli.progress import Reporter
 from sparsify.models import catalogue, names
-from sparsify.ops import attention
+from sparsify.ops import backends
 from sparsify.recipe import recipe_names
 
 HERE = Path(__file__).resolve().parent.parent
@@ -90,7 +90,7 @@ def test_tab_offers_files_where_no_name_fits(line, capsys, monkeypatch):
 
 def test_words_of_completion_are_those_of_the_options():
     fields = config.SparsityConfig.model_fields
-    assert completion.BACKENDS == attention.BACKENDS and completion.KERNEL_PRECISIONS == attention.PRECISIONS
+    assert completion.BACKENDS == backends.BACKENDS and completion.KERNEL_PRECISIONS == backends.PRECISIONS
     assert get_args(fields["predictor"].annotation) == completion.PREDICTORS
     assert get_args(fields["tail"].annotation) == completion.TAILS
     assert get_args(fields["granularity"].annotation) == completion.GRANULARITIES

@@ -94,7 +94,7 @@ def test_figures_of_every_kind_are_drawn(case, tmp_path):
     photo = photo_of(model, tmp_path)
     found = inspection.inspect(model, photo.x)
     heads = (0,) if case == "one head" else (0, 2)
-    shown = show.Shown("noise", photo, found, (0, 1), heads)
+    shown = inspection.Shown("noise", photo, found, (0, 1), heads)
     drawn = [figures.keys(shown, query) for query in range(len(found.queries))] + [figures.mass(shown)]
     drawn += [figures.tokens(shown)] if found.stages else []
     for content in drawn:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparsify.errors import UnsupportedModel
-from sparsify.nn import graft, hosts
+from sparsify.nn import hosts
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 CURRENT = f"timm {timm.__version__} " in PAGE.read_text()
@@ -57,6 +57,6 @@ def test_other_modules_of_timm_are_refused_by_name(module):
     except (NotImplementedError, RuntimeError):
         pytest.skip("cannot be built on the meta device")
     with pytest.raises(UnsupportedModel) as caught:
-        graft.check(model, names[0])
+        hosts.check(model, names[0])
     text = str(caught.value)
     assert names[0] in text and "is not understood" in text and "\n" not in text

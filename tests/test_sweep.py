@@ -17,11 +17,13 @@ from PIL import Image
 from said import the_error
 
 from sparsify.cli.app import main
-from sparsify.images import datasets, digits
+from sparsify.images import datasets
+from sparsify.images.digits import scans
 from sparsify.jobs import sweep as job
 from sparsify.measure import comparison, evaluate, latency
 from sparsify.measure.latency import Timing
 from sparsify.models import checkpoint
+from sparsify.models.digits import network
 from sparsify.nn import graft
 from sparsify.recipe import load_recipe
 from sparsify.report import sweep as report
@@ -128,7 +130,7 @@ def test_a_recipe_gives_the_settings_model_again(name, swept, figures, run, tmp_
     header = checkpoint.read_header(Path("again.safetensors"))
     assert header.config.model_dump(mode="json") == setting["sparsity"]
     again = checkpoint.load("again.safetensors")
-    test = digits.dataset("test", datasets.transform(datasets.data_config(again)))
+    test = scans.dataset("test", datasets.transform(datasets.data_config(again)))
     drawn = [test[i] for i in sorted(random.Random(0).sample(range(len(test)), 48))]
     x, y = torch.stack([image for image, _ in drawn]), torch.tensor([label for _, label in drawn])
     found = evaluate.evaluate(again, graft.dense_twin(again), [(x, y)])
@@ -158,7 +160,7 @@ def test_another_seed_draws_other_images(monkeypatch):
 def loose(folder, n=5):
     folder.mkdir()
     for i in range(n):
-        digits.dataset("test")[i][0].save(folder / f"{i}.png")
+        scans.dataset("test")[i][0].save(folder / f"{i}.png")
 
 
 def test_loose_images_give_agreement_but_no_accuracy(run, tmp_path):
@@ -259,7 +261,7 @@ def test_speed_is_taken_round_by_round(monkeypatch):
         return {name: Timing(1, 1, 1, 3) for name in runs}
 
     monkeypatch.setattr(latency, "interleaved", interleaved)
-    dense = digits.build()
+    dense = network.build()
     _, speeds = job._time({"dense": dense, "half": dense}, 1, torch.device("cpu"), torch.float32)
     assert speeds["half"].median == 2  # of 4/2, 10/40, 6/2
     assert speeds["dense"] == Timing(1, 1, 1, 3)

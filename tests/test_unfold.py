@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify.config import SparsityConfig
-from sparsify.nn import graft
+from sparsify.nn import attention, graft
 from sparsify.nn.folding import fold, retract, unfold
 from sparsify.nn.predictor import HeadLowrank
 
@@ -27,7 +27,7 @@ def sparse(family="deit", **more):
     model = build(family)
     graft.graft(model, SparsityConfig(**{"keep": 0.4, "rank": RANKS, "spread_rank": False, **more}))
     generator = torch.Generator().manual_seed(3)
-    for module in graft.sparse_modules(model).values():
+    for module in attention.sparse_modules(model).values():
         graft.set_basis(module, module.predictor, *rotations(generator, module.num_heads, module.head_dim))
     return model
 
@@ -35,7 +35,7 @@ def sparse(family="deit", **more):
 def perturb(model, seed=5, size=0.1):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for module in graft.sparse_modules(model).values():
+        for module in attention.sparse_modules(model).values():
             for a in (module.predictor.a_q, module.predictor.a_k):
                 a += size * torch.randn(a.shape, generator=generator)
 
@@ -53,7 +53,7 @@ def test_unfolded_it_computes_the_same_and_folds_back():
     model = sparse()
     before, weights = outputs(model), copy.deepcopy(model.state_dict())
     unfold(model)
-    predictors = [m.predictor for m in graft.sparse_modules(model).values()]
+    predictors = [m.predictor for m in attention.sparse_modules(model).values()]
     assert [p.folded for p in predictors] == [False, False] and [p.ranks for p in predictors] == list(RANKS)
     assert [tuple(p.a_q.shape) for p in predictors] == [(3, 64, 21), (3, 64, 64)]
     assert all(p.a_q.requires_grad and p.a_k.requires_grad for p in predictors)
@@ -64,7 +64,7 @@ def test_unfolded_it_computes_the_same_and_folds_back():
 
 
 def sparse_of(model):
-    return list(graft.sparse_modules(model).values())
+    return list(attention.sparse_modules(model).values())
 
 
 def test_what_was_learned_is_folded_exactly():
@@ -157,6 +157,6 @@ def stub(d, ranks):
     """The attention of one block, with heads of size d and an unfolded predictor."""
     host = build("deit", depth=1, embed_dim=d * len(ranks), num_heads=len(ranks))
     graft.graft(host, SparsityConfig(rank=(ranks,), fold=False, spread_rank=False))
-    (module,) = graft.sparse_modules(host).values()
+    (module,) = attention.sparse_modules(host).values()
     assert isinstance(module.predictor, HeadLowrank)
     return module

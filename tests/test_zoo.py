@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from sparsify.cli.preflight import preflight
 from sparsify.errors import BadFile, SparsifyError, UnsupportedModel, UsageError
-from sparsify.images import digits
 from sparsify.models import building, catalogue, pretrained
 from sparsify.models import building as building_
 from sparsify.models.building import describe, note, rebuild
+from sparsify.models.digits import network
 from sparsify.models.names import ALIASES, resolve
-from sparsify.nn import graft
+from sparsify.nn import hosts
 
 TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 SMALL = {"img_size": 32, "num_classes": 7}  # 2x2 patches: 5.4 M parameters remain
@@ -44,7 +44,7 @@ def two_blocks(monkeypatch):
         "build",
         lambda a, args, cfg: (
             build(a, {**(shallow if a.startswith(("vit", "deit")) else {}), **args}, cfg)
-            if a != digits.ARCHITECTURE
+            if a != network.ARCHITECTURE
             else build(a, args, cfg)
         ),
     )
@@ -74,7 +74,7 @@ def test_alias_names_pretrained_weights_of_a_model_that_can_be_converted(alias):
     source = resolve(alias)
     assert source.pretrained_name in timm.list_pretrained()
     assert source.note == f"{alias} -> {source.pretrained_name}"
-    graft.check(building_.skeleton(source), alias)
+    hosts.check(building_.skeleton(source), alias)
 
 
 def test_exact_name_keeps_its_tag_and_a_bare_one_says_the_default_tag():
@@ -114,7 +114,7 @@ def test_swin_resolves_and_is_refused_by_class_name_without_memory():
     skeleton = building_.skeleton(resolve("swin_tiny_patch4_window7_224"))
     assert all(p.is_meta for p in skeleton.parameters())
     with pytest.raises(UnsupportedModel, match="WindowAttention"):
-        graft.check(skeleton)
+        hosts.check(skeleton)
 
 
 def test_image_size_must_be_a_multiple_of_the_patch():
@@ -432,18 +432,20 @@ def test_header_of_a_newer_timm_or_with_strange_arguments_gives_one_line():
 def test_digits_rebuilds_without_timm_registry():
     source = resolve("digits")
     frame = building_.skeleton(source)
-    graft.check(frame, "digits")
+    hosts.check(frame, "digits")
     again = rebuild(**describe(frame, source))
     assert again(torch.zeros(1, 3, 28, 28)).shape == (1, 10)
-    assert again.pretrained_cfg["license"] == digits.DATA_CONFIG["license"]
+    assert again.pretrained_cfg["license"] == network.DATA_CONFIG["license"]
 
 
-@pytest.mark.skipif(not (Path(digits.__file__).parent / digits.WEIGHTS_FILE).exists(), reason="digits not trained yet")
+@pytest.mark.skipif(
+    not (Path(network.__file__).parent / network.WEIGHTS_FILE).exists(), reason="digits not trained yet"
+)
 def test_digits_loads_from_the_package_and_from_its_own_file():
     source = resolve("digits")
     model = pretrained.load(source)
-    assert same(model, digits.build())
-    assert same(pretrained.load(source, Path(digits.__file__).parent / digits.WEIGHTS_FILE), model)
+    assert same(model, network.build())
+    assert same(pretrained.load(source, Path(network.__file__).parent / network.WEIGHTS_FILE), model)
     assert pretrained.load(source, num_classes=0).num_classes == 0
 
 
@@ -499,7 +501,7 @@ def test_preflight_imports_nothing_heavy_by_itself():
     import subprocess
 
     code = "import sys, sparsify.cli.preflight; sys.exit('timm' in sys.modules or 'torch' in sys.modules)"
-    root = Path(digits.__file__).resolve().parents[2]
+    root = Path(network.__file__).resolve().parents[3]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
 

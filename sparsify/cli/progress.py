@@ -20,11 +20,6 @@ WINDOW = 300.0  # seconds over which the rate behind the time left is taken: a s
 BAR = 40  # columns of a bar where there is room
 
 
-def training_note(loss: float, lr: float, images_per_s: float) -> str:
-    """What stands beside a bar of training: 'loss 0.134  lr 1.9e-04  11.3 images/s'."""
-    return f"loss {loss:#.3g}  lr {lr:.1e}  {images_per_s:.1f} images/s"
-
-
 def clock(seconds: float) -> str:
     """4:12, or 1:04:12 from an hour on; 0:04 for four seconds."""
     minutes, rest = divmod(math.ceil(seconds), 60)

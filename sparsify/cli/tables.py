@@ -10,9 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsify.cli import terminal
-from sparsify.measure.profile import Profile
-from sparsify.report import accuracy
+from sparsify.measure.figures import Profile
+from sparsify.measure.sweep import Sweep
+from sparsify.report import accuracy, words
 from sparsify.report import profile as report
+from sparsify.report.profile import tree_rows
+from sparsify.report.sweep import conditions, label, quality, seen
 
 
 def show(what: RenderableType) -> None:
@@ -54,37 +57,11 @@ def module_tree(profile: Profile, *, full: bool = False) -> Group:
     table.add_column("module", no_wrap=True, overflow="ellipsis", ratio=1)
     for heading in ("params", "dense", "sparse", "change"):
         table.add_column(heading, justify="right", no_wrap=True, min_width=7)  # '821.6 k': a long name gives way
-    for label, row in tree_rows(profile, full=full):
+    for name_, row in tree_rows(profile, full=full):
         same = row["macs_dense"] == row["macs_sparse"]
-        name = Text("  " * row["depth"] + label, style="dim" if same else "")
-        table.add_row(name, report.human(row["params"]), *report.module_cells(row, report.human))
+        name = Text("  " * row["depth"] + name_, style="dim" if same else "")
+        table.add_row(name, words.human(row["params"]), *report.module_cells(row, words.human))
     return Group(Text(f"{report.THEORETICAL}, by module", style="italic"), table)
-
-
-def tree_rows(profile: Profile, *, full: bool = False) -> list[tuple[str, Mapping[str, Any]]]:
-    """Label and row of each line of the tree; `full` as in `module_tree`."""
-    subtrees: list[list[Mapping[str, Any]]] = []  # of the children of `blocks`; every other row stands alone
-    for row in profile.modules:
-        parts = row["name"].split(".")
-        if len(parts) > 2 and parts[0] == "blocks":
-            subtrees[-1].append(row)
-        else:
-            subtrees.append([row])
-    lines: list[tuple[str, Mapping[str, Any]]] = []
-    i = 0
-    while i < len(subtrees):
-        alike = 1
-        if not full and subtrees[i][0]["name"].startswith("blocks."):
-            while i + alike < len(subtrees) and _figures(subtrees[i + alike]) == _figures(subtrees[i]):
-                alike += 1
-        for row in subtrees[i]:
-            label = _label(row)
-            if alike > 1 and row is subtrees[i][0]:
-                last = subtrees[i + alike - 1][0]["name"].rpartition(".")[2]
-                label = f"{row['name'].rpartition('.')[2]}-{last}: {alike} alike, each {row['type']}"
-            lines.append((label, row))
-        i += alike
-    return lines
 
 
 def eval_table(result: Mapping[str, Any]) -> Group:
@@ -102,7 +79,7 @@ def eval_table(result: Mapping[str, Any]) -> Group:
     return Group(*parts)
 
 
-def _table(rows: list[report.Row]) -> Table:
+def _table(rows: list[words.Row]) -> Table:
     table = Table(box=None, pad_edge=False)
     for heading in ("", "dense", "sparse", "change"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -111,16 +88,38 @@ def _table(rows: list[report.Row]) -> Table:
     return table
 
 
-def _label(row: Mapping[str, Any]) -> str:
-    return f"{row['name'].rpartition('.')[2]} {row['type']}".strip()
-
-
-def _figures(rows: list[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-    """What makes two blocks alike: everything but their names."""
-    root = rows[0]["name"]
-    return [(r["name"].removeprefix(root), *(v for k, v in r.items() if k != "name")) for r in rows]
-
-
 def _pixels(profile: Profile) -> str:
     height, width = profile.conditions["img_size"]
     return f"{height}x{width} pixels"
+
+
+def table(sweep: Sweep) -> Group:
+    """All settings beside dense, in 80 columns."""
+    one = sweep.settings[0]
+    shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    headings = ["", "MACs", "change", "MHSA", *(name for name, _, _ in quality(one.evaluation)), "speed", "p10-p90"]
+    for heading in headings:  # 78 columns where they are full
+        short = {"lost/gained": "-/+"}.get(heading, heading.removesuffix(" %"))
+        shown.add_column(short, justify="right" if heading else "left", no_wrap=True)
+    dense = [cell for _, cell, _ in quality(one.evaluation)]
+    shown.add_row("dense", words.human(one.profile.dense.macs), "", "", *dense, "1.00x", "")
+    for s in sweep.settings:
+        p, speed = s.profile, s.speed
+        shown.add_row(
+            label(s),
+            words.human(p.macs_sparse),
+            words.change(p.dense.macs, p.macs_sparse).removesuffix(" %") + "%",
+            words.change(p.dense.mhsa_macs, p.mhsa_macs_sparse).removesuffix(" %") + "%",
+            *(cell[:-1] if name == "agree %" else cell for name, _, cell in quality(s.evaluation)),
+            f"{speed.median:.2f}x",
+            f"{speed.p10:.2f}-{speed.p90:.2f}",
+        )
+    flips = one.evaluation.images_lost is not None
+    parts: list[RenderableType] = [
+        Text("MACs of an image: theoretical. Accuracy and speed: measured", style="italic"),
+        shown,
+        Text(f"{seen(sweep)}{'; -/+: images lost and gained' if flips else ''}", style="dim"),
+        Text(conditions(sweep), style="dim"),
+        *(Text(f"left out, {reason}", style="bold") for reason in sweep.skipped.values()),
+    ]
+    return Group(*parts)

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from sparsify.images.datasets import train_transform, transform
 from sparsify.images.loaders import Items, drawn, read
-from sparsify.stage import Augmentation
+from sparsify.recipe import Augmentation
 
 CROP = Augmentation(scale=(0.5, 1.0))  # at least half of the picture, flipped or not
 

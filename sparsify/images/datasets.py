@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from sparsify.errors import BadData, SparsifyError, UsageError, one_line
-from sparsify.images import digits
+from sparsify.images.digits import scans
 from sparsify.images.loaders import (
     Decoded,
     ImageBatches,
@@ -31,7 +31,7 @@ from sparsify.images.loaders import (
 )
 from sparsify.images.pictures.pictures import CalibrationImages
 from sparsify.nn import hosts
-from sparsify.stage import Augmentation
+from sparsify.recipe import Augmentation
 
 PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")  # timm's data set prefixes
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
@@ -158,7 +158,7 @@ def all_images(path: str | Path, split: str) -> Items | IterableDataset:
     """
     spec = str(path)
     if is_digits(spec):
-        return Mapped(digits.dataset(_digits_split(spec, "train")))
+        return Mapped(scans.dataset(_digits_split(spec, "train")))
     if is_prefixed(spec):
         return _of(_timm_dataset(spec, split))
     reader = _reader(Path(path))
@@ -177,8 +177,8 @@ def class_images(
     """
     spec = str(path)
     if is_digits(spec):
-        _same_count(spec, len(digits.Digits.classes), num_classes)
-        return Mapped(digits.dataset(_digits_split(spec, digits_split))), ""
+        _same_count(spec, len(scans.Digits.classes), num_classes)
+        return Mapped(scans.dataset(_digits_split(spec, digits_split))), ""
     if not is_prefixed(spec):
         return _folder_items(split_folder(Path(path), folders), num_classes)
     dataset = _timm_dataset(spec, split)
@@ -200,8 +200,8 @@ def is_digits(spec: str) -> bool:
 
 def _digits_split(spec: str, default: str) -> str:
     split = spec.partition(":")[2] or default
-    if split not in digits.SPLITS:
-        raise BadData(f"digits has the splits {' and '.join(digits.SPLITS)}, not '{split}'")
+    if split not in scans.SPLITS:
+        raise BadData(f"digits has the splits {' and '.join(scans.SPLITS)}, not '{split}'")
     return split
 
 

@@ -19,26 +19,25 @@ from torch import Tensor, nn
 from sparsify import __version__, processes
 from sparsify.config import SparsityConfig, Target, Tokens
 from sparsify.errors import UsageError
+from sparsify.files import place, write_json, write_text
 from sparsify.fit.calibrate.calibrate import Calibration, calibrate, first, fit_importance, spends_ranks
 from sparsify.fit.finetune import plan as plan_
 from sparsify.fit.finetune import run_folder, run_status
 from sparsify.fit.finetune.plan import Plan, Source, check
 from sparsify.fit.finetune.run_status import Outcome
 from sparsify.fit.schedule import choose
-from sparsify.images import datasets, digits
 from sparsify.jobs import tune as tuning
+from sparsify.jobs.dense import CALIBRATION_BATCH, PROBE_IMAGES, _fitted_first, _loaded, calibration_images
 from sparsify.jobs.tune import Calibrated, Tuned
-from sparsify.measure.profile import Profile, profile
-from sparsify.models import building, checkpoint, names, pretrained
-from sparsify.naming import place
+from sparsify.measure.figures import Profile
+from sparsify.measure.profile import profile
+from sparsify.models import building, checkpoint, names
 from sparsify.nn import graft, hosts, token_models
+from sparsify.nn.attention import Execution
+from sparsify.nn.execution import check_execution, set_execution
 from sparsify.ops import backends
-from sparsify.ops.spec import Execution
 from sparsify.recipe import Recipe, recipe_yaml
-from sparsify.report import files
-
-PROBE_IMAGES = 64  # of the calibration's that a schedule is chosen on
-CALIBRATION_BATCH = 16  # images; bounds the memory of the widest step, the reference attention at four ranks
+from sparsify.report.profile import to_markdown
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def convert(
         dtype: of the forward passes of the calibration (autocast); moments are float64, the file is float32.
         batch_size: images of a pass of the calibration; micro_batch: most images of a pass of the fine-tuning.
         workers: processes that read images.
-        backend: what computes the sparse trials of the calibration (`sparsify.ops.attention.BACKENDS`).
+        backend: what computes the sparse trials of the calibration (`sparsify.ops.backends.BACKENDS`).
         target: choose keep and token keep of every block for it; the recipe's are the start of the calibration.
         say: called with lines for the person at the terminal.
         progress: called with step, images (or steps) done, how many in all, and a note.
@@ -114,10 +113,10 @@ def convert(
     device = processes.place(device)
     processes.start(device)
     execution = Execution(backend)
-    graft.check_execution(execution, torch.device(device), dtype)
+    check_execution(execution, torch.device(device), dtype)
     with processes.agree():
         source, model = _loaded(name, recipe, target, weights, num_classes, img_size, say)
-        graft.check_execution(execution, torch.device(device), dtype, hosts.biased(model))
+        check_execution(execution, torch.device(device), dtype, hosts.biased(model))
         if target is not None:  # its schedule lets tokens leave
             token_models.check(model)
         architecture, dense_sha256 = building.describe(model, source), checkpoint.digest_of(model)
@@ -156,10 +155,10 @@ def convert(
     recipe_file = None if target is None else output.with_name(f"{stem}.recipe.yaml")
     if processes.main():
         checkpoint.save(sparse, output, described)
-        files.write_json(report_json, figures.as_dict())
-        files.write_text(report_md, files.to_markdown(figures))
+        write_json(report_json, figures.as_dict())
+        write_text(report_md, to_markdown(figures))
         if recipe_file is not None:
-            files.write_text(recipe_file, recipe_yaml(found.recipe))
+            write_text(recipe_file, recipe_yaml(found.recipe))
         if run is not None:
             run.finish(output)
     processes.barrier()
@@ -168,30 +167,6 @@ def convert(
         output, report_json, report_md, recipe_file, sparse, described, figures, found.words, seconds,
         None if tuned is None else tuned.outcome, None if run is None else run.path,
     )  # fmt: skip
-
-
-def _fitted_first(recipe: Recipe, target: Target | None) -> SparsityConfig:
-    """What is calibrated: of a recipe's tokens a search takes the way and the importance, and chooses the stages itself."""
-    return recipe.sparsity if target is None else recipe.sparsity.model_copy(update={"tokens": None})
-
-
-def _loaded(
-    name: str, recipe: Recipe, target: Target | None, weights: Path | None, num_classes: int | None,
-    img_size: int | None, say: Callable[[str], None],
-) -> tuple[names.Source, nn.Module]:  # fmt: skip
-    """The dense model on the CPU, once `recipe` is known to fit it."""
-    source = names.resolve(name)
-    if source.note:
-        say(source.note)
-    frame = building.skeleton(source, num_classes, img_size)  # what does not fit is refused before anything is loaded
-    graft.check(frame, source.asked)
-    graft.check_config(frame, _fitted_first(recipe, target))
-    if recipe.start == "random" and recipe.sparsity.predictor != "token-lowrank":
-        raise UsageError("start random is the authors' way for predictor token-lowrank: use start closed-form")
-    model = pretrained.load(source, weights, num_classes, img_size)
-    if differs := building.note(model, source):
-        say(differs)
-    return source, model
 
 
 def _planned(
@@ -215,7 +190,7 @@ def _calibrated(
 ) -> Calibrated:  # fmt: skip
     """The model with its predictors fitted (or drawn at random, as the recipe says), and a schedule chosen for a target."""
     if recipe.start == "random":
-        config = recipe.sparsity.with_cells(graft.num_tokens(model))
+        config = recipe.sparsity.with_cells(hosts.num_tokens(model))
         if config.tokens is not None:  # nothing is fitted
             config = config.model_copy(update={"tokens": config.tokens.model_copy(update={"importance": "attention"})})
         graft.draw(graft.graft(model, config), recipe.seed)
@@ -250,7 +225,7 @@ def _choose(
     if (asked.tokens or Tokens()).importance == "fitted":
         fit_importance(model, batches, lambda step, done, total: progress(step, done, recipe.calib_images))
     config = result.config.model_copy(update={"cells": asked.cells, "tokens": asked.tokens})
-    graft.set_execution(model, execution)
+    set_execution(model, execution)
     probe = list(first(batches(), PROBE_IMAGES))
     total = sum(map(len, probe))
     measured = choose.sensitivity(model, config, probe, target.keeps, lambda done: progress("schedule", done, total))
@@ -264,32 +239,16 @@ def _choose(
             f"{found.share:.3f} of the dense model's time at batch {target.batch_size}, {target.latency:g} asked for"
         )
     graft.apply(model, found.config)
-    prefix = graft.num_prefix_tokens(model)
+    prefix = hosts.num_prefix_tokens(model)
     say(f"schedule: {words}")
     say("  tokens after each block  " + " ".join(str(n + prefix) for n in found.schedule.counts[1:]))
     say("  keep of each block       " + " ".join(f"{a:g}" if a else "dense" for a in found.schedule.keeps))
-    config = found.config.with_cells(graft.num_tokens(model))
+    config = found.config.with_cells(hosts.num_tokens(model))
     sparsity = (
         config if asked.cells else config.model_copy(update={"cells": None})
     )  # ranks as found: they depend on keep
     description = f"{recipe.description.split('; schedule')[0]}; schedule for {words}"
     return config, recipe.model_copy(update={"sparsity": sparsity, "description": description})
-
-
-def calibration_images(
-    model: nn.Module, source: names.Source, recipe: Recipe, images: str | None, device: str, size: int, workers: int
-) -> tuple[Callable[[], Iterator[Tensor]], str]:
-    """The calibration images, read anew at each pass, and what they are in words."""
-    transform = datasets.transform(datasets.data_config(model))
-    n, seed = recipe.calib_images, recipe.seed
-    built_in_digits = source.architecture == digits.ARCHITECTURE
-    if images is not None:
-        found = datasets.unlabelled(images, n, seed, transform, size, workers)
-        words = f"up to {n} images of {images} (labels are not used)"
-    else:
-        found = datasets.builtin_calibration(built_in_digits, n, seed, transform, size, workers)
-        words = f"{n} {'digits of the training split' if built_in_digits else 'built-in pictures'}: no --data was given"
-    return lambda: (x.to(device) for x in found), words
 
 
 def _provenance(

@@ -17,10 +17,11 @@ from sparsify import __version__
 from sparsify.errors import BadFile, SparsifyError, UsageError, one_line
 from sparsify.files import whole
 from sparsify.measure import profile as profiles
-from sparsify.models import checkpoint, findings, hub
+from sparsify.models import checkpoint, hub, provenance
+from sparsify.models.hub import ARCHITECTURE
 from sparsify.models.provenance import licence_of
 from sparsify.nn import graft
-from sparsify.registry import ARCHITECTURE
+from sparsify.report import readback
 from sparsify.report.card import Facts, card
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".onnx", ".h5", ".msgpack", ".gguf")
@@ -73,9 +74,9 @@ def package(
     digest = checkpoint.digest_in(file)
     profile = profiles.profile(model, dense=graft.dense_twin(model), measure=False)
     known = licence_of(header, licence)
-    original, base = findings.origin(header)
-    results = None if evaluation is None else findings.results(evaluation, digest)
-    measured = None if timing is None else findings.times(timing, profile.macs_sparse, profile.param_count)
+    original, base = provenance.origin(header)
+    results = None if evaluation is None else readback.results(evaluation, digest)
+    measured = None if timing is None else readback.times(timing, profile.macs_sparse, profile.param_count)
     facts = Facts(place, header, profile, known, original, base, results, measured)
     notes = [known.note] if known.note else []
     if found := _places(header):

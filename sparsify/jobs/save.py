@@ -20,8 +20,8 @@ from sparsify.errors import UsageError, one_line
 from sparsify.measure import profile
 from sparsify.models import building, checkpoint
 from sparsify.models.names import Source
-from sparsify.nn import graft
-from sparsify.ops.spec import Execution
+from sparsify.nn import attention, execution, hosts
+from sparsify.nn.attention import Execution
 
 Header = checkpoint.Header
 
@@ -45,7 +45,7 @@ def save(model: nn.Module, path: Path, like: Path, force: bool = False) -> Heade
         BadFile: `like` cannot be read, `path` cannot be written or holds another model.
     """
     host = unwrap_model(model)
-    if not isinstance(host, nn.Module) or not graft.attention_modules(host):
+    if not isinstance(host, nn.Module) or not attention.attention_modules(host):
         raise UsageError("no sparse attention in this model: save takes a model that sparsify.load gave")
     header = checkpoint.read_header(like)
     state = _plain(host)
@@ -102,8 +102,8 @@ def _described(host: nn.Module, header: Header) -> Header:
 
 def _config(host: nn.Module, config: SparsityConfig) -> SparsityConfig:
     """The configuration with the cells of the modules: they grow with the image (`graft.resize`)."""
-    modules = list(graft.attention_modules(host).values())
-    known = config.with_cells(graft.num_tokens(host))
+    modules = list(attention.attention_modules(host).values())
+    known = config.with_cells(hosts.num_tokens(host))
     own = [getattr(m, "sparsity", None) for m in modules]
     cells = tuple(known.cells_of(i) if s is None else s.cells for i, s in enumerate(own))
     if cells == tuple(known.cells_of(i) for i in range(len(modules))):
@@ -118,7 +118,7 @@ def _same_outputs(host: nn.Module, fresh: nn.Module) -> bool:
     height, width = cast(Any, host).patch_embed.img_size
     x = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
     for model in (twin, fresh):
-        graft.set_execution(model, Execution())
+        execution.set_execution(model, Execution())
     own, other = twin(x).nan_to_num(), fresh(x).nan_to_num()  # a model that diverged can be saved too
     return torch.allclose(own, other, rtol=1e-4, atol=1e-4 * float(own.abs().max()))
 

@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from sparsify.errors import UsageError
 from sparsify.images import datasets, photograph
-from sparsify.images.photograph import Photograph, Point
-from sparsify.measure.inspection import Inspection, check, inspect
-from sparsify.models import original
-from sparsify.nn import graft
+from sparsify.images.photograph import Point
+from sparsify.measure.inspection import Shown, check, inspect
+from sparsify.nn import attention, graft, hosts
 
 MOST_LAYERS, MOST_HEADS = 4, 6  # drawn where nobody says which
-
-
-@dataclass(frozen=True)
-class Shown:
-    """One image and what the model does with it.
-
-    Attributes:
-        name: of its pictures: the file's stem, with a number where two files have the same.
-        layers, heads: to draw the keys of, counted from 0.
-    """
-
-    name: str
-    photo: Photograph
-    found: Inspection
-    layers: tuple[int, ...]
-    heads: tuple[int, ...]
 
 
 def look(
@@ -60,14 +42,14 @@ def look(
     """
     check(model)
     if dense is not None:
-        original.check(dense, model)
-    modules = list(graft.attention_modules(model).values())
-    sparse = [i for i, name in enumerate(graft.attention_modules(model)) if name in graft.sparse_modules(model)]
+        graft.check_original(dense, model)
+    modules = list(attention.attention_modules(model).values())
+    sparse = [i for i, name in enumerate(attention.attention_modules(model)) if name in attention.sparse_modules(model)]
     some = sparse or list(range(len(modules)))
     blocks = _chosen(layers, "--layer", "layers", len(modules), [some[i] for i in spread(len(some), MOST_LAYERS)])
     count = modules[0].num_heads
     drawn = _chosen(heads, "--head", "heads", count, spread(count, MOST_HEADS))
-    config, grid = datasets.data_config(model), graft.patch_grid(model)
+    config, grid = datasets.data_config(model), hosts.patch_grid(model)
     photos = [photograph.read(path, config) for path in images]
     asked = [tuple(dict.fromkeys(photo.patch(point, grid) for point in points)) for photo in photos]
     names = unique([path.stem for path in images])

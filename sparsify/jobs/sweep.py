@@ -11,7 +11,7 @@ import platform
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,97 +25,22 @@ from sparsify.config import SparsityConfig
 from sparsify.errors import BadFile, UsageError
 from sparsify.fit.calibrate.calibrate import calibrate, first, fit_importance, spends_ranks
 from sparsify.fit.schedule import choose as schedule
-from sparsify.fit.schedule.choose import Found, Schedule
-from sparsify.jobs import convert as conversion
+from sparsify.fit.schedule.choose import Found
+from sparsify.jobs.dense import CALIBRATION_BATCH, PROBE_IMAGES, calibration_images
 from sparsify.measure import comparison, latency
-from sparsify.measure.accuracy import Evaluation
 from sparsify.measure.latency import Timing
 from sparsify.measure.macs import image_shape, replica
-from sparsify.measure.profile import Profile, profile
+from sparsify.measure.profile import profile
+from sparsify.measure.sweep import Choice, Setting, Sweep
 from sparsify.models import building, checkpoint, names, pretrained
 from sparsify.nn import graft, hosts
+from sparsify.nn.attention import Execution
+from sparsify.nn.execution import check_execution, set_execution
 from sparsify.ops import backends
-from sparsify.ops.machine import device_name
-from sparsify.ops.spec import Execution
+from sparsify.ops.backends import device_name
 from sparsify.recipe import Recipe
 
 SECONDS = 2.5  # of timing, for each model; `latency.BUDGET_S` at least
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A setting before it is measured.
-
-    Attributes:
-        name: keep-0.1 (sparse attention, all tokens) or macs-0.7 (a searched schedule); names its recipe.
-        asked: the share in the name: of keys, or of the dense model's MACs.
-        config: of the sparse model, complete.
-        schedule: what the search found; None: there was none.
-    """
-
-    name: str
-    asked: float
-    config: SparsityConfig
-    schedule: Schedule | None
-
-    @property
-    def kind(self) -> str:
-        """keep or macs."""
-        return self.name.partition("-")[0]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A setting with its figures.
-
-    Attributes:
-        choice: what it is; recipe: gives it again.
-        profile: MACs, theoretical.
-        evaluation: on the same images as all others; its throughput is not measured.
-        timing: of the sparse form, no dense fallback, in one run with all others; ms.
-        speed: time of the dense model over the setting's in the same round.
-    """
-
-    choice: Choice
-    recipe: Recipe
-    profile: Profile
-    evaluation: Evaluation
-    timing: Timing
-    speed: Timing
-
-    @property
-    def share(self) -> float:
-        """Of the dense model's MACs."""
-        return self.profile.macs_sparse / self.profile.dense.macs
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What `sweep` measured.
-
-    Attributes:
-        model, weights: as asked; architecture: timm's name; classes: outputs, 0 without a classifier.
-        images: what was evaluated on, in words; calibration: what on, in words.
-        labelled: whether those images have labels.
-        settings: in the order asked, keeps first; dense: the dense model's time.
-        skipped: settings that cannot be, with the reason.
-        conditions: of the timing: batch_size, img_size, dtype, device, device_name, threads, runs, backend and versions.
-        convert: the command that makes a setting's model, up to its recipe.
-    """
-
-    model: str
-    weights: str | None
-    architecture: str
-    classes: int
-    images: str
-    calibration: str
-    labelled: bool
-    settings: tuple[Setting, ...]
-    dense: Timing
-    skipped: Mapping[str, str]
-    conditions: Mapping[str, Any]
-    convert: tuple[str, ...]
-    seconds: float
 
 
 def sweep(
@@ -158,11 +83,11 @@ def sweep(
     if source.note:
         say(source.note)
     where, execution = torch.device(device), Execution(backend)
-    graft.check_execution(execution, where, dtype)
+    check_execution(execution, where, dtype)
     frame = building.skeleton(source, num_classes, img_size)  # what does not fit is refused before anything is loaded
-    graft.check(frame, source.asked)
+    hosts.check(frame, source.asked)
     graft.check_config(frame, recipe.sparsity)
-    graft.check_execution(execution, where, dtype, hosts.biased(frame))
+    check_execution(execution, where, dtype, hosts.biased(frame))
     model = pretrained.load(source, weights, num_classes, img_size).to(where)
     if differs := building.note(model, source):
         say(differs)
@@ -173,9 +98,7 @@ def sweep(
     if not labelled:
         say(f"{images} has no class folders: no accuracy, only how far the models agree with dense")
 
-    batches, calibration = conversion.calibration_images(
-        model, source, recipe, calib, device, conversion.CALIBRATION_BATCH, workers
-    )
+    batches, calibration = calibration_images(model, source, recipe, calib, device, CALIBRATION_BATCH, workers)
     calibration = calibration.replace("no --data was given", "no --calib was given")
     say(f"calibrating on {calibration}")
     if spends_ranks(recipe.sparsity) and (note := backends.note(backend, where, dtype, hosts.biased(frame))):
@@ -185,7 +108,7 @@ def sweep(
             model, recipe.sparsity, batches,
             lambda step, done, total: progress(step, done, total or recipe.calib_images), execution,
         )  # fmt: skip
-    graft.set_execution(model, execution)
+    set_execution(model, execution)
     config = fitted.config.model_copy(update={"cells": recipe.sparsity.cells, "tokens": None})
     choices, skipped = _choices(model, config, batches, targets, keeps, say, progress)
     if not choices:
@@ -196,7 +119,7 @@ def sweep(
         progress("MACs", done + 1, len(choices))
 
     base = replica(model, where, dtype)
-    graft.set_execution(base, execution)
+    set_execution(base, execution)
     dense = graft.dense_twin(base)
     sparse = {choice.name: graft.applied(base, choice.config) for choice in choices}
     found = comparison.compare(
@@ -266,7 +189,7 @@ def _choices(
     keeps: Sequence[float], say: Callable[[str], None], progress: Callable[[str, int, int | None], None],
 ) -> tuple[list[Choice], dict[str, str]]:  # fmt: skip
     """The settings of a calibrated model, and those that cannot be, with the reason; `config`: cells as asked."""
-    tokens = graft.num_tokens(model)
+    tokens = hosts.num_tokens(model)
     chosen = [
         Choice(f"keep-{keep:g}", keep, config.model_copy(update={"keep": keep}).with_cells(tokens), None)
         for keep in keeps
@@ -275,7 +198,7 @@ def _choices(
     if not targets:
         return chosen, skipped
     fit_importance(model, batches, progress)
-    probe = list(first(batches(), conversion.PROBE_IMAGES))
+    probe = list(first(batches(), PROBE_IMAGES))
     total = sum(map(len, probe))
     measured = schedule.sensitivity(
         model, config, probe, progress=lambda done: progress("sensitivity", done, total)

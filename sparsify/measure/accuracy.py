@@ -164,3 +164,11 @@ def knn(features: Tensor, labels: Tensor, k: int = NEIGHBOURS) -> float | None:
         votes = torch.zeros(len(rows), len(classes)).scatter_add_(1, index[best.indices], best.values.clamp_min(0))
         right += int((votes.argmax(1) == index[rows]).sum())
     return 100 * right / n
+
+
+def distance(dense: Tensor, sparse: Tensor, logits: bool) -> float:
+    """KL(dense || sparse) of class probabilities, or the relative squared error of features."""
+    if not logits:
+        return float((dense - sparse).square().sum() / dense.square().sum())
+    p = dense.float().log_softmax(-1)
+    return float((p.exp() * (p - sparse.float().log_softmax(-1))).sum(-1).mean())

@@ -41,7 +41,7 @@ class Analytic:
         total: the whole model.
         by_module: what each counted module does itself (not its children), by name.
         pairs: query-key pairs inside the blocks' attention: kept pairs and prefix rows, or all pairs where it is dense.
-        predictor, tail, stages: as in `sparsify.measure.profile.Profile`.
+        predictor, tail, stages: as in `sparsify.measure.figures.Profile`.
         tokens: N into the attention and N into the MLP of each block, prefix included.
     """
 

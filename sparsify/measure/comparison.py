@@ -16,7 +16,7 @@ from sparsify.errors import SparsifyError
 from sparsify.images import datasets
 from sparsify.images.loaders import LabelledBatches, Stream
 from sparsify.measure.accuracy import Evaluation, Features, Logits
-from sparsify.nn import graft
+from sparsify.nn import hosts
 
 EVAL_BATCH = 32  # images computed together
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -74,7 +74,7 @@ def compare(
     device: torch.device, dtype: torch.dtype, progress: Callable[[int], None],
 ) -> dict[str, Evaluation]:  # fmt: skip
     """Every sparse model beside the dense one, which computes once; as `sparsify.measure.evaluate` without its clock."""
-    prefix = graft.num_prefix_tokens(dense)
+    prefix = hosts.num_prefix_tokens(dense)
     sums = {name: Logits() if classes else Features(prefix) for name in sparse}
     done = 0
     for x, y in batches:

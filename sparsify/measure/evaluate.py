@@ -6,25 +6,22 @@ The sparse form is always computed: there is no dense fallback here. All percent
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import timm
 import torch
 from torch import Tensor, nn
 
-from sparsify import __version__, processes
+from sparsify import processes
 from sparsify.errors import BadData
 from sparsify.images import datasets, sharing
 from sparsify.measure.accuracy import Evaluation, Features, Logits
-from sparsify.models import original
 from sparsify.nn import graft, hosts
+from sparsify.nn.attention import Execution
+from sparsify.nn.execution import check_execution, sparse_form
 from sparsify.ops import backends
-from sparsify.ops.machine import device_name
-from sparsify.ops.spec import Execution
 
 
 @dataclass
@@ -54,7 +51,7 @@ def evaluate(
     Args:
         sparse, dense: on `device` and in `dtype` already, eval mode. dense: None leaves every dense figure None.
         progress: called with the number of images done.
-        backend, kernel_precision: see `sparsify.ops.spec.Execution`; None: the model's own. Never a dense fallback.
+        backend, kernel_precision: see `sparsify.nn.attention.Execution`; None: the model's own. Never a dense fallback.
     """
     return _whole([_part(sparse, dense, batches, device, dtype, progress, backend, kernel_precision)])
 
@@ -69,7 +66,7 @@ def _part(
     sums = Logits() if classifier else Features(int(getattr(host, "num_prefix_tokens", 0)))
     models = {"sparse": sparse} if dense is None else {"sparse": sparse, "dense": dense}
     part = Found(sums, 0, dict.fromkeys(models, 0.0))
-    with graft.sparse_form(sparse, backend, kernel_precision):
+    with sparse_form(sparse, backend, kernel_precision):
         for x, y in batches:
             if not len(x):
                 continue
@@ -143,9 +140,9 @@ def evaluate_images(
     """
     device = processes.place(device)
     execution = Execution(backend or "auto", kernel_precision or "input")
-    graft.check_execution(execution, torch.device(device), dtype, hosts.biased(model))  # before anything is read
+    check_execution(execution, torch.device(device), dtype, hosts.biased(model))  # before anything is read
     if dense is not None:
-        original.check(dense, model)
+        graft.check_original(dense, model)
     config = datasets.data_config(model)
 
     processes.start(device)
@@ -179,16 +176,3 @@ def evaluate_images(
         result, model=name, param_count=sum(p.numel() for p in model.parameters()),
         img_size=int(config["input_size"][-1]), crop_pct=float(config["crop_pct"]), interpolation=config["interpolation"],
     )  # fmt: skip
-
-
-def conditions(
-    images: str, batch_size: int, dtype: torch.dtype, device: str, backend: str, kernel_precision: str
-) -> dict[str, Any]:
-    """Under which circumstances figures were measured here, JSON-able."""
-    place = torch.device(device)
-    return {
-        "data": images, "batch_size": batch_size, "dtype": str(dtype).removeprefix("torch."), "device": str(place),
-        "device_name": device_name(place), "threads": torch.get_num_threads(), "processes": processes.world(),
-        "backend": backends.describe(backend, kernel_precision, place, dtype), "torch": torch.__version__,
-        "timm": timm.__version__, "sparsify": __version__, "python": platform.python_version(),
-    }  # fmt: skip

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from sparsify.config import SparsityConfig
 from sparsify.errors import SparsifyError, UsageError
-from sparsify.nn import graft, observe, token_models
+from sparsify.images.photograph import Photograph
+from sparsify.nn import attention, execution, graft, hosts, observe, token_models
 from sparsify.nn.attention import GraftedAttention, SparseAttention
 from sparsify.nn.tokens import Tokens
-from sparsify.ops import weights
+from sparsify.ops import selection, weights
 
 OWN, DENSE = "own", "dense"  # whose attention the kept share is of
 
@@ -122,7 +123,7 @@ def inspect(model: nn.Module, x: Tensor, queries: Sequence[int] = (), dense: nn.
         UsageError: a query that is no patch; a dense model that does not fit.
     """
     check(model)
-    grid, prefix = graft.patch_grid(model), prefix_names(model)
+    grid, prefix = hosts.patch_grid(model), prefix_names(model)
     patches = grid[0] * grid[1]
     queries = tuple(queries) or default_queries(grid)
     if not all(0 <= patch < patches for patch in queries):
@@ -146,9 +147,9 @@ def inspect(model: nn.Module, x: Tensor, queries: Sequence[int] = (), dense: nn.
             stages.append(Survivors(block, present, left, _owner(tokens, patches)))
             present = left
 
-    with graft.sparse_form(model, "reference", "input"), observe.attending(model, witness, stepped):
+    with execution.sparse_form(model, "reference", "input"), observe.attending(model, witness, stepped):
         _features(model, x)
-    heads = next(iter(graft.attention_modules(model).values())).num_heads
+    heads = next(iter(attention.attention_modules(model).values())).num_heads
     return Inspection(
         grid, prefix, queries, heads, len(cast(nn.Sequential, model.blocks)), tuple(layers), tuple(stages),
         OWN if dense is None else DENSE,
@@ -157,7 +158,7 @@ def inspect(model: nn.Module, x: Tensor, queries: Sequence[int] = (), dense: nn.
 
 def check(model: nn.Module) -> None:
     """Raise `SparsifyError` where there is nothing to look at."""
-    if not graft.attention_modules(model):
+    if not attention.attention_modules(model):
         raise SparsifyError("this model has no sparse attention: convert it first")
 
 
@@ -171,7 +172,7 @@ def default_queries(grid: tuple[int, int]) -> tuple[int, ...]:
 def prefix_names(model: nn.Module) -> tuple[str, ...]:
     """What the P prefix tokens are, in their order: cls, dist, then registers."""
     names = ["cls"] * (getattr(model, "cls_token", None) is not None) + ["dist"] * hasattr(model, "dist_token")
-    return (*names, *["reg"] * (graft.num_prefix_tokens(model) - len(names)))
+    return (*names, *["reg"] * (hosts.num_prefix_tokens(model) - len(names)))
 
 
 def _features(model: nn.Module, x: Tensor) -> None:
@@ -190,10 +191,10 @@ Map = tuple[Tensor, Tensor, Tensor | None, float]
 def _dense_maps(dense: nn.Module, x: Tensor, grid: tuple[int, int]) -> dict[int, Map]:
     """What each block of the dense model attends by."""
     twin = copy.deepcopy(dense)
-    if not graft.attention_modules(twin):
+    if not attention.attention_modules(twin):
         graft.graft(twin, SparsityConfig(keep="dense"))
-    if graft.patch_grid(twin) != grid:
-        raise UsageError(f"the dense model has {graft.patch_grid(twin)} patches, the sparse one {grid}")
+    if hosts.patch_grid(twin) != grid:
+        raise UsageError(f"the dense model has {hosts.patch_grid(twin)} patches, the sparse one {grid}")
     found: dict[int, Map] = {}
 
     def witness(
@@ -240,8 +241,8 @@ def _layer(
         else:
             ranking, spec = ranked
             budget = spec.budget
-            chosen = weights.kept(ranking, mask if own is None else own, spec, place)  # (1, 1, N, N)
-            a = weights.cells(ranking, mask if own is None else own, size, spec, place)
+            chosen = selection.kept(ranking, mask if own is None else own, spec, place)  # (1, 1, N, N)
+            a = selection.cells(ranking, mask if own is None else own, size, spec, place)
         asked = None if own is None else own[:, :, seen]
         weight, tail = weights.weights(q[:, one, seen], k[:, one], chosen[:, :, seen], a, asked, size, module.scale)
         each["kept"].append(chosen[0, :, seen])
@@ -263,7 +264,7 @@ def _layer(
 
 def _rankings(
     module: GraftedAttention, q: Tensor, k: Tensor, mask: Tensor | None, tokens: Tokens | None, H: int
-) -> Iterable[tuple[weights.Ranking, Any] | None]:
+) -> Iterable[tuple[selection.Ranking, Any] | None]:
     """How each head ranks its keys, and the constants of the call; None: it keeps them all."""
     if not isinstance(module, SparseAttention):
         return [None] * H
@@ -287,3 +288,19 @@ def _on_tokens(original: Map, h: int, owner: Tensor, P: int, N: int) -> tuple[Te
     out[:, :P] = full[:, :P]
     into = (owner[there] + P).to(q.device)  # (m)
     return out.index_add_(1, into, full[:, rows]), into.cpu()
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One image and what the model does with it.
+
+    Attributes:
+        name: of its pictures: the file's stem, with a number where two files have the same.
+        layers, heads: to draw the keys of, counted from 0.
+    """
+
+    name: str
+    photo: Photograph
+    found: Inspection
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]

@@ -18,8 +18,7 @@ from fvcore.nn.jit_handles import norm_flop_counter
 from torch import nn
 
 from sparsify.nn import hosts
-from sparsify.nn.attention import SparseAttention
-from sparsify.nn.graft import sparse_modules
+from sparsify.nn.attention import SparseAttention, sparse_modules
 from sparsify.nn.token_models import token_blocks
 from sparsify.ops.macs import HANDLES, PARTS
 

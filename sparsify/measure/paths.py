@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.nn.attention import GraftedAttention, SparseAttention
-from sparsify.nn.graft import attention_modules
+from sparsify.nn.attention import GraftedAttention, SparseAttention, attention_modules
 from sparsify.nn.tokens import Tokens
 from sparsify.ops import backends
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib import metadata
 from typing import Any, cast
 
-import timm
 import torch
 from torch import nn
 
 from sparsify.errors import SparsifyError, UsageError
 from sparsify.measure import analytic, latency, macs, paper, paths
+from sparsify.measure.conditions import _conditions
 from sparsify.measure.figures import Measured, PaperMacs, Profile
-from sparsify.models import original
 from sparsify.nn import graft, hosts
+from sparsify.nn.attention import Execution, attention_modules
+from sparsify.nn.execution import check_execution, set_execution
 from sparsify.ops import backends
 from sparsify.ops.auto import Chooser
-from sparsify.ops.machine import device_name
-from sparsify.ops.spec import Execution
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ACCOUNTINGS = ("product", "paper")
@@ -52,8 +50,8 @@ def profile(
         batch_size: images per measured batch; MACs are always per image.
         dtype: of the measurement: float32, float16 or bfloat16.
         device: where to measure.
-        backend: how the sparse form is computed, one of `sparsify.ops.attention.BACKENDS`.
-        kernel_precision: input or bf16 (`sparsify.ops.spec.Execution`).
+        backend: how the sparse form is computed, one of `sparsify.ops.backends.BACKENDS`.
+        kernel_precision: input or bf16 (`sparsify.nn.attention.Execution`).
         backbone_changed: the weights are not the dense original's any more, so that `auto` has no dense fallback and
             the model no dense twin.
         repeats: rounds to time; None: for about `budget_s` seconds, at least 5.
@@ -64,20 +62,20 @@ def profile(
             below 1, an image size that the model cannot take, a dense model that cannot be compared with it.
         SparsifyError: not a sparse model; or the two counts of MACs differ, which is a bug.
     """
-    attention = list(graft.attention_modules(model))
+    attention = list(attention_modules(model))
     if not attention:
         raise SparsifyError("this model has no sparse attention: convert it first")
     place, kind = _check(batch_size, dtype, device, repeats)
     if count_as not in ACCOUNTINGS:
         raise UsageError(f"count as '{count_as}': expected one of {', '.join(ACCOUNTINGS)}")
     execution = Execution(backend, kernel_precision)
-    graft.check_execution(execution, place, kind, hosts.biased(model))
+    check_execution(execution, place, kind, hosts.biased(model))
     image = _image(model, img_size)
     if dense is not None:
-        original.check(dense, model)
+        graft.check_original(dense, model)
     home = next(model.parameters()).device
     sparse = macs.replica(model, home)
-    graft.set_execution(sparse, Execution("reference"))  # MACs do not depend on it; no kernels are built to count
+    set_execution(sparse, Execution("reference"))  # MACs do not depend on it; no kernels are built to count
     beside = _beside(sparse, dense, backbone_changed, home)
     dense_counts = None
     if beside is not None:
@@ -86,15 +84,15 @@ def profile(
     authors: PaperMacs | None = None
     if count_as == "paper":
         present = [before for before, _ in expected.tokens]
-        mhsa = paper.count(list(graft.attention_modules(model).values()), present, graft.num_prefix_tokens(model))
+        mhsa = paper.count(list(attention_modules(model).values()), present, hosts.num_prefix_tokens(model))
         authors = {"mhsa_macs_dense": mhsa.dense if beside is not None else None, "mhsa_macs_sparse": mhsa.sparse}
     conditions: dict[str, Any] = {"img_size": list(image[1:])}
     measured, made = None, []
     if measure:
         sparse = macs.replica(model, place, kind)
-        graft.set_execution(sparse, execution)
+        set_execution(sparse, execution)
         auto = macs.replica(sparse, place, kind)
-        graft.set_execution(auto, Execution("auto", kernel_precision, not backbone_changed, Chooser()))
+        set_execution(auto, Execution("auto", kernel_precision, not backbone_changed, Chooser()))
         beside = _beside(sparse, dense, backbone_changed, place, kind)
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(batch_size, *image, generator=generator).to(place, kind)  # (B, C, H, W)
@@ -204,24 +202,6 @@ def _measure(
     memory = [latency.peak_memory(models[name], images) if name in models else None for name in ("dense", "sparse")]
     found = latency.interleaved(candidates, rounds=repeats, budget_s=budget_s, synchronize=wait)
     return Measured(found.get("dense"), found["sparse"], found["auto"], memory[0], cast(int, memory[1]))
-
-
-def _conditions(images: torch.Tensor, dtype: str, runs: int) -> dict[str, Any]:
-    try:
-        version = metadata.version("sparsify-vit")
-    except metadata.PackageNotFoundError:  # a checkout on the path
-        version = "unknown"
-    return {
-        "batch_size": images.shape[0],
-        "dtype": dtype,
-        "device": str(images.device),
-        "device_name": device_name(images.device),
-        "threads": torch.get_num_threads(),
-        "runs": runs,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "sparsify": version,
-    }
 
 
 def _params(model: nn.Module) -> int:

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from sparsify.errors import BadFile, UnsupportedModel, UsageError, one_line
-from sparsify.images import digits
+from sparsify.models.digits import network
 from sparsify.models.names import Source
 from sparsify.nn import hosts
 
@@ -83,7 +83,7 @@ def rebuild(architecture: str, model_args: dict[str, Any], pretrained_cfg: dict[
     Raises:
         BadFile: an architecture that this timm does not have, or arguments it does not take.
     """
-    if architecture != digits.ARCHITECTURE and not timm.is_model(architecture):
+    if architecture != network.ARCHITECTURE and not timm.is_model(architecture):
         raise BadFile(f"architecture {architecture} is not in timm {timm.__version__}: a newer timm may have it")
     known = {field.name for field in dataclasses.fields(PretrainedCfg)} - set(_SOURCE_KEYS)
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in pretrained_cfg.items() if k in known}
@@ -96,10 +96,10 @@ def rebuild(architecture: str, model_args: dict[str, Any], pretrained_cfg: dict[
 
 def build(architecture: str, args: dict[str, Any], config: dict[str, Any] | str | None) -> nn.Module:
     """timm's model, or that of `digits`, without its weights; `config`: its `pretrained_cfg`, a tag, or None, timm's own."""
-    if architecture != digits.ARCHITECTURE:
+    if architecture != network.ARCHITECTURE:
         return sized(timm.create_model(architecture, pretrained=False, pretrained_cfg=config, **args), args)
     model = VisionTransformer(**args)
-    return _with_config(model, config if isinstance(config, dict) else digits.DATA_CONFIG)
+    return _with_config(model, config if isinstance(config, dict) else network.DATA_CONFIG)
 
 
 def sized(model: nn.Module, args: dict[str, Any]) -> nn.Module:

@@ -9,7 +9,7 @@ import timm
 from sparsify.errors import UnsupportedModel
 from sparsify.models.building import shallow
 from sparsify.models.names import ALIASES, DIGITS
-from sparsify.nn import graft, hosts
+from sparsify.nn import hosts
 
 
 def listing(pattern: str = "") -> list[tuple[str, str]]:
@@ -29,7 +29,7 @@ def listing(pattern: str = "") -> list[tuple[str, str]]:
     for architecture in architectures():
         if fnmatch.fnmatch(architecture, wanted):
             try:
-                graft.check(shallow(architecture), architecture)
+                hosts.check(shallow(architecture), architecture)
             except UnsupportedModel:
                 continue
             known = tags.get(architecture)

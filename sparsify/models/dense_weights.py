@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from sparsify.errors import BadFile, one_line
-from sparsify.images import digits
-from sparsify.nn import graft, hosts
+from sparsify.models.digits import network
+from sparsify.nn import hosts
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
@@ -62,7 +62,7 @@ def _strip(name: str) -> str:
 
 def original_format(architecture: str) -> Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor]]:
     """timm's reader of original formats and other image sizes for `architecture`; the identity where it has none."""
-    if architecture == digits.ARCHITECTURE:
+    if architecture == network.ARCHITECTURE:
         architecture = "vit_tiny_patch16_224"
     module = sys.modules[timm.model_entrypoint(architecture).__module__]
     found = getattr(module, "checkpoint_filter_fn", None)
@@ -76,13 +76,13 @@ def original_format(architecture: str) -> Callable[[dict[str, torch.Tensor], nn.
 def image_side(state: Mapping[str, torch.Tensor], frame: nn.Module) -> int | None:
     """Image size (px) that a file's position embedding or position biases were made for; None where it is the model's, not
     square, or not to be seen (a model that has rotary embeddings alone)."""
-    pos_embed, grid = state.get("pos_embed"), graft.patch_grid(frame)
+    pos_embed, grid = state.get("pos_embed"), hosts.patch_grid(frame)
     tables = [t for name, t in state.items() if name.endswith("relative_position_bias_table")]
     if tables:  # (2h - 1)(2w - 1) distances, and three of the cls token
         root = math.isqrt(max(0, tables[0].shape[0] - 3))
         patches = ((root + 1) // 2) ** 2 if root % 2 and root * root == tables[0].shape[0] - 3 else 0
     elif pos_embed is not None and pos_embed.ndim == 3:
-        prefix = 0 if getattr(frame, "no_embed_class", False) else graft.num_prefix_tokens(frame)
+        prefix = 0 if getattr(frame, "no_embed_class", False) else hosts.num_prefix_tokens(frame)
         patches = pos_embed.shape[1] - prefix
     else:
         return None

@@ -124,3 +124,6 @@ def reachable(url: str) -> bool:
         return bool(socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, None))
     except OSError:
         return False
+
+
+ARCHITECTURE = "sparsify_vit"

@@ -12,7 +12,7 @@ from timm.models import _hub
 from timm.models._pretrained import PretrainedCfg
 
 from sparsify.errors import BadFile, SparsifyError, UsageError, one_line
-from sparsify.images import digits
+from sparsify.models.digits import network
 from sparsify.models.hub import quick_hub
 
 DIGITS = "digits"
@@ -69,7 +69,7 @@ def resolve(name: str) -> Source:
         SparsifyError, BadFile: the config.json cannot be downloaded or read.
     """
     if name == DIGITS:
-        return Source(name, digits.ARCHITECTURE, DIGITS, dict(digits.MODEL_ARGS))
+        return Source(name, network.ARCHITECTURE, DIGITS, dict(network.MODEL_ARGS))
     scheme, _, place = name.partition(":")
     if scheme in ("hf-hub", "hf_hub", "local-dir") and place:
         return _resolve_hub(name, scheme.replace("_", "-"), place)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
-from sparsify.errors import BadFile, UsageError
+from sparsify.errors import BadFile
 from sparsify.models import building, checkpoint, names, pretrained
-from sparsify.nn import graft
+from sparsify.nn.graft import _classes
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
@@ -53,22 +53,6 @@ def missing(header: checkpoint.Header) -> str:
     return f"no dense figures: {why}; {_hint(header)} compares with the original"
 
 
-def check(dense: nn.Module, sparse: nn.Module) -> None:
-    """Whether the two can be compared.
-
-    Raises:
-        UsageError: `dense` is a sparse model, or has another number of classes or another image size.
-    """
-    if graft.attention_modules(dense):
-        raise UsageError("the dense model has sparse attention: give the model that it was converted from")
-    for what, one, other in (
-        ("classes", _classes(dense), _classes(sparse)),
-        ("patches", graft.patch_grid(dense), graft.patch_grid(sparse)),
-    ):
-        if one != other:
-            raise UsageError(f"the dense model has {one} {what}, the sparse one {other}: they cannot be compared")
-
-
 def _of_name(header: checkpoint.Header, asked: str) -> nn.Module:
     source = names.resolve(asked)
     wanted, classes = header.architecture["architecture"], _argument(header, "num_classes")
@@ -106,10 +90,6 @@ def _side(header: checkpoint.Header) -> int | None:
 
 def _argument(header: checkpoint.Header, name: str) -> Any:
     return header.architecture["model_args"].get(name)
-
-
-def _classes(model: nn.Module) -> int:
-    return int(cast(Any, model).num_classes)
 
 
 def _not_it(header: checkpoint.Header, asked: str, why: str) -> str:

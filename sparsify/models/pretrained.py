@@ -11,9 +11,9 @@ import timm
 from torch import nn
 
 from sparsify.errors import BadFile, SparsifyError, UnsupportedModel, UsageError, one_line
-from sparsify.images import digits
 from sparsify.models import building
 from sparsify.models import dense_weights as weights_
+from sparsify.models.digits import network
 from sparsify.models.hub import quick_hub
 from sparsify.models.names import DIGITS, Source, no_download
 from sparsify.nn import hosts
@@ -50,7 +50,7 @@ def load(
 
 
 def _load_digits(num_classes: int | None, img_size: int | None) -> nn.Module:
-    model = digits.build(pretrained=True)
+    model = network.build(pretrained=True)
     if num_classes == 0:
         model.reset_classifier(0)
     if img_size is not None:

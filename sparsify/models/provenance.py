@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import timm
+
+from sparsify.errors import SparsifyError
+from sparsify.models import checkpoint, hub, names
 from sparsify.models.checkpoint import Header
 
 KNOWN = {
@@ -56,3 +60,25 @@ def _warning(licence: Licence) -> str:
     if licence.non_commercial:
         return f"The licence, {licence.name}, forbids or restricts commercial use: read it before using the weights."
     return ""
+
+
+def origin(header: checkpoint.Header) -> tuple[str, str]:
+    """What was converted, in words for the card, and its name on the hub ('' where it has none)."""
+    source, architecture = str(header.provenance.get("source") or ""), header.architecture["architecture"]
+    if header.provenance.get("weights"):
+        return f"`{architecture}` with a checkpoint of its owner's", ""
+    if source.startswith(hub.SCHEMES):
+        name = source.partition(":")[2].partition("@")[0]
+        return f"[{name}](https://huggingface.co/{name})", name
+    if source.startswith("local-dir:") or not source:
+        return f"`{architecture}` with weights from a folder of its owner's", ""
+    if source == names.DIGITS:
+        return "The `digits` model that comes with sparsify", ""
+    try:
+        full = names.resolve(source).pretrained_name
+        config = timm.get_pretrained_cfg(full)
+    except (SparsifyError, RuntimeError):
+        return f"`{source}`", ""
+    place = (config.hf_hub_id if config else None) or ""
+    name = f"{place}{full}" if place.endswith("/") else place
+    return (f"[{full}](https://huggingface.co/{name})" if name else f"`{full}`"), name

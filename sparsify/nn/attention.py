@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,14 @@ from sparsify.nn import projection
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
 from sparsify.nn.tokens import Tokens
 from sparsify.ops import attention, auto, backends, tails
-from sparsify.ops.spec import Execution, Spec, budget
+from sparsify.ops.spec import Shape, Spec, budget
+
+if TYPE_CHECKING:
+    pass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparsify.ops.auto import Chooser
 
 
 @dataclass(frozen=True)
@@ -228,11 +236,11 @@ class SparseAttention(GraftedAttention):
         cells = s.cells_of(N) if left else s.cells
         return self.predictor.spec(self.scale, budget(s.keep, N), (s.prefix, s.tail, s.grid, cells, s.tile))
 
-    def call(self, q: Tensor, mask: Tensor | None, sparse: str, spec: Spec) -> auto.Shape:
+    def call(self, q: Tensor, mask: Tensor | None, sparse: str, spec: Spec) -> Shape:
         """What decides how long the call takes: the key of `auto.Chooser`."""
         B, H, N, d = q.shape
         threads, masked = torch.get_num_threads(), mask is not None
-        return auto.Shape(
+        return Shape(
             B, H, N, d, q.dtype, q.device.type, threads, masked, self.execution.precision, sparse,
             self.predictor.kind(), spec,
         )  # fmt: skip
@@ -240,3 +248,32 @@ class SparseAttention(GraftedAttention):
     def extra_repr(self) -> str:
         s = self.sparsity
         return f"keep={s.keep:g}, tail={s.tail}, cells={s.cells[0]}x{s.cells[1]}, heads={self.num_heads}"
+
+
+def sparse_modules(model: nn.Module) -> dict[str, SparseAttention]:
+    """The sparse attention modules of a model, by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseAttention)}
+
+
+def attention_modules(model: nn.Module) -> dict[str, GraftedAttention]:
+    """The grafted attention modules of a model, sparse and dense, by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GraftedAttention)}
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How an attention module computes; plain configuration, no part of the model's file or state dict.
+
+    Attributes:
+        backend: auto, cpu or reference (`sparsify.ops.backends`); auto is cpu where the kernels are available.
+        precision: input, or bf16: float32 tensors with bfloat16 storage of q, k, v inside the kernels.
+        dense_fallback: dense attention may be computed instead of the sparse form where `choose` measured it faster;
+            never in training, nor where a gradient is needed, nor once the model or a copy of it has been in train mode
+            (`Chooser.withdraw`). For models whose weights are the dense original's.
+        choose: measures and remembers; None: no dense fallback.
+    """
+
+    backend: str = "auto"
+    precision: str = "input"
+    dense_fallback: bool = False
+    choose: Chooser | None = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparsify.nn import graft, projection
+from sparsify.nn import attention, graft, projection
 from sparsify.nn.attention import SparseAttention
 from sparsify.nn.predictor import HeadLowrank
 
@@ -20,7 +20,7 @@ TOLERANCE = 1e-4  # largest entry of A_k' A_q - I that counts as rounding
 
 def unfold(model: nn.Module) -> None:
     """Gives folded head-lowrank predictors parameters a_q, a_k of their own, in place; the model computes the same."""
-    for module in graft.sparse_modules(model).values():
+    for module in attention.sparse_modules(model).values():
         predictor = module.predictor
         if isinstance(predictor, HeadLowrank) and predictor.folded:
             module.predictor = HeadLowrank(module.head_dim, predictor.ranks, False).to(projection.weight(module))
@@ -46,7 +46,7 @@ def fold(model: nn.Module) -> bool:
         Whether all are folded now: False, with nothing changed, where something stands between projection and product, or
         A_k' A_q is not I.
     """
-    modules = [m for m in graft.sparse_modules(model).values() if isinstance(m.predictor, HeadLowrank)]
+    modules = [m for m in attention.sparse_modules(model).values() if isinstance(m.predictor, HeadLowrank)]
     modules = [m for m in modules if not m.predictor.folded]  # type: ignore[union-attr]
     if not all(_foldable(m) for m in modules):
         return False
@@ -61,7 +61,7 @@ def fold(model: nn.Module) -> bool:
 
 
 def _unfolded(model: nn.Module) -> list[HeadLowrank]:
-    modules = graft.sparse_modules(model).values()
+    modules = attention.sparse_modules(model).values()
     found = [m.predictor for m in modules if graft.foldable(m)]
     return [p for p in found if isinstance(p, HeadLowrank) and not p.folded]
 

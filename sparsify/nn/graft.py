@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from sparsify.config import grid_of, growth
 from sparsify.errors import UsageError
-from sparsify.nn import hosts, projection, token_models
-from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention, Sparsity
+from sparsify.nn import projection, token_models
+from sparsify.nn.attention import (
+    DenseAttention,
+    GraftedAttention,
+    SparseAttention,
+    Sparsity,
+    attention_modules,
+    sparse_modules,
+)
 from sparsify.nn.hosts import check, num_prefix_tokens, num_tokens, patch_grid, rotary, set_image_size, shape
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
-from sparsify.ops import attention as ops
-from sparsify.ops import backends, reference
-from sparsify.ops.spec import Execution
+from sparsify.ops import reference
 
 if TYPE_CHECKING:
     from sparsify.config import SparsityConfig
@@ -176,67 +180,11 @@ def set_basis(host: nn.Module, predictor: HeadLowrank, t_q: torch.Tensor, t_k: t
         predictor.a_k.copy_(t_k[..., : used.shape[-1]] * used)
 
 
-def sparse_modules(model: nn.Module) -> dict[str, SparseAttention]:
-    """The sparse attention modules of a model, by module name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SparseAttention)}
-
-
-def attention_modules(model: nn.Module) -> dict[str, GraftedAttention]:
-    """The grafted attention modules of a model, sparse and dense, by module name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, GraftedAttention)}
-
-
 def freeze_predictors(model: nn.Module) -> nn.Module:
     """No gradients for predictors, in place: a choice of keys has none, and DistributedDataParallel would wait for them."""
     for module in sparse_modules(model).values():
         module.predictor.requires_grad_(False)
     return model
-
-
-def set_execution(model: nn.Module, execution: Execution) -> None:
-    """How all sparse attention of `model` is computed, in place; the device and dtype of its weights are looked at.
-
-    Raises:
-        UsageError: an unknown backend or precision; backend cpu where the kernels cannot be used.
-    """
-    weight = next(model.parameters())
-    check_execution(execution, weight.device, weight.dtype, hosts.biased(model))
-    for module in attention_modules(model).values():
-        module.execution = execution
-
-
-def check_execution(execution: Execution, device: torch.device, dtype: torch.dtype, biased: bool = False) -> None:
-    """Raise as `set_execution` does, for a model that would be there; change nothing."""
-    for what, given, known in (
-        ("backend", execution.backend, ops.BACKENDS),
-        ("kernel precision", execution.precision, ops.PRECISIONS),
-    ):
-        if given not in known:
-            raise UsageError(f"{what} '{given}': expected one of {', '.join(known)}")
-    if execution.backend == "cpu" and (reason := backends.unavailable(device, dtype, biased)):
-        raise UsageError(f"backend 'cpu' cannot be used here: {reason}; 'auto' or 'reference' needs no kernels")
-
-
-@contextlib.contextmanager
-def sparse_form(model: nn.Module, backend: str | None = None, precision: str | None = None) -> Iterator[None]:
-    """Inside the block all attention computes the sparse form: no dense fallback. Afterwards all is as it was.
-
-    Args:
-        backend, precision: of `Execution`; None: the model's own.
-
-    Raises:
-        UsageError: see `set_execution`.
-    """
-    modules = list(attention_modules(model).values())
-    before = [module.execution for module in modules]
-    try:
-        for module, own in zip(modules, before, strict=True):
-            sparse = Execution(own.backend if backend is None else backend, precision or own.precision)
-            set_execution(module, sparse)
-        yield
-    finally:
-        for module, own in zip(modules, before, strict=True):
-            module.execution = own
 
 
 def dense_twin(model: nn.Module) -> nn.Module:
@@ -280,3 +228,23 @@ def resize(model: nn.Module, img_size: int) -> None:
 def foldable(module: GraftedAttention) -> bool:
     """Whether a change of basis of q and k can be folded into the projections exactly."""
     return projection.foldable(module, module.rotary)
+
+
+def check_original(dense: nn.Module, sparse: nn.Module) -> None:
+    """Whether the two can be compared.
+
+    Raises:
+        UsageError: `dense` is a sparse model, or has another number of classes or another image size.
+    """
+    if attention_modules(dense):
+        raise UsageError("the dense model has sparse attention: give the model that it was converted from")
+    for what, one, other in (
+        ("classes", _classes(dense), _classes(sparse)),
+        ("patches", patch_grid(dense), patch_grid(sparse)),
+    ):
+        if one != other:
+            raise UsageError(f"the dense model has {one} {what}, the sparse one {other}: they cannot be compared")
+
+
+def _classes(model: nn.Module) -> int:
+    return int(cast(Any, model).num_classes)

@@ -10,11 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparsify.nn import graft
-from sparsify.nn.attention import DenseAttention, GraftedAttention
-from sparsify.nn.hosts import rotary
+from sparsify.nn import attention
+from sparsify.nn.attention import DenseAttention, Execution, GraftedAttention
+from sparsify.nn.hosts import check, rotary
 from sparsify.nn.tokens import Tokens
-from sparsify.ops.spec import Execution
 
 Consumer = Callable[[int, Tensor, Tensor, Tensor], None]
 """Called with block, q, k, v; [B, H, N, d] each, as their product meets them (norms and rotations done)."""
@@ -32,10 +31,10 @@ def watching(model: nn.Module, consume: Consumer) -> Iterator[None]:
 
     A dense model has our dense attention over the same parameters in the place of timm's for as long.
     """
-    watched: dict[str, GraftedAttention] = graft.attention_modules(model)
+    watched: dict[str, GraftedAttention] = attention.attention_modules(model)
     hosts: dict[str, nn.Module] = {}
     if not watched:
-        hosts = graft.check(model)
+        hosts = check(model)
         watched = {name: DenseAttention(host, rotary(model)).train(host.training) for name, host in hosts.items()}
         for name, module in watched.items():
             module.execution = Execution("reference")  # torch's own attention, as the host has it
@@ -61,7 +60,7 @@ def attending(model: nn.Module, witness: Witness, stepped: Stepped = lambda bloc
     handles = [
         block.register_forward_hook(_behind(i, stepped)) for i, block in enumerate(cast(nn.Sequential, model.blocks))
     ]
-    modules = list(graft.attention_modules(model).values())
+    modules = list(attention.attention_modules(model).values())
     try:
         for i, module in enumerate(modules):
             vars(module)["attend"] = _told(i, module, module.attend, witness)

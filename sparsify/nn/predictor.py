@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.nn.tokens import Tokens
-from sparsify.ops import attention, reference
-from sparsify.ops.auto import Kind
-from sparsify.ops.spec import Spec
-from sparsify.ops.weights import Ranking
+from sparsify.ops import attention, reference, selection
+from sparsify.ops.selection import Ranking
+from sparsify.ops.spec import Kind, Spec
 
 
 class Reconstruction(NamedTuple):
@@ -193,7 +192,7 @@ class TokenLowrank(nn.Module):
     ) -> Ranking:
         """What chooses the keys in `attend`, written out (`sparsify.ops.weights`); q, k [B, H, N, d]."""
         w_down, w_up = self.weights_of(q.shape[2], tokens)
-        seen = k if mask is None else k * reference.alive(mask, q).unsqueeze(-1)
+        seen = k if mask is None else k * selection.alive(mask, q).unsqueeze(-1)
         p = (w_down, self.w_q, self.b_q, self.w_k, self.b_k)
         coef = reference.token_lowrank_coefficients(q, seen, p, self.coef_scale, spec)  # (B, H, N, r)
         col = w_up.to(coef.dtype).mT  # ([B,] H or 1, N, r)

@@ -22,10 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.ops import backends, masked, reference
-from sparsify.ops.backends import BACKENDS, PRECISIONS
+from sparsify.ops import backends, masked, reference, selection
 from sparsify.ops.cpu import kernels
-from sparsify.ops.spec import Execution, Spec
+from sparsify.ops.spec import Spec
 
 
 @torch.library.custom_op("sparsify::head_lowrank_attention", mutates_args=())
@@ -236,7 +235,7 @@ def _token_reference(  # type: ignore[no-untyped-def]
     prefix, tail, grid, cells, tile,
 ):  # fmt: skip
     spec = _spec(budget, prefix, tail, grid, cells, tile, coef_topk, coef_threshold)
-    seen = k if mask is None else k * reference.alive(mask, q).unsqueeze(-1)  # hidden keys leave no trace in W_down k
+    seen = k if mask is None else k * selection.alive(mask, q).unsqueeze(-1)  # hidden keys leave no trace in W_down k
     coef = reference.token_lowrank_coefficients(q, seen, (w_down, w_q, b_q, w_k, b_k), coef_scale, spec)  # (B, H, N, r)
     return reference.attend(q, k, v, coef, w_up.to(coef.dtype).mT, k, mask, scale, spec, size, place)
 

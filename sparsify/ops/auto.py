@@ -10,19 +10,18 @@ that noise does not turn a decision round. Decisions are kept in the `Chooser` a
 
 from __future__ import annotations
 
-import json
 import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from sparsify.ops import candidates, remembered
-from sparsify.ops.spec import Spec
+from sparsify.ops.spec import Shape
 
 PREFERENCE = ("cpu", "dense-cpu", "sdpa", "reference")
 DENSE = ("dense-cpu", "sdpa")
@@ -34,62 +33,6 @@ LIMIT_S = 2.0  # of one shape, where they do not: at least FIRST_ROUNDS even the
 FIRST_ROUNDS = 3
 SURE_ROUNDS = 15  # from here on, quartiles that do not touch end a race
 HOPELESS = 2.0  # times the leader's median, at best: out of the race
-
-
-class Kind(NamedTuple):
-    """What of a predictor decides how long its call takes.
-
-    Attributes:
-        name: head, head-folded or token.
-        rank_sum, rank_max: over the heads; token-lowrank has one rank.
-        channels: c of the channel reduction, 0 for none.
-        up_heads: heads of W_up, 0 where there is none.
-    """
-
-    name: str
-    rank_sum: int
-    rank_max: int
-    channels: int = 0
-    up_heads: int = 0
-
-
-class Shape(NamedTuple):
-    """What decides how long an attention call takes; the key of a decision.
-
-    Attributes:
-        batch, heads, tokens, head_dim: B, H, N, d.
-        dtype: of q, k, v; device: cpu or cuda; threads: of torch.
-        masked: whether there is an attention mask.
-        precision: see `Execution`.
-        sparse: what would compute the sparse form, cpu or reference.
-        kind, spec: predictor and constants.
-        merged, placed: whether keys have sizes, and whether patch tokens have places.
-    """
-
-    batch: int
-    heads: int
-    tokens: int
-    head_dim: int
-    dtype: torch.dtype
-    device: str
-    threads: int
-    masked: bool
-    precision: str
-    sparse: str
-    kind: Kind
-    spec: Spec
-    merged: bool = False
-    placed: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same, fit for JSON."""
-        plain = self._asdict() | {"dtype": str(self.dtype).removeprefix("torch.")}
-        plain |= {"kind": self.kind._asdict(), "spec": self.spec._asdict()}
-        return json.loads(json.dumps(plain))
-
-    def text(self) -> str:
-        """One line that no other shape has."""
-        return json.dumps(self.as_dict(), separators=(",", ":"))
 
 
 @dataclass(frozen=True)

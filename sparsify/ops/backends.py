@@ -8,6 +8,9 @@ What is measured, and whether dense attention is taken instead, is `auto.py`'s; 
 
 from __future__ import annotations
 
+import os
+import platform
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -97,3 +100,15 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's or the accelerator's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if line.lower().startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsify.ops import attention
 
 if TYPE_CHECKING:
-    from sparsify.ops.auto import Shape
+    from sparsify.ops.spec import Shape
 
 Candidates = dict[str, Callable[[], object]]
 

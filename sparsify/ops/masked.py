@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsify.ops import reference, tails
+from sparsify.ops import selection, tails
 from sparsify.ops.spec import Spec
 
 
@@ -66,9 +66,9 @@ def choose(row: Tensor, col: Tensor, spec: Spec, prefix: int, place: Tensor | No
     N = scores.shape[2]
     if spec.tile and prefix < N:
         grid = _grid(spec, N - prefix, place)
-        scores = reference.pool_tiles(scores[:, :, prefix:], grid, _pair(spec.tile), place)
-        return functional.pad(reference.top_b(scores, spec.budget), (0, 0, prefix, 0), value=True)
-    kept = reference.top_b(scores, spec.budget)
+        scores = selection.pool_tiles(scores[:, :, prefix:], grid, _pair(spec.tile), place)
+        return functional.pad(selection.top_b(scores, spec.budget), (0, 0, prefix, 0), value=True)
+    kept = selection.top_b(scores, spec.budget)
     kept[:, :, :prefix] = True
     return kept
 

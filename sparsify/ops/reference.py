@@ -13,65 +13,10 @@ import torch
 from torch import Tensor
 
 from sparsify.ops import tails
+from sparsify.ops.selection import HIDDEN, _bias, alive, pool_tiles, top_b
 from sparsify.ops.spec import Spec
 
-HIDDEN = -1e4  # what is added to the logit of a key that may not be attended to is this or lower: e^HIDDEN is 0
 CHUNK = 1 << 24  # elements of one [B, H, rows, N] tensor: 64 MB in float32
-
-
-def top_b(scores: Tensor, b: int) -> Tensor:
-    """The b highest scores of each row, equal scores by the lower index; NaN is lowest.
-
-    Args:
-        scores: [..., N], float.
-        b: keys kept in each row, 1 <= b <= N.
-
-    Returns:
-        bool [..., N], exactly b True in each row.
-    """
-    s = scores.detach().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    threshold = s.topk(b, dim=-1).values[..., -1:]  # (..., 1)
-    kept = s >= threshold
-    if not torch.compiler.is_compiling() and bool(
-        (kept.sum(-1) == b).all()
-    ):  # no ties at the threshold: the usual case
-        return kept
-    above, tie = s > threshold, s == threshold
-    free = b - above.sum(-1, keepdim=True)  # (..., 1)
-    return above | (tie & (tie.cumsum(-1) <= free))
-
-
-def pool_tiles(scores: Tensor, grid: tuple[int, int], tile: tuple[int, int], place: Tensor | None = None) -> Tensor:
-    """Scores shared by each tile of neighbouring queries: the highest, over its rows, of the score in standard deviations.
-
-        z_ij = (s_ij - mean_j s_ij) / sd_j s_ij            over the keys that row i may attend to (finite scores)
-
-    The maximum keeps what matters to any one of the rows, which their mean or the sum of their softmaxes does not
-    (docs/tiles.md), and needs no exponentials.
-
-    Args:
-        scores: [B, H, n, N] for n patch queries.
-        place: patch of `grid` that each query stands on, [B, n]; None: n = h*w, in order.
-
-    Returns:
-        [B, H, n, N], equal rows inside a tile; keys that no row of the tile may attend to have -inf.
-    """
-    h, w = grid
-    cols = -(-w // tile[1])
-    y = torch.arange(h, device=scores.device) // tile[0]
-    x = torch.arange(w, device=scores.device) // tile[1]
-    t = (y[:, None] * cols + x).flatten()  # (h*w)
-    tiles = -(-h // tile[0]) * cols
-    t = t.expand(scores.shape[0], -1) if place is None else t[place]  # (B, n)
-    t = t[:, None, :, None].expand_as(scores)  # (B, H, n, N)
-    s = scores.detach()
-    seen = s.isfinite()
-    count = seen.sum(-1, keepdim=True).clamp_min(1)
-    centred = (s - s.masked_fill(~seen, 0).sum(-1, keepdim=True) / count).masked_fill(~seen, 0)
-    sd = (centred.square().sum(-1, keepdim=True) / count).sqrt()
-    z = (centred / sd.masked_fill(sd == 0, 1)).masked_fill(~seen, -torch.inf)
-    pooled = z.new_full((*z.shape[:2], tiles, z.shape[-1]), -torch.inf)
-    return pooled.scatter_reduce(2, t, z, "amax").gather(2, t)
 
 
 def rank_mask(ranks: Sequence[int], like: Tensor) -> Tensor:
@@ -114,12 +59,6 @@ def token_lowrank_coefficients(q: Tensor, k: Tensor, p: tuple[Tensor | None, ...
     elif spec.coef_threshold > 0:
         coef = coef * (coef > spec.coef_threshold)
     return coef
-
-
-def alive(mask: Tensor, q: Tensor) -> Tensor:
-    """1 for keys that some query may attend to, else 0: [B, H, N], dtype of q."""
-    B, H, N, _ = q.shape
-    return (_bias(mask, q.dtype) > HIDDEN).expand(B, H, N, N).any(-2).to(q.dtype)
 
 
 def attend(
@@ -237,12 +176,6 @@ def _rows(
 
 def _nonzero(z: Tensor) -> Tensor:
     return z.masked_fill(z == 0, 1)  # a row that may attend to nothing gives 0, as scaled_dot_product_attention does
-
-
-def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
-    return mask.to(dtype)
 
 
 def _biased(x: Tensor, bias: Tensor | None) -> Tensor:

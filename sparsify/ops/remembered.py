@@ -19,8 +19,8 @@ import torch
 
 from sparsify import __version__
 from sparsify.ops import backends
+from sparsify.ops.backends import device_name
 from sparsify.ops.cpu import build, kernels
-from sparsify.ops.machine import device_name
 
 
 def identity(device: str) -> dict[str, str]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from sparsify.ops.auto import Chooser
+    pass
+import json
+from typing import Any
+
+import torch
 
 
 class Spec(NamedTuple):
@@ -39,20 +42,57 @@ def budget(keep: float, n: int) -> int:
     return min(n, max(1, math.ceil(keep * n - 1e-9)))
 
 
-@dataclass(frozen=True)
-class Execution:
-    """How an attention module computes; plain configuration, no part of the model's file or state dict.
+class Kind(NamedTuple):
+    """What of a predictor decides how long its call takes.
 
     Attributes:
-        backend: auto, cpu or reference (`sparsify.ops.backends`); auto is cpu where the kernels are available.
-        precision: input, or bf16: float32 tensors with bfloat16 storage of q, k, v inside the kernels.
-        dense_fallback: dense attention may be computed instead of the sparse form where `choose` measured it faster;
-            never in training, nor where a gradient is needed, nor once the model or a copy of it has been in train mode
-            (`Chooser.withdraw`). For models whose weights are the dense original's.
-        choose: measures and remembers; None: no dense fallback.
+        name: head, head-folded or token.
+        rank_sum, rank_max: over the heads; token-lowrank has one rank.
+        channels: c of the channel reduction, 0 for none.
+        up_heads: heads of W_up, 0 where there is none.
     """
 
-    backend: str = "auto"
-    precision: str = "input"
-    dense_fallback: bool = False
-    choose: Chooser | None = None
+    name: str
+    rank_sum: int
+    rank_max: int
+    channels: int = 0
+    up_heads: int = 0
+
+
+class Shape(NamedTuple):
+    """What decides how long an attention call takes; the key of a decision.
+
+    Attributes:
+        batch, heads, tokens, head_dim: B, H, N, d.
+        dtype: of q, k, v; device: cpu or cuda; threads: of torch.
+        masked: whether there is an attention mask.
+        precision: see `Execution`.
+        sparse: what would compute the sparse form, cpu or reference.
+        kind, spec: predictor and constants.
+        merged, placed: whether keys have sizes, and whether patch tokens have places.
+    """
+
+    batch: int
+    heads: int
+    tokens: int
+    head_dim: int
+    dtype: torch.dtype
+    device: str
+    threads: int
+    masked: bool
+    precision: str
+    sparse: str
+    kind: Kind
+    spec: Spec
+    merged: bool = False
+    placed: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same, fit for JSON."""
+        plain = self._asdict() | {"dtype": str(self.dtype).removeprefix("torch.")}
+        plain |= {"kind": self.kind._asdict(), "spec": self.spec._asdict()}
+        return json.loads(json.dumps(plain))
+
+    def text(self) -> str:
+        """One line that no other shape has."""
+        return json.dumps(self.as_dict(), separators=(",", ":"))

@@ -8,18 +8,21 @@ or a dash beside a sparse figure.
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from sparsify.naming import place
-from sparsify.report import profile
+from sparsify.files import place, write_json, write_text
+from sparsify.report.words import NOTHING, Row, change, plain
 
 HEADING = "Measured, on the same images"
 
 
-def pairs(result: Mapping[str, Any]) -> list[profile.Row]:
+def pairs(result: Mapping[str, Any]) -> list[Row]:
     """What, dense, sparse, change."""
-    rows: list[profile.Row] = []
+    rows: list[Row] = []
     for label, dense_key, key in (
         ("top-1, %", "dense_top1", "top1"),
         ("top-5, %", "dense_top5", "top5"),
@@ -31,7 +34,7 @@ def pairs(result: Mapping[str, Any]) -> list[profile.Row]:
             continue
         both = dense is not None and sparse is not None
         if key.startswith("throughput"):
-            difference = profile.change(dense, sparse) if both else ""  # type: ignore[arg-type]
+            difference = change(dense, sparse) if both else ""  # type: ignore[arg-type]
             rows.append((label, _number(dense, None), _number(sparse, None), difference))
         else:
             difference = f"{sparse - dense:+.2f} points" if both else ""  # type: ignore[operator]
@@ -80,5 +83,32 @@ def broken(result: Mapping[str, Any]) -> str:
 
 def _number(value: float | None, form: str | None) -> str:
     if value is None:
-        return profile.NOTHING
-    return profile.plain(value) if form is None else format(value, form)
+        return NOTHING
+    return plain(value) if form is None else format(value, form)
+
+
+TIMM_COLUMNS = (
+    "model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation",
+)  # fmt: skip
+"""Columns of timm's results files."""
+
+
+def write_results(path: str | Path, result: Mapping[str, Any], conditions: Mapping[str, Any] | None = None) -> None:
+    """Write results of `eval` as one CSV row, or as JSON, by the ending of `path`: timm's columns first.
+
+    As timm has them, top1_err and top5_err are added (100 - top1) and param_count is in millions. What was not measured
+    (None) is an empty cell in CSV and null in JSON. `conditions` go into JSON only.
+    """
+    row: dict[str, Any] = {**dict.fromkeys(TIMM_COLUMNS), **result}
+    if row["param_count"] is not None:
+        row["param_count"] = round(row["param_count"] / 1e6, 2)
+    for name in ("top1", "top5"):
+        row[f"{name}_err"] = None if row[name] is None else 100 - row[name]
+    if Path(path).suffix == ".json":
+        write_json(path, row if conditions is None else {**row, "conditions": dict(conditions)})
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(row), lineterminator="\n")
+    writer.writeheader()
+    writer.writerow(row)
+    write_text(path, text.getvalue())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from sparsify.jobs.show import Shown
-from sparsify.measure.inspection import OWN, Inspection, Layer, Survivors
+from sparsify.measure.inspection import OWN, Inspection, Layer, Shown, Survivors
 
 NOT_COMPUTED = "patch rows are not computed here: only the prefix tokens go on"
 GONE = "the query's patch has left"

@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
-from sparsify.measure.profile import Profile
+from sparsify.measure.figures import Profile
 from sparsify.models.checkpoint import Header
 from sparsify.models.provenance import Licence
 from sparsify.report import accuracy
 from sparsify.report import profile as report
-from sparsify.report.files import markdown_table
+from sparsify.report.words import markdown_table, plain
 
 CITATION = """\
 @InProceedings{wei2023sparsifiner,
@@ -180,9 +180,7 @@ def _speed(facts: Facts) -> list[str]:
     for label, name in (("dense", "dense"), ("sparse", "sparse"), ("backend=auto", "auto")):
         key = f"latency_ms_{name}"
         if t.get(key) is not None:
-            rows.append(
-                (label, report.plain(t[key]), f"{report.plain(t[f'{key}_p10'])}-{report.plain(t[f'{key}_p90'])}")
-            )
+            rows.append((label, plain(t[key]), f"{plain(t[f'{key}_p10'])}-{plain(t[f'{key}_p90'])}"))
     threads = "1 thread" if c["threads"] == 1 else f"{c['threads']} threads"
     said = (
         f"{c['device_name']}, {threads}, {c['dtype']}, batch {c['batch_size']}, {_grid(c['img_size'])} px, {c['runs']} "

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import textwrap
-from io import BytesIO
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparsify.jobs.show import Shown
-from sparsify.measure.inspection import Inspection
-from sparsify.report import captions, panels
+from sparsify.errors import BadFile, one_line
+from sparsify.files import whole
+from sparsify.measure.inspection import Inspection, Shown
+from sparsify.report import captions, figures, panels
+from sparsify.report.drawing import _figure, _png, _title
 
 SIDE = 280  # pixels of a panel, about
 INCH = 1.75  # of a panel
@@ -194,23 +197,43 @@ def _bar(axes: Any, scale: panels.Scale) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=160)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _title(figure: Any, text: str) -> None:
-    width, height = figure.get_size_inches()
-    room = int(width * 13)
-    text = text if len(text) <= room else f"{text[: room - 1]}…"
-    figure.text(0.15 / width, 1 - 0.14 / height, text, fontsize=11.5, va="top", parse_math=False)
+def draw(shown: Sequence[Shown], progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, bytes]:
+    """File names and PNGs: NAME.keys-1.png and so on for the queries, NAME.tokens.png where tokens leave, NAME.mass.png."""
+    made: dict[str, bytes] = {}
+    for i, each in enumerate(shown):
+        progress(i, len(shown))
+        for query in range(len(each.found.queries)):
+            made[f"{each.name}.keys-{query + 1}.png"] = figures.keys(each, query)
+        if each.found.stages:
+            made[f"{each.name}.tokens.png"] = figures.tokens(each)
+        made[f"{each.name}.mass.png"] = figures.mass(each)
+    progress(len(shown), len(shown))
+    return made
 
 
-def _png(figure: Any) -> bytes:
-    file = BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
+def can_write(folder: Path) -> None:
+    """Raise where `write` is going to fail, before anything is computed.
+
+    Raises:
+        BadFile: a file lies there, or the folder that it is to be made in is missing.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise BadFile(f"cannot write to {folder}: it is a file, a folder is expected")
+    if not folder.exists() and not folder.absolute().parent.is_dir():
+        raise BadFile(f"cannot make {folder}: there is no folder {folder.absolute().parent}")
+
+
+def write(files: Mapping[str, bytes], folder: Path) -> list[Path]:
+    """Write them, each whole or not at all; the folder is made where there is none. Other files stay.
+
+    Raises:
+        BadFile: they cannot be written.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise BadFile(f"cannot make {folder}: {one_line(error)}") from error
+    for name, content in files.items():
+        with whole(folder / name) as temporary:
+            Path(temporary).write_bytes(content)
+    return [folder / name for name in files]

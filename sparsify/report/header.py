@@ -9,7 +9,7 @@ from typing import Any
 
 from sparsify.config import SparsityConfig
 from sparsify.models.checkpoint import Header
-from sparsify.report.profile import memory
+from sparsify.report.words import memory
 
 Fact = tuple[str, str]  # what, in words
 

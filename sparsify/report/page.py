@@ -19,15 +19,14 @@ import numpy as np
 from PIL import Image
 
 from sparsify import __version__
-from sparsify.cli import tables
-from sparsify.jobs.show import Shown
-from sparsify.measure.inspection import Inspection
-from sparsify.measure.profile import Profile
+from sparsify.measure.figures import Profile
+from sparsify.measure.inspection import Inspection, Shown
 from sparsify.models.checkpoint import Header
 from sparsify.report import accuracy, captions, figures, panels
 from sparsify.report import header as facts
 from sparsify.report import profile as report
 from sparsify.report.readback import SweepFiles
+from sparsify.report.words import NOTHING, change, human
 
 SIDE = 280  # pixels of a panel; on the page it takes half as many or fewer
 LARGE = 448  # of the photograph and of the tokens
@@ -96,11 +95,9 @@ def _tiles(c: Content) -> list[tuple[str, str, str]]:
     """The figures at the top: figure, what, kind."""
     p, found = c.profile, []
     if p.macs_dense:
-        found.append((_signed(report.change(p.macs_dense, p.macs_sparse)), "MACs of the model", "theoretical"))
+        found.append((_signed(change(p.macs_dense, p.macs_sparse)), "MACs of the model", "theoretical"))
     if p.mhsa_macs_dense:
-        found.append(
-            (_signed(report.change(p.mhsa_macs_dense, p.mhsa_macs_sparse)), "MACs of the attention", "theoretical")
-        )
+        found.append((_signed(change(p.mhsa_macs_dense, p.mhsa_macs_sparse)), "MACs of the attention", "theoretical"))
     m = p.measured
     if m is not None and m.dense is not None:
         same = m.dense.p10 <= m.sparse.p90 and m.sparse.p10 <= m.dense.p90
@@ -142,9 +139,7 @@ def _tokens(p: Profile) -> list[tuple[int, float]]:
 
 
 def _tree(p: Profile) -> list[tuple[int, str, str, str, str]]:
-    return [
-        (row["depth"], label or "model", *report.module_cells(row, report.human)) for label, row in tables.tree_rows(p)
-    ]
+    return [(row["depth"], label or "model", *report.module_cells(row, human)) for label, row in report.tree_rows(p)]
 
 
 def _accuracy(e: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -233,7 +228,7 @@ def _mass(found: Inspection) -> list[tuple[str, list[tuple[str, str, str]]]]:
         cells: list[tuple[str, str, str]] = []
         for j in range(found.heads):
             if np.isnan(value[i, j]):
-                cells.append((report.NOTHING, "", ""))
+                cells.append((NOTHING, "", ""))
             elif dense[i]:
                 cells.append((f"{100 * value[i, j]:.0f}", "dense", ""))
             else:
@@ -249,7 +244,7 @@ def _mass_legend(shown: Sequence[Shown]) -> str:
         return ""
     words = f"{captions.true_attention(shown[0].found.reference)}. Of: the most that as many keys could hold."
     missing = any(len(each.found.layers) < each.found.depth for each in shown)
-    return words + (f" {report.NOTHING}: only the prefix tokens' rows are computed." if missing else "")
+    return words + (f" {NOTHING}: only the prefix tokens' rows are computed." if missing else "")
 
 
 def _jpeg(picture: np.ndarray) -> tuple[str, int, int]:
@@ -268,7 +263,7 @@ def _css(rgb: np.ndarray) -> str:
 
 
 def _form(value: Any, form: str) -> str:
-    return format(value, form) if isinstance(value, int | float) else report.NOTHING
+    return format(value, form) if isinstance(value, int | float) else NOTHING
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sparsify.measure.figures import Profile
 from sparsify.measure.latency import Timing
-from sparsify.measure.profile import Profile
+from sparsify.report import profile as report
+from sparsify.report.words import NOTHING, Row, change, human, markdown_table, memory, plain
 
-Row = tuple[str, str, str, str]  # what, dense, sparse, change
-NOTHING = "–"  # a figure that there is not
 THEORETICAL = "Theoretical: MACs per image"
 PATHS = {
     "cpu": "sparse kernels", "reference": "sparse reference", "dense-cpu": "own dense kernel", "sdpa": "torch's dense SDPA",
@@ -20,41 +20,6 @@ PATHS = {
 """Paths of `Profile.choices` in words."""
 NOT_SPEED = "Fewer MACs are no promise of speed: the measured part says what this machine makes of them."
 NO_DENSE = "No dense figures: the weights are not the dense original's, which was not given (`--dense`)."
-
-
-def human(count: float) -> str:
-    """A count with 4 significant digits and its unit: 4608338304 -> '4.608 G', 357663744 -> '357.7 M', 12 -> '12'."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(count) >= size * 0.99995:
-            digits = max(0, 4 - len(f"{abs(count) / size:.0f}"))
-            return f"{count / size:.{digits}f} {unit}"
-    return f"{count:.4g}"
-
-
-def plain(value: float) -> str:
-    """A measured value with 4 significant digits and no exponent: 12345.6 -> '12346', 0.012345 -> '0.01234'."""
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def memory(size: float) -> str:
-    """Bytes as MB or GB (powers of ten): 24871312 -> '24.87 MB'."""
-    text = human(size)
-    return text.replace(" k", " kB").replace(" M", " MB").replace(" G", " GB") if " " in text else f"{text} B"
-
-
-def change(dense: float | None, sparse: float) -> str:
-    """Relative change from dense to sparse: '-70.1 %'; a change too small for that keeps its sign: '-0.04 %'.
-
-    A dash where there is no dense figure, '' where it is 0.
-    """
-    if dense is None:
-        return NOTHING
-    if not dense:
-        return ""
-    percent = 100 * (sparse - dense) / dense
-    if percent == 0:
-        return "0 %"
-    return f"{percent:+.1f} %" if abs(percent) >= 0.1 else f"{percent:+.2g} %"
 
 
 def headline(p: Profile) -> list[Row]:
@@ -219,3 +184,71 @@ def _spread(t: Timing | None) -> str:
 
 def _times(ratio: float) -> str:
     return f"{ratio:.1f}x" if ratio >= 1.1 else f"{100 * (ratio - 1):.0f} %"
+
+
+def to_markdown(profile: Profile, title: str = "Profile") -> str:
+    """The whole profile as GitHub Markdown: headline, breakdown, what was measured, and the module tree in full."""
+    height, width = profile.conditions["img_size"]
+    lines = [f"# {title}", "", f"## {report.THEORETICAL}", "", f"Image size {height}x{width}.", ""]
+    lines += markdown_table(("", "dense", "sparse", "change"), report.headline(profile))
+    lines += [part for line in report.remarks(profile) for part in ("", f"{line}.")]
+    warning = report.uncounted(profile.unsupported)
+    if warning:
+        lines += ["", f"**{warning}**"]
+    verdict = report.verdict(profile)
+    if profile.measured is not None:
+        lines += ["", "## Measured", ""]
+        lines += markdown_table(("", "dense", "sparse", "change"), report.measured(profile))
+        lines += ["", f"{report.conditions(profile)}.", "", f"**{verdict}**", ""]
+        lines += [*(f"- {line}" for line in report.auto(profile)), "", report.NOT_SPEED]
+    else:
+        lines += ["", f"**{verdict}**"] if verdict else []
+        lines += ["", "Nothing was measured: fewer MACs are no promise of speed (`sparsify profile` measures)."]
+    rows = [
+        (
+            "&nbsp;" * 2 * row["depth"] + (row["name"].rpartition(".")[2] or "(model)"),
+            row["type"],
+            f"{row['params']:,}",
+            *report.module_cells(row, lambda count: f"{count:,}"),
+        )
+        for row in profile.modules
+    ]
+    lines += ["", "## By module (theoretical, MACs per image)", ""]
+    lines += markdown_table(("module", "type", "parameters", "dense", "sparse", "change"), rows, left=2)
+    return "\n".join(lines) + "\n"
+
+
+def tree_rows(profile: Profile, *, full: bool = False) -> list[tuple[str, Mapping[str, Any]]]:
+    """Label and row of each line of the tree; `full` as in `module_tree`."""
+    subtrees: list[list[Mapping[str, Any]]] = []  # of the children of `blocks`; every other row stands alone
+    for row in profile.modules:
+        parts = row["name"].split(".")
+        if len(parts) > 2 and parts[0] == "blocks":
+            subtrees[-1].append(row)
+        else:
+            subtrees.append([row])
+    lines: list[tuple[str, Mapping[str, Any]]] = []
+    i = 0
+    while i < len(subtrees):
+        alike = 1
+        if not full and subtrees[i][0]["name"].startswith("blocks."):
+            while i + alike < len(subtrees) and _figures(subtrees[i + alike]) == _figures(subtrees[i]):
+                alike += 1
+        for row in subtrees[i]:
+            label = _label(row)
+            if alike > 1 and row is subtrees[i][0]:
+                last = subtrees[i + alike - 1][0]["name"].rpartition(".")[2]
+                label = f"{row['name'].rpartition('.')[2]}-{last}: {alike} alike, each {row['type']}"
+            lines.append((label, row))
+        i += alike
+    return lines
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    return f"{row['name'].rpartition('.')[2]} {row['type']}".strip()
+
+
+def _figures(rows: list[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """What makes two blocks alike: everything but their names."""
+    root = rows[0]["name"]
+    return [(r["name"].removeprefix(root), *(v for k, v in r.items() if k != "name")) for r in rows]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sparsify.jobs.sweep import Sweep
+from sparsify.measure.sweep import Sweep
 
 
 class Point(NamedTuple):

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 
 from sparsify.errors import BadFile, one_line
-from sparsify.measure.profile import Profile
+from sparsify.files import read_json
+from sparsify.measure.figures import Profile
 from sparsify.models.checkpoint import Header, digest_in
-from sparsify.report.files import read_json
 
 
 class SweepFiles(NamedTuple):
@@ -113,3 +113,34 @@ def _maybe(path: Path) -> Mapping[str, Any]:
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def results(path: Path, digest: str) -> dict[str, Any]:
+    """Results of `sparsify eval` with their conditions, if they are those of the file with this digest.
+
+    Raises:
+        BadFile: unreadable, without conditions, or of another file.
+    """
+    found = read_json(path)
+    conditions = found.get("conditions")
+    if not isinstance(conditions, dict) or not found.get("images"):
+        raise BadFile(
+            f"{path} has no results with their conditions: 'sparsify eval FILE --results-file NAME.json' writes them"
+        )
+    if conditions.get("file_sha256") != digest:
+        raise BadFile(f"{path} has the results of another file: evaluate this one")
+    return found
+
+
+def times(path: Path, macs: int, params: int) -> dict[str, Any]:
+    """Figures of `sparsify profile --json`, if they were measured of a model with as many MACs and parameters.
+
+    Raises:
+        BadFile: unreadable, nothing measured, or of another model.
+    """
+    found = read_json(path)
+    if found.get("latency_ms_sparse") is None:
+        raise BadFile(f"{path} has no measured times: 'sparsify profile FILE --json NAME.json' writes them")
+    if (found.get("macs_sparse"), found.get("param_count")) != (macs, params):
+        raise BadFile(f"{path} has the times of another model: profile this one")
+    return found

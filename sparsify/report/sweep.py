@@ -10,16 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
 from sparsify.errors import BadFile, one_line
-from sparsify.jobs.sweep import Setting, Sweep
+from sparsify.files import write_json, write_text
 from sparsify.measure.accuracy import Evaluation
 from sparsify.measure.latency import Timing
+from sparsify.measure.sweep import Setting, Sweep
 from sparsify.recipe import recipe_yaml
-from sparsify.report import files, profile
+from sparsify.report import profile, words
 from sparsify.report.published import PUBLISHED_DENSE_TOP1, published
 from sparsify.report.sweep_plot import plot, top1_error
 
@@ -76,38 +73,6 @@ def seen(sweep: Sweep) -> str:
     return f"{e.images:,} images{labels} of {sweep.images}{broken}; calibrated on {sweep.calibration}"
 
 
-def table(sweep: Sweep) -> Group:
-    """All settings beside dense, in 80 columns."""
-    one = sweep.settings[0]
-    shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    headings = ["", "MACs", "change", "MHSA", *(name for name, _, _ in quality(one.evaluation)), "speed", "p10-p90"]
-    for heading in headings:  # 78 columns where they are full
-        short = {"lost/gained": "-/+"}.get(heading, heading.removesuffix(" %"))
-        shown.add_column(short, justify="right" if heading else "left", no_wrap=True)
-    dense = [cell for _, cell, _ in quality(one.evaluation)]
-    shown.add_row("dense", profile.human(one.profile.dense.macs), "", "", *dense, "1.00x", "")
-    for s in sweep.settings:
-        p, speed = s.profile, s.speed
-        shown.add_row(
-            label(s),
-            profile.human(p.macs_sparse),
-            profile.change(p.dense.macs, p.macs_sparse).removesuffix(" %") + "%",
-            profile.change(p.dense.mhsa_macs, p.mhsa_macs_sparse).removesuffix(" %") + "%",
-            *(cell[:-1] if name == "agree %" else cell for name, _, cell in quality(s.evaluation)),
-            f"{speed.median:.2f}x",
-            f"{speed.p10:.2f}-{speed.p90:.2f}",
-        )
-    flips = one.evaluation.images_lost is not None
-    parts: list[RenderableType] = [
-        Text("MACs of an image: theoretical. Accuracy and speed: measured", style="italic"),
-        shown,
-        Text(f"{seen(sweep)}{'; -/+: images lost and gained' if flips else ''}", style="dim"),
-        Text(conditions(sweep), style="dim"),
-        *(Text(f"left out, {reason}", style="bold") for reason in sweep.skipped.values()),
-    ]
-    return Group(*parts)
-
-
 # files
 
 
@@ -120,17 +85,17 @@ def to_markdown(sweep: Sweep, prefix: str, picture: bool) -> str:
     headings += [name for name, _, _ in cells[:1]] + (["change"] if change else [])
     headings += [name for name, _, _ in cells[1:]] + ["ms (p10-p90)", "speed"]
     dense = [cell for _, cell, _ in cells]
-    first = ["dense", profile.human(p.dense.macs), "", profile.human(p.dense.mhsa_macs), ""]
+    first = ["dense", words.human(p.dense.macs), "", words.human(p.dense.mhsa_macs), ""]
     rows = [[*first, *dense[:1], *([""] if change else []), *dense[1:], _ms(sweep.dense), "1"]]
     for s in sweep.settings:
         p, own, speed = s.profile, [cell for _, _, cell in quality(s.evaluation)], s.speed
         rows.append([
-            label(s), profile.human(p.macs_sparse), profile.change(p.dense.macs, p.macs_sparse),
-            profile.human(p.mhsa_macs_sparse), profile.change(p.dense.mhsa_macs, p.mhsa_macs_sparse),
+            label(s), words.human(p.macs_sparse), words.change(p.dense.macs, p.macs_sparse),
+            words.human(p.mhsa_macs_sparse), words.change(p.dense.mhsa_macs, p.mhsa_macs_sparse),
             *own[:1], *([_top1_change(s.evaluation)] if change else []), *own[1:],
             _ms(s.timing), f"{speed.median:.2f}x ({speed.p10:.2f}-{speed.p90:.2f})",
         ])  # fmt: skip
-    lines = [f"# Sweep of {sweep.model}", "", *files.markdown_table(tuple(headings), rows), ""]
+    lines = [f"# Sweep of {sweep.model}", "", *words.markdown_table(tuple(headings), rows), ""]
     lines += [
         "MACs are of one image, and theoretical; MHSA is the attention without its projections. `keep`: sparse attention,",
         "all tokens stay. `target`: a schedule of keeps and tokens was searched for that share of the dense model's MACs.",
@@ -152,7 +117,7 @@ def to_markdown(sweep: Sweep, prefix: str, picture: bool) -> str:
     lines += ["", "## Settings", "", "A setting again, as a model:", ""]
     example = sweep.settings[-1].choice.name
     lines += [f"    {' '.join(sweep.convert)} --recipe {prefix}.recipes/{example}.yaml -o {example}.safetensors", ""]
-    lines += files.markdown_table(("setting", "recipe", "keep of each block", "tokens into each block, and out"), [
+    lines += words.markdown_table(("setting", "recipe", "keep of each block", "tokens into each block, and out"), [
         (label(s), f"{s.choice.name}.yaml", " ".join(_keeps(s)), " ".join(map(str, _tokens(s)))) for s in sweep.settings
     ], left=4)  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -234,10 +199,10 @@ def write(sweep: Sweep, prefix: Path) -> tuple[list[Path], str]:
             except Exception as error:  # figures that took an hour are not lost to a font that is missing
                 note = f"no picture was drawn: {one_line(error)}"
                 (place / "png").unlink(missing_ok=True)
-            files.write_text(place / "md", to_markdown(sweep, name, not note))
-            files.write_json(place / "json", as_dict(sweep, name))
+            write_text(place / "md", to_markdown(sweep, name, not note))
+            write_json(place / "json", as_dict(sweep, name))
             for s in sweep.settings:
-                files.write_text(place / f"{s.choice.name}.yaml", recipe_yaml(s.recipe))
+                write_text(place / f"{s.choice.name}.yaml", recipe_yaml(s.recipe))
             return _move(place, prefix, [s.choice.name for s in sweep.settings]), note
     except OSError as error:
         raise BadFile(f"cannot write {prefix}.md and what goes with it: {one_line(error)}") from error
@@ -291,7 +256,7 @@ def _top1_change(e: Evaluation) -> str:
 
 
 def _ms(t: Timing) -> str:
-    return f"{profile.plain(t.median)} ({profile.plain(t.p10)}-{profile.plain(t.p90)})"
+    return f"{words.plain(t.median)} ({words.plain(t.p10)}-{words.plain(t.p90)})"
 
 
 def _number(value: float | None, form: str) -> str:

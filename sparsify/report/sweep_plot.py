@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsify.jobs.sweep import Sweep
 from sparsify.measure.accuracy import Evaluation
+from sparsify.measure.sweep import Sweep
+from sparsify.report.drawing import BLUE, GREEN, GREY, ORANGE
 from sparsify.report.published import PUBLISHED_DENSE_TOP1, Point, published
-
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.35"  # Okabe and Ito's, told apart without colour vision
 
 
 def plot(sweep: Sweep, path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from sparsify.files import whole
 from sparsify.fit.finetune.log import read
-from sparsify.report.sweep_plot import BLUE, GREEN, ORANGE
+from sparsify.report.drawing import BLUE, GREEN, ORANGE
 
 PURPLE = "#CC79A7"  # of the same palette
 SHADES = ("0.92", "0.84")  # of the stages, in turns

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsify.cli import completion, options
+from sparsify.cli import completion, options, parsers
 from sparsify.cli.helptext import MODEL, RUNNING
 from sparsify.cli.preflight import preflight
 from sparsify.errors import SparsifyError
@@ -254,18 +254,18 @@ def convert(
     from sparsify.recipe import default_recipe, load_recipe
 
     base = load_recipe(recipe or default_recipe(data is not None and not calibrate_only))
-    target = options.target(target_macs, target_latency, keep, token_keep)
-    tokens = options.tokens(token_keep, token_stages, token_way, token_importance, base.sparsity.tokens)
+    target = parsers.target(target_macs, target_latency, keep, token_keep)
+    tokens = parsers.tokens(token_keep, token_stages, token_way, token_importance, base.sparsity.tokens)
     if token_keep is not None and keep is None and recipe is None:
         keep = "dense"
     chosen = base.override(
-        keep=None if target else options.keeps(keep, "--keep"), tokens=tokens, predictor=predictor,
-        rank=options.whole_numbers(rank, "--rank"), tail=tail,
-        cells=options.rectangle(cells, "--cells"), granularity=granularity, calib_images=calib_images, seed=seed,
+        keep=None if target else parsers.keeps(keep, "--keep"), tokens=tokens, predictor=predictor,
+        rank=parsers.whole_numbers(rank, "--rank"), tail=tail,
+        cells=parsers.rectangle(cells, "--cells"), granularity=granularity, calib_images=calib_images, seed=seed,
     ).set(assignments or [])  # fmt: skip
     if calibrate_only:
         chosen = chosen.without_training()
-    options.backend(backend)
+    parsers.backend(backend)
     preflight()
     from sparsify import processes
     from sparsify.cli import tables
@@ -276,8 +276,8 @@ def convert(
     with Reporter(quiet) as reporter:
         made = conversion.convert(
             name, chosen, output, weights=weights, num_classes=num_classes, img_size=img_size, images=data, val=val,
-            force=force, resume=resume, save_minutes=save_minutes, device=options.torch_device(device),
-            dtype=options.torch_dtype(dtype), batch_size=batch_size, micro_batch=micro_batch, workers=workers,
+            force=force, resume=resume, save_minutes=save_minutes, device=parsers.torch_device(device),
+            dtype=parsers.torch_dtype(dtype), batch_size=batch_size, micro_batch=micro_batch, workers=workers,
             backend=backend, target=target, say=options.say(quiet), progress=reporter.update,
         )  # fmt: skip
     if not processes.main():

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sparsify import processes
-from sparsify.cli import completion, options
+from sparsify.cli import completion, options, parsers
 from sparsify.cli.helptext import RUNNING
 from sparsify.cli.preflight import preflight
 from sparsify.errors import UsageError
@@ -55,16 +55,17 @@ def evaluate(
         raise UsageError("give the labelled images: either --imagenet PATH or --data NAME")
     if results_file is not None and results_file.suffix not in (".csv", ".json"):
         raise UsageError(f"--results-file {results_file}: a name that ends in .csv or .json is expected")
-    options.backend(backend)
-    options.kernel_precision(kernel_precision)
+    parsers.backend(backend)
+    parsers.kernel_precision(kernel_precision)
     quiet = quiet or not processes.main()
-    kind, where = options.torch_dtype(dtype), options.torch_device(processes.place(device))
+    kind, where = parsers.torch_dtype(dtype), parsers.torch_device(processes.place(device))
     preflight()
     from sparsify.cli import tables
     from sparsify.cli.progress import Reporter
+    from sparsify.measure import conditions
     from sparsify.measure import evaluate as evaluation
     from sparsify.models import checkpoint, original
-    from sparsify.report import files
+    from sparsify.report import accuracy
 
     say = options.say(quiet)
     processes.start(where)
@@ -83,6 +84,6 @@ def evaluate(
     if not quiet:
         tables.show(tables.eval_table(result.as_dict()))
     if results_file is not None and processes.main():
-        circumstances = evaluation.conditions(str(imagenet or data), batch_size, kind, where, backend, kernel_precision)
+        circumstances = conditions.conditions(str(imagenet or data), batch_size, kind, where, backend, kernel_precision)
         circumstances["file_sha256"] = checkpoint.digest_in(file)
-        files.write_results(results_file, result.as_dict(), circumstances)
+        accuracy.write_results(results_file, result.as_dict(), circumstances)

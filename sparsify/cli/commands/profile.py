@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsify.cli import completion, options
+from sparsify.cli import completion, options, parsers
 from sparsify.cli.helptext import RUNNING
 from sparsify.cli.preflight import preflight
 
@@ -43,15 +43,16 @@ def profile(
 
     Example: sparsify profile model.safetensors --tree
     """
-    options.torch_dtype(dtype)
-    options.backend(backend)
-    options.kernel_precision(kernel_precision)
-    options.torch_device(device)
+    parsers.torch_dtype(dtype)
+    parsers.backend(backend)
+    parsers.kernel_precision(kernel_precision)
+    parsers.torch_device(device)
     preflight()
     from sparsify.cli import tables
+    from sparsify.files import write_json, write_text
     from sparsify.measure import profile as profiling
     from sparsify.models import checkpoint, original
-    from sparsify.report import files
+    from sparsify.report.profile import to_markdown
 
     say = options.say(quiet)
     header, model = checkpoint.read_header(file), checkpoint.load(file, img_size)
@@ -68,6 +69,6 @@ def profile(
         if tree:
             tables.show(tables.module_tree(result))
     if markdown:
-        files.write_text(markdown, files.to_markdown(result))
+        write_text(markdown, to_markdown(result))
     if json:
-        files.write_json(json, result.as_dict())
+        write_json(json, result.as_dict())

@@ -53,11 +53,12 @@ def report(
         raise BadFile(f"cannot write {output}: a file name in a folder that exists is expected")
     preflight()
     from sparsify.cli.progress import Reporter
+    from sparsify.files import write_text
     from sparsify.images import photograph
     from sparsify.jobs import show
     from sparsify.measure import profile as profiling
     from sparsify.models import checkpoint, original
-    from sparsify.report import files, page, readback
+    from sparsify.report import page, readback
 
     say = options.say(quiet)
     points = [photograph.point(text) for text in query or []]
@@ -80,5 +81,5 @@ def report(
         )  # fmt: skip
     content = page.Content(file, header, figures, evaluation, swept, shown)
     text = page.render(content)
-    files.write_text(output, text)
+    write_text(output, text)
     print(f"wrote {output}, {len(text.encode()) / 1e6:.1f} MB: {', '.join(page.parts(content))}")

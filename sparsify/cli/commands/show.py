@@ -68,11 +68,10 @@ def show(
     from sparsify.jobs import show as showing
     from sparsify.measure.inspection import DENSE, OWN, REFERENCES
     from sparsify.models import checkpoint, original
-    from sparsify.report import captions
-    from sparsify.report import show as report
+    from sparsify.report import captions, figures
 
     say = options.say(quiet)
-    report.can_write(output)
+    figures.can_write(output)
     points = [photograph.point(text) for text in query or []]
     header, model = checkpoint.read_header(file), checkpoint.load(file, img_size)
     beside = original.load_original(header, dense, img_size, say) if dense else None
@@ -81,8 +80,8 @@ def show(
             model, images, points, layers=layer, heads=head, dense=beside,
             progress=lambda done, total: reporter.update("look", done, total),
         )  # fmt: skip
-        files = report.draw(shown, lambda done, total: reporter.update("draw", done, total))
-    paths = report.write(files, output)
+        files = figures.draw(shown, lambda done, total: reporter.update("draw", done, total))
+    paths = figures.write(files, output)
     if not quiet:
         print(f"true attention: {REFERENCES[OWN if beside is None else DENSE]}")
         for each in shown:

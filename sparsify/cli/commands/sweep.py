@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsify.cli import completion, options
+from sparsify.cli import completion, options, parsers
 from sparsify.cli.helptext import MODEL, RUNNING
 from sparsify.cli.preflight import preflight
 from sparsify.errors import UsageError
@@ -93,17 +93,18 @@ def sweep(
     """
     if (imagenet is None) == (data is None):
         raise UsageError("give the images to measure on: either --imagenet PATH or --data NAME")
-    shares = {"targets": options.shares(targets, "--targets"), "keeps": options.shares(keeps, "--keeps")}
+    shares = {"targets": parsers.shares(targets, "--targets"), "keeps": parsers.shares(keeps, "--keeps")}
     if not any(shares.values()):
         raise UsageError("--targets none and --keeps none leave nothing to measure")
     from sparsify.recipe import load_recipe
 
     recipe = load_recipe("calibrate").override(calib_images=calib_images, seed=seed)
-    options.backend(backend)
-    kind, where = options.torch_dtype(dtype), options.torch_device(device)
+    parsers.backend(backend)
+    kind, where = parsers.torch_dtype(dtype), parsers.torch_device(device)
     preflight()
     from sparsify.cli import tables
     from sparsify.cli.progress import Reporter
+    from sparsify.cli.tables import table
     from sparsify.jobs import sweep as job
     from sparsify.report import sweep as report
 
@@ -116,7 +117,7 @@ def sweep(
         )  # fmt: skip
     paths, note = report.write(result, output)
     if not quiet:
-        tables.show(report.table(result))
+        tables.show(table(result))
     if note:
         options.say(quiet)(note)
     print(f"wrote {', '.join(str(path) for path in paths)} in {result.seconds:.0f} s")

@@ -22,14 +22,14 @@ from sparsify.fit.calibrate import token_importance
 from sparsify.fit.calibrate.head_lowrank import Moments
 from sparsify.fit.calibrate.ranks import allocate, candidates
 from sparsify.fit.calibrate.token_lowrank import Ridge, pooling
-from sparsify.measure.distance import distance
+from sparsify.measure.accuracy import distance
 from sparsify.nn import graft, hosts, projection
-from sparsify.nn.attention import SparseAttention
+from sparsify.nn.attention import Execution, SparseAttention, attention_modules
 from sparsify.nn.observe import observe
 from sparsify.nn.predictor import HeadLowrank, TokenLowrank
 from sparsify.ops import attention
 from sparsify.ops.backends import resolve
-from sparsify.ops.spec import Execution, Spec, budget
+from sparsify.ops.spec import Spec, budget
 
 PROBE_IMAGES = 24  # images that decide the ranks: enough to order the blocks, seconds on two cores
 
@@ -73,13 +73,13 @@ def calibrate(
         UnsupportedModel, UsageError: see `graft.graft`; the model is as it was then.
     """
     graft.check_config(model, config)
-    config = config.with_cells(graft.num_tokens(model))
+    config = config.with_cells(hosts.num_tokens(model))
     with torch.no_grad():
         if config.predictor == "head-lowrank":
             found = _fit_head_lowrank(model, config, batches, progress, execution)
         else:
             found = _fit_token_lowrank(model, config, batches, progress)
-        if any(graft.fits_importance(config, len(graft.attention_modules(model)))):
+        if any(graft.fits_importance(config, len(attention_modules(model)))):
             fit_importance(model, batches, progress)
             graft.reduce(model, found.config)  # which leaves it to the blocks that have a stage
         return found
@@ -103,8 +103,8 @@ def spends_ranks(config: SparsityConfig) -> bool:
 def _fit_head_lowrank(
     model: nn.Module, config: SparsityConfig, batches: Batches, progress: Progress, execution: Execution
 ) -> Calibration:
-    attentions = list(graft.check(model).values())
-    prefix = graft.num_prefix_tokens(model)
+    attentions = list(hosts.check(model).values())
+    prefix = hosts.num_prefix_tokens(model)
     moments = [Moments(projection.heads_of(host), projection.head_dim(host)) for host in attentions]
     if not any_sparse(config, len(attentions)):
         graft.graft(model, config)
@@ -117,7 +117,7 @@ def _fit_head_lowrank(
         probe = torch.cat(list(first(batches(), PROBE_IMAGES)))
         config = config.model_copy(update={"rank": _spread(model, config, bases, probe, progress, execution)})
     graft.graft(model, config)
-    for (t_q, t_k), module in zip(bases, graft.attention_modules(model).values(), strict=True):
+    for (t_q, t_k), module in zip(bases, attention_modules(model).values(), strict=True):
         if isinstance(module, SparseAttention):
             graft.set_basis(module, cast(HeadLowrank, module.predictor), t_q, t_k)
     return Calibration(model, config, seen)
@@ -128,10 +128,10 @@ def _spread(
     execution: Execution,
 ) -> tuple[tuple[int, ...], ...]:  # fmt: skip
     """One rank for each head of each block, their sum over the sparse blocks at most their heads times config.rank."""
-    attentions = list(graft.check(model).values())
-    depth, heads, head_dim = graft.shape(graft.check(model))
+    attentions = list(hosts.check(model).values())
+    depth, heads, head_dim = hosts.shape(hosts.check(model))
     mean_rank = cast(int, config.rank)
-    prefix, grid = graft.num_prefix_tokens(model), graft.patch_grid(model)
+    prefix, grid = hosts.num_prefix_tokens(model), hosts.patch_grid(model)
     ranks = candidates(mean_rank, head_dim)
     error = torch.zeros(depth, heads, len(ranks), dtype=torch.float64)
     sparse = [i for i in range(depth) if config.keep_of(i) is not None]
@@ -182,7 +182,7 @@ def _weights(
     twin = graft.dense_twin(model)
     dense = model(probe)
     weights = []
-    for i, (name, host) in enumerate(graft.check(model).items()):
+    for i, (name, host) in enumerate(hosts.check(model).items()):
         if config.keep_of(i) is None:
             weights.append(0.0)
             continue
@@ -197,9 +197,9 @@ def _weights(
 
 
 def _fit_token_lowrank(model: nn.Module, config: SparsityConfig, batches: Batches, progress: Progress) -> Calibration:
-    attentions = list(graft.check(model).values())
-    _, heads, head_dim = graft.shape(graft.check(model))
-    prefix, grid = graft.num_prefix_tokens(model), graft.patch_grid(model)
+    attentions = list(hosts.check(model).values())
+    _, heads, head_dim = hosts.shape(hosts.check(model))
+    prefix, grid = hosts.num_prefix_tokens(model), hosts.patch_grid(model)
     channels = config.token_lowrank.channels
     moments = [Moments(heads, head_dim) for _ in attentions] if channels else []
     biases = [hosts.position_bias(model, host) for host in attentions]

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from sparsify.errors import UsageError
-from sparsify.nn import graft
+from sparsify.nn import hosts
 from sparsify.nn.token_models import FewerTokens
 from sparsify.nn.tokens import Tokens
 from sparsify.recipe import Repair
@@ -45,7 +45,7 @@ def repair(
     """
     check(sparse)
     host, fewer = cast(Any, sparse), isinstance(sparse, FewerTokens)
-    prefix = graft.num_prefix_tokens(sparse)
+    prefix = hosts.num_prefix_tokens(sparse)
     teacher = [_first(dense, x) for x in batches]
     student: list[tuple[Tensor, Tokens | None]] = []
     for x in teacher:

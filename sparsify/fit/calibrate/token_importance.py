@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.config import SparsityConfig
-from sparsify.nn import graft, projection, token_models
+from sparsify.nn import attention, graft, hosts, projection, token_models
 from sparsify.nn.importance import TINY, asked, features
 from sparsify.nn.token_blocks import AnyTokenBlock
 
@@ -35,12 +35,12 @@ def fit(model: nn.Module, images: Iterable[Tensor]) -> None:
         images: batches [B, C, H, W] on the model's device.
     """
     dense = graft.graft(graft.dense_twin(model), SparsityConfig(keep="dense"))
-    attentions = list(graft.attention_modules(dense).values())
+    attentions = list(attention.attention_modules(dense).values())
     depth = len(attentions)
     token_models.install(dense, "merge", [None] * depth, False)
-    rows, prefix = token_models.ranking_rows(dense), graft.num_prefix_tokens(dense)
+    rows, prefix = hosts.ranking_rows(dense), hosts.num_prefix_tokens(dense)
     fits = [Ridge() for _ in range(depth)]
-    patches = graft.num_tokens(dense) - prefix
+    patches = hosts.num_tokens(dense) - prefix
     size = max(1, min(CHUNK, HELD // (depth * patches * projection.channels(attentions[0]))))
     for x in (part for batch in images for part in batch.split(size)):
         told, read = zip(*_blocks(dense, x, rows, prefix), strict=True)
@@ -48,7 +48,7 @@ def fit(model: nn.Module, images: Iterable[Tensor]) -> None:
         for i in reversed(range(depth)):
             later = later + read[i]
             fits[i].add(told[i], (later / (depth - i)).clamp_min(TINY).log())
-    for module, fitted in zip(graft.attention_modules(model).values(), fits, strict=True):
+    for module, fitted in zip(attention.attention_modules(model).values(), fits, strict=True):
         module.importance = fitted.solve().to(module.proj.weight)
 
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from sparsify.errors import BadData, UsageError
 from sparsify.images.datasets import train_transform, transform
 from sparsify.images.loaders import Items, StreamPart, drawn, drawn_number, ignore_interrupt, read
-from sparsify.stage import Augmentation
+from sparsify.recipe import Augmentation
 
 ATTEMPTS = 4  # draws of an augmentation: Pillow 13 refuses one in 300 of timm's rand-m9 (posterize to 0 bits)
 

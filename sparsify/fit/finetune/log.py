@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from sparsify.errors import BadFile, one_line
-from sparsify.report import files
+from sparsify.files import write_text
 
 Value = float | int | str | None
 
@@ -202,7 +202,7 @@ def _write(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    files.write_text(path, text.getvalue())
+    write_text(path, text.getvalue())
 
 
 def _cells(row: Mapping[str, Value]) -> dict[str, str]:

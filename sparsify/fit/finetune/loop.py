@@ -15,7 +15,6 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from sparsify import processes
-from sparsify.cli.progress import training_note
 from sparsify.errors import Interrupted
 from sparsify.fit.finetune import saved_state, trainable
 from sparsify.fit.finetune.batches import Batch
@@ -189,3 +188,8 @@ def _drawn(seed: int, stage: int, step: int, device: torch.device) -> Iterator[N
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(drawn_number(seed, "step", stage, step, processes.rank()) >> 1)
         yield
+
+
+def training_note(loss: float, lr: float, images_per_s: float) -> str:
+    """What stands beside a bar of training: 'loss 0.134  lr 1.9e-04  11.3 images/s'."""
+    return f"loss {loss:#.3g}  lr {lr:.1e}  {images_per_s:.1f} images/s"

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.fit.finetune import losses
-from sparsify.nn import graft, hosts
+from sparsify.nn import attention, graft, hosts
 from sparsify.nn.attention import SparseAttention
 from sparsify.nn.observe import watching
 from sparsify.nn.predictor import Reconstruction, TokenLowrank
 from sparsify.nn.token_models import TokensLeave
 from sparsify.nn.tokens import Tokens
 from sparsify.ops.spec import budget
-from sparsify.stage import Losses, Stage
+from sparsify.recipe import Losses, Stage
 
 
 class Said(NamedTuple):
@@ -103,14 +103,14 @@ class Lesson(nn.Module):
         return losses.pooled(teacher, student)
 
     def _features(self, said: Said, own: Said) -> Tensor:
-        prefix = graft.num_prefix_tokens(self.student)
+        prefix = hosts.num_prefix_tokens(self.student)
         pairs = zip(said.blocks, own.blocks, strict=True)
         return torch.stack([losses.features(t, s, present, prefix) for (t, _), (s, present) in pairs]).mean()
 
     def _attention(self, said: Said, own: Said) -> dict[str, Tensor]:
         """The losses of the predictors' attentions, weighted, means over the sparse blocks."""
         wanted = self.stage.losses
-        modules = list(graft.attention_modules(self.student).values())
+        modules = list(attention.attention_modules(self.student).values())
         form = Reconstruction(wanted.coefficients == "all", wanted.basis == "raw")
         targets = {i: (q, k) for i, q, k in (said.pairs or own.pairs)}
         errors, lost = [], []
@@ -133,7 +133,7 @@ class Lesson(nn.Module):
         return parts
 
     def _basis(self) -> Tensor:
-        modules = graft.sparse_modules(self.student).values()
+        modules = attention.sparse_modules(self.student).values()
         bases = [m.predictor.w_up for m in modules if isinstance(m.predictor, TokenLowrank)]
         return torch.stack([w.abs().sum() for w in bases if w is not None]).sum()
 
@@ -153,7 +153,7 @@ def _listen(model: nn.Module, x: Tensor, wanted: Losses, pairs: bool) -> tuple[S
     """
     outputs: dict[int, Any] = {}  # of the blocks
     heads: dict[int, tuple[Tensor, Tensor]] = {}  # q and k, by block
-    prefix = graft.num_prefix_tokens(model)
+    prefix = hosts.num_prefix_tokens(model)
     hooks = [_keep(block, i, outputs) for i, block in enumerate(cast(Any, model).blocks)] if wanted.features else []
     listening = watching(model, lambda i, q, k, v: heads.update({i: (q, k)})) if pairs else contextlib.nullcontext()
     try:

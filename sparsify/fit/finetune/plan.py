@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparsify import processes
 from sparsify.config import SparsityConfig
 from sparsify.errors import UsageError
+from sparsify.files import place
 from sparsify.fit.calibrate import repair
 from sparsify.fit.finetune import devices, trainable
 from sparsify.fit.finetune.batches import Batches
@@ -20,9 +21,7 @@ from sparsify.images.crops import WithCrops
 from sparsify.images.loaders import Decoded, ImageBatches, Items, Part, Stream
 from sparsify.images.sharing import share
 from sparsify.images.trainset import TrainSet, trainset
-from sparsify.naming import place
-from sparsify.recipe import Recipe, Repair
-from sparsify.stage import Stage
+from sparsify.recipe import Recipe, Repair, Stage
 
 JUDGE_BATCH = 32  # images that are judged together
 REPAIR_BATCH = 32  # images whose least squares are summed together

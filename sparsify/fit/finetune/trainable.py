@@ -14,8 +14,8 @@ from timm.scheduler.step_lr import StepLRScheduler
 from torch import nn
 
 from sparsify.errors import UsageError, one_line
-from sparsify.nn import graft
-from sparsify.stage import Anneal, Stage
+from sparsify.nn import attention
+from sparsify.recipe import Anneal, Stage
 
 
 def trainable(model: nn.Module, stage: Stage) -> list[str]:
@@ -27,10 +27,10 @@ def trainable(model: nn.Module, stage: Stage) -> list[str]:
         UsageError: there are none.
     """
     predictors = stage.moves_predictors and stage.losses.predictors
-    inside = tuple(f"{name}.predictor." for name in graft.sparse_modules(model))
+    inside = tuple(f"{name}.predictor." for name in attention.sparse_modules(model))
     backbone: tuple[str, ...] = ("",) if stage.moves_backbone else ()
     if stage.train == "attention":
-        backbone = tuple(f"{name}." for name in graft.attention_modules(model))
+        backbone = tuple(f"{name}." for name in attention.attention_modules(model))
     names = []
     for name, parameter in model.named_parameters():
         moves = predictors if name.startswith(inside) else name.startswith(backbone)  # every name starts with ''
@@ -100,7 +100,7 @@ class Keeps:
     """The share of keys that each block keeps while a stage goes on: the model's own, a number, or annealed to its own."""
 
     def __init__(self, model: nn.Module, stage: Stage, steps: int) -> None:
-        self.modules = list(graft.sparse_modules(model).values())
+        self.modules = list(attention.sparse_modules(model).values())
         self.own = [module.sparsity.keep for module in self.modules]
         self.keep, self.steps = stage.keep, steps
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsify import processes
 from sparsify.fit.finetune import losses
 from sparsify.measure.accuracy import Logits
-from sparsify.nn import graft
+from sparsify.nn import execution
 
 Labelled = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """Gives the images anew at each call, always in the same batches: float32 [B, C, H, W] and labels int64 [B], -1 for none."""
@@ -72,7 +72,7 @@ class Judge:
         training, first = model.training, not self.answers
         part = Part()
         model.eval()
-        with graft.sparse_form(model):
+        with execution.sparse_form(model):
             for i, (x, y) in enumerate(self.images()):
                 x = x.to(self.device)
                 if first:

@@ -14,12 +14,12 @@ from sparsify.errors import UsageError
 from sparsify.fit.schedule import costs as costing
 from sparsify.fit.schedule import search as searching
 from sparsify.fit.schedule import seconds
-from sparsify.fit.schedule.costs import BlockCost, Keep, Options
+from sparsify.fit.schedule.costs import Keep, Options
 from sparsify.fit.schedule.search import Schedule
 from sparsify.fit.schedule.sensitivity import Sensitivity, measure
 from sparsify.measure.latency import interleaved
 from sparsify.measure.macs import count, image_shape, replica
-from sparsify.nn import graft, token_models
+from sparsify.nn import graft, hosts
 
 KEEPS: tuple[Keep, ...] = (None, 0.25, 0.1, 0.05)  # that a search tries
 ROUNDS = 9  # of every timing
@@ -55,7 +55,7 @@ def sensitivity(
     progress: Callable[[int], None] = lambda done: None,
 ) -> Sensitivity:  # fmt: skip
     """`measure` for a grafted model and its configuration."""
-    options = options_of(config, graft.num_tokens(model), keeps)
+    options = options_of(config, hosts.num_tokens(model), keeps)
     return measure(model, way_of(config), options, images, progress).smoothed()
 
 
@@ -71,9 +71,9 @@ def for_macs(model: nn.Module, config: SparsityConfig, measured: Sensitivity, ta
     Raises:
         UsageError: no schedule is that cheap.
     """
-    prefix, n0 = graft.num_prefix_tokens(model), measured.patches
+    prefix, n0 = hosts.num_prefix_tokens(model), measured.patches
     options = options_of(config, n0 + prefix, measured.options)
-    found = costing.macs(model, prefix, token_models.ranking_rows(model), way_of(config), options)
+    found = costing.macs(model, prefix, hosts.ranking_rows(model), way_of(config), options)
     fixed = dense - searching.price(found, [n0] * (len(found) + 1), [None] * len(found))
     schedule = searching.search(measured, found, target * dense - fixed)
     share = (schedule.cost + fixed) / dense
@@ -94,7 +94,7 @@ def for_latency(
     Raises:
         UsageError: no schedule is that fast.
     """
-    prefix, n0 = graft.num_prefix_tokens(model), measured.patches
+    prefix, n0 = hosts.num_prefix_tokens(model), measured.patches
     options = options_of(config, n0 + prefix, measured.options)
     found = seconds.measured(model, way_of(config), options, batch)
     dense = graft.dense_twin(model)

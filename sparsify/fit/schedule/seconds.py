@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsify.fit.schedule.costs import BlockCost, Keep, Options
 from sparsify.measure.latency import interleaved
-from sparsify.nn import hosts, projection, token_models
+from sparsify.nn import hosts, projection
 from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention
 from sparsify.nn.importance import fitted, given
 from sparsify.nn.tokens import Stage, Tokens
@@ -58,7 +58,7 @@ def measured(model: nn.Module, way: str, options: Options, batch: int) -> list[B
     blocks = cast(Any, list(cast(nn.Sequential, model.blocks)))
     block = blocks[len(blocks) // 2]
     attn = cast(GraftedAttention, block.attn)
-    prefix, rows = int(cast(int, model.num_prefix_tokens)), token_models.ranking_rows(model)
+    prefix, rows = int(cast(int, model.num_prefix_tokens)), hosts.ranking_rows(model)
     patches = int(np.prod(hosts.patch_grid(model)))
     dense = DenseAttention(cast(Any, attn))
     dense.execution = attn.execution

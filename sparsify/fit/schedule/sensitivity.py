@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.fit.schedule.costs import Keep, Options
-from sparsify.measure.distance import distance
+from sparsify.measure.accuracy import distance
 from sparsify.nn import token_models
 from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention
 from sparsify.nn.predictor import TokenLowrank

@@ -17,7 +17,6 @@ from typing import overload
 
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
-
 PHOTOGRAPHS = ("astronaut", "chelsea", "china", "coffee", "flower", "raccoon", "rocket")
 SIDE = 288  # pixels, both sides of every picture
 LEAF_SHARE = 0.5  # share of collages; the measured trade is in the docstring of `CalibrationImages`
@@ -67,7 +66,7 @@ def calibration_images(n: int, seed: int = 0) -> CalibrationImages:
 
 @lru_cache(maxsize=len(PHOTOGRAPHS))
 def _photograph(name: str) -> Image.Image:
-    with (resources.files(__name__) / f"{name}.jpg").open("rb") as file:
+    with (resources.files("sparsify.images.pictures") / f"{name}.jpg").open("rb") as file:
         return Image.open(file).convert("RGB")
 
 

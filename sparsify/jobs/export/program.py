@@ -1,8 +1,7 @@
 """The job behind `sparsify export`: a converted file in, an ONNX or PyTorch (.pt2) program of the sparse form out.
 
-What is exported is the plain PyTorch reference of `sparsify.ops.attention`, operator by operator, so that the program runs without
-this package; the CPU kernels do not travel. Of every program written the answers are compared with the model's before it
-takes its place.
+What is exported is the plain PyTorch reference of `sparsify.ops`, operator by operator, so that the program runs without this
+package; the CPU kernels do not travel. The answers of every program are compared with the model's before it takes its place.
 """
 
 from __future__ import annotations
@@ -19,11 +18,12 @@ from torch import Tensor, nn
 
 from sparsify.errors import BadFile, SparsifyError, UsageError, one_line
 from sparsify.files import whole
-from sparsify.images import datasets, digits
+from sparsify.images import datasets
 from sparsify.jobs.export import onnx_file, pt2_file
 from sparsify.jobs.export.metadata import metadata, output_name
 from sparsify.models import checkpoint
-from sparsify.nn import graft
+from sparsify.models.digits import network
+from sparsify.nn import execution
 
 FORMATS = {"onnx": onnx_file, "pt2": pt2_file}
 TOLERANCE = 1e-3  # difference of an answer that is pointed out
@@ -147,7 +147,7 @@ def trace(model: nn.Module, batch_size: int | None) -> torch.export.ExportedProg
     dynamic = None if batch_size else {"x": {0: torch.export.Dim("batch", min=1)}}
     example = torch.zeros(batch_size or 2, *datasets.data_config(model)["input_size"])
     try:
-        with torch.no_grad(), graft.sparse_form(model):
+        with torch.no_grad(), execution.sparse_form(model):
             return torch.export.export(model, (example,), dynamic_shapes=dynamic)
     except Exception as error:
         raise SparsifyError(f"torch.export cannot follow {type(model).__name__}: {one_line(error)}") from error
@@ -155,7 +155,7 @@ def trace(model: nn.Module, batch_size: int | None) -> torch.export.ExportedProg
 
 def shown(model: nn.Module, architecture: str) -> Tensor:
     """Pictures that program and model are compared on, as the model wants them; noise for unusual channels."""
-    config, is_digits = datasets.data_config(model), architecture == digits.ARCHITECTURE
+    config, is_digits = datasets.data_config(model), architecture == network.ARCHITECTURE
     if config["input_size"][0] != 3 and not is_digits:
         return torch.randn(PICTURES, *config["input_size"], generator=torch.Generator().manual_seed(0))
     return next(iter(datasets.builtin_calibration(is_digits, PICTURES, 0, datasets.transform(config))))
@@ -172,7 +172,7 @@ def compare(model: nn.Module, run: Callable[[Tensor], Tensor], pictures: Tensor,
     """
     count = len(pictures)
     differences, largest = [], 0.0
-    with torch.inference_mode(), graft.sparse_form(model):
+    with torch.inference_mode(), execution.sparse_form(model):
         for batch in _batches(pictures, batch_size):
             expected, found = model(batch), run(batch)
             if found.shape != expected.shape:

@@ -1,0 +1,90 @@
+"""The results of a sweep: settings, their figures, and the dense model beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparsify.config import SparsityConfig
+from sparsify.fit.schedule.search import Schedule
+from sparsify.measure.accuracy import Evaluation
+from sparsify.measure.figures import Profile
+from sparsify.measure.latency import Timing
+from sparsify.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting before it is measured.
+
+    Attributes:
+        name: keep-0.1 (sparse attention, all tokens) or macs-0.7 (a searched schedule); names its recipe.
+        asked: the share in the name: of keys, or of the dense model's MACs.
+        config: of the sparse model, complete.
+        schedule: what the search found; None: there was none.
+    """
+
+    name: str
+    asked: float
+    config: SparsityConfig
+    schedule: Schedule | None
+
+    @property
+    def kind(self) -> str:
+        """keep or macs."""
+        return self.name.partition("-")[0]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting with its figures.
+
+    Attributes:
+        choice: what it is; recipe: gives it again.
+        profile: MACs, theoretical.
+        evaluation: on the same images as all others; its throughput is not measured.
+        timing: of the sparse form, no dense fallback, in one run with all others; ms.
+        speed: time of the dense model over the setting's in the same round.
+    """
+
+    choice: Choice
+    recipe: Recipe
+    profile: Profile
+    evaluation: Evaluation
+    timing: Timing
+    speed: Timing
+
+    @property
+    def share(self) -> float:
+        """Of the dense model's MACs."""
+        return self.profile.macs_sparse / self.profile.dense.macs
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What `sweep` measured.
+
+    Attributes:
+        model, weights: as asked; architecture: timm's name; classes: outputs, 0 without a classifier.
+        images: what was evaluated on, in words; calibration: what on, in words.
+        labelled: whether those images have labels.
+        settings: in the order asked, keeps first; dense: the dense model's time.
+        skipped: settings that cannot be, with the reason.
+        conditions: of the timing: batch_size, img_size, dtype, device, device_name, threads, runs, backend and versions.
+        convert: the command that makes a setting's model, up to its recipe.
+    """
+
+    model: str
+    weights: str | None
+    architecture: str
+    classes: int
+    images: str
+    calibration: str
+    labelled: bool
+    settings: tuple[Setting, ...]
+    dense: Timing
+    skipped: Mapping[str, str]
+    conditions: Mapping[str, Any]
+    convert: tuple[str, ...]
+    seconds: float
