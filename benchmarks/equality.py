@@ -19,7 +19,7 @@ from sparsify.fit.calibrate.calibrate import calibrate
 from sparsify.nn import attention, hosts
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from families import FAMILIES, build, images
+from helpers.families import FAMILIES, build, images
 
 
 def main() -> None:

@@ -21,8 +21,7 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-import support  # noqa: E402
-
+from helpers import support  # noqa: E402
 from sparsify.errors import UnsupportedModel  # noqa: E402
 from sparsify.nn import hosts  # noqa: E402
 

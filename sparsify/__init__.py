@@ -16,11 +16,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sparsify.version import __version__
+
 if TYPE_CHECKING:
     from sparsify.api import convert, evaluate, export, load, profile, save
     from sparsify.config import SparsityConfig
 
-__version__ = "0.1.0"
 __all__ = ["SparsityConfig", "__version__", "convert", "evaluate", "export", "load", "profile", "save"]
 
 

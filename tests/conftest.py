@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import tune
 
+from helpers import tune
 from sparsify.cli.app import main
 from sparsify.fit.finetune.validation import Judge, Score
 from sparsify.jobs.convert import Conversion

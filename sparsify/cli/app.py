@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from sparsify import __version__, processes
+from sparsify import processes
 from sparsify.cli import terminal
 from sparsify.cli.commands.convert import convert
 from sparsify.cli.commands.evaluate import evaluate
@@ -27,6 +27,7 @@ from sparsify.cli.commands.show import show
 from sparsify.cli.commands.sweep import sweep
 from sparsify.cli.helptext import App
 from sparsify.errors import SparsifyError
+from sparsify.version import __version__
 
 INTERRUPTED = 130
 READER_GONE = 141  # what a shell makes of a program that a closed pipe ended

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify import __version__, processes
+from sparsify import processes
 from sparsify.config import SparsityConfig, Target, Tokens
 from sparsify.errors import UsageError
 from sparsify.files import place, write_json, write_text
@@ -38,6 +38,7 @@ from sparsify.nn.execution import check_execution, set_execution
 from sparsify.ops import backends
 from sparsify.recipe import Recipe, recipe_yaml
 from sparsify.report.profile import to_markdown
+from sparsify.version import __version__
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsify import __version__
 from sparsify.errors import BadFile, SparsifyError, UsageError, one_line
 from sparsify.files import whole
 from sparsify.measure import profile as profiles
@@ -23,6 +22,7 @@ from sparsify.models.provenance import licence_of
 from sparsify.nn import graft
 from sparsify.report import readback
 from sparsify.report.card import Facts, card
+from sparsify.version import __version__
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".onnx", ".h5", ".msgpack", ".gguf")
 

@@ -14,7 +14,6 @@ from safetensors import safe_open
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from sparsify import __version__
 from sparsify.config import SparsityConfig
 from sparsify.errors import UsageError, one_line
 from sparsify.measure import profile
@@ -22,6 +21,7 @@ from sparsify.models import building, checkpoint
 from sparsify.models.names import Source
 from sparsify.nn import attention, execution, hosts
 from sparsify.nn.attention import Execution
+from sparsify.version import __version__
 
 Header = checkpoint.Header
 

@@ -20,7 +20,6 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from sparsify import __version__
 from sparsify.config import SparsityConfig
 from sparsify.errors import BadFile, UsageError
 from sparsify.fit.calibrate.calibrate import calibrate, first, fit_importance, spends_ranks
@@ -39,6 +38,7 @@ from sparsify.nn.execution import check_execution, set_execution
 from sparsify.ops import backends
 from sparsify.ops.backends import device_name
 from sparsify.recipe import Recipe
+from sparsify.version import __version__
 
 SECONDS = 2.5  # of timing, for each model; `latency.BUDGET_S` at least
 

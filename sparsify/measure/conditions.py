@@ -9,9 +9,10 @@ from typing import Any
 import timm
 import torch
 
-from sparsify import __version__, processes
+from sparsify import processes
 from sparsify.ops import backends
 from sparsify.ops.backends import device_name
+from sparsify.version import __version__
 
 
 def conditions(

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from sparsify import __version__
 from sparsify.ops import backends
 from sparsify.ops.backends import device_name
 from sparsify.ops.cpu import build, kernels
+from sparsify.version import __version__
 
 
 def identity(device: str) -> dict[str, str]:

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sparsify import __version__
 from sparsify.measure.figures import Profile
 from sparsify.measure.inspection import Inspection, Shown
 from sparsify.models.checkpoint import Header
@@ -27,6 +26,7 @@ from sparsify.report import header as facts
 from sparsify.report import profile as report
 from sparsify.report.readback import SweepFiles
 from sparsify.report.words import NOTHING, change, human
+from sparsify.version import __version__
 
 SIDE = 280  # pixels of a panel; on the page it takes half as many or fewer
 LARGE = 448  # of the photograph and of the tokens

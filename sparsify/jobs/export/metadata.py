@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify import __version__
 from sparsify.images import datasets
+from sparsify.version import __version__
 
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 INPUT = "images"

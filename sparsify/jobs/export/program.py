@@ -1,7 +1,7 @@
 """The job behind `sparsify export`: a converted file in, an ONNX or PyTorch (.pt2) program of the sparse form out.
 
-What is exported is the plain PyTorch reference of `sparsify.ops`, operator by operator, so that the program runs without this
-package; the CPU kernels do not travel. The answers of every program are compared with the model's before it takes its place.
+What is exported is the plain PyTorch reference of `sparsify.ops`, operator by operator: it runs without this package and
+without the CPU kernels. The answers of a program are compared with the model's before it takes its place.
 """
 
 from __future__ import annotations
