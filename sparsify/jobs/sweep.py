@@ -214,7 +214,7 @@ def _choices(
             say(f"left out, {skipped[name]}")
             continue
         say(f"schedule: {found.share:.3f} of the dense model's MACs, {target:g} asked for")
-        chosen.append(Choice(name, target, found.config.with_cells(tokens), found.schedule))
+        chosen.append(Choice(name, target, found.config.with_cells(tokens), found.schedule.damage))
     return chosen, skipped
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsify.config import SparsityConfig
-from sparsify.fit.schedule.search import Schedule
 from sparsify.measure.accuracy import Evaluation
 from sparsify.measure.figures import Profile
 from sparsify.measure.latency import Timing
@@ -22,13 +21,13 @@ class Choice:
         name: keep-0.1 (sparse attention, all tokens) or macs-0.7 (a searched schedule); names its recipe.
         asked: the share in the name: of keys, or of the dense model's MACs.
         config: of the sparse model, complete.
-        schedule: what the search found; None: there was none.
+        damage: KL that the search predicts for its schedule; None: nothing was searched.
     """
 
     name: str
     asked: float
     config: SparsityConfig
-    schedule: Schedule | None
+    damage: float | None
 
     @property
     def kind(self) -> str:

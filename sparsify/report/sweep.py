@@ -131,7 +131,7 @@ def as_dict(sweep: Sweep, prefix: str) -> dict[str, Any]:
     one = sweep.settings[0]
     settings = []
     for s in sweep.settings:
-        p, found = s.profile, s.choice.schedule
+        p = s.profile
         figures = s.evaluation.as_dict()
         for name in ("model", "param_count", "img_size", "crop_pct", "interpolation", "images", "broken"):
             del figures[name]
@@ -144,7 +144,7 @@ def as_dict(sweep: Sweep, prefix: str) -> dict[str, Any]:
             "top1_change_error": top1_error(s.evaluation), "latency_ms": asdict(s.timing),
             "speed": s.speed.median, "speed_p10": s.speed.p10, "speed_p90": s.speed.p90,
             "keeps": _keeps(s), "tokens": _tokens(s),
-            "predicted_damage": None if found is None else found.damage,
+            "predicted_damage": s.choice.damage,
             "recipe": f"{prefix}.recipes/{s.choice.name}.yaml", "sparsity": s.choice.config.model_dump(mode="json"),
         })  # fmt: skip
     e = one.evaluation

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsify.files import whole
-from sparsify.fit.finetune.log import read
 from sparsify.report.drawing import BLUE, GREEN, ORANGE
 
 PURPLE = "#CC79A7"  # of the same palette
@@ -43,19 +42,18 @@ class Span(NamedTuple):
     end: int
 
 
-def draw(metrics: Path, validation: Path, target: Path, stages: Sequence[str] = ()) -> None:
-    """Draw the rows of both files (`sparsify.fit.finetune.log`) as `target`, a PNG 1800 pixels wide; no rows, no picture.
+def draw(steps: Sequence[Row], scores: Sequence[Row], target: Path, stages: Sequence[str] = ()) -> None:
+    """Draw steps and validations (`sparsify.fit.finetune.log`) as `target`, a PNG 1800 pixels wide; no rows, no picture.
 
     Args:
         stages: their names, by number; 'stage 1' and so on without.
 
     Raises:
-        BadFile: a file cannot be read, or `target` not be written.
+        BadFile: `target` cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    steps, scores = read(metrics), read(validation)
     if not steps and not scores:
         return
     spans = _spans([*steps, *scores], stages)

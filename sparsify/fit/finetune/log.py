@@ -127,7 +127,8 @@ class Record:
         try:
             from sparsify.report import training_plot
 
-            training_plot.draw(self.metrics, self.validations, self.folder / "curve.png", self.stages)
+            rows = read(self.metrics), read(self.validations)
+            training_plot.draw(*rows, self.folder / "curve.png", self.stages)
         except Exception as error:  # the figures are there without it
             self.say(f"no picture was drawn ({one_line(error)})")
 
