@@ -5,7 +5,7 @@ Frozen pydantic models that refuse unknown keys, so a typing error in a recipe i
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -170,6 +170,19 @@ class SparsityConfig(Frozen):
         cells = [grid_of(min(1 / 6, max(0.6 * keep, 0.1 - 0.4 * keep)) * growth(tokens)) for keep in shares]
         return self.model_copy(update={"cells": cells[0] if len(set(cells)) == 1 else tuple(cells)})
 
+    def resolved(self, shape: Geometry) -> tuple[BlockPlan, ...]:
+        """What this comes to in each block of a model of that shape.
+
+        Raises:
+            UsageError: see `check`.
+        """
+        self.check(shape.depth, shape.heads, shape.head_dim, shape.prefix)
+        written = self.with_cells(shape.tokens)
+        return tuple(
+            BlockPlan(written.keep_of(i), written.ranks_of(i, shape.heads), written.cells_of(i))
+            for i in range(shape.depth)
+        )
+
     def check(self, depth: int, heads: int, head_dim: int, prefix: int = 1) -> None:
         """Raise `UsageError` where this does not fit `depth` blocks with `heads` heads of size `head_dim`, P = `prefix`."""
         if self.tokens is not None:
@@ -206,6 +219,38 @@ class Target(Frozen):
     latency: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     keeps: tuple[Annotated[float, Field(gt=0, le=1)] | None, ...] = (None, 0.25, 0.1, 0.05)
     batch_size: Annotated[int, Field(ge=1)] = 1
+
+
+class Geometry(NamedTuple):
+    """What of a model's shape a configuration is resolved for.
+
+    Attributes:
+        depth: blocks.
+        heads: H, of every block.
+        head_dim: d, the smallest of all blocks.
+        tokens: N, prefix tokens included, at the model's own image size.
+        prefix: P, leading tokens that attend densely.
+    """
+
+    depth: int
+    heads: int
+    head_dim: int
+    tokens: int
+    prefix: int
+
+
+class BlockPlan(NamedTuple):
+    """What a configuration comes to in one block.
+
+    Attributes:
+        keep: share of keys that each patch query attends to; None: dense attention.
+        ranks: r of each head.
+        cells: rows and columns of the tail's grid of cells.
+    """
+
+    keep: float | None
+    ranks: tuple[int, ...]
+    cells: tuple[int, int]
 
 
 def validate(model: type[M], tree: Any, source: str) -> M:

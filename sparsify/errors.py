@@ -1,10 +1,42 @@
 """Errors meant for the person at the terminal: one line, what was wrong, what was expected, what to do."""
 
+from __future__ import annotations
+
+import re
+
+_OPEN, _CLOSE = "\ue000", "\ue001"  # of Unicode's private use area: no message has them otherwise
+_FIELD = re.compile(f"{_OPEN}([a-z_]+){_CLOSE}")
+
+
+def field(name: str) -> str:
+    """An argument as a message names it: `num_classes` in Python, `--num-classes` on the command line.
+
+    The library marks the name; whoever shows the message decides (`as_arguments`, `as_options`).
+    """
+    return f"{_OPEN}{name}{_CLOSE}"
+
+
+def as_arguments(text: str) -> str:
+    """A message for Python: fields by the names of their arguments."""
+    return _FIELD.sub(r"\1", text)
+
+
+def as_options(text: str) -> str:
+    """A message for the command line: fields by their options."""
+    return _FIELD.sub(lambda match: "--" + match[1].replace("_", "-"), text)
+
 
 class SparsifyError(Exception):
     """A file, data set or model that cannot be used as asked (exit code 1)."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return as_arguments(super().__str__())
+
+    def for_command_line(self) -> str:
+        """The message with options in the place of arguments."""
+        return as_options(super().__str__())
 
 
 class UsageError(SparsifyError):

@@ -1,18 +1,82 @@
-"""Several processes of one command, as `accelerate launch` and `torchrun` start them; a single one costs nothing here.
+"""How a command runs: on which device, in how many processes, and who is told.
 
-Who one is, is read from the environment, so that the command line can ask before torch is imported.
+`Compute` and `Listener` are what jobs are handed. The rest is about several processes of one command, as `accelerate launch`
+and `torchrun` start them; a single one costs nothing. The number of a process is read from the environment, so that the
+command line can ask for it before torch is imported.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sparsify.errors import SparsifyError, UsageError
 
+if TYPE_CHECKING:
+    import torch
+
 Found = TypeVar("Found")
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a job computes.
+
+    Attributes:
+        device: of torch: cpu, cuda, cuda:1, mps.
+        dtype: of the forward passes, one of `DTYPES`.
+        backend: what computes the sparse form, one of `sparsify.ops.backends.BACKENDS`.
+        kernel_precision: what the CPU kernels store, one of `sparsify.ops.backends.PRECISIONS`.
+        batch_size: images of a forward pass; None: the job's own.
+        micro_batch: most images of one forward and backward pass of a training step (gradient accumulation).
+        workers: processes that read images; 0: this one.
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    backend: str = "auto"
+    kernel_precision: str = "input"
+    batch_size: int | None = None
+    micro_batch: int = 64
+    workers: int = 0
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device as torch has it."""
+        import torch
+
+        return torch.device(self.device)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch has it.
+
+        Raises:
+            UsageError: an unknown name.
+        """
+        import torch
+
+        if self.dtype not in DTYPES:
+            raise UsageError(f"dtype '{self.dtype}': expected one of {', '.join(DTYPES)}")
+        return cast("torch.dtype", getattr(torch, self.dtype))
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who is told how a job goes on.
+
+    Attributes:
+        say: called with lines for the person at the terminal; fields are marked (`sparsify.errors.field`).
+        progress: called with the step's name, images or steps done, how many in all (None: unknown), and maybe a note.
+    """
+
+    say: Callable[[str], None] = lambda line: None
+    progress: Callable[..., None] = lambda *step: None
 
 
 def rank() -> int:

@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
             code = command.main(args=given, prog_name="sparsify", standalone_mode=False)
     except SparsifyError as error:
         said = not processes.main() and processes.agreed(error)
-        code = error.exit_code if said else _fail(str(error), error.exit_code, "--debug" in given)
+        code = error.exit_code if said else _fail(error.for_command_line(), error.exit_code, "--debug" in given)
         raise SystemExit(code) from None
     except typer.TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)

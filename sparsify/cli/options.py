@@ -11,6 +11,7 @@ import typer
 
 from sparsify.cli import completion
 from sparsify.cli.helptext import MODEL, RUNNING, TALK
+from sparsify.errors import as_options
 
 if TYPE_CHECKING:
     pass
@@ -113,4 +114,4 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 def say(quiet: bool) -> Callable[[str], None]:
     """What takes notes for the person at the terminal: prints them on stderr at once, or drops them where `quiet`."""
-    return (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+    return (lambda line: None) if quiet else (lambda line: print(as_options(line), file=sys.stderr, flush=True))

@@ -19,6 +19,7 @@ from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
+from sparsify.config import Geometry
 from sparsify.errors import UnsupportedModel, UsageError
 from sparsify.nn import projection
 
@@ -55,6 +56,11 @@ def shape(attentions: Mapping[str, nn.Module]) -> tuple[int, int, int]:
     """Blocks, heads of a block, and size of a head (the smallest of all blocks)."""
     modules = list(attentions.values())
     return len(modules), projection.heads_of(modules[0]), min(map(projection.head_dim, modules))
+
+
+def geometry(model: nn.Module, attentions: Mapping[str, nn.Module]) -> Geometry:
+    """The shape of a model with these attention modules, dense or grafted."""
+    return Geometry(*shape(attentions), num_tokens(model), num_prefix_tokens(model))
 
 
 def rotary(model: nn.Module) -> bool:
