@@ -8,8 +8,8 @@ Metadata keys (strings; all but `format` hold JSON or plain text):
     sparsify.config        SparsityConfig, ranks resolved
     sparsify.provenance    source, recipe, calibration, seed, library versions, date, whether the backbone changed,
                            dense_sha256: digest of the dense model that was converted
-    sparsify.report.profile        headline figures (theoretical MACs)
-    sparsify.models.provenance       licence of the weights that were converted
+    sparsify.report        headline figures (theoretical MACs)
+    sparsify.licence       licence of the weights that were converted
     sparsify.sha256        digest of every other key and every tensor
 """
 
@@ -64,7 +64,7 @@ def save(model: nn.Module, path: Path, header: Header) -> None:
     """
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     meta = {"format": "pt", "sparsify.format": str(FORMAT)}
-    meta["sparsify.models.provenance"] = str(header.architecture.get("pretrained_cfg", {}).get("license") or "unknown")
+    meta["sparsify.licence"] = str(header.architecture.get("pretrained_cfg", {}).get("license") or "unknown")
     content = header._replace(config=header.config.model_dump(mode="json"))._asdict()  # type: ignore[arg-type]
     meta |= {f"sparsify.{key}": json.dumps(content[key], sort_keys=True) for key in JSON_KEYS}
     meta["sparsify.sha256"] = _digest(meta, tensors)

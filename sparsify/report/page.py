@@ -56,7 +56,7 @@ def render(content: Content) -> str:
     """The page, HTML."""
     from jinja2 import Environment, StrictUndefined
 
-    text = (resources.files("sparsify.report.profile") / TEMPLATE).read_text(encoding="utf-8")
+    text = (resources.files("sparsify.report") / TEMPLATE).read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(text).render(**_context(content)) + "\n"
 
