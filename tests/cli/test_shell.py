@@ -129,7 +129,7 @@ def test_a_real_shell_completes(tmp_path):
 def test_help_version_and_completion_do_not_import_what_is_slow():
     probe = """
 import os, sys
-from sparsify.cli import main
+from sparsify.cli.app import main
 def call(*arguments):
     try: main(list(arguments))
     except SystemExit: pass

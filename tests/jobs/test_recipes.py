@@ -267,7 +267,7 @@ def test_classes_cannot_be_learned_without_a_head(tmp_path, monkeypatch):
     chosen = tune.recipe({"losses": {"classification": 1.0}})
     model = network.build()
     model.reset_classifier(0)
-    monkeypatch.setattr(convert.zoo, "load", lambda *a: model)
+    monkeypatch.setattr(convert.pretrained, "load", lambda *a: model)
     with pytest.raises(UsageError, match="classification needs a model with classes") as caught:
         tune.convert(tmp_path / "m.safetensors", chosen)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
