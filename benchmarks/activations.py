@@ -22,7 +22,7 @@ from sparsify.jobs import convert
 from sparsify.models import checkpoint
 from sparsify.nn import attention, graft
 from sparsify.nn.observe import observe
-from sparsify.nn.predictor import HeadLowrank, TokenLowrank
+from sparsify.nn.predictor import HeadLowrankPredictor, TokenLowrankPredictor
 from sparsify.recipe import load_recipe
 
 BLOCKS = (2, 5, 8)  # of DeiT-Tiny's 12
@@ -102,8 +102,8 @@ def _blocks(files: dict[str, Path], tokens: int, batch: int) -> list[Activations
     sparse, papers = (list(attention.sparse_modules(m).values()) for m in (model, paper))
     found = []
     for block in BLOCKS:
-        ranks = cast(HeadLowrank, sparse[block].predictor).ranks
-        predictor = cast(TokenLowrank, papers[block].predictor)
+        ranks = cast(HeadLowrankPredictor, sparse[block].predictor).ranks
+        predictor = cast(TokenLowrankPredictor, papers[block].predictor)
         w_down, w_up = predictor.w_down.detach(), predictor.basis().detach()
         found.append(Activations(torch.stack(seen[block]), (*ranks, *ranks), w_down, torch.cat([w_up, w_up])))
     return found

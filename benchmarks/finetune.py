@@ -31,7 +31,7 @@ from sparsify.measure.profile import profile
 from sparsify.models import checkpoint, names, pretrained
 from sparsify.nn.attention import attention_modules
 from sparsify.nn.observe import observe
-from sparsify.nn.predictor import Reconstruction, TokenLowrank
+from sparsify.nn.predictor import Reconstruction, TokenLowrankPredictor
 from sparsify.ops.selection import top_b
 from sparsify.ops.spec import budget
 from sparsify.recipe import Augmentation, Recipe, Stage, load_recipe
@@ -80,7 +80,7 @@ def by_layer(model: nn.Module, dense: nn.Module, batches: list[Tensor]) -> list[
 
     def add(block: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         module = modules[block]
-        assert isinstance(module.predictor, TokenLowrank)
+        assert isinstance(module.predictor, TokenLowrankPredictor)
         P = module.sparsity.prefix
         true = true_attention(q, k, module.scale, P)  # (B, H, n, N)
         scores = module.predictor.reconstruct(q, k, module.scale, Reconstruction(False, False))[:, :, P:]

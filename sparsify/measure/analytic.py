@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from sparsify.nn import hosts, projection
 from sparsify.nn.attention import GraftedAttention, SparseAttention, Sparsity
 from sparsify.nn.merging import rounds
-from sparsify.nn.predictor import HeadLowrank, TokenLowrank
+from sparsify.nn.predictor import HeadLowrankPredictor, TokenLowrankPredictor
 from sparsify.nn.token_models import token_blocks
-from sparsify.nn.tokens import Tokens
+from sparsify.nn.tokens import TokenState
 from sparsify.ops.tails import LLOYD_STEPS
 
 
@@ -116,7 +116,7 @@ def layer(module: nn.Module, x: Tensor, y: Tensor) -> int:
     return 0
 
 
-def token_block(block: Any, x: Tensor, tokens: Tokens) -> dict[str, int]:
+def token_block(block: Any, x: Tensor, tokens: TokenState) -> dict[str, int]:
     """MACs of one image in a block with tokens x [B, N, C], beside its submodules: attention, and the stage's choice.
 
     `slices` are the projections of a block that only its prefix rows leave: queries of P rows, keys and values of all.
@@ -172,10 +172,10 @@ def attention(module: GraftedAttention, N: int, patches: int | None = None) -> d
     return {"pairs": pairs, "predictor": predictor, "tail": _tail(s, H, N, P, d, features, patches)}
 
 
-def _predictor(p: HeadLowrank | TokenLowrank, H: int, N: int, P: int, d: int) -> tuple[int, int, int]:
+def _predictor(p: HeadLowrankPredictor | TokenLowrankPredictor, H: int, N: int, P: int, d: int) -> tuple[int, int, int]:
     """MACs of the scores of every patch query; products shared with a kept logit and features of a key, over all heads."""
     scores = H * (N - P) * N  # score entries
-    if isinstance(p, HeadLowrank):
+    if isinstance(p, HeadLowrankPredictor):
         coordinates = sum(p.ranks)
         if p.a_q is None or p.a_k is None:
             return (N - P) * N * coordinates, coordinates, coordinates

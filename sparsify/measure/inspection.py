@@ -19,7 +19,7 @@ from sparsify.errors import SparsifyError, UsageError
 from sparsify.images.photograph import Photograph
 from sparsify.nn import attention, execution, graft, hosts, observe, token_models
 from sparsify.nn.attention import GraftedAttention, SparseAttention
-from sparsify.nn.tokens import Tokens
+from sparsify.nn.tokens import TokenState
 from sparsify.ops import selection, weights
 
 OWN, DENSE = "own", "dense"  # whose attention the kept share is of
@@ -135,12 +135,12 @@ def inspect(model: nn.Module, x: Tensor, queries: Sequence[int] = (), dense: nn.
     present = patches
 
     def witness(
-        block: int, module: GraftedAttention, q: Tensor, k: Tensor, mask: Tensor | None, tokens: Tokens | None
+        block: int, module: GraftedAttention, q: Tensor, k: Tensor, mask: Tensor | None, tokens: TokenState | None
     ) -> None:
         original = None if originals is None else originals[block]
         layers.append(_layer(block, module, q, k, mask, tokens, len(prefix), patches, queries, original))
 
-    def stepped(block: int, tokens: Tokens | None) -> None:
+    def stepped(block: int, tokens: TokenState | None) -> None:
         nonlocal present
         if block in staged and tokens is not None:
             left = present if tokens.place is None else tokens.place.shape[1]
@@ -198,7 +198,7 @@ def _dense_maps(dense: nn.Module, x: Tensor, grid: tuple[int, int]) -> dict[int,
     found: dict[int, Map] = {}
 
     def witness(
-        block: int, module: GraftedAttention, q: Tensor, k: Tensor, mask: Tensor | None, tokens: Tokens | None
+        block: int, module: GraftedAttention, q: Tensor, k: Tensor, mask: Tensor | None, tokens: TokenState | None
     ) -> None:
         q, k = q.float(), k.float()
         found[block] = (q, k, weights.additive(mask, q, q.shape[2]), module.scale)
@@ -208,7 +208,7 @@ def _dense_maps(dense: nn.Module, x: Tensor, grid: tuple[int, int]) -> dict[int,
     return found
 
 
-def _owner(tokens: Tokens | None, patches: int) -> Tensor:
+def _owner(tokens: TokenState | None, patches: int) -> Tensor:
     """Token of each patch, -1 where it has left: int64 [n0]."""
     if tokens is None or tokens.owner is None:
         if tokens is not None and tokens.place is not None:
@@ -218,7 +218,7 @@ def _owner(tokens: Tokens | None, patches: int) -> Tensor:
 
 
 def _layer(
-    block: int, module: GraftedAttention, q: Tensor, k: Tensor, mask: Tensor | None, tokens: Tokens | None, P: int,
+    block: int, module: GraftedAttention, q: Tensor, k: Tensor, mask: Tensor | None, tokens: TokenState | None, P: int,
     patches: int, queries: Sequence[int], original: Map | None,
 ) -> Layer:  # fmt: skip
     q, k = q.float(), k.float()
@@ -263,7 +263,7 @@ def _layer(
 
 
 def _rankings(
-    module: GraftedAttention, q: Tensor, k: Tensor, mask: Tensor | None, tokens: Tokens | None, H: int
+    module: GraftedAttention, q: Tensor, k: Tensor, mask: Tensor | None, tokens: TokenState | None, H: int
 ) -> Iterable[tuple[selection.Ranking, Any] | None]:
     """How each head ranks its keys, and the constants of the call; None: it keeps them all."""
     if not isinstance(module, SparseAttention):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.nn.attention import GraftedAttention, SparseAttention, attention_modules
-from sparsify.nn.tokens import Tokens
+from sparsify.nn.tokens import TokenState
 from sparsify.ops import backends
 
 Entry = dict[str, Any]
@@ -41,7 +41,7 @@ def _watch(module: GraftedAttention, entries: dict[str, Entry], name: str) -> No
     """Until `attend` is deleted from the module again, a call of it leaves an entry; blocks call it past `forward`."""
     attend = module.attend
 
-    def watched(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: Tokens | None) -> Tensor:
+    def watched(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: TokenState | None) -> Tensor:
         entries[name] = (
             _sparse(module, q, mask, tokens) if isinstance(module, SparseAttention) else _dense(module, q, mask)
         )
@@ -50,7 +50,7 @@ def _watch(module: GraftedAttention, entries: dict[str, Entry], name: str) -> No
     vars(module)["attend"] = watched
 
 
-def _sparse(module: SparseAttention, q: Tensor, mask: Tensor | None, tokens: Tokens | None) -> Entry:
+def _sparse(module: SparseAttention, q: Tensor, mask: Tensor | None, tokens: TokenState | None) -> Entry:
     e = module.execution
     sparse = backends.resolve(e.backend, q, mask)
     shape = module.call(q, mask, sparse, module.spec(q.shape[2], tokens))

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from sparsify.config import grid_of, growth
 from sparsify.nn import projection
-from sparsify.nn.predictor import HeadLowrank, TokenLowrank
-from sparsify.nn.tokens import Tokens
+from sparsify.nn.predictor import HeadLowrankPredictor, TokenLowrankPredictor
+from sparsify.nn.tokens import TokenState
 from sparsify.ops import attention, auto, backends, tails
 from sparsify.ops.spec import Shape, Spec, budget
 
@@ -80,7 +80,7 @@ class GraftedAttention(nn.Module):
         self.num_heads, self.head_dim = projection.heads_of(host), projection.head_dim(host)
         self.scale = self.head_dim**-0.5  # scaled_dot_product_attention's, which the host uses
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: Tokens | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: TokenState | None) -> Tensor:
         """[B, H, N, d] x 3 -> [B, N, H*d]."""
         raise NotImplementedError
 
@@ -115,7 +115,7 @@ class GraftedAttention(nn.Module):
         return projection.close(self, out, x)
 
     def prefix_rows(
-        self, x: Tensor, prefix: int, tokens: Tokens, rope: Tensor | None = None, bias: Tensor | None = None
+        self, x: Tensor, prefix: int, tokens: TokenState, rope: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
         """The rows of the P prefix tokens alone, which attend to all keys: x [B, N, C] -> [B, P, C]; bias [B, H, N, N]."""
         self._refuse_dropout()
@@ -165,7 +165,7 @@ def _hand_over(host: nn.Module, to: nn.Module, leave: tuple[str, ...]) -> None:
 class DenseAttention(GraftedAttention):
     """Every query attends to every token that is present."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: Tokens | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: TokenState | None) -> Tensor:
         """[B, H, N, d] x 3 -> [B, N, H*d]."""
         self._refuse_dropout()
         size = None if tokens is None else tokens.size
@@ -190,7 +190,11 @@ class SparseAttention(GraftedAttention):
     """
 
     def __init__(
-        self, host: nn.Module, predictor: HeadLowrank | TokenLowrank, sparsity: Sparsity, rotary: bool = False
+        self,
+        host: nn.Module,
+        predictor: HeadLowrankPredictor | TokenLowrankPredictor,
+        sparsity: Sparsity,
+        rotary: bool = False,
     ) -> None:
         super().__init__(host, rotary)
         self.sparsity = sparsity
@@ -205,7 +209,7 @@ class SparseAttention(GraftedAttention):
         super().train(mode)
         return self
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: Tokens | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: TokenState | None) -> Tensor:
         """[B, H, N, d] x 3 -> [B, N, H*d], by the path that `execution` leads to."""
         self._refuse_dropout()
         e, predictor, spec = self.execution, self.predictor, self.spec(q.shape[2], tokens)
@@ -224,7 +228,7 @@ class SparseAttention(GraftedAttention):
             return attention.dense(path, q, k, v, mask, self.scale, e.precision, size)
         return predictor.attend(q, k, v, mask, tokens, self.scale, spec, path, e.precision)
 
-    def spec(self, N: int, tokens: Tokens | None = None) -> Spec:
+    def spec(self, N: int, tokens: TokenState | None = None) -> Spec:
         """The constants of a call with N tokens; cells are fewer where tokens have left."""
         if tokens is None or tokens.place is None:
             return self.spec_of(self.sparsity, N, False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsify.nn import attention, graft, projection
 from sparsify.nn.attention import SparseAttention
-from sparsify.nn.predictor import HeadLowrank
+from sparsify.nn.predictor import HeadLowrankPredictor
 
 TOLERANCE = 1e-4  # largest entry of A_k' A_q - I that counts as rounding
 
@@ -22,8 +22,10 @@ def unfold(model: nn.Module) -> None:
     """Gives folded head-lowrank predictors parameters a_q, a_k of their own, in place; the model computes the same."""
     for module in attention.sparse_modules(model).values():
         predictor = module.predictor
-        if isinstance(predictor, HeadLowrank) and predictor.folded:
-            module.predictor = HeadLowrank(module.head_dim, predictor.ranks, False).to(projection.weight(module))
+        if isinstance(predictor, HeadLowrankPredictor) and predictor.folded:
+            module.predictor = HeadLowrankPredictor(module.head_dim, predictor.ranks, False).to(
+                projection.weight(module)
+            )
 
 
 @torch.no_grad()
@@ -46,29 +48,29 @@ def fold(model: nn.Module) -> bool:
         Whether all are folded now: False, with nothing changed, where something stands between projection and product, or
         A_k' A_q is not I.
     """
-    modules = [m for m in attention.sparse_modules(model).values() if isinstance(m.predictor, HeadLowrank)]
+    modules = [m for m in attention.sparse_modules(model).values() if isinstance(m.predictor, HeadLowrankPredictor)]
     modules = [m for m in modules if not m.predictor.folded]  # type: ignore[union-attr]
     if not all(_foldable(m) for m in modules):
         return False
     for module in modules:
         predictor = module.predictor
-        assert isinstance(predictor, HeadLowrank) and predictor.a_q is not None and predictor.a_k is not None
+        assert isinstance(predictor, HeadLowrankPredictor) and predictor.a_q is not None and predictor.a_k is not None
         bases = [_basis(predictor.a_q[h, :, :r], predictor.a_k[h, :, :r]) for h, r in enumerate(predictor.ranks)]
         t_q = torch.stack(bases)  # (H, d, d)
         projection.fold(module, t_q, torch.linalg.inv(t_q).mT)
-        module.predictor = HeadLowrank(module.head_dim, predictor.ranks, True)
+        module.predictor = HeadLowrankPredictor(module.head_dim, predictor.ranks, True)
     return True
 
 
-def _unfolded(model: nn.Module) -> list[HeadLowrank]:
+def _unfolded(model: nn.Module) -> list[HeadLowrankPredictor]:
     modules = attention.sparse_modules(model).values()
     found = [m.predictor for m in modules if graft.foldable(m)]
-    return [p for p in found if isinstance(p, HeadLowrank) and not p.folded]
+    return [p for p in found if isinstance(p, HeadLowrankPredictor) and not p.folded]
 
 
 def _foldable(module: SparseAttention) -> bool:
     predictor = module.predictor
-    assert isinstance(predictor, HeadLowrank) and predictor.a_q is not None and predictor.a_k is not None
+    assert isinstance(predictor, HeadLowrankPredictor) and predictor.a_q is not None and predictor.a_k is not None
     if not graft.foldable(module):
         return False
     for h, r in enumerate(predictor.ranks):

@@ -22,13 +22,13 @@ from sparsify.nn.attention import (
     sparse_modules,
 )
 from sparsify.nn.hosts import check, num_prefix_tokens, num_tokens, patch_grid, rotary, set_image_size, shape
-from sparsify.nn.predictor import HeadLowrank, TokenLowrank
+from sparsify.nn.predictor import HeadLowrankPredictor, TokenLowrankPredictor
 from sparsify.ops import reference
 
 if TYPE_CHECKING:
     from sparsify.config import SparsityConfig
 
-Predictor = HeadLowrank | TokenLowrank
+Predictor = HeadLowrankPredictor | TokenLowrankPredictor
 
 
 def graft(model: nn.Module, config: SparsityConfig, predictors: Sequence[Predictor | None] | None = None) -> nn.Module:
@@ -131,11 +131,11 @@ def new_predictor(model: nn.Module, host: nn.Module, config: SparsityConfig, blo
     ranks = config.ranks_of(block, heads)
     predictor: Predictor
     if config.predictor == "head-lowrank":
-        predictor = HeadLowrank(head_dim, ranks, config.fold and projection.foldable(host, rotary(model)))
+        predictor = HeadLowrankPredictor(head_dim, ranks, config.fold and projection.foldable(host, rotary(model)))
     else:
         knobs = config.token_lowrank.model_dump()
         prefix, tokens = num_prefix_tokens(model), num_tokens(model)
-        predictor = TokenLowrank(heads, head_dim, tokens, prefix, ranks[0], knobs)
+        predictor = TokenLowrankPredictor(heads, head_dim, tokens, prefix, ranks[0], knobs)
     return predictor.to(projection.weight(host))
 
 
@@ -143,7 +143,7 @@ def draw(model: nn.Module, seed: int) -> nn.Module:
     """Token-lowrank predictors as the authors' code draws them, block after block, in place."""
     generator = torch.Generator().manual_seed(seed)
     for module in sparse_modules(model).values():
-        cast(TokenLowrank, module.predictor).draw(generator)
+        cast(TokenLowrankPredictor, module.predictor).draw(generator)
     return model
 
 
@@ -163,13 +163,13 @@ def sparse_block(
 ) -> SparseAttention:
     """A head-lowrank sparse attention over the host's parameters with a basis of its own, not folded: for trials."""
     predictor = new_predictor(model, host, config.model_copy(update={"fold": False}), block)
-    assert isinstance(predictor, HeadLowrank)
+    assert isinstance(predictor, HeadLowrankPredictor)
     set_basis(host, predictor, *basis)
     return cast(SparseAttention, _grafted(model, host, config, block, predictor))
 
 
 @torch.no_grad()
-def set_basis(host: nn.Module, predictor: HeadLowrank, t_q: torch.Tensor, t_k: torch.Tensor) -> None:
+def set_basis(host: nn.Module, predictor: HeadLowrankPredictor, t_q: torch.Tensor, t_k: torch.Tensor) -> None:
     """Gives a predictor the basis T_q, T_k [H, d, d]: into the host's projections where it is folded, else its first r
     columns."""
     if predictor.a_q is None or predictor.a_k is None:
@@ -221,7 +221,7 @@ def resize(model: nn.Module, img_size: int) -> None:
         rows, cols = module.sparsity.cells
         cells = (rows, cols) if old == new else grid_of(rows * cols * growth(num_tokens(model)) / growth(tokens))
         module.sparsity = dataclasses.replace(module.sparsity, grid=new, cells=cells)
-        if isinstance(module.predictor, TokenLowrank):
+        if isinstance(module.predictor, TokenLowrankPredictor):
             module.predictor.resample(old, new)
 
 

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from sparsify.nn import attention
 from sparsify.nn.attention import DenseAttention, Execution, GraftedAttention
 from sparsify.nn.hosts import check, rotary
-from sparsify.nn.tokens import Tokens
+from sparsify.nn.tokens import TokenState
 
 Consumer = Callable[[int, Tensor, Tensor, Tensor], None]
 """Called with block, q, k, v; [B, H, N, d] each, as their product meets them (norms and rotations done)."""
 
-Witness = Callable[[int, GraftedAttention, Tensor, Tensor, Tensor | None, Tokens | None], None]
+Witness = Callable[[int, GraftedAttention, Tensor, Tensor, Tensor | None, TokenState | None], None]
 """Called with block, its attention, and what that is about to compute of: q, k [B, H, N, d], mask, tokens present."""
 
-Stepped = Callable[[int, Tokens | None], None]
+Stepped = Callable[[int, TokenState | None], None]
 """Called with block and what is known of the tokens behind it; None: they are all the patches."""
 
 
@@ -90,7 +90,7 @@ def observe(model: nn.Module, batches: Iterable[Tensor], consume: Consumer) -> i
 def _told(
     block: int, module: GraftedAttention, attend: Callable[..., Tensor], witness: Witness
 ) -> Callable[..., Tensor]:
-    def told(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: Tokens | None) -> Tensor:
+    def told(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: TokenState | None) -> Tensor:
         witness(block, module, q, k, mask, tokens)
         return attend(q, k, v, mask, tokens)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsify.nn.tokens import Tokens
+from sparsify.nn.tokens import TokenState
 from sparsify.ops import attention, reference, selection
 from sparsify.ops.selection import Ranking
 from sparsify.ops.spec import Kind, Spec
@@ -29,7 +29,7 @@ class Reconstruction(NamedTuple):
     raw_basis: bool = True
 
 
-class HeadLowrank(nn.Module):
+class HeadLowrankPredictor(nn.Module):
     """Scores (q A_q).(k A_k): r coordinates inside the head (`docs/design.md`, equation 2).
 
     Args:
@@ -50,7 +50,7 @@ class HeadLowrank(nn.Module):
             self.a_q, self.a_k = nn.Parameter(eye.clone()), nn.Parameter(eye.clone())
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: Tokens | None, scale: float, spec: Spec,
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: TokenState | None, scale: float, spec: Spec,
         backend: str, precision: str,
     ) -> Tensor:  # fmt: skip
         """Sparse attention over the predicted keys: [B, H, N, d] x 3 -> [B, N, H*d]."""
@@ -60,7 +60,7 @@ class HeadLowrank(nn.Module):
         )
 
     def ranking(
-        self, q: Tensor, k: Tensor, mask: Tensor | None, tokens: Tokens | None, scale: float, spec: Spec
+        self, q: Tensor, k: Tensor, mask: Tensor | None, tokens: TokenState | None, scale: float, spec: Spec
     ) -> Ranking:
         """What chooses the keys in `attend`, written out (`sparsify.ops.weights`); q, k [B, H, N, d]."""
         row, col = reference.head_lowrank_scores(q, k, self.a_q, self.a_k, self.ranks)
@@ -90,7 +90,7 @@ class HeadLowrank(nn.Module):
         return f"ranks={','.join(map(str, self.ranks))}, folded={self.folded}"
 
 
-class TokenLowrank(nn.Module):
+class TokenLowrankPredictor(nn.Module):
     """The paper's predictor (Sparsifiner, Fig. 2): scores A~_down W_up over the tokens.
 
         A_down = softmax(q' (W_down k')' / sqrt(d)), the coef_topk largest kept -> A~_down        [N, r]
@@ -134,7 +134,7 @@ class TokenLowrank(nn.Module):
         return w * (w > threshold) if threshold > 0 else w
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: Tokens | None, scale: float, spec: Spec,
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: TokenState | None, scale: float, spec: Spec,
         backend: str, precision: str,
     ) -> Tensor:  # fmt: skip
         """Sparse attention over the predicted keys: [B, H, N, d] x 3 -> [B, N, H*d]."""
@@ -145,7 +145,7 @@ class TokenLowrank(nn.Module):
             backend, precision,
         )  # fmt: skip
 
-    def weights_of(self, N: int, tokens: Tokens | None) -> tuple[Tensor, Tensor]:
+    def weights_of(self, N: int, tokens: TokenState | None) -> tuple[Tensor, Tensor]:
         """W_down and W_up for the N tokens present: the columns of those that have left go, or go into another's.
 
         A merged token's column of W_down is the sum of its members' (W_down k' stays what it was for equal keys), its
@@ -188,7 +188,7 @@ class TokenLowrank(nn.Module):
         return torch.cat([w[..., : self.prefix], total], 3)
 
     def ranking(
-        self, q: Tensor, k: Tensor, mask: Tensor | None, tokens: Tokens | None, scale: float, spec: Spec
+        self, q: Tensor, k: Tensor, mask: Tensor | None, tokens: TokenState | None, scale: float, spec: Spec
     ) -> Ranking:
         """What chooses the keys in `attend`, written out (`sparsify.ops.weights`); q, k [B, H, N, d]."""
         w_down, w_up = self.weights_of(q.shape[2], tokens)

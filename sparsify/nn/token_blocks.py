@@ -1,4 +1,4 @@
-"""timm's blocks where tokens leave on the way: each takes and gives x and `Tokens`, its stage between attention and MLP."""
+"""timm's blocks with token stages: each maps x and `TokenState` to both, its stage between attention and MLP."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from sparsify.nn import projection
 from sparsify.nn.attention import GraftedAttention
 from sparsify.nn.importance import fitted, given
-from sparsify.nn.tokens import Stage, Tokens
+from sparsify.nn.tokens import TokenStage, TokenState
 
 
 class AnyTokenBlock(nn.Module):
-    """A block that takes and gives `Tokens`; its stage, if it has one, stands between attention and MLP.
+    """A block that takes and gives `TokenState`; its stage, if it has one, stands between attention and MLP.
 
     Attributes:
         stage: or None.
@@ -28,7 +28,7 @@ class AnyTokenBlock(nn.Module):
     mlp: nn.Module
     drop_path1: nn.Module
     drop_path2: nn.Module
-    stage: Stage | None
+    stage: TokenStage | None
     number: int
     prefix: int
     ranking_rows: int
@@ -45,7 +45,7 @@ class AnyTokenBlock(nn.Module):
         """x [B, N, C] with what the MLP adds."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
+    def forward(self, x: Tensor, tokens: TokenState) -> tuple[Tensor, TokenState]:
         """x [B, N, C] -> [B, N or fewer, C], and what is known of them."""
         P, stage = self.prefix, self.stage
         bias = self.bias(tokens)
@@ -58,17 +58,17 @@ class AnyTokenBlock(nn.Module):
             x, tokens = stage(x, self.importance(x, q, k, tokens, bias), tokens)
         return self.after(x), tokens
 
-    def bias(self, tokens: Tokens) -> Tensor | None:
+    def bias(self, tokens: TokenState) -> Tensor | None:
         """What is added to the logits by place, [B or 1, H, N, N]."""
         return tokens.bias_of(projection.position_bias(self.attn, tokens.bias), self.prefix)
 
-    def attended(self, x: Tensor, tokens: Tokens, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def attended(self, x: Tensor, tokens: TokenState, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The residual stream behind the attention, [B, N, C], and its q, k and v, [B, H, N, d] each."""
         h = self.before(x)
         q, k, v = self.attn.qkv_heads(h, tokens.rope_of(self.number))
         return x + self.added(self.attn.close(self.attn.attend(q, k, v, bias, tokens), h)), q, k, v
 
-    def importance(self, x: Tensor, q: Tensor, k: Tensor, tokens: Tokens, bias: Tensor | None) -> Tensor:
+    def importance(self, x: Tensor, q: Tensor, k: Tensor, tokens: TokenState, bias: Tensor | None) -> Tensor:
         """I of the patch tokens, [B, n]: x [B, N, C] behind the attention, its q and k [B, H, N, d]."""
         P, weights = self.prefix, self.attn.importance
         if weights is not None:

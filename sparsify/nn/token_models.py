@@ -23,11 +23,11 @@ from sparsify.errors import UsageError
 from sparsify.nn import token_blocks as blocks_
 from sparsify.nn.hosts import ranking_rows
 from sparsify.nn.token_blocks import AnyTokenBlock
-from sparsify.nn.tokens import Stage, Tokens
+from sparsify.nn.tokens import TokenStage, TokenState
 
 
 class TokensLeave(nn.Module):
-    """A model of blocks that take and give `Tokens`: what timm's models are made of, with `Tokens` beside x.
+    """A model of blocks that take and give `TokenState`: what timm's models are made of, with `TokenState` beside x.
 
     Attributes:
         merging, emptied: tokens merge somewhere; a stage lets all patch tokens leave.
@@ -79,11 +79,11 @@ class TokensLeave(nn.Module):
         x, tokens = self.forward_tokens(x, full)
         return self.norm(self.whole(x, tokens) if full else x)
 
-    def forward_tokens(self, x: Tensor, full: bool) -> tuple[Tensor, Tokens]:
+    def forward_tokens(self, x: Tensor, full: bool) -> tuple[Tensor, TokenState]:
         """Images [B, C, H, W] -> the tokens that are left, before the final norm, [B, P + n, C], and what is known of them.
 
         Args:
-            full: keep track of where every patch went (`Tokens.owner`, `Tokens.seen`).
+            full: keep track of where every patch went (`TokenState.owner`, `TokenState.seen`).
         """
         x, tokens = self.start(x, full)
         for block in cast(Sequence[AnyTokenBlock], self.blocks):
@@ -122,26 +122,26 @@ class TokensLeave(nn.Module):
         result: Any = list(zip(patch, prefix, strict=True)) if P and return_prefix_tokens else patch
         return result if final is None else (final, result)
 
-    def start(self, x: Tensor, full: bool) -> tuple[Tensor, Tokens]:
+    def start(self, x: Tensor, full: bool) -> tuple[Tensor, TokenState]:
         """Images [B, C, H, W] to the first block's input [B, P + n0, C]; `full`: the full grid will be asked for."""
         x, rope, bias = self.embedded(x)  # (B, P + n0, C)
         patch = x[:, self.num_prefix_tokens :]
         owner = None
         if full or self.follow:
             owner = torch.arange(patch.shape[1], device=x.device).expand(x.shape[0], -1)  # (B, n0)
-        return x, Tokens(patch.shape[1], owner=owner, seen=patch if full else None, rope=rope, bias=bias)
+        return x, TokenState(patch.shape[1], owner=owner, seen=patch if full else None, rope=rope, bias=bias)
 
     def embedded(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Images [B, C, H, W] to the first block's input [B, P + n0, C], and `Tokens.rope` and `Tokens.bias`."""
+        """Images [B, C, H, W] to the first block's input [B, P + n0, C], and `TokenState.rope` and `TokenState.bias`."""
         raise NotImplementedError
 
-    def through(self, block: AnyTokenBlock, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
+    def through(self, block: AnyTokenBlock, x: Tensor, tokens: TokenState) -> tuple[Tensor, TokenState]:
         """One block, with gradient checkpointing where it is on."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return cast(tuple[Tensor, Tokens], checkpoint(block, x, tokens, use_reentrant=False))
+            return cast(tuple[Tensor, TokenState], checkpoint(block, x, tokens, use_reentrant=False))
         return block(x, tokens)
 
-    def whole(self, x: Tensor, tokens: Tokens) -> Tensor:
+    def whole(self, x: Tensor, tokens: TokenState) -> Tensor:
         """Tokens [B, P + n, C] on the full grid: [B, P + n0, C]."""
         P = self.num_prefix_tokens
         return torch.cat([x[:, :P], tokens.spread(x[:, P:])], 1)
@@ -202,7 +202,7 @@ def install(model: nn.Module, way: str, shares: Sequence[float | None], follow: 
     """Stages into `model`, in place; all its attention is grafted.
 
     Args:
-        way, shares: of the stage of each block (`Stage`); None: a block without one.
+        way, shares: of the stage of each block (`TokenStage`); None: a block without one.
         follow: see `TokensLeave`.
 
     Raises:
@@ -215,7 +215,7 @@ def install(model: nn.Module, way: str, shares: Sequence[float | None], follow: 
     for number, (block, share) in enumerate(zip(blocks, shares, strict=True)):
         block.__class__ = HOSTS[type(block)]
         token_block = cast(Any, block)
-        token_block.stage = None if share is None else Stage(way, share, prefix)
+        token_block.stage = None if share is None else TokenStage(way, share, prefix)
         token_block.number, token_block.prefix, token_block.ranking_rows = number, prefix, rows
     model.__class__ = HOSTS[type(model)]
     host = cast(Any, model)
@@ -233,16 +233,16 @@ def remove(model: nn.Module) -> None:
                     delattr(module, name)
 
 
-def stages(model: nn.Module) -> Iterator[tuple[int, Stage]]:
+def stages(model: nn.Module) -> Iterator[tuple[int, TokenStage]]:
     """The stages of a model with the numbers of their blocks, counted from 0."""
     for i, block in enumerate(cast(Sequence[nn.Module], model.blocks)):
         stage = getattr(block, "stage", None)
-        if isinstance(stage, Stage):
+        if isinstance(stage, TokenStage):
             yield i, stage
 
 
 def token_blocks(model: nn.Module) -> dict[str, AnyTokenBlock]:
-    """The blocks of a model that take and give `Tokens`, by module name."""
+    """The blocks of a model that take and give `TokenState`, by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AnyTokenBlock)}
 
 

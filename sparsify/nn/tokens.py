@@ -23,7 +23,7 @@ from sparsify.nn.merging import count_up, effective_size, matching, rounds, weig
 WAYS = ("merge", "evit", "evit-fused")
 
 
-class Tokens(NamedTuple):
+class TokenState(NamedTuple):
     """What is known of the tokens [B, P + n, C] of a layer, where they are not all the patches in order.
 
     Attributes:
@@ -64,7 +64,7 @@ class Tokens(NamedTuple):
         index = torch.cat([first, self.place + prefix], 1)  # (B, P + n)
         return bias[0][:, index.unsqueeze(2), index.unsqueeze(1)].transpose(0, 1)
 
-    def moved(self, patch: Tensor, keep: Tensor, group: Tensor) -> Tokens:
+    def moved(self, patch: Tensor, keep: Tensor, group: Tensor) -> TokenState:
         """After a step from the patch tokens [B, n, C] to those `keep` [B, m]; group [B, n]: see `matching`."""
         place = keep if self.place is None else self.place.gather(1, keep)
         if self.owner is None:
@@ -85,7 +85,7 @@ class Tokens(NamedTuple):
         return found if self.seen is None else torch.where(index < 0, self.seen, found)
 
 
-class Stage(nn.Module):
+class TokenStage(nn.Module):
     """One stage: patch tokens in, fewer patch tokens out.
 
     Args:
@@ -103,7 +103,7 @@ class Stage(nn.Module):
         """m, patch tokens that go on of `present` ones (without the fused token)."""
         return min(int(present), math.ceil(self.share * int(patches) - 1e-9))
 
-    def forward(self, x: Tensor, I: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
+    def forward(self, x: Tensor, I: Tensor, tokens: TokenState) -> tuple[Tensor, TokenState]:
         """x [B, P + n, C] and importance [B, n] -> [B, P + m, C] and what is known of them."""
         patch = x[:, self.prefix :]
         m = self.count(patch.shape[1], tokens.patches)
@@ -132,7 +132,7 @@ class Stage(nn.Module):
         merged = effective_size(before[:, self.prefix :], I, group, m)
         return torch.cat([before[:, : self.prefix], merged], 1)
 
-    def drop_all(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tokens]:
+    def drop_all(self, x: Tensor, tokens: TokenState) -> tuple[Tensor, TokenState]:
         """Only the prefix tokens go on: x [B, P + n, C] -> [B, P, C]. Nothing of the patch tokens is computed any more."""
         seen, owner = tokens.seen, tokens.owner
         if owner is not None:

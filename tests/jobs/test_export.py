@@ -71,9 +71,7 @@ def test_onnx_answers_as_the_model_does(tmp_path, family, tokens, batch):
         assert shape == ["batch" if batch is None else batch, 3, side, side]
         torch.testing.assert_close(found, model(x), atol=1e-4, rtol=1e-4)
     own = checkpoint.metadata(path)
-    assert (
-        own.pop("format") == "pt" and own.items() <= kept.items() and kept["sparsify.licence"] == "apache-2.0"
-    )
+    assert own.pop("format") == "pt" and own.items() <= kept.items() and kept["sparsify.licence"] == "apache-2.0"
     fed = json.loads(kept["sparsify.preprocessing"])
     assert fed["input_size"] == [3, side, side] and fed["mean"] == [0.4, 0.5, 0.6] and fed["interpolation"] == "bicubic"
     assert json.loads(kept["sparsify.labels"])[9] == "class 9"

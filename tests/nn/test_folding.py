@@ -10,7 +10,7 @@ from helpers.families import build, images
 from sparsify.config import SparsityConfig
 from sparsify.nn import attention, graft
 from sparsify.nn.folding import fold, retract, unfold
-from sparsify.nn.predictor import HeadLowrank
+from sparsify.nn.predictor import HeadLowrankPredictor
 
 RANKS = ((8, 3, 21), (1, 64, 5))  # of each head of two blocks
 
@@ -158,5 +158,5 @@ def stub(d, ranks):
     host = build("deit", depth=1, embed_dim=d * len(ranks), num_heads=len(ranks))
     graft.graft(host, SparsityConfig(rank=(ranks,), fold=False, spread_rank=False))
     (module,) = attention.sparse_modules(host).values()
-    assert isinstance(module.predictor, HeadLowrank)
+    assert isinstance(module.predictor, HeadLowrankPredictor)
     return module

@@ -24,8 +24,8 @@ from sparsify.errors import UsageError
 from sparsify.nn import execution, graft, merging, projection, token_models
 from sparsify.nn.attention import Execution, SparseAttention, attention_modules, sparse_modules
 from sparsify.nn.merging import matching
-from sparsify.nn.predictor import TokenLowrank
-from sparsify.nn.tokens import WAYS, Stage
+from sparsify.nn.predictor import TokenLowrankPredictor
+from sparsify.nn.tokens import WAYS, TokenStage
 from sparsify.ops import attention
 from sparsify.ops.spec import budget
 
@@ -55,7 +55,7 @@ def reduced(dense, way="merge", tokens=0.5, stages=(1, 2), importance="attention
     graft.graft(model, SparsityConfig(tokens=leaving, **settings))
     execution.set_execution(model, Execution("reference"))
     g = torch.Generator().manual_seed(5)
-    for parameter in (p for m in model.modules() if isinstance(m, TokenLowrank) for p in m.parameters()):
+    for parameter in (p for m in model.modules() if isinstance(m, TokenLowrankPredictor) for p in m.parameters()):
         parameter.data.copy_(torch.rand(parameter.shape, generator=g) / parameter.shape[-1])
     return draw_importance(model)
 
@@ -700,4 +700,4 @@ def test_what_the_model_prints():
     text = str(reduced(host("deit"), "evit", 0.5, keep=(0.3, "dense")))
     assert "way=evit, share=0.5" in text and "way=evit, share=0.25" in text
     types = [type(m) for m in reduced(host("deit"), keep=(0.3, "dense")).modules()]
-    assert types.count(SparseAttention) == 1 and types.count(Stage) == 2 and Attention not in types
+    assert types.count(SparseAttention) == 1 and types.count(TokenStage) == 2 and Attention not in types

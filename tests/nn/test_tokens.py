@@ -15,8 +15,8 @@ from sparsify.nn import merging
 from sparsify.nn.attention import DenseAttention
 from sparsify.nn.importance import given as importance
 from sparsify.nn.merging import ROUND, effective_size, matching, rounds, weighted_mean
-from sparsify.nn.predictor import TokenLowrank
-from sparsify.nn.tokens import WAYS, Stage, Tokens, ranking
+from sparsify.nn.predictor import TokenLowrankPredictor
+from sparsify.nn.tokens import WAYS, TokenStage, TokenState, ranking
 
 
 def random(*shape, seed=0, positive=False):
@@ -28,7 +28,9 @@ def tracked(x, prefix, sizes=False):
     """All that can be known of tokens x [B, P + n, C] before any left."""
     patches = x.shape[1] - prefix
     owner = torch.arange(patches).expand(len(x), -1)
-    return Tokens(patches, random(*x.shape[:2], seed=9, positive=True) if sizes else None, None, owner, x[:, prefix:])
+    return TokenState(
+        patches, random(*x.shape[:2], seed=9, positive=True) if sizes else None, None, owner, x[:, prefix:]
+    )
 
 
 STAGES = dict(
@@ -49,7 +51,7 @@ def test_two_stages_by_hand(way, B, n, prefix, seed, data):
         share = data.draw(st.integers(1, n)) / n
         m = min(present, math.ceil(share * n - 1e-9))
         I = random(B, present, seed=seed + present, positive=True)
-        stage = Stage(way, share, prefix)
+        stage = TokenStage(way, share, prefix)
         y, after = stage(x, I, tokens)
         fuse = way == "evit-fused" and m < present
         assert y.shape == (B, prefix + m + fuse, C) and after.patches == n and torch.equal(y[:, :prefix], x[:, :prefix])
@@ -85,7 +87,7 @@ def test_counts_follow_the_rates_exactly():
         present, found = n, []
         for share in Rates(**rates).shares(12):
             if share is not None:
-                present = Stage("merge", share, 1).count(present, n)
+                present = TokenStage("merge", share, 1).count(present, n)
                 found.append(present)
         return found
 
@@ -100,10 +102,10 @@ def test_counts_follow_the_rates_exactly():
 
 @given(st.integers(1, 2000), st.floats(1e-3, 1), st.floats(1e-3, 1))
 def test_count_is_the_ceiling_and_never_grows(n, share, less):
-    stage = Stage("merge", share, 1)
+    stage = TokenStage("merge", share, 1)
     m = stage.count(n, n)
     assert 1 <= m <= n and m >= share * n - 1e-6 and (m == 1 or m - 1 < share * n)
-    assert Stage("merge", share * less, 1).count(m, n) <= m
+    assert TokenStage("merge", share * less, 1).count(m, n) <= m
 
 
 def test_equally_important_tokens_go_by_the_lower_index():
@@ -136,10 +138,10 @@ def same(one, other):
 def test_images_of_a_batch_do_not_meet(way, n, seed, data):
     x, I = random(4, 2 + n, 8, seed=seed), random(4, n, seed=seed, positive=True)
     tokens = tracked(x, 2, sizes=True)
-    stage = Stage(way, data.draw(st.integers(1, n)) / n, 2)
+    stage = TokenStage(way, data.draw(st.integers(1, n)) / n, 2)
     y, after = stage(x, I, tokens)
     order = torch.tensor(data.draw(st.permutations(range(4))))[: data.draw(st.integers(1, 4))]
-    some = Tokens(n, *(None if t is None else t[order] for t in tokens[1:]))
+    some = TokenState(n, *(None if t is None else t[order] for t in tokens[1:]))
     z, then = stage(x[order], I[order], some)
     torch.testing.assert_close(z, y[order])
     for one, other in zip(then[1:], after[1:], strict=True):
@@ -157,7 +159,7 @@ def test_all_stay_as_they_are_to_the_bit(way, n, dtype):
     """Of low importance too, which half precision has not."""
     x, I = random(2, 1 + n, 5).to(dtype), random(2, n, positive=True) * 1e-12
     tokens = tracked(x, 1, sizes=way == "merge")
-    y, after = Stage(way, 1.0, 1)(x, I, tokens)
+    y, after = TokenStage(way, 1.0, 1)(x, I, tokens)
     assert y.dtype == dtype and torch.equal(y, x)
     assert after.place.tolist() == [list(range(n))] * 2 and torch.equal(after.owner, tokens.owner)
     if way == "merge":
@@ -169,16 +171,16 @@ def test_few_tokens(way):
     for n in (2, 3):
         for m in range(1, n + 1):
             x, I = random(1, n, 4), random(1, n, positive=True)
-            y, after = Stage(way, m / n, 0)(x, I, tracked(x, 0))
+            y, after = TokenStage(way, m / n, 0)(x, I, tracked(x, 0))
             assert y.shape[1] == m + (way == "evit-fused" and m < n)
             assert after.spread(y).shape == (1, n, 4) and y.isfinite().all()
     x = random(1, 1, 4)
-    assert torch.equal(Stage(way, 0.1, 0)(x, torch.ones(1, 1), tracked(x, 0))[0], x)
+    assert torch.equal(TokenStage(way, 0.1, 0)(x, torch.ones(1, 1), tracked(x, 0))[0], x)
 
 
 def test_one_token_left_of_all_is_their_weighted_mean():
     x, I = random(2, 6, 4), random(2, 6, positive=True)
-    y, after = Stage("merge", 0.1, 0)(x, I, tracked(x, 0))
+    y, after = TokenStage("merge", 0.1, 0)(x, I, tracked(x, 0))
     torch.testing.assert_close(y[:, 0], (I.unsqueeze(-1) * x).sum(1) / I.sum(1, keepdim=True))
     assert not after.owner.any() and torch.equal(after.spread(y), y.expand(2, 6, 4))
     assert after.place.flatten().tolist() == [merged_by_hand(x[b], I[b], 1)[0][0] for b in range(2)]
@@ -213,7 +215,7 @@ def test_merged_tokens_are_given_their_attention_again(n, seed, sized, data):
     I = importance(asked, keys, 0.7, size, 1, 1).double()
     torch.testing.assert_close(I[0], attention[1:], atol=1e-6, rtol=1e-5)
     m = data.draw(st.integers(1, n))
-    y, after = Stage("merge", m / n, 1)(keys[0], I, Tokens(n, size, None, torch.arange(n)[None]))
+    y, after = TokenStage("merge", m / n, 1)(keys[0], I, TokenState(n, size, None, torch.arange(n)[None]))
     again = (0.7 * q[0] @ y.mT + after.size.log()).softmax(-1)[0, 0]  # (1 + m)
     given = torch.zeros(m, dtype=torch.float64).scatter_add(0, after.owner[0], attention[1:])
     torch.testing.assert_close(again, torch.cat([attention[:1], given]), atol=1e-6, rtol=1e-5)
@@ -252,7 +254,7 @@ def test_importance_is_above_zero_and_has_no_gradient():
     k = torch.tensor([0.0, 50, -50, 0]).view(1, 1, 4, 1)
     I = importance(q, k, 1.0, None, 1, 1)
     assert not I.requires_grad and (I > 0).all() and I[0, 0] == 1
-    y, tokens = Stage("merge", 0.3, 1)(random(1, 4, 5), I, tracked(random(1, 4, 5), 1))
+    y, tokens = TokenStage("merge", 0.3, 1)(random(1, 4, 5), I, tracked(random(1, 4, 5), 1))
     assert y.isfinite().all() and tokens.size.isfinite().all() and (tokens.size > 0).all()
 
 
@@ -265,7 +267,7 @@ def test_half_precision_and_autocast_choose_as_float32_does(dtype):
     with torch.autocast("cpu", torch.bfloat16):
         same = importance(q, k, 0.5, None, 1, 1)
         found = matching(x[:, 1:], same, 25)
-        y, tokens = Stage("merge", 5 / 8, 1)(x, same, tracked(x, 1))
+        y, tokens = TokenStage("merge", 5 / 8, 1)(x, same, tracked(x, 1))
     assert I.dtype == same.dtype == tokens.size.dtype == torch.float32 and torch.equal(I, same) and y.dtype == dtype
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -276,24 +278,24 @@ def test_drop_all_leaves_the_prefix(way, before):
     x = random(2, 8, 4)
     tokens = tracked(x, 2, sizes=way == "merge")
     if before:
-        x, tokens = Stage(way, 0.5, 2)(x, random(2, 6, positive=True), tokens)
+        x, tokens = TokenStage(way, 0.5, 2)(x, random(2, 6, positive=True), tokens)
     last = tokens.spread(x[:, 2:])
-    y, after = Stage(way, 0.0, 2)(x, torch.ones(2, x.shape[1] - 2), tokens)
+    y, after = TokenStage(way, 0.0, 2)(x, torch.ones(2, x.shape[1] - 2), tokens)
     assert torch.equal(y, x[:, :2]) and after.place.shape == (2, 0) and (after.owner == -1).all()
     assert torch.equal(after.spread(y[:, 2:]), last)
     assert after.size is None if tokens.size is None else torch.equal(after.size, tokens.size[:, :2])
-    z, twice = Stage(way, 0.0, 2)(y + 1, torch.ones(2, 0), after)
+    z, twice = TokenStage(way, 0.0, 2)(y + 1, torch.ones(2, 0), after)
     assert torch.equal(z, y + 1) and torch.equal(twice.spread(z[:, 2:]), last)
 
 
 def test_what_nobody_asked_for_is_not_followed():
     x = random(2, 7, 4)
     for way in WAYS:
-        y, tokens = Stage(way, 0.5, 1)(x, random(2, 6, positive=True), Tokens(6))
+        y, tokens = TokenStage(way, 0.5, 1)(x, random(2, 6, positive=True), TokenState(6))
         assert tokens.owner is None and tokens.seen is None and tokens.spread(y) is y
         assert (tokens.size is not None) == (way == "merge")
         owner = torch.arange(6).expand(2, -1)
-        tokens = Stage(way, 0.5, 1)(x, random(2, 6, positive=True), Tokens(6, owner=owner))[1]
+        tokens = TokenStage(way, 0.5, 1)(x, random(2, 6, positive=True), TokenState(6, owner=owner))[1]
         assert tokens.owner.shape == (2, 6) and tokens.seen is None
 
 
@@ -308,11 +310,11 @@ def test_merging_equal_tokens_loses_nothing(count, lefts, monkeypatch):
     x = torch.cat([x[:, :1], x[:, 1:].repeat_interleave(count, 1)], 1)  # a prefix token, then copies beside each other
     with torch.no_grad():
         full = attention(x)
-        y, tokens = x, Tokens(5 * count, owner=torch.arange(5 * count).expand(2, -1))
+        y, tokens = x, TokenState(5 * count, owner=torch.arange(5 * count).expand(2, -1))
         for left in lefts:
             q, k, _ = attention.qkv_heads(y)
             I = importance(q, k, attention.scale, tokens.size, 1, 1)
-            y, tokens = Stage("merge", left / (5 * count), 1)(y, I, tokens)
+            y, tokens = TokenStage("merge", left / (5 * count), 1)(y, I, tokens)
         members = torch.nn.functional.one_hot(tokens.owner, lefts[-1]).sum(1).float()  # (B, m)
         torch.testing.assert_close(tokens.size, torch.cat([torch.ones(2, 1), members], 1), atol=1e-3, rtol=1e-4)
         torch.testing.assert_close(tokens.spread(y[:, 1:]), x[:, 1:], atol=1e-5, rtol=1e-5)
@@ -346,7 +348,7 @@ def test_least_important_tokens_find_the_nearest_of_all_that_matter_more():
 
 def token_lowrank(tokens, prefix, shared=False):
     knobs = SparsityConfig(predictor="token-lowrank").token_lowrank.model_dump() | {"shared_projection": shared}
-    predictor = TokenLowrank(2, 4, tokens, prefix, 3, knobs)
+    predictor = TokenLowrankPredictor(2, 4, tokens, prefix, 3, knobs)
     with torch.no_grad():
         for i, parameter in enumerate(predictor.parameters()):
             parameter.copy_(random(*parameter.shape, seed=20 + i))
@@ -357,12 +359,12 @@ def token_lowrank(tokens, prefix, shared=False):
 @pytest.mark.parametrize("way", WAYS)
 def test_columns_of_a_token_lowrank_predictor_follow_the_tokens(way, shared):
     predictor, x = token_lowrank(8, 2, shared), random(2, 8, 4)
-    tokens = Tokens(6, owner=torch.arange(6).expand(2, -1) if way == "merge" else None)
+    tokens = TokenState(6, owner=torch.arange(6).expand(2, -1) if way == "merge" else None)
     assert all(
         torch.equal(a, b) for a, b in zip(predictor.weights_of(8, None), predictor.weights_of(8, tokens), strict=True)
     )
     for share in (0.7, 0.4):
-        x, tokens = Stage(way, share, 2)(x, random(2, x.shape[1] - 2, positive=True), tokens)
+        x, tokens = TokenStage(way, share, 2)(x, random(2, x.shape[1] - 2, positive=True), tokens)
         down, up = predictor.weights_of(x.shape[1], tokens)
         basis = predictor.basis()
         assert down.shape == (2, 1, 3, x.shape[1]) and up.shape == (2, len(basis), 3, x.shape[1])
@@ -376,16 +378,16 @@ def test_columns_of_a_token_lowrank_predictor_follow_the_tokens(way, shared):
                 torch.testing.assert_close(down[b, 0, :, 2 + j], predictor.w_down[:, [2 + p for p in group]].sum(1))
                 expected = basis[..., [2 + p for p in group]].mean(-1) * size
                 torch.testing.assert_close(up[b, ..., 2 + j], expected)
-    x, tokens = Stage(way, 0.0, 2)(x, torch.ones(2, x.shape[1] - 2), tokens)
+    x, tokens = TokenStage(way, 0.0, 2)(x, torch.ones(2, x.shape[1] - 2), tokens)
     down, up = predictor.weights_of(2, tokens)
     assert torch.equal(down, predictor.w_down[:, :2].expand(2, 1, 3, 2)) and torch.equal(up[0], basis[..., :2])
 
 
 def test_token_lowrank_refuses_another_number_of_patches():
     with pytest.raises(ValueError, match="made for 8 tokens, not 6"):
-        token_lowrank(8, 2).weights_of(6, Tokens(4))
+        token_lowrank(8, 2).weights_of(6, TokenState(4))
     with pytest.raises(ValueError, match="made for 8 tokens, not 11"):
-        token_lowrank(8, 2).weights_of(5, Tokens(9, place=torch.tensor([[0, 4, 8]])))
+        token_lowrank(8, 2).weights_of(5, TokenState(9, place=torch.tensor([[0, 4, 8]])))
 
 
 def test_weighted_mean_reads_what_the_attention_read():
@@ -399,4 +401,4 @@ def test_weighted_mean_reads_what_the_attention_read():
 def test_features_have_the_gradient_of_their_means(way):
     x = random(1, 7, 3).double().requires_grad_()
     I = random(1, 6, positive=True).double()
-    assert torch.autograd.gradcheck(lambda x: Stage(way, 0.5, 1)(x, I, Tokens(6))[0], (x,))
+    assert torch.autograd.gradcheck(lambda x: TokenStage(way, 0.5, 1)(x, I, TokenState(6))[0], (x,))

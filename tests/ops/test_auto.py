@@ -17,7 +17,7 @@ from sparsify.errors import UsageError
 from sparsify.nn import graft
 from sparsify.nn.attention import Execution
 from sparsify.nn.execution import set_execution, sparse_form
-from sparsify.nn.predictor import HeadLowrank
+from sparsify.nn.predictor import HeadLowrankPredictor
 from sparsify.ops import attention as ops
 from sparsify.ops import auto, backends, candidates, remembered
 from sparsify.ops.auto import Chooser
@@ -490,6 +490,8 @@ def test_words_for_people(kernels, monkeypatch):
 
 
 def test_blocks_whose_mean_ranks_differ_by_little_share_a_decision():
-    kinds = [HeadLowrank(64, ranks, True).kind() for ranks in ((16, 16, 20), (20, 12, 18), (20, 20, 20), (1, 1, 1))]
+    kinds = [
+        HeadLowrankPredictor(64, ranks, True).kind() for ranks in ((16, 16, 20), (20, 12, 18), (20, 20, 20), (1, 1, 1))
+    ]
     assert kinds[0] == kinds[1] == kinds[2] and kinds[0].rank_sum == 60
     assert kinds[3].rank_sum == 3  # never more than the largest rank in every head

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers.cpu_calls import ISA, TAILS, calls, heads, need, oracle, plain, require_kernels
 from sparsify.nn.attention import Execution, SparseAttention, Sparsity
-from sparsify.nn.predictor import HeadLowrank
+from sparsify.nn.predictor import HeadLowrankPredictor
 from sparsify.ops import attention as ops
 from sparsify.ops import backends, masked, reference, tails
 from sparsify.ops.cpu import kernels as cpu
@@ -213,7 +213,7 @@ def test_a_backward_refuses_keys_and_cells_that_are_not_there(kernels):
 def attention(**execution):
     torch.manual_seed(0)
     sparse = SparseAttention(
-        Attention(64, num_heads=2), HeadLowrank(32, (8, 8), True), Sparsity(0.2, 1, "clusters", (6, 6), (3, 2))
+        Attention(64, num_heads=2), HeadLowrankPredictor(32, (8, 8), True), Sparsity(0.2, 1, "clusters", (6, 6), (3, 2))
     )
     sparse.execution = Execution(**execution)
     return sparse

@@ -10,7 +10,7 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Weig
 from helpers.families import build, draw_importance, images
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.nn import graft
-from sparsify.nn.tokens import Tokens as Present
+from sparsify.nn.tokens import TokenState as Present
 
 ONLY_PREFIX = Tokens(keep=(0.6, 0.0))  # the second block computes no patch row
 

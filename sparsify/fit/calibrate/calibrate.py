@@ -26,7 +26,7 @@ from sparsify.measure.accuracy import distance
 from sparsify.nn import graft, hosts, projection
 from sparsify.nn.attention import Execution, SparseAttention, attention_modules
 from sparsify.nn.observe import observe
-from sparsify.nn.predictor import HeadLowrank, TokenLowrank
+from sparsify.nn.predictor import HeadLowrankPredictor, TokenLowrankPredictor
 from sparsify.ops import attention
 from sparsify.ops.backends import resolve
 from sparsify.ops.spec import Spec, budget
@@ -119,7 +119,7 @@ def _fit_head_lowrank(
     graft.graft(model, config)
     for (t_q, t_k), module in zip(bases, attention_modules(model).values(), strict=True):
         if isinstance(module, SparseAttention):
-            graft.set_basis(module, cast(HeadLowrank, module.predictor), t_q, t_k)
+            graft.set_basis(module, cast(HeadLowrankPredictor, module.predictor), t_q, t_k)
     return Calibration(model, config, seen)
 
 
@@ -207,7 +207,7 @@ def _fit_token_lowrank(model: nn.Module, config: SparsityConfig, batches: Batche
         observe(model, _counted(batches(), "moments", progress), lambda i, q, k, v: moments[i].add(q, k, prefix))
     predictors = [graft.new_predictor(model, host, config, i) for i, host in enumerate(attentions)]
     for i, predictor in enumerate(predictors):
-        if not isinstance(predictor, TokenLowrank):
+        if not isinstance(predictor, TokenLowrankPredictor):
             continue
         predictor.w_down.copy_(pooling(predictor.rank, prefix, grid))
         if moments:
@@ -215,7 +215,7 @@ def _fit_token_lowrank(model: nn.Module, config: SparsityConfig, batches: Batche
             assert predictor.w_q is not None and predictor.w_k is not None
             predictor.w_q.copy_(t_q[0, :, :channels].T)
             predictor.w_k.copy_(t_k[0, :, :channels].T)
-    fits = {i: Ridge(p, heads) for i, p in enumerate(predictors) if isinstance(p, TokenLowrank)}
+    fits = {i: Ridge(p, heads) for i, p in enumerate(predictors) if isinstance(p, TokenLowrankPredictor)}
 
     def add(i: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         if i in fits:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sparsify.errors import UsageError
 from sparsify.nn import hosts
 from sparsify.nn.token_models import FewerTokens
-from sparsify.nn.tokens import Tokens
+from sparsify.nn.tokens import TokenState
 from sparsify.recipe import Repair
 
 Progress = Callable[[str, int, int], None]
@@ -47,10 +47,10 @@ def repair(
     host, fewer = cast(Any, sparse), isinstance(sparse, FewerTokens)
     prefix = hosts.num_prefix_tokens(sparse)
     teacher = [_first(dense, x) for x in batches]
-    student: list[tuple[Tensor, Tokens | None]] = []
+    student: list[tuple[Tensor, TokenState | None]] = []
     for x in teacher:
         owner = torch.arange(x.shape[1] - prefix, device=x.device).expand(len(x), -1)  # (B, n0)
-        student.append((x, Tokens(x.shape[1] - prefix, owner=owner) if fewer else None))
+        student.append((x, TokenState(x.shape[1] - prefix, owner=owner) if fewer else None))
     blocks = list(zip(host.blocks, cast(Any, dense).blocks, strict=True))
     for i, (own, other) in enumerate(blocks):
         progress("repair", i, len(blocks))
@@ -123,7 +123,7 @@ def _first(model: nn.Module, x: Tensor) -> Tensor:
     return host.norm_pre(host.patch_drop(host._pos_embed(host.patch_embed(x))))
 
 
-def _through(block: nn.Module, x: Tensor, tokens: Tokens | None) -> tuple[Tensor, Tokens | None]:
+def _through(block: nn.Module, x: Tensor, tokens: TokenState | None) -> tuple[Tensor, TokenState | None]:
     return (block(x), None) if tokens is None else block(x, tokens)
 
 
@@ -134,7 +134,7 @@ def _teach(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return seen[0], out
 
 
-def _seen(block: nn.Module, layer: nn.Module, x: Tensor, tokens: Tokens | None) -> Tensor:
+def _seen(block: nn.Module, layer: nn.Module, x: Tensor, tokens: TokenState | None) -> Tensor:
     with _first_input(layer) as seen:
         _through(block, x, tokens)
     return seen[0]
@@ -151,7 +151,7 @@ def _first_input(layer: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _of_tokens(t: Tensor, tokens: Tokens | None, prefix: int) -> Tensor:
+def _of_tokens(t: Tensor, tokens: TokenState | None, prefix: int) -> Tensor:
     """The dense stream [B, P + n0, C] as means over the patches of each token that is present, [B, P + n, C]."""
     if tokens is None or tokens.owner is None or tokens.place is None:
         return t

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from sparsify.nn.predictor import TokenLowrank
+from sparsify.nn.predictor import TokenLowrankPredictor
 from sparsify.ops import reference
 from sparsify.ops.spec import Spec
 from sparsify.ops.tails import grid_cells
@@ -41,7 +41,7 @@ def _split(rank: int, grid: tuple[int, int]) -> tuple[int, int]:
 class Ridge:
     """Running C'C [H, r, r] and C'A [H, r, N] of one block, float64."""
 
-    def __init__(self, predictor: TokenLowrank, heads: int) -> None:
+    def __init__(self, predictor: TokenLowrankPredictor, heads: int) -> None:
         self.predictor = predictor
         r, n = predictor.w_down.shape
         self.gram = torch.zeros(heads, r, r, dtype=torch.float64)

@@ -13,9 +13,9 @@ from sparsify.fit.finetune import losses
 from sparsify.nn import attention, graft, hosts
 from sparsify.nn.attention import SparseAttention
 from sparsify.nn.observe import watching
-from sparsify.nn.predictor import Reconstruction, TokenLowrank
+from sparsify.nn.predictor import Reconstruction, TokenLowrankPredictor
 from sparsify.nn.token_models import TokensLeave
-from sparsify.nn.tokens import Tokens
+from sparsify.nn.tokens import TokenState
 from sparsify.ops.spec import budget
 from sparsify.recipe import Losses, Stage
 
@@ -134,7 +134,7 @@ class Lesson(nn.Module):
 
     def _basis(self) -> Tensor:
         modules = attention.sparse_modules(self.student).values()
-        bases = [m.predictor.w_up for m in modules if isinstance(m.predictor, TokenLowrank)]
+        bases = [m.predictor.w_up for m in modules if isinstance(m.predictor, TokenLowrankPredictor)]
         return torch.stack([w.abs().sum() for w in bases if w is not None]).sum()
 
 
@@ -146,7 +146,7 @@ def true_attention(q: Tensor, k: Tensor, scale: float, prefix: int, bias: Tensor
     return (logits if bias is None else logits + bias[:, :, prefix:].float()).softmax(-1)
 
 
-def _listen(model: nn.Module, x: Tensor, wanted: Losses, pairs: bool) -> tuple[Said, Tokens | None]:
+def _listen(model: nn.Module, x: Tensor, wanted: Losses, pairs: bool) -> tuple[Said, TokenState | None]:
     """What `model` says of x, as far as the losses want to know it, and what is known of its tokens where they leave.
 
     What listens computes nothing: it is gone when gradient checkpointing computes a block again.
@@ -171,7 +171,7 @@ def _listen(model: nn.Module, x: Tensor, wanted: Losses, pairs: bool) -> tuple[S
     return Said(logits, patch, tuple(blocks), tuple(seen)), tokens
 
 
-def _run(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tokens | None]:
+def _run(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, TokenState | None]:
     """Normed tokens on the full grid, those that the model's own head reads, and what is known of them."""
     host = cast(Any, model)
     if not isinstance(model, TokensLeave):
@@ -182,7 +182,7 @@ def _run(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tokens | None]:
     return full, full if model.full_grid else host.norm(z), tokens
 
 
-def _present(tokens: Tokens | None) -> Tensor | None:
+def _present(tokens: TokenState | None) -> Tensor | None:
     """The patches that were not dropped, bool [B, n0]; None: all."""
     return None if tokens is None or tokens.owner is None else tokens.owner >= 0
 

@@ -12,7 +12,7 @@ from torch import nn
 from sparsify.nn import projection
 from sparsify.nn.attention import GraftedAttention, SparseAttention
 from sparsify.nn.merging import cosines
-from sparsify.nn.predictor import HeadLowrank
+from sparsify.nn.predictor import HeadLowrankPredictor
 from sparsify.ops.macs import dense_macs, head_lowrank_macs, token_lowrank_macs
 
 Keep = float | None  # None: dense
@@ -82,7 +82,7 @@ class MacsCost(BlockCost):
         n0 = sparsity.grid[0] * sparsity.grid[1]
         spec, p = attn.spec_of(sparsity, N, n < n0), attn.predictor
         constants = (spec.budget, spec.prefix, spec.tail, spec.grid, spec.cells, True)
-        if isinstance(p, HeadLowrank):
+        if isinstance(p, HeadLowrankPredictor):
             return head_lowrank_macs(shape, p.ranks, p.a_q is None, *constants).total()
         return token_lowrank_macs(shape, p.rank, p.knobs["channels"], p.knobs["coef_topk"] or 0, *constants).total()
 

@@ -16,7 +16,7 @@ from sparsify.measure.latency import interleaved
 from sparsify.nn import hosts, projection
 from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention
 from sparsify.nn.importance import fitted, given
-from sparsify.nn.tokens import Stage, Tokens
+from sparsify.nn.tokens import TokenStage, TokenState
 
 POINTS = (0.1, 0.25, 0.5, 0.75, 1.0)  # shares of the tokens at which parts are timed
 ROUNDS = 9
@@ -73,12 +73,12 @@ def measured(model: nn.Module, way: str, options: Options, batch: int) -> list[B
             rope = torch.randn(n, 2 * attn.head_dim, generator=generator).to(like)
         q, k, v = attn.qkv_heads(x, rope)
         place = torch.arange(n, device=x.device).expand(batch, -1)
-        tokens = Tokens(patches, place=place) if n < patches else Tokens(patches)
+        tokens = TokenState(patches, place=place) if n < patches else TokenState(patches)
         bias = tokens._replace(place=place).bias_of(hosts.position_bias(model, attn), prefix)
         ranking: Callable[[], Tensor] = partial(given, q, k, attn.scale, None, rows, prefix, bias)
         if attn.importance is not None:
             ranking = partial(fitted, x[:, prefix:], attn.importance, None)
-        stage = Stage(way, 0.8 * n / patches, prefix)
+        stage = TokenStage(way, 0.8 * n / patches, prefix)
         runs: dict[Any, Callable[[], object]] = {
             "entering": partial(_entering, block, x, rope),
             "leaving": partial(_leaving, block, x),

@@ -19,8 +19,8 @@ from sparsify.fit.schedule.costs import Keep, Options
 from sparsify.measure.accuracy import distance
 from sparsify.nn import token_models
 from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention
-from sparsify.nn.predictor import TokenLowrank
-from sparsify.nn.tokens import Stage, Tokens
+from sparsify.nn.predictor import TokenLowrankPredictor
+from sparsify.nn.tokens import TokenStage, TokenState
 
 SHARES = (0.85, 0.7, 0.5, 0.35, 0.2, 0.1)  # of the patch tokens, tried after each block
 CHUNK = 16  # images computed together
@@ -101,7 +101,7 @@ def measure(
             states, dense, patches = _dense_pass(host, blocks, x)
             for i, block in enumerate(blocks):
                 for j, share in enumerate(shares[1:], 1):
-                    block.stage = Stage(way, share, host.num_prefix_tokens)
+                    block.stage = TokenStage(way, share, host.num_prefix_tokens)
                     tokens[i, j] += len(x) * _damage(host, blocks[i:], states[i], dense)
                     block.stage = None
                 for j, (keep, cells) in enumerate(options.items()):
@@ -112,7 +112,7 @@ def measure(
                         keeps[i, j] += len(x) * _damage(host, blocks[i:], states[i], dense)
                         block.attn, attn.sparsity = own, full
             if may_end_empty:
-                blocks[-1].stage = Stage(way, 0.0, host.num_prefix_tokens)
+                blocks[-1].stage = TokenStage(way, 0.0, host.num_prefix_tokens)
                 empty += len(x) * _damage(host, blocks[-1:], states[-1], dense)
                 blocks[-1].stage = None
             done += len(x)
@@ -135,7 +135,7 @@ def _laid_bare(model: nn.Module, way: str) -> Iterator[tuple[Any, list[Any], dic
         model,
         way,
         [None] * len(blocks),
-        any(isinstance(a, SparseAttention) and isinstance(a.predictor, TokenLowrank) for a in attention),
+        any(isinstance(a, SparseAttention) and isinstance(a.predictor, TokenLowrankPredictor) for a in attention),
     )
     for block, module in zip(blocks, attention, strict=True):
         dense = DenseAttention(cast(Any, module)).train(module.training)
@@ -151,7 +151,7 @@ def _laid_bare(model: nn.Module, way: str) -> Iterator[tuple[Any, list[Any], dic
             token_models.install(model, own_way, [None if s is None else s.share for s in before], follow)
 
 
-def _dense_pass(host: Any, blocks: list[Any], x: Tensor) -> tuple[list[tuple[Tensor, Tokens]], Tensor, int]:
+def _dense_pass(host: Any, blocks: list[Any], x: Tensor) -> tuple[list[tuple[Tensor, TokenState]], Tensor, int]:
     """Input of every block, the output, and n0."""
     h, tokens = host.start(x, host.full_grid)
     states = []
@@ -161,14 +161,14 @@ def _dense_pass(host: Any, blocks: list[Any], x: Tensor) -> tuple[list[tuple[Ten
     return states, _output(host, h, tokens), tokens.patches
 
 
-def _damage(host: Any, blocks: list[Any], state: tuple[Tensor, Tokens], dense: Tensor) -> float:
+def _damage(host: Any, blocks: list[Any], state: tuple[Tensor, TokenState], dense: Tensor) -> float:
     h, tokens = state
     for block in blocks:
         h, tokens = block(h, tokens)
     return distance(dense, _output(host, h, tokens), bool(host.num_classes))
 
 
-def _output(host: Any, h: Tensor, tokens: Tokens) -> Tensor:
+def _output(host: Any, h: Tensor, tokens: TokenState) -> Tensor:
     """Logits, or for models without a classifier the normed tokens on the full grid."""
     h = host.norm(host.whole(h, tokens) if host.full_grid else h)
     return host.forward_head(h) if host.num_classes else h
