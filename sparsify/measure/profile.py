@@ -181,9 +181,10 @@ def _image(model: nn.Module, img_size: int | tuple[int, int] | None) -> tuple[in
     if img_size is None:
         return own
     image = macs.image_shape(model, (img_size, img_size) if isinstance(img_size, int) else img_size)
-    dynamic, stride = hosts.takes_any_size(model), hosts.stride(model)
-    whole = image[1] % stride[0] == 0 and image[2] % stride[1] == 0 and min(image) > 0
-    if image != own and not (dynamic and whole):
+    if image == own:
+        return image
+    hosts.check_image_size(model, *image[1:])
+    if not hosts.takes_any_size(model):
         raise UsageError(
             f"image size {image[1]}x{image[2]}: this model takes {own[1]}x{own[2]}; load it with that image size"
         )

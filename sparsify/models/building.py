@@ -30,16 +30,15 @@ def skeleton(source: Source, num_classes: int | None = None, img_size: int | Non
         UsageError: an image size that is not a multiple of the patch size.
         UnsupportedModel: timm cannot build it with these arguments.
     """
-    if img_size is not None and img_size < 1:
-        raise UsageError(f"image size {img_size}: a positive number of pixels is expected")
     if num_classes is not None and num_classes < 0:
         raise UsageError(f"number of classes {num_classes}: 0 (features) or more is expected")
     args = args_of(source, num_classes, img_size)
-    model = _meta(source.architecture, args, source.pretrained_cfg or tag(source))
-    patch = hosts.stride(model) if type(model) in hosts.MODELS else (1, 1)
-    if img_size is not None and any(img_size % side for side in patch):
-        raise UsageError(f"image size {img_size} is not a multiple of the patch size {patch[0]} of {source.asked}")
-    return model
+    config = source.pretrained_cfg or tag(source)
+    if img_size is not None:
+        own = _meta(source.architecture, args_of(source, num_classes, None), config)
+        if type(own) in hosts.MODELS:
+            hosts.check_image_size(own, img_size, img_size, source.asked)
+    return _meta(source.architecture, args, config)
 
 
 def shallow(architecture: str, **arguments: Any) -> nn.Module:

@@ -27,10 +27,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsify.config import SparsityConfig, validate
-from sparsify.errors import BadFile, UsageError, one_line
+from sparsify.errors import BadFile, UsageError, field, one_line
 from sparsify.files import whole
 from sparsify.models import building
-from sparsify.nn import graft
+from sparsify.nn import graft, hosts
 
 FORMAT = 1
 JSON_KEYS = ("architecture", "config", "provenance", "report")
@@ -159,10 +159,12 @@ def resize(model: nn.Module, img_size: int) -> None:
     Raises:
         UsageError: a size that the architecture cannot take.
     """
+    if hosts.image_size(model) == (img_size, img_size):
+        return
     try:
         graft.resize(model, img_size)
     except Exception as error:
-        raise UsageError(f"--img-size {img_size}: {one_line(error)}") from None
+        raise UsageError(f"{field('img_size')} {img_size}: {one_line(error)}") from None
 
 
 def digest_of(model: nn.Module) -> str:

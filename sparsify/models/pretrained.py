@@ -54,7 +54,7 @@ def _load_digits(num_classes: int | None, img_size: int | None) -> nn.Module:
     if num_classes == 0:
         model.reset_classifier(0)
     if img_size is not None:
-        model.set_input_size(img_size=(img_size, img_size))
+        hosts.set_image_size(model, img_size, img_size)
     return model
 
 

@@ -129,16 +129,37 @@ def num_tokens(model: nn.Module) -> int:
     return num_prefix_tokens(model) + h * w
 
 
+def check_image_size(model: nn.Module, height: int, width: int, name: str = "") -> None:
+    """Refuse images of which whole patches do not cover every pixel: timm would drop the rest without a word.
+
+    A model's own size is not checked: timm has names (SigLIP, 384 px with patches of 14) that drop some pixels.
+
+    Args:
+        height, width: pixels of the images.
+        name: of the model, for the message; '' is its architecture.
+
+    Raises:
+        UsageError: not positive, or not a multiple of the patch size (`stride`).
+    """
+    rows, columns = stride(model)
+    size = str(height) if height == width else f"{height}x{width}"
+    if min(height, width) < 1:
+        raise UsageError(f"image size {size}: a positive number of pixels is expected")
+    if height % rows or width % columns:
+        config = getattr(model, "pretrained_cfg", None) or {}
+        name = name or config.get("architecture") or type(model).__name__
+        patch = str(rows) if rows == columns else f"{rows}x{columns}"
+        raise UsageError(f"image size {size} is not a multiple of the patch size {patch} of {name}")
+
+
 def set_image_size(model: nn.Module, height: int, width: int) -> None:
     """Another image size of a dense model, in place: timm resamples position embeddings and biases.
 
     Raises:
-        UsageError: this timm cannot do it for this model, or not with this size.
+        UsageError: this timm cannot do it for this model, or not with this size (`check_image_size`).
     """
+    check_image_size(model, height, width)
     if isinstance(model, naflexvit.NaFlexVit):
-        rows, columns = stride(model)
-        if height % rows or width % columns:
-            raise UsageError(f"image size {height}x{width} is not a multiple of the patch size {rows}")
         cast(Any, model).pretrained_cfg = {**cast(Any, model).pretrained_cfg, "input_size": (3, height, width)}
         return
     if not hasattr(model, "set_input_size"):

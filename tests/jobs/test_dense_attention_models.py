@@ -11,6 +11,7 @@ import sparsify
 from helpers.families import images
 from helpers.said import the_error
 from sparsify.errors import BadFile, UsageError
+from sparsify.images import datasets
 from sparsify.measure import latency, profile
 from sparsify.measure.accuracy import Logits
 from sparsify.models import checkpoint, original, pretrained
@@ -79,9 +80,7 @@ def test_changed_file_alone_has_no_dense_figures_and_a_line_says_why(run, files)
 def test_changed_file_is_compared_with_the_original_that_is_given(run, files):
     model, dense = checkpoint.load(files / "tuned.safetensors"), network.build()
     expected, wrong, hits = Logits(), 0, 0
-    loader = sparsify.measure.evaluate.data.labelled(
-        "digits", 10, sparsify.measure.evaluate.data.transform(sparsify.measure.evaluate.data.data_config(model)), 32
-    )
+    loader = datasets.labelled("digits", 10, datasets.transform(datasets.data_config(model)), 32)
     with torch.inference_mode():
         for x, y in loader:
             d, s = dense(x), model(x)
@@ -188,8 +187,9 @@ def test_another_image_size_is_compared_before_it_is_resampled(run, files):
         assert dense(torch.randn(1, 3, 42, 42)).shape == (1, 10)
     code, _, err = run("profile", files / "tuned.safetensors", "--dense", "digits", "--img-size", 42, "--no-measure")
     assert code == 0, err
-    with pytest.raises(UsageError, match="img-size 1"):
+    with pytest.raises(UsageError) as error:
         original.load_original(header, "digits", img_size=1)
+    assert "--img-size 1: " in error.value.for_command_line()
     with pytest.raises(UsageError, match="patches"):
         sparsify.profile(files / "tuned.safetensors", dense=dense, measure=False)
 

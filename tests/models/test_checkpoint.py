@@ -71,8 +71,9 @@ def test_another_image_size_is_resampled(made):
     model = checkpoint.load(made.path, img_size=42)
     with torch.inference_mode():
         assert model(torch.randn(1, 3, 42, 42)).shape == (1, 10)
-    with pytest.raises(UsageError, match="img-size 1:|img-size 1 "):
+    with pytest.raises(UsageError) as error:
         checkpoint.load(made.path, img_size=1)
+    assert "--img-size 1: " in error.value.for_command_line()
 
 
 BROKEN = {
