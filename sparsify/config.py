@@ -5,19 +5,19 @@ Frozen pydantic models that refuse unknown keys, so a typing error in a recipe i
 
 from __future__ import annotations
 
+from itertools import accumulate
+from operator import mul
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from sparsify.errors import UsageError
+from sparsify.errors import UsageError, field
 
+M = TypeVar("M", bound=BaseModel)
 Keep = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | Literal["dense"]
 Rate = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Side = Annotated[int, Field(ge=1, le=64)]
-
-
-M = TypeVar("M", bound=BaseModel)
 
 
 class Frozen(BaseModel):
@@ -26,21 +26,38 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def validate(model: type[M], tree: Any, source: str) -> M:
+    """`model` built from `tree`.
+
+    Raises:
+        UsageError: the first thing that is wrong, in one line; `source` says where `tree` comes from.
+    """
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        parts = [str(p) for p in first["loc"] if not str(p).startswith(("constrained", "tuple", "float", "int"))]
+        path = ".".join(parts) or "content"
+        message = first["msg"].removeprefix("Value error, ")
+        given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
+        raise UsageError(f"{source} {path}: {message}{given}") from None
+
+
 def _refuse_truth(value: Any) -> Any:
-    """The value, unless it is True or False, or a list with one of them: YAML's `yes` is no share."""
+    """The value unless it is, or lists, a boolean: YAML's `yes` is no share."""
     if any(isinstance(each, bool) for each in (value if isinstance(value, list | tuple) else [value])):
         raise ValueError("a number is expected")
     return value
 
 
 class TokenLowrank(Frozen):
-    """Knobs of the paper's predictor that the rank does not cover (names as in `docs/glossary.md`)."""
+    """Options of the paper's predictor besides its rank (names as in `docs/glossary.md`)."""
 
     channels: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="c: size of q' and k' inside a head; null leaves the head as it is (the paper's figure)"
+        None, description="c: size of q' and k' inside a head; null: that of the head (the paper's figure)"
     )
     scale: Literal["head-size", "heads"] = Field(
-        "head-size", description="1/sqrt of it scales q' K_down'; authors' code: heads"
+        "head-size", description="q' K_down' is scaled by 1/sqrt of it; authors' code: heads"
     )
     coef_topk: Annotated[int, Field(ge=1)] | None = Field(
         8, description="coefficients kept in each row; null keeps all"
@@ -55,20 +72,20 @@ class TokenLowrank(Frozen):
 
 
 class Tokens(Frozen):
-    """Which tokens go on: stages between attention and MLP of some blocks (`docs/glossary.md`, token keep).
+    """How tokens are removed: stages between attention and MLP of some blocks (`docs/glossary.md`, token keep).
 
-    A number is the share of patch tokens kept at each of `stages`: ceil(keep^i n) go on after the i-th. A list has one
-    rate for each block, 1 for none: after a block, ceil(n times the product of the rates so far) go on.
+    A number `keep` is the share of patch tokens kept at each of `stages`: of n patches ceil(keep^i n) remain after the
+    i-th stage. A list has a rate for each block (1: no stage); ceil(n times the product of the rates so far) remain.
     """
 
     way: Literal["merge", "evit", "evit-fused"] = Field(
         "merge",
-        description="merge: similar tokens become one; evit: the least important leave; evit-fused: into one token",
+        description="merge: similar tokens become one; evit: the least important are dropped; evit-fused: fused into one",
     )
     importance: Literal["fitted", "attention"] = Field(
         "fitted",
-        description="which tokens matter: fitted: what later rows will read of a token, told from it by a linear map that "
-        "calibration fits; attention: what this block's cls row gives it",
+        description="of a token; fitted: how much later rows read of it, predicted from the token by a linear map fitted in "
+        "calibration; attention: what this block's cls row gives it",
     )
     keep: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | tuple[Rate, ...] = 0.7
     stages: tuple[Annotated[int, Field(ge=1)], ...] = Field((4, 7, 10), description="blocks, counted from 1")
@@ -76,16 +93,12 @@ class Tokens(Frozen):
     _numbers = field_validator("keep", "stages", mode="before")(_refuse_truth)
 
     def shares(self, depth: int) -> tuple[float | None, ...]:
-        """Share of the patches left after each block's stage; None where a block has none."""
+        """Share of the patches that remain after each block's stage; None where a block has none."""
         if isinstance(self.keep, tuple):
-            left, found = 1.0, []
-            for rate in self.keep:
-                left *= rate
-                found.append(None if rate == 1 else left)
-            return tuple(found)
-        return tuple(
-            self.keep ** (1 + sorted(self.stages).index(i)) if i in self.stages else None for i in range(1, depth + 1)
-        )
+            products = accumulate(self.keep, mul)
+            return tuple(None if rate == 1 else share for rate, share in zip(self.keep, products, strict=True))
+        stages, keep = sorted(self.stages), self.keep
+        return tuple(keep ** (1 + stages.index(i)) if i in stages else None for i in range(1, depth + 1))
 
     def check(self, depth: int, prefix: int) -> None:
         """Raise `UsageError` where this does not fit `depth` blocks and `prefix` prefix tokens."""
@@ -102,127 +115,8 @@ class Tokens(Frozen):
             raise UsageError(f"token stages {given}: expected different blocks from 1 to {depth}")
 
 
-def growth(tokens: int) -> float:
-    """What the number of cells is a share of: N up to 197 tokens, beyond that in proportion to the root of N."""
-    return min(tokens, (197 * tokens) ** 0.5)
-
-
-def grid_of(cells: float) -> tuple[int, int]:
-    """The grid of cells nearest to that many, square or one row longer."""
-    grids = [(side + extra, side) for side in range(1, 64) for extra in (0, 1)]
-    return min(grids, key=lambda g: (abs(g[0] * g[1] - cells), g))
-
-
-class SparsityConfig(Frozen):
-    """A sparse attention: predictor, budget and tail.
-
-    `keep` is the share of all N keys that each patch query attends to, 0 < keep <= 1; the budget is
-    b = ceil(keep N - 1e-9), of the N tokens present. A list gives one value for each block; `dense` leaves the attention
-    as it is.
-    """
-
-    predictor: Literal["head-lowrank", "token-lowrank"] = "head-lowrank"
-    keep: Keep | tuple[Keep, ...] = 0.1
-    rank: Rank | tuple[Rank, ...] | tuple[tuple[Rank, ...], ...] = Field(
-        16, description="r: coordinates of the head (head-lowrank) or rows of W_down; one, one a block, or one a head"
-    )
-    tail: Literal["none", "mean", "cells", "clusters"] = "clusters"
-    cells: tuple[Side, Side] | tuple[tuple[Side, Side], ...] | None = Field(
-        None, description="rows and columns of the grid of cells; one, or one a block; null: by N and keep"
-    )
-    spread_rank: bool = Field(True, description="an integer rank is the mean over heads (head-lowrank)")
-    granularity: Literal["token", "tile"] = "token"
-    tile: tuple[Side, Side] = Field((4, 4), description="rows and columns of a tile of queries")
-    fold: bool = Field(True, description="fold head-lowrank into qkv where that is exact")
-    token_lowrank: TokenLowrank = TokenLowrank()
-    tokens: Tokens | None = Field(None, description="fewer tokens; null keeps all")
-
-    _numbers = field_validator("keep", "rank", mode="before")(_refuse_truth)
-
-    def keep_of(self, block: int) -> float | None:
-        """Keep share of block `block` (counted from 0); None: dense."""
-        keep = self.keep[block] if isinstance(self.keep, tuple) else self.keep
-        return None if keep == "dense" else float(keep)
-
-    def ranks_of(self, block: int, heads: int) -> tuple[int, ...]:
-        """Rank of each head of block `block` (counted from 0)."""
-        rank = self.rank[block] if isinstance(self.rank, tuple) else self.rank
-        return rank if isinstance(rank, tuple) else (rank,) * heads
-
-    def cells_of(self, block: int) -> tuple[int, int]:
-        """Grid of cells of block `block` (counted from 0), once `with_cells` has resolved it."""
-        assert self.cells is not None
-        cells = self.cells if isinstance(self.cells[0], int) else self.cells[block]
-        return cast(tuple[int, int], cells)
-
-    def with_cells(self, tokens: int) -> SparsityConfig:
-        """The same with `cells` resolved for N = `tokens`, block by block where `keep` differs.
-
-        M is the product nearest to min(1/6, max(0.6 keep, 0.1 - 0.4 keep)) N up to N = 197, and grows with the root of N
-        from there: of 197 tokens 4x4 at keep 0.05, 4x3 at 0.1, 6x5 at 0.25; of 577 5x4 at 0.1. A cell costs a row about
-        as much as 1.4 kept keys: from keep 0.1 on, cells and kept keys share the cost; below it the tail carries most
-        of the mass and needs more of them. Larger grids need more cells for the same error, but not in proportion.
-        """
-        if self.cells is not None:
-            return self
-        listed = self.keep if isinstance(self.keep, tuple) else (self.keep,)
-        shares = [1.0 if keep == "dense" else keep for keep in listed]
-        cells = [grid_of(min(1 / 6, max(0.6 * keep, 0.1 - 0.4 * keep)) * growth(tokens)) for keep in shares]
-        return self.model_copy(update={"cells": cells[0] if len(set(cells)) == 1 else tuple(cells)})
-
-    def resolved(self, shape: Geometry) -> tuple[BlockPlan, ...]:
-        """What this comes to in each block of a model of that shape.
-
-        Raises:
-            UsageError: see `check`.
-        """
-        self.check(shape.depth, shape.heads, shape.head_dim, shape.prefix)
-        written = self.with_cells(shape.tokens)
-        return tuple(
-            BlockPlan(written.keep_of(i), written.ranks_of(i, shape.heads), written.cells_of(i))
-            for i in range(shape.depth)
-        )
-
-    def check(self, depth: int, heads: int, head_dim: int, prefix: int = 1) -> None:
-        """Raise `UsageError` where this does not fit `depth` blocks with `heads` heads of size `head_dim`, P = `prefix`."""
-        if self.tokens is not None:
-            self.tokens.check(depth, prefix)
-        for name in ("keep", "rank", "cells"):
-            value = getattr(self, name)
-            if name == "cells" and value is not None and isinstance(value[0], int):
-                continue
-            if isinstance(value, tuple) and len(value) != depth:
-                raise UsageError(f"{name} lists {len(value)} values, but the model has {depth} blocks: give one each")
-        ranks = [self.ranks_of(i, heads) for i in range(depth) if self.keep_of(i) is not None]
-        if not ranks:
-            return
-        if any(len(r) != heads for r in ranks):
-            raise UsageError(
-                f"rank lists {min(map(len, ranks))} values for a block, but it has {heads} heads: give one each"
-            )
-        if self.predictor == "token-lowrank" and any(len(set(r)) > 1 for r in ranks):
-            raise UsageError("token-lowrank has one rank for all heads of a block")
-        largest = max(map(max, ranks))
-        if self.predictor == "head-lowrank" and largest > head_dim:
-            raise UsageError(
-                f"rank {largest} is larger than the head size {head_dim} of this model: give a smaller --rank"
-            )
-
-
-class Target(Frozen):
-    """What a schedule is chosen for: `macs` or `latency`, as a share of the dense model's.
-
-    `keeps` are the shares of keys that a block may have, null for dense; `batch_size` is that of the timing.
-    """
-
-    macs: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    latency: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    keeps: tuple[Annotated[float, Field(gt=0, le=1)] | None, ...] = (None, 0.25, 0.1, 0.05)
-    batch_size: Annotated[int, Field(ge=1)] = 1
-
-
 class Geometry(NamedTuple):
-    """What of a model's shape a configuration is resolved for.
+    """What a configuration needs to know of a model (`SparsityConfig.resolved`).
 
     Attributes:
         depth: blocks.
@@ -240,7 +134,7 @@ class Geometry(NamedTuple):
 
 
 class BlockPlan(NamedTuple):
-    """What a configuration comes to in one block.
+    """A configuration resolved for one block.
 
     Attributes:
         keep: share of keys that each patch query attends to; None: dense attention.
@@ -253,14 +147,119 @@ class BlockPlan(NamedTuple):
     cells: tuple[int, int]
 
 
-def validate(model: type[M], tree: Any, source: str) -> M:
-    """`model` built from `tree`; the first thing that is wrong becomes a one-line `UsageError`."""
-    try:
-        return model.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        parts = [str(p) for p in first["loc"] if not str(p).startswith(("constrained", "tuple", "float", "int"))]
-        place = ".".join(parts) or "content"
-        message = first["msg"].removeprefix("Value error, ")
-        given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
-        raise UsageError(f"{source} {place}: {message}{given}") from None
+def growth(tokens: int) -> float:
+    """What the number of cells is a share of: N up to 197 tokens, sqrt(197 N) beyond."""
+    return min(tokens, (197 * tokens) ** 0.5)
+
+
+def grid_of(cells: float) -> tuple[int, int]:
+    """Rows and columns of the grid with the number of cells nearest to `cells`, square or with one row more."""
+    grids = [(side + extra, side) for side in range(1, 64) for extra in (0, 1)]
+    return min(grids, key=lambda g: (abs(g[0] * g[1] - cells), g))
+
+
+class SparsityConfig(Frozen):
+    """A sparse attention: predictor, budget and tail.
+
+    `keep` is the share of all N keys that each patch query attends to, 0 < keep <= 1; the budget is b = ceil(keep N - 1e-9)
+    of the N remaining tokens. A list gives one value for each block; `dense` leaves the attention of a block as it is.
+    """
+
+    predictor: Literal["head-lowrank", "token-lowrank"] = "head-lowrank"
+    keep: Keep | tuple[Keep, ...] = 0.1
+    rank: Rank | tuple[Rank, ...] | tuple[tuple[Rank, ...], ...] = Field(
+        16,
+        description="r: coordinates of the head (head-lowrank) or rows of W_down; one, or by block, or by block and head",
+    )
+    tail: Literal["none", "mean", "cells", "clusters"] = "clusters"
+    cells: tuple[Side, Side] | tuple[tuple[Side, Side], ...] | None = Field(
+        None, description="rows and columns of the grid of cells; one grid, or one a block; null: by N and keep"
+    )
+    spread_rank: bool = Field(True, description="an integer rank is the mean over heads (head-lowrank)")
+    granularity: Literal["token", "tile"] = "token"
+    tile: tuple[Side, Side] = Field((4, 4), description="rows and columns of a tile of queries")
+    fold: bool = Field(True, description="fold head-lowrank into qkv where that is exact")
+    token_lowrank: TokenLowrank = TokenLowrank()
+    tokens: Tokens | None = Field(None, description="removal of tokens; null keeps all")
+
+    _numbers = field_validator("keep", "rank", mode="before")(_refuse_truth)
+
+    def keep_of(self, block: int) -> float | None:
+        """Keep share of block `block` (counted from 0); None: dense."""
+        keep = self.keep[block] if isinstance(self.keep, tuple) else self.keep
+        return None if keep == "dense" else float(keep)
+
+    def ranks_of(self, block: int, heads: int) -> tuple[int, ...]:
+        """Rank of each head of block `block` (counted from 0)."""
+        rank = self.rank[block] if isinstance(self.rank, tuple) else self.rank
+        return rank if isinstance(rank, tuple) else (rank,) * heads
+
+    def cells_of(self, block: int) -> tuple[int, int]:
+        """Grid of cells of block `block` (counted from 0) of a configuration that `with_cells` gave."""
+        assert self.cells is not None
+        cells = self.cells if isinstance(self.cells[0], int) else self.cells[block]
+        return cast(tuple[int, int], cells)
+
+    def with_cells(self, tokens: int) -> SparsityConfig:
+        """A copy with `cells` filled in for N = `tokens`, by block where `keep` differs. A file says them.
+
+        Their number is the nearest to min(1/6, max(0.6 keep, 0.1 - 0.4 keep)) `growth(N)` that a grid has: of 197 tokens
+        4x4 at keep 0.05, 4x3 at 0.1, 6x5 at 0.25; of 577 tokens 5x4 at 0.1. A cell costs a row about as much as 1.4 kept
+        keys: from keep 0.1 on, cells and kept keys share the cost; below it the tail carries most of the mass and needs
+        more cells. Larger grids need more cells for the same error, but not in proportion.
+        """
+        if self.cells is not None:
+            return self
+        listed = self.keep if isinstance(self.keep, tuple) else (self.keep,)
+        shares = [1.0 if keep == "dense" else keep for keep in listed]
+        cells = [grid_of(min(1 / 6, max(0.6 * keep, 0.1 - 0.4 * keep)) * growth(tokens)) for keep in shares]
+        return self.model_copy(update={"cells": cells[0] if len(set(cells)) == 1 else tuple(cells)})
+
+    def resolved(self, shape: Geometry) -> tuple[BlockPlan, ...]:
+        """The plan of each block of a model of that shape.
+
+        Raises:
+            UsageError: it does not fit the shape (`check`).
+        """
+        self.check(shape.depth, shape.heads, shape.head_dim, shape.prefix)
+        written = self.with_cells(shape.tokens)
+        return tuple(
+            BlockPlan(written.keep_of(i), written.ranks_of(i, shape.heads), written.cells_of(i))
+            for i in range(shape.depth)
+        )
+
+    def check(self, depth: int, heads: int, head_dim: int, prefix: int = 1) -> None:
+        """Raise `UsageError` where this does not fit `depth` blocks with `heads` heads of size `head_dim`, P = `prefix`."""
+        if self.tokens is not None:
+            self.tokens.check(depth, prefix)
+        one_grid = self.cells is not None and isinstance(self.cells[0], int)
+        for name in ("keep", "rank") if one_grid else ("keep", "rank", "cells"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != depth:
+                raise UsageError(f"{name} lists {len(value)} values, but the model has {depth} blocks: give one each")
+        ranks = [self.ranks_of(i, heads) for i in range(depth) if self.keep_of(i) is not None]
+        if not ranks:
+            return
+        if any(len(r) != heads for r in ranks):
+            raise UsageError(
+                f"rank lists {min(map(len, ranks))} values for a block, but it has {heads} heads: give one each"
+            )
+        if self.predictor == "token-lowrank" and any(len(set(r)) > 1 for r in ranks):
+            raise UsageError("token-lowrank has one rank for all heads of a block")
+        largest = max(map(max, ranks))
+        if self.predictor == "head-lowrank" and largest > head_dim:
+            raise UsageError(
+                f"rank {largest} is larger than the head size {head_dim} of this model: give a smaller {field('rank')}"
+            )
+
+
+class Target(Frozen):
+    """What a schedule is chosen for: `macs` or `latency`, as a share of the dense model's.
+
+    `keeps` are the shares of keys that a block may have, null for dense; `batch_size` is that of the timing.
+    """
+
+    macs: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    latency: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    keeps: tuple[Annotated[float, Field(gt=0, le=1)] | None, ...] = (None, 0.25, 0.1, 0.05)
+    batch_size: Annotated[int, Field(ge=1)] = 1
