@@ -1,4 +1,4 @@
-"""Errors meant for the person at the terminal: one line, what was wrong, what was expected, what to do."""
+"""Errors for the user, in one line: what was wrong, what was expected, what to do next."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _FIELD = re.compile(f"{_OPEN}([a-z_]+){_CLOSE}")
 
 
 def field(name: str) -> str:
-    """An argument as a message names it: `num_classes` in Python, `--num-classes` on the command line.
+    """The name of an argument, marked, for a message: shown as `num_classes` in Python, `--num-classes` at the terminal.
 
-    The library marks the name; whoever shows the message decides (`as_arguments`, `as_options`).
+    Whoever shows the message chooses (`as_arguments`, `as_options`).
     """
     return f"{_OPEN}{name}{_CLOSE}"
 
@@ -35,7 +35,7 @@ class SparsifyError(Exception):
         return as_arguments(super().__str__())
 
     def for_command_line(self) -> str:
-        """The message with options in the place of arguments."""
+        """The message that names options instead of arguments."""
         return as_options(super().__str__())
 
 
@@ -46,7 +46,7 @@ class UsageError(SparsifyError):
 
 
 class UnsupportedModel(SparsifyError):
-    """A model whose attention is not understood; nothing has been computed (exit code 1)."""
+    """A model whose attention is not supported; nothing has been computed (exit code 1)."""
 
 
 class BadFile(SparsifyError):
@@ -57,13 +57,13 @@ class BadData(SparsifyError):
     """A folder or data set that holds no usable images or labels (exit code 1)."""
 
 
+class Interrupted(SparsifyError):
+    """Long work that was asked to stop and has saved its state (exit code 130)."""
+
+    exit_code = 130
+
+
 def one_line(error: BaseException, limit: int = 200) -> str:
     """The message of `error` on one line of at most `limit` characters; its class name where it has none."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-class Interrupted(SparsifyError):
-    """Long work that was asked to stop and has saved where it stands (exit code 130)."""
-
-    exit_code = 130

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files: written whole or not at all, JSON, and names of data and models fit to be published."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from sparsify.errors import BadFile, one_line
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[str]:
-    """A temporary name beside `path` to write to; it takes the place of `path` when the block ends without error.
+    """A temporary file beside `path` to write to; it replaces `path` when the block ends without error.
 
-    A crash, Ctrl-C or a full disk leaves the old file, if any, as it was.
+    A crash, Ctrl-C or a full disk leaves the old file, if any, unchanged.
 
     Raises:
         BadFile: the folder is missing, or cannot be written.
@@ -46,17 +46,20 @@ def _umask() -> int:
     return mask
 
 
-def place(name: str, parts: int = 2) -> str:
-    """A data set's or a model's name; of a path the last `parts` parts: '/home/me/photos/val' -> 'photos/val'."""
-    found = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..", "~")]
-    return "/".join(found[-parts:]) or name
+def publishable(name: str, parts: int = 2) -> str:
+    """The name of a data set or model as a file may tell it: of a path the last `parts` parts.
+
+    '/home/me/photos/val' -> 'photos/val'
+    """
+    known = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..", "~")]
+    return "/".join(known[-parts:]) or name
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object of JSON in a file that a command wrote.
+    """The JSON object in a file that a command wrote.
 
     Raises:
-        BadFile: missing, or something else.
+        BadFile: missing, not JSON, or JSON of another type.
     """
     if not path.exists():
         raise BadFile(f"no file {path}")
@@ -70,11 +73,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: str | Path, tree: Mapping[str, Any]) -> None:
-    """Write a report as JSON, exact numbers; see `write_text`."""
+    """Write a report as JSON with all digits; see `write_text`."""
     write_text(path, json.dumps(tree, indent=2) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all; see `sparsify.files.whole`."""
+    """Write `text` as UTF-8, whole or not at all (`whole`)."""
     with whole(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)

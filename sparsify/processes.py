@@ -1,8 +1,7 @@
-"""How a command runs: on which device, in how many processes, and who is told.
+"""How a job runs: device and precision (`Compute`), who hears of its progress (`Listener`), and in how many processes.
 
-`Compute` and `Listener` are what jobs are handed. The rest is about several processes of one command, as `accelerate launch`
-and `torchrun` start them; a single one costs nothing. The number of a process is read from the environment, so that the
-command line can ask for it before torch is imported.
+Processes are those of one command that `accelerate launch` or `torchrun` started; a single process needs nothing of it. Rank
+and number are read from the environment, so that the command line knows them before torch is imported.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from sparsify.errors import SparsifyError, UsageError
 if TYPE_CHECKING:
     import torch
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -28,12 +27,12 @@ class Compute:
     """How a job computes.
 
     Attributes:
-        device: of torch: cpu, cuda, cuda:1, mps.
+        device: cpu, cuda, cuda:1, mps.
         dtype: of the forward passes, one of `DTYPES`.
-        backend: what computes the sparse form, one of `sparsify.ops.backends.BACKENDS`.
+        backend: what computes sparse attention, one of `sparsify.ops.backends.BACKENDS`.
         kernel_precision: what the CPU kernels store, one of `sparsify.ops.backends.PRECISIONS`.
-        batch_size: images of a forward pass; None: the job's own.
-        micro_batch: most images of one forward and backward pass of a training step (gradient accumulation).
+        batch_size: images of a forward pass; None: the job's default.
+        micro_batch: maximum images of a forward/backward pass in training (gradient accumulation).
         workers: processes that read images; 0: this one.
     """
 
@@ -47,14 +46,14 @@ class Compute:
 
     @property
     def torch_device(self) -> torch.device:
-        """The device as torch has it."""
+        """`device` for torch."""
         import torch
 
         return torch.device(self.device)
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch has it.
+        """`dtype` for torch.
 
         Raises:
             UsageError: an unknown name.
@@ -68,11 +67,11 @@ class Compute:
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told how a job goes on.
+    """Who is told how far a job is.
 
     Attributes:
-        say: called with lines for the person at the terminal; fields are marked (`sparsify.errors.field`).
-        progress: called with the step's name, images or steps done, how many in all (None: unknown), and maybe a note.
+        say: called with a line for the user, in which fields are marked (`sparsify.errors.field`).
+        progress: called with the name of a step, images or steps done, their total (None: unknown), and maybe a note.
     """
 
     say: Callable[[str], None] = lambda line: None
@@ -80,12 +79,12 @@ class Listener:
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Rank of this process, from 0."""
     return _number("RANK", 0)
 
 
 def world() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return _number("WORLD_SIZE", 1)
 
 
@@ -94,71 +93,72 @@ def main() -> bool:
     return rank() == 0
 
 
-def place(device: str) -> str:
-    """The device of this process: of several, each gets a GPU of its own where `cuda` is asked for."""
+def local_device(device: str) -> str:
+    """The device of this process: for `cuda`, each of several processes gets a GPU of its own."""
     return f"cuda:{_number('LOCAL_RANK', 0)}" if device == "cuda" and world() > 1 else device
 
 
 def start(device: str = "cpu") -> None:
-    """Join the other processes: gloo for the CPU, nccl for a GPU. Nothing for a single process, or a second time."""
+    """Join the other processes: gloo for the CPU, nccl for a GPU. Does nothing for a single process, or a second time."""
     if world() > 1:
         _state(device)
 
 
-def gather(item: Found) -> list[Found]:
-    """`item` of every process, in the order of their ranks, in every process; [item] for a single one.
+def gather(item: T) -> list[T]:
+    """`item` of every process by rank, in every process; [item] for a single process. Every process must call it.
 
-    Every process must call it. `item` can be pickled.
+    Args:
+        item: can be pickled.
 
     Raises:
-        SparsifyError: the processes were joined by somebody else, who sees another number of them.
+        SparsifyError: other code joined the processes first, and sees another number of them.
     """
     if world() == 1:
         return [item]
     _state("cpu")
     from accelerate.utils import gather_object
 
-    found = cast(list[Found], gather_object([item]))
-    if len(found) != world():
+    items = cast(list[T], gather_object([item]))
+    if len(items) != world():
         raise SparsifyError(
-            f"{world()} processes were started, but accelerate joined {len(found)}: on CPUs give Accelerator(cpu=True)"
+            f"{world()} processes were started, but accelerate joined {len(items)}: on CPUs give Accelerator(cpu=True)"
         )
-    return found
+    return items
 
 
 @contextmanager
 def agree() -> Iterator[None]:
-    """Every process must come here. A `SparsifyError` that the block raises in any of them is raised in all of them.
+    """A `SparsifyError` that the block raises in any process is raised in all. Every process must run the block.
 
-    Nothing inside may wait for another process. `agreed` tells such an error, so that one process alone says it.
+    Nothing inside may wait for another process. `agreed` is true of such an error, so that only one process prints it.
     """
     if world() == 1:
         yield
         return
-    own = None
+    raised = None
     try:
         yield
     except SparsifyError as error:
-        own = error
-    first = next((error for error in gather(own) if error is not None), None)
+        raised = error
+    first = next((error for error in gather(raised) if error is not None), None)
     if first is not None:
         vars(first)["agreed"] = True
         raise first
 
 
 def agreed(error: SparsifyError) -> bool:
-    """Whether all processes raise `error`: those of `agree`, and options that cannot be understood."""
+    """Whether all processes raise `error`: one of `agree`, or wrong usage."""
     return error.exit_code == UsageError.exit_code or bool(vars(error).get("agreed"))
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait for every process to get here."""
     if world() > 1:
         _state("cpu").wait_for_everyone()
 
 
 def _state(device: str) -> Any:
-    """accelerate's own record of the processes, one for the whole program: the first call decides the device."""
+    """accelerate's record of the processes, one for the whole program: the first call decides the device."""
     from accelerate import PartialState
 
     return PartialState(cpu=not device.startswith("cuda"))

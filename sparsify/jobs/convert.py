@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sparsify import processes
 from sparsify.config import SparsityConfig, Target, Tokens
 from sparsify.errors import UsageError
-from sparsify.files import place, write_json, write_text
+from sparsify.files import publishable, write_json, write_text
 from sparsify.fit.calibrate.calibrate import Calibration, calibrate, first, fit_importance, spends_ranks
 from sparsify.fit.finetune import plan as plan_
 from sparsify.fit.finetune import run_folder, run_status
@@ -111,7 +111,7 @@ def convert(
         SparsifyError: see `zoo`, `data`, `graft`, `checkpoint` and `finetune`; nothing is written then.
         Interrupted: a fine-tuning was asked to stop; its state is saved.
     """
-    device = processes.place(device)
+    device = processes.local_device(device)
     processes.start(device)
     execution = Execution(backend)
     check_execution(execution, torch.device(device), dtype)
@@ -275,4 +275,4 @@ def _provenance(
 def _named(source: str) -> str:
     """A model's name for the file; of a folder its last part alone."""
     scheme, _, folder = source.partition(":")
-    return f"{scheme}:{place(str(Path(folder).resolve()), 1)}" if scheme == "local-dir" else source
+    return f"{scheme}:{publishable(str(Path(folder).resolve()), 1)}" if scheme == "local-dir" else source

@@ -138,7 +138,7 @@ def evaluate_images(
             compared with this one.
         BadData: no images, no labels, or classes that do not fit the model's.
     """
-    device = processes.place(device)
+    device = processes.local_device(device)
     execution = Execution(backend or "auto", kernel_precision or "input")
     check_execution(execution, torch.device(device), dtype, hosts.biased(model))  # before anything is read
     if dense is not None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsify.files import place, write_json, write_text
+from sparsify.files import publishable, write_json, write_text
 from sparsify.report.words import NOTHING, Row, change, plain
 
 HEADING = "Measured, on the same images"
@@ -66,7 +66,7 @@ def conditions(result: Mapping[str, Any]) -> str:
     c = result.get("conditions")
     c = c if isinstance(c, Mapping) else {}
     side, crop, way = result.get("img_size"), result.get("crop_pct"), result.get("interpolation")
-    words = [f"{result['images']:,} images" + (f" of {place(str(c['data']))}" if c.get("data") else "")]
+    words = [f"{result['images']:,} images" + (f" of {publishable(str(c['data']))}" if c.get("data") else "")]
     words += [f"{result['broken']} unreadable ones left out"] if result.get("broken") else []
     words += [f"{side}x{side} pixels"] if side else []
     words += [f"crop {crop:g}"] if isinstance(crop, int | float) and crop else []

@@ -65,7 +65,7 @@ def second_of_three(monkeypatch):
 
 def test_a_single_process_joins_nobody_and_imports_nothing():
     assert (processes.rank(), processes.world(), processes.main()) == (0, 1, True)
-    assert processes.gather("a") == ["a"] and processes.place("cuda") == "cuda"
+    assert processes.gather("a") == ["a"] and processes.local_device("cuda") == "cuda"
     processes.start("cpu"), processes.barrier()
     probe = "import sys, sparsify.processes as p; print('torch' in sys.modules, p.world())"
     out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
@@ -77,7 +77,11 @@ def test_a_single_process_joins_nobody_and_imports_nothing():
 
 def test_the_environment_says_who_one_is(second_of_three, monkeypatch):
     assert (processes.rank(), processes.world(), processes.main()) == (1, 3, False)
-    assert (processes.place("cuda"), processes.place("cpu"), processes.place("cuda:0")) == ("cuda:1", "cpu", "cuda:0")
+    assert (processes.local_device("cuda"), processes.local_device("cpu"), processes.local_device("cuda:0")) == (
+        "cuda:1",
+        "cpu",
+        "cuda:0",
+    )
     monkeypatch.setenv("WORLD_SIZE", "many")
     assert processes.world() == 1
 

@@ -58,7 +58,7 @@ def evaluate(
     parsers.backend(backend)
     parsers.kernel_precision(kernel_precision)
     quiet = quiet or not processes.main()
-    kind, where = parsers.torch_dtype(dtype), parsers.torch_device(processes.place(device))
+    kind, where = parsers.torch_dtype(dtype), parsers.torch_device(processes.local_device(device))
     preflight()
     from sparsify.cli import tables
     from sparsify.cli.progress import Reporter

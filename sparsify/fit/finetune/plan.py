@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparsify import processes
 from sparsify.config import SparsityConfig
 from sparsify.errors import UsageError
-from sparsify.files import place
+from sparsify.files import publishable
 from sparsify.fit.calibrate import repair
 from sparsify.fit.finetune import devices, trainable
 from sparsify.fit.finetune.batches import Batches
@@ -179,15 +179,15 @@ def _judged(images: TrainSet, source: Source, config: dict[str, Any], classes: i
     transform = datasets.transform(config)
     if source.val is not None:
         found = share(datasets.labelled(source.val, classes, transform, JUDGE_BATCH, source.workers))
-        return lambda: iter(found), f"the labelled images of {place(source.val)}"
+        return lambda: iter(found), f"the labelled images of {publishable(source.val)}"
     if images.stream:
         dataset: Any = Stream(cast(Any, images.held), transform)
-        words = f"the first images of {place(source.images)}"
+        words = f"the first images of {publishable(source.images)}"
     else:
         held = cast(Items, images.held)
         dataset, words = (
             Decoded(held, transform),
-            f"{len(held)} images of {place(source.images)} that nothing learns from",
+            f"{len(held)} images of {publishable(source.images)} that nothing learns from",
         )
     workers = 0 if images.stream else source.workers
     return share(ImageBatches(dataset, JUDGE_BATCH, workers, place=source.images)).pairs, words
