@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sparsify.models import checkpoint, hub, original
 from sparsify.nn import execution, graft
 from sparsify.nn.attention import Execution
 from sparsify.ops.auto import Chooser
+from sparsify.processes import Compute, Listener
 from sparsify.recipe import Recipe, default_recipe, load_recipe
 
 
@@ -162,13 +164,16 @@ def profile(
         dense: the original: a model; with a file also a name or checkpoint, which is checked against the file. None: the
             model's own weights without sparsity, or, for a file whose backbone was changed, no dense figures (None). Of a
             module nobody knows whether its weights were changed: say backbone_changed=True or give `dense`.
-        options: see `sparsify.measure.profile.profile`.
+        options: batch_size (1), dtype, device, backend, kernel_precision of the measurement, as in
+            `sparsify.processes.Compute`; img_size, measure, repeats, count_as, backbone_changed: see
+            `sparsify.measure.profile.profile`.
 
     Raises:
         SparsifyError: see `sparsify.measure.profile.profile` and `sparsify.models.original.load_original`.
     """
     sparse, beside, changed = _opened(model, dense)
-    return _profiling.profile(sparse, dense=beside, **{"backbone_changed": changed} | options)
+    options, compute = _compute(options, Compute(), "batch_size", "dtype", "device", "backend", "kernel_precision")
+    return _profiling.profile(sparse, dense=beside, compute=compute, **{"backbone_changed": changed} | options)
 
 
 def evaluate(
@@ -185,14 +190,29 @@ def evaluate(
 
     Args:
         dense: as in `profile`.
-        options: see `sparsify.measure.evaluate.evaluate_images` (batch_size, workers, device, dtype, strict, backend,
-            kernel_precision, backbone_changed).
+        options: batch_size (32), workers, device, dtype, as in `sparsify.processes.Compute`, and backend and
+            kernel_precision (the model's own without); say and progress, which is called with images done and in all
+            (None: unknown); strict, name, backbone_changed: see `sparsify.measure.evaluate.evaluate_images`.
 
     Raises:
         SparsifyError: see `sparsify.measure.evaluate.evaluate_images` and `sparsify.models.original.load_original`.
     """
     sparse, beside, changed = _opened(model, dense)
-    return _evaluation.evaluate_images(sparse, str(images), dense=beside, **{"backbone_changed": changed} | options)
+    own = _evaluation.own_compute(sparse)
+    names = ("batch_size", "dtype", "device", "backend", "kernel_precision", "workers")
+    options, compute = _compute({"backbone_changed": changed} | options, own, *names)
+    listener = Listener(options.pop("say", Listener().say))
+    if progress := options.pop("progress", None):
+        listener = replace(listener, progress=lambda step, done, total: progress(done, total))
+    return _evaluation.evaluate_images(sparse, str(images), dense=beside, compute=compute, listener=listener, **options)
+
+
+def _compute(options: dict[str, Any], compute: Compute, *names: str) -> tuple[dict[str, Any], Compute]:
+    """Options that are not among `names`; and `compute` with those that are. A dtype may be a name or torch's own."""
+    given = {name: options[name] for name in names if options.get(name) is not None}
+    for name in {"device", "dtype"} & given.keys():
+        given[name] = str(given[name]).removeprefix("torch.")
+    return {name: value for name, value in options.items() if name not in names}, replace(compute, **given)
 
 
 def _opened(

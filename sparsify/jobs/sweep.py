@@ -7,7 +7,6 @@ takes: ranks and cells are written out, so that the same images give the same mo
 
 from __future__ import annotations
 
-import platform
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +25,7 @@ from sparsify.fit.schedule import choose as schedule
 from sparsify.fit.schedule.choose import Found
 from sparsify.jobs.dense import CALIBRATION_BATCH, PROBE_IMAGES, calibration_images
 from sparsify.measure import comparison, latency
+from sparsify.measure.conditions import SWEEP, conditions
 from sparsify.measure.latency import Timing
 from sparsify.measure.macs import image_shape, replica
 from sparsify.measure.profile import profile
@@ -36,9 +35,8 @@ from sparsify.nn import graft, hosts
 from sparsify.nn.attention import Execution
 from sparsify.nn.execution import check_execution, set_execution
 from sparsify.ops import backends
-from sparsify.ops.backends import device_name
+from sparsify.processes import Compute
 from sparsify.recipe import Recipe
-from sparsify.version import __version__
 
 SECONDS = 2.5  # of timing, for each model; `latency.BUDGET_S` at least
 
@@ -150,21 +148,13 @@ def sweep(
         ),
         dense=times["dense"],
         skipped=skipped,
-        conditions={
-            "batch_size": batch_size,
-            "img_size": list(image_shape(model)[1:]),
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": device,
-            "device_name": device_name(where),
-            "threads": torch.get_num_threads(),
-            "runs": times["dense"].runs,
-            "backend": backends.describe(backend, execution.precision, where, dtype, hosts.biased(base)),
-            "platform": platform.platform(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "sparsify": __version__,
-        },
+        conditions=conditions(
+            SWEEP,
+            Compute(device, str(dtype).removeprefix("torch."), batch_size=batch_size),
+            img_size=list(image_shape(model)[1:]),
+            runs=times["dense"].runs,
+            backend=backends.describe(backend, execution.precision, where, dtype, hosts.biased(base)),
+        ),
         convert=_command(name, weights, num_classes, img_size, calib, dtype),
         seconds=time.perf_counter() - start,
     )

@@ -1,46 +1,46 @@
-"""Under which circumstances figures were measured."""
+"""Under which circumstances figures were measured, for the files that hold them."""
 
 from __future__ import annotations
 
 import platform
-from importlib import metadata
+from collections.abc import Iterable
 from typing import Any
 
 import timm
 import torch
 
 from sparsify import processes
-from sparsify.ops import backends
 from sparsify.ops.backends import device_name
+from sparsify.processes import Compute
 from sparsify.version import __version__
 
-
-def conditions(
-    images: str, batch_size: int, dtype: torch.dtype, device: str, backend: str, kernel_precision: str
-) -> dict[str, Any]:
-    """Under which circumstances figures were measured here, JSON-able."""
-    place = torch.device(device)
-    return {
-        "data": images, "batch_size": batch_size, "dtype": str(dtype).removeprefix("torch."), "device": str(place),
-        "device_name": device_name(place), "threads": torch.get_num_threads(), "processes": processes.world(),
-        "backend": backends.describe(backend, kernel_precision, place, dtype), "torch": torch.__version__,
-        "timm": timm.__version__, "sparsify": __version__, "python": platform.python_version(),
-    }  # fmt: skip
+EVALUATION = "data batch_size dtype device device_name threads processes backend torch timm sparsify python".split()
+PROFILE = "batch_size dtype device device_name threads runs torch timm sparsify".split()
+SWEEP = (
+    "batch_size img_size dtype device device_name threads runs backend platform python torch timm sparsify"
+).split()
+"""Keys of the results of `eval`, `profile` and `sweep`."""
 
 
-def _conditions(images: torch.Tensor, dtype: str, runs: int) -> dict[str, Any]:
-    try:
-        version = metadata.version("sparsify-vit")
-    except metadata.PackageNotFoundError:  # a checkout on the path
-        version = "unknown"
-    return {
-        "batch_size": images.shape[0],
-        "dtype": dtype,
-        "device": str(images.device),
-        "device_name": device_name(images.device),
+def conditions(keys: Iterable[str], compute: Compute, **known: Any) -> dict[str, Any]:
+    """The conditions of a measurement on this machine under `keys`, in their order; fit for JSON.
+
+    Args:
+        known: values of keys that neither `compute` nor this machine tells (data, img_size, runs, backend), or that
+            differ from theirs.
+    """
+    device = compute.torch_device
+    told = {
+        "batch_size": compute.batch_size,
+        "dtype": compute.dtype,
+        "device": str(device),
+        "device_name": device_name(device),
         "threads": torch.get_num_threads(),
-        "runs": runs,
+        "processes": processes.world(),
         "torch": torch.__version__,
         "timm": timm.__version__,
-        "sparsify": version,
-    }
+        "sparsify": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    } | known
+    return {key: told[key] for key in keys}

@@ -19,13 +19,16 @@ from sparsify.errors import BadData
 from sparsify.images import datasets, sharing
 from sparsify.measure.accuracy import Evaluation, Features, Logits
 from sparsify.nn import graft, hosts
-from sparsify.nn.attention import Execution
+from sparsify.nn.attention import Execution, attention_modules
 from sparsify.nn.execution import check_execution, sparse_form
 from sparsify.ops import backends
+from sparsify.processes import Compute, Listener
+
+EVAL_BATCH = 32  # images computed together
 
 
 @dataclass
-class Found:
+class _Part:
     """What one process found: sums over its images, how many they are, and the seconds of each model."""
 
     sums: Logits | Features
@@ -40,37 +43,44 @@ def evaluate(
     sparse: nn.Module,
     dense: nn.Module | None,
     batches: Iterable[tuple[Tensor, Tensor]],
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    compute: Compute | None = None,
     progress: Callable[[int], None] = lambda done: None,
-    backend: str | None = None,
-    kernel_precision: str | None = None,
 ) -> Evaluation:
     """Runs both models over `batches` of images [B, C, H, W] and labels [B], in this process alone.
 
     Args:
-        sparse, dense: on `device` and in `dtype` already, eval mode. dense: None leaves every dense figure None.
+        sparse, dense: on the device and in the dtype of `compute` already, eval mode. dense: None leaves every dense
+            figure None.
+        compute: None: CPU, float32, and the model's own backend and kernel precision. Never a dense fallback.
         progress: called with the number of images done.
-        backend, kernel_precision: see `sparsify.nn.attention.Execution`; None: the model's own. Never a dense fallback.
     """
-    return _whole([_part(sparse, dense, batches, device, dtype, progress, backend, kernel_precision)])
+    return _whole([_part(sparse, dense, batches, compute or own_compute(sparse), progress)])
+
+
+def own_compute(model: nn.Module) -> Compute:
+    """On the CPU in float32, with the backend and the kernel precision that `model` has."""
+    execution = next((module.execution for module in attention_modules(model).values()), Execution())
+    return Compute(backend=execution.backend, kernel_precision=execution.precision)
 
 
 @torch.inference_mode()
 def _part(
-    sparse: nn.Module, dense: nn.Module | None, batches: Iterable[tuple[Tensor, Tensor]], device: str | torch.device,
-    dtype: torch.dtype, progress: Callable[[int], None], backend: str | None, kernel_precision: str | None,
-) -> Found:  # fmt: skip
+    sparse: nn.Module,
+    dense: nn.Module | None,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    compute: Compute,
+    progress: Callable[[int], None],
+) -> _Part:
     host = sparse if dense is None else dense
     classifier = bool(getattr(host, "num_classes", 0))
     sums = Logits() if classifier else Features(int(getattr(host, "num_prefix_tokens", 0)))
     models = {"sparse": sparse} if dense is None else {"sparse": sparse, "dense": dense}
-    part = Found(sums, 0, dict.fromkeys(models, 0.0))
-    with sparse_form(sparse, backend, kernel_precision):
+    part = _Part(sums, 0, dict.fromkeys(models, 0.0))
+    with sparse_form(sparse, compute.backend, compute.kernel_precision):
         for x, y in batches:
             if not len(x):
                 continue
-            x = x.to(device, dtype)
+            x = x.to(compute.torch_device, compute.torch_dtype)
             out: dict[str, Any] = {}
             order = list(models)
             for name in order if part.images // len(x) % 2 else order[::-1]:
@@ -88,7 +98,7 @@ def _part(
     return part
 
 
-def _whole(parts: Sequence[Found]) -> Evaluation:
+def _whole(parts: Sequence[_Part]) -> Evaluation:
     """The figures over the images of all parts."""
     images = sum(part.images for part in parts)
     if not images:
@@ -110,58 +120,61 @@ def evaluate_images(
     dense: nn.Module | None = None,
     backbone_changed: bool = False,
     name: str = "",
-    batch_size: int = 32,
-    workers: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
     strict: bool = False,
-    backend: str | None = None,
-    kernel_precision: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
-    progress: Callable[[int, int | None], None] = lambda done, total: None,
+    compute: Compute = Compute(),
+    listener: Listener = Listener(),
 ) -> Evaluation:
     """Evaluates a sparse model and its dense original on a labelled folder or data set.
 
     Of several processes every one must call it; the images are shared out, and `cuda` is a GPU of its own for each.
 
     Args:
-        model: sparse; it is moved to `device` and `dtype`, and `dense` with it.
+        model: sparse; it is moved to the device and dtype of `compute`, and `dense` with it.
         images: see `sparsify.images.datasets.labelled`.
-        dense: the original. None: the model's own weights without sparsity, which are the original's if it was calibrated
-            only; with `backbone_changed` no dense model, and no dense figures.
+        dense: the original. None: the model's own weights without sparsity, which are the original's if it was only
+            calibrated; with `backbone_changed` no dense model, and no dense figures.
         name: name of the model in the results.
         strict: an image that cannot be read is an error.
-        backend, kernel_precision: see `evaluate`.
+        compute: batch_size: 32 images if None; micro_batch has no effect. Never a dense fallback.
 
     Raises:
-        UsageError: an unknown backend or precision, a backend that cannot be used here, or a dense model that cannot be
-            compared with this one.
+        UsageError: an unknown dtype, backend or precision, a backend that cannot be used here, or a dense model that
+            cannot be compared with this one.
         BadData: no images, no labels, or classes that do not fit the model's.
     """
-    device = processes.local_device(device)
-    execution = Execution(backend or "auto", kernel_precision or "input")
-    check_execution(execution, torch.device(device), dtype, hosts.biased(model))  # before anything is read
+    compute = replace(compute, device=processes.local_device(compute.device))
+    device, dtype = compute.torch_device, compute.torch_dtype
+    check_execution(  # before anything is read
+        Execution(compute.backend, compute.kernel_precision), device, dtype, hosts.biased(model)
+    )
     if dense is not None:
         graft.check_original(dense, model)
     config = datasets.data_config(model)
 
-    processes.start(device)
+    processes.start(compute.device)
     with processes.agree():
-        classes = int(getattr(model, "num_classes", 0))
-        loader = datasets.labelled(images, classes, datasets.transform(config), batch_size, workers, strict=strict)
+        loader = datasets.labelled(
+            images,
+            int(getattr(model, "num_classes", 0)),
+            datasets.transform(config),
+            compute.batch_size or EVAL_BATCH,
+            compute.workers,
+            strict=strict,
+        )
         if loader.note:
-            say(loader.note)
-        if note := backends.note(backend or "auto", torch.device(device), dtype, hosts.biased(model)):
-            say(note)
+            listener.say(loader.note)
+        if note := backends.note(compute.backend, device, dtype, hosts.biased(model)):
+            listener.say(note)
         sparse = model.to(device, dtype).eval()
         if dense is None and not backbone_changed:
             dense = graft.dense_twin(sparse)
+        dense = None if dense is None else dense.to(device, dtype).eval()
         share, total, every = sharing.share(loader), loader.total, processes.world()
-        part = _part(
-            sparse, None if dense is None else dense.to(device, dtype).eval(), share, device, dtype,
-            lambda done: progress(done * every if total is None else min(done * every, total), total),
-            backend, kernel_precision,
-        )  # fmt: skip
+
+        def progress(done: int) -> None:
+            listener.progress("eval", done * every if total is None else min(done * every, total), total)
+
+        part = _part(sparse, dense, share, compute, progress)
         part.broken, part.first_broken = share.broken, share.first_broken
     parts = processes.gather(part)
     broken, first = sum(part.broken for part in parts), next((p.first_broken for p in parts if p.first_broken), "")
@@ -171,8 +184,12 @@ def evaluate_images(
             f"{images}: none of the {broken} images could be read" + (f"; the first: {first}" if first else "")
         )
     if broken:
-        say(f"{broken} images could not be read and are left out; the first: {first}")
+        listener.say(f"{broken} images could not be read and are left out; the first: {first}")
     return replace(
-        result, model=name, param_count=sum(p.numel() for p in model.parameters()),
-        img_size=int(config["input_size"][-1]), crop_pct=float(config["crop_pct"]), interpolation=config["interpolation"],
-    )  # fmt: skip
+        result,
+        model=name,
+        param_count=sum(p.numel() for p in model.parameters()),
+        img_size=int(config["input_size"][-1]),
+        crop_pct=float(config["crop_pct"]),
+        interpolation=config["interpolation"],
+    )

@@ -166,8 +166,8 @@ def tree(
         row = {
             "name": name,
             "depth": name.count(".") + 1 if name else 0,
-            "type": type(module).__name__,
-            "type_dense": type(dense_modules[name]).__name__ if name in dense_modules else None,
+            "type": _type(module),
+            "type_dense": _type(dense_modules[name]) if name in dense_modules else None,
             "params": params,
             "macs_dense": macs_dense,
             "macs_sparse": macs_sparse,
@@ -178,3 +178,10 @@ def tree(
             row["mhsa_macs_dense"] = sum(dense_counts.attention[name].values()) if dense_counts is not None else None
         rows.append(row)
     return rows
+
+
+def _type(module: nn.Module) -> str:
+    """The name of its class, as the keys of `Profile.modules` have it since the first version."""
+    name = type(module).__name__
+    known = {"HeadLowrankPredictor": "HeadLowrank", "TokenLowrankPredictor": "TokenLowrank", "TokenStage": "Stage"}
+    return known.get(name, name)

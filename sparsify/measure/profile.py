@@ -11,15 +11,15 @@ from torch import nn
 
 from sparsify.errors import SparsifyError, UsageError
 from sparsify.measure import analytic, latency, macs, paper, paths
-from sparsify.measure.conditions import _conditions
+from sparsify.measure.conditions import PROFILE, conditions
 from sparsify.measure.figures import Measured, PaperMacs, Profile
 from sparsify.nn import graft, hosts
 from sparsify.nn.attention import Execution, attention_modules
 from sparsify.nn.execution import check_execution, set_execution
 from sparsify.ops import backends
 from sparsify.ops.auto import Chooser
+from sparsify.processes import Compute
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ACCOUNTINGS = ("product", "paper")
 
 
@@ -28,15 +28,10 @@ def profile(
     *,
     dense: nn.Module | None = None,
     img_size: int | tuple[int, int] | None = None,
-    batch_size: int = 1,
-    dtype: str = "float32",
-    device: str | torch.device = "cpu",
-    backend: str = "auto",
-    kernel_precision: str = "input",
     backbone_changed: bool = False,
     measure: bool = True,
+    compute: Compute = Compute(),
     repeats: int | None = None,
-    budget_s: float = latency.BUDGET_S,
     count_as: str = "product",
 ) -> Profile:
     """Count and, unless `measure=False`, measure a sparse model beside its dense original. Both models are left as they are.
@@ -47,15 +42,12 @@ def profile(
             no dense figures.
         img_size: height and width in pixels, or one number for both; None is the model's own. Another size needs
             a model made for it (or with `dynamic_img_size`).
-        batch_size: images per measured batch; MACs are always per image.
-        dtype: of the measurement: float32, float16 or bfloat16.
-        device: where to measure.
-        backend: how the sparse form is computed, one of `sparsify.ops.backends.BACKENDS`.
-        kernel_precision: input or bf16 (`sparsify.nn.attention.Execution`).
-        backbone_changed: the weights are not the dense original's any more, so that `auto` has no dense fallback and
-            the model no dense twin.
-        repeats: rounds to time; None: for about `budget_s` seconds, at least 5.
-        count_as: one of `ACCOUNTINGS`; paper: MHSA by the authors' accounting besides (`sparsify.measure.paper`).
+        backbone_changed: the weights are no longer the dense original's: `auto` has no dense fallback and the model no
+            dense twin.
+        compute: of the measurement; batch_size: images per measured batch (1), MACs are always per image; workers and
+            micro_batch have no effect.
+        repeats: rounds to time; None: as many as fit in `latency.BUDGET_S` seconds, at least 5.
+        count_as: one of `ACCOUNTINGS`; paper: also MHSA by the authors' accounting (`sparsify.measure.paper`).
 
     Raises:
         UsageError: an unknown dtype, backend, device or accounting, a backend that cannot be used here, a batch size
@@ -65,42 +57,40 @@ def profile(
     attention = list(attention_modules(model))
     if not attention:
         raise SparsifyError("this model has no sparse attention: convert it first")
-    place, kind = _check(batch_size, dtype, device, repeats)
-    if count_as not in ACCOUNTINGS:
-        raise UsageError(f"count as '{count_as}': expected one of {', '.join(ACCOUNTINGS)}")
-    execution = Execution(backend, kernel_precision)
-    check_execution(execution, place, kind, hosts.biased(model))
+    _check(compute, repeats, count_as)
+    check_execution(
+        Execution(compute.backend, compute.kernel_precision),
+        compute.torch_device,
+        compute.torch_dtype,
+        hosts.biased(model),
+    )
     image = _image(model, img_size)
     if dense is not None:
         graft.check_original(dense, model)
-    home = next(model.parameters()).device
-    sparse = macs.replica(model, home)
+    sparse, beside = _replicas(model, dense, backbone_changed, next(model.parameters()).device)
     set_execution(sparse, Execution("reference"))  # MACs do not depend on it; no kernels are built to count
-    beside = _beside(sparse, dense, backbone_changed, home)
-    dense_counts = None
-    if beside is not None:
-        dense_counts, _ = _count("dense", beside, image, attention)
+    dense_counts = None if beside is None else _count("dense", beside, image, attention)[0]
     sparse_counts, expected = _count("sparse", sparse, image, attention)
     authors: PaperMacs | None = None
     if count_as == "paper":
         present = [before for before, _ in expected.tokens]
         mhsa = paper.count(list(attention_modules(model).values()), present, hosts.num_prefix_tokens(model))
         authors = {"mhsa_macs_dense": mhsa.dense if beside is not None else None, "mhsa_macs_sparse": mhsa.sparse}
-    conditions: dict[str, Any] = {"img_size": list(image[1:])}
-    measured, made = None, []
+    measured: Measured | None = None
+    choices: list[dict[str, Any]] = []
+    backend, circumstances = compute.backend, {"img_size": list(image[1:])}
     if measure:
-        sparse = macs.replica(model, place, kind)
-        set_execution(sparse, execution)
-        auto = macs.replica(sparse, place, kind)
-        set_execution(auto, Execution("auto", kernel_precision, not backbone_changed, Chooser()))
-        beside = _beside(sparse, dense, backbone_changed, place, kind)
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(batch_size, *image, generator=generator).to(place, kind)  # (B, C, H, W)
-        made = paths.taken(auto, images)
-        models = {"sparse": sparse, "auto": auto}
-        measured = _measure(models if beside is None else {"dense": beside, **models}, images, repeats, budget_s)
-        backend = backends.describe(backend, kernel_precision, place, kind, hosts.biased(model))
-        conditions |= _conditions(images, dtype, measured.sparse.runs)
+        models = _measured_models(model, dense, backbone_changed, compute)
+        images = torch.randn(
+            compute.batch_size or 1, *image, generator=torch.Generator().manual_seed(0)
+        )  # (B, C, H, W)
+        images = images.to(compute.torch_device, compute.torch_dtype)
+        choices = paths.taken(models["auto"], images)
+        measured = _measure(models, images, repeats)
+        backend = backends.describe(backend, compute.kernel_precision, images.device, images.dtype, hosts.biased(model))
+        circumstances |= conditions(
+            PROFILE, compute, batch_size=len(images), device=str(images.device), runs=measured.sparse.runs
+        )
     return Profile(
         macs_dense=dense_counts.total if dense_counts else None,
         macs_sparse=sparse_counts.total,
@@ -114,20 +104,56 @@ def profile(
         param_count_dense=None if beside is None else _params(beside),
         measured=measured,
         backend=backend,
-        conditions=conditions,
+        conditions=circumstances,
         modules=tuple(macs.tree(sparse, sparse_counts, beside, dense_counts)),
-        choices=tuple(made),
+        choices=tuple(choices),
         paper=authors,
     )
 
 
-def _beside(
-    sparse: nn.Module, dense: nn.Module | None, changed: bool, place: torch.device, kind: torch.dtype | None = None
-) -> nn.Module | None:
-    """What stands beside a replica: a replica of the dense model given, the twin, or nothing."""
+def _check(compute: Compute, repeats: int | None, count_as: str) -> None:
+    """Raise `UsageError` where an option cannot be understood, or the device cannot be used."""
+    if compute.batch_size is not None and compute.batch_size < 1:
+        raise UsageError(f"batch size {compute.batch_size}: expected 1 or more")
+    if repeats is not None and repeats < 1:
+        raise UsageError(f"repeats {repeats}: expected 1 or more")
+    _ = compute.torch_dtype  # refuses an unknown one
+    try:
+        torch.empty(1, device=compute.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device '{compute.device}' cannot be used here: {str(error).splitlines()[0]}") from None
+    if count_as not in ACCOUNTINGS:
+        raise UsageError(f"count as '{count_as}': expected one of {', '.join(ACCOUNTINGS)}")
+
+
+def _image(model: nn.Module, img_size: int | tuple[int, int] | None) -> tuple[int, int, int]:
+    """Channels, height and width; refuses a size that the model would refuse."""
+    own = macs.image_shape(model)
+    if img_size is None:
+        return own
+    image = macs.image_shape(model, (img_size, img_size) if isinstance(img_size, int) else img_size)
+    if image == own:
+        return image
+    hosts.check_image_size(model, *image[1:])
+    if not hosts.takes_any_size(model):
+        raise UsageError(
+            f"image size {image[1]}x{image[2]}: this model takes {own[1]}x{own[2]}; load it with that image size"
+        )
+    return image
+
+
+def _replicas(
+    model: nn.Module,
+    dense: nn.Module | None,
+    backbone_changed: bool,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> tuple[nn.Module, nn.Module | None]:
+    """Replicas of the sparse model, and of the dense model that was given or else of the twin, if there is one."""
+    sparse = macs.replica(model, device, dtype)
     if dense is not None:
-        return macs.replica(dense, place, kind)
-    return None if changed else graft.dense_twin(sparse)
+        return sparse, macs.replica(dense, device, dtype)
+    return sparse, None if backbone_changed else graft.dense_twin(sparse)
 
 
 def _count(
@@ -135,7 +161,10 @@ def _count(
 ) -> tuple[macs.Counts, analytic.Analytic]:
     """Both counts of a model, held against each other unless fvcore met an op that it cannot count."""
     counts = macs.count(model, image, attention)
-    expected = analytic.count(macs.replica(model, torch.device("meta")), _zeros(image, "meta", model))
+    dtype = next(model.parameters()).dtype
+    expected = analytic.count(
+        macs.replica(model, torch.device("meta")), torch.zeros(1, *image, device="meta", dtype=dtype)
+    )
     if not counts.unsupported:
         verify(name, counts, expected)
     return counts, expected
@@ -158,51 +187,25 @@ def verify(name: str, counted: macs.Counts, expected: analytic.Analytic) -> None
             )
 
 
-def _check(
-    batch_size: int, dtype: str, device: str | torch.device, repeats: int | None
-) -> tuple[torch.device, torch.dtype]:
-    if batch_size < 1:
-        raise UsageError(f"batch size {batch_size}: expected 1 or more")
-    if repeats is not None and repeats < 1:
-        raise UsageError(f"repeats {repeats}: expected 1 or more")
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype '{dtype}': expected one of {', '.join(DTYPES)}")
-    try:
-        place = torch.device(device)
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from None
-    return place, DTYPES[dtype]
+def _measured_models(
+    model: nn.Module, dense: nn.Module | None, backbone_changed: bool, compute: Compute
+) -> dict[str, nn.Module]:
+    """Replicas to time by name: dense (if there is one), sparse, and auto, which may fall back to dense attention."""
+    device, dtype = compute.torch_device, compute.torch_dtype
+    sparse, beside = _replicas(model, dense, backbone_changed, device, dtype)
+    set_execution(sparse, Execution(compute.backend, compute.kernel_precision))
+    auto = macs.replica(sparse, device, dtype)
+    set_execution(auto, Execution("auto", compute.kernel_precision, not backbone_changed, Chooser()))
+    models = {"sparse": sparse, "auto": auto}
+    return models if beside is None else {"dense": beside, **models}
 
 
-def _image(model: nn.Module, img_size: int | tuple[int, int] | None) -> tuple[int, int, int]:
-    """Channels, height and width; refuses a size that the model would refuse."""
-    own = macs.image_shape(model)
-    if img_size is None:
-        return own
-    image = macs.image_shape(model, (img_size, img_size) if isinstance(img_size, int) else img_size)
-    if image == own:
-        return image
-    hosts.check_image_size(model, *image[1:])
-    if not hosts.takes_any_size(model):
-        raise UsageError(
-            f"image size {image[1]}x{image[2]}: this model takes {own[1]}x{own[2]}; load it with that image size"
-        )
-    return image
-
-
-def _zeros(image: tuple[int, int, int], device: str, model: nn.Module) -> torch.Tensor:
-    return torch.zeros(1, *image, device=device, dtype=next(model.parameters()).dtype)  # (1, C, H, W)
-
-
-def _measure(
-    models: Mapping[str, nn.Module], images: torch.Tensor, repeats: int | None, budget_s: float
-) -> Measured:  # fmt: skip
+def _measure(models: Mapping[str, nn.Module], images: torch.Tensor, repeats: int | None) -> Measured:
     candidates: dict[str, Callable[[], object]] = {name: partial(model, images) for name, model in models.items()}
     wait = partial(torch.cuda.synchronize, images.device) if images.device.type == "cuda" else lambda: None
     memory = [latency.peak_memory(models[name], images) if name in models else None for name in ("dense", "sparse")]
-    found = latency.interleaved(candidates, rounds=repeats, budget_s=budget_s, synchronize=wait)
-    return Measured(found.get("dense"), found["sparse"], found["auto"], memory[0], cast(int, memory[1]))
+    times = latency.interleaved(candidates, rounds=repeats, synchronize=wait)
+    return Measured(times.get("dense"), times["sparse"], times["auto"], memory[0], cast(int, memory[1]))
 
 
 def _params(model: nn.Module) -> int:

@@ -14,6 +14,7 @@ from sparsify.images import datasets
 from sparsify.measure.accuracy import knn
 from sparsify.measure.evaluate import evaluate, evaluate_images
 from sparsify.nn import graft
+from sparsify.processes import Compute, Listener
 
 
 class Answers(nn.Module):
@@ -65,7 +66,7 @@ def test_models_without_a_classifier_compare_features(name, tmp_path):
     dense = build(name, patches=4)
     dense.reset_classifier(0)
     model = graft.graft(dense.eval(), SparsityConfig(keep=1.0, rank=8))
-    e = evaluate_images(model, str(tmp_path), batch_size=2)
+    e = evaluate_images(model, str(tmp_path), compute=Compute(batch_size=2))
     assert e.images == 6 and e.top1 is None and e.agreement is None
     assert e.cosine_pooled == pytest.approx(1, abs=1e-4) and e.cosine_patch == pytest.approx(1, abs=1e-4)
     assert e.rel_error_patch < 1e-4 and e.knn_top1 == e.dense_knn_top1 is not None
@@ -81,7 +82,7 @@ def test_broken_images_are_counted_and_left_out(tmp_path):
     dense = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=2)
     model = graft.graft(dense.eval(), SparsityConfig(rank=8))
     lines = []
-    e = evaluate_images(model, str(tmp_path), say=lines.append)
+    e = evaluate_images(model, str(tmp_path), listener=Listener(say=lines.append))
     assert (e.images, e.broken) == (2, 1) and "broken.png" in lines[-1]
     with pytest.raises(Exception, match=r"broken\.png"):
         evaluate_images(model, str(tmp_path), strict=True)

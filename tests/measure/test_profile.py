@@ -12,6 +12,7 @@ from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+import sparsify
 from sparsify.cli import tables
 from sparsify.cli.app import main
 from sparsify.config import SparsityConfig, TokenLowrank, Tokens
@@ -23,6 +24,7 @@ from sparsify.measure.latency import Timing
 from sparsify.measure.profile import profile
 from sparsify.nn import graft
 from sparsify.ops import auto, backends, remembered
+from sparsify.processes import Compute
 from sparsify.report import accuracy
 from sparsify.report import profile as report
 from sparsify.report.words import human
@@ -46,7 +48,7 @@ def small(config: SparsityConfig | None = None, **options) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def found() -> Profile:
-    return profile(small(), batch_size=3, repeats=3)
+    return profile(small(), compute=Compute(batch_size=3), repeats=3)
 
 
 def timed(p: Profile, dense: tuple[float, float, float], sparse: tuple[float, float, float]) -> Profile:
@@ -147,7 +149,7 @@ def test_tree_on_screen_joins_blocks_that_are_alike():
 def test_profile_changes_nothing():
     model = small().train()
     before = {name: (t.data_ptr(), t.dtype) for name, t in model.state_dict().items()}
-    assert profile(model, dtype="bfloat16", repeats=1).conditions["dtype"] == "bfloat16"
+    assert profile(model, compute=Compute(dtype="bfloat16"), repeats=1).conditions["dtype"] == "bfloat16"
     assert {name: (t.data_ptr(), t.dtype) for name, t in model.state_dict().items()} == before
     assert all(m.training for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
@@ -170,7 +172,7 @@ def test_profile_changes_nothing():
 )
 def test_bad_options_are_usage_errors(options, message):
     with pytest.raises(UsageError, match=message):
-        profile(small(), **options)
+        sparsify.profile(small(), **options)
 
 
 def test_dense_model_is_refused():
@@ -254,7 +256,7 @@ def test_peak_memory_by_hand(capfd):
 
 def test_peak_memory_sees_inside_the_op():
     model = small(img_size=128)  # N = 257: the reference writes all scores, 2 heads of 257 x 257
-    found = profile(model, repeats=1, backend="reference").measured
+    found = profile(model, compute=Compute(backend="reference"), repeats=1).measured
     assert found.peak_memory_sparse - found.peak_memory_dense > 4 * 2 * 257 * 257
 
 
@@ -271,7 +273,9 @@ def fake_race(monkeypatch, **ms: float) -> None:
 
 def test_auto_takes_dense_attention_where_it_is_faster_and_says_so(monkeypatch):
     fake_race(monkeypatch, reference=0.42, sdpa=0.31)
-    found = profile(small(SparsityConfig(keep=(0.25, 0.5, 0.25), rank=4, cells=(2, 2))), repeats=9, batch_size=2)
+    found = profile(
+        small(SparsityConfig(keep=(0.25, 0.5, 0.25), rank=4, cells=(2, 2))), repeats=9, compute=Compute(batch_size=2)
+    )
     assert found.backend == "reference (no compiler)"
     assert [choice["blocks"] for choice in found.choices] == [[0, 2], [1]]
     first = found.as_dict()["choices"][0]

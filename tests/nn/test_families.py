@@ -188,7 +188,7 @@ def test_a_bias_that_hides_nothing_is_ranked_and_counted(tail):
 
 def test_the_tool_says_that_position_biases_are_the_references():
     model = sparse(build("beit"), keep=0.4)
-    found = profile(model, measure=True, batch_size=1, repeats=1)
+    found = profile(model, repeats=1)
     assert found.backend.startswith("reference (this model adds position biases")
     assert all("cpu" not in choice["ms"] and choice["taken"] in ("sdpa", "reference") for choice in found.choices)
     with pytest.raises(UsageError, match="'cpu' cannot be used here: this model adds position biases"):

@@ -17,6 +17,7 @@ from sparsify.images import sharing
 from sparsify.images.loaders import LabelledBatches, Stream
 from sparsify.measure import evaluate
 from sparsify.measure.accuracy import Evaluation, Features, Logits
+from sparsify.processes import Compute
 
 COUNTS = ("images", "broken", "top1", "top5", "dense_top1", "dense_top5", "agreement", "images_lost", "images_gained")
 
@@ -158,11 +159,9 @@ def test_rates_of_processes_add_up_and_those_without_images_count_nothing():
         def forward(self, x):
             return x
 
-    one = evaluate._part(
-        Answers(), None, [(torch.eye(3), torch.arange(3))], "cpu", torch.float32, lambda n: None, None, None
-    )
+    one = evaluate._part(Answers(), None, [(torch.eye(3), torch.arange(3))], Compute(), lambda n: None)
     one.seconds = {"sparse": 1.5}
-    empty = evaluate.Found(Logits(), 0, {"sparse": 0.0}, broken=2)
+    empty = evaluate._Part(Logits(), 0, {"sparse": 0.0}, broken=2)
     found = evaluate._whole([one, empty, replace(one, sums=Logits(), broken=1)])
     assert (found.throughput_sparse, found.images, found.broken) == (4.0, 6, 3)
     assert evaluate._whole([empty]) == Evaluation()

@@ -12,6 +12,7 @@ from sparsify.cli import completion, options, parsers
 from sparsify.cli.helptext import RUNNING
 from sparsify.cli.preflight import preflight
 from sparsify.errors import UsageError
+from sparsify.processes import Compute, Listener
 
 
 def evaluate(
@@ -58,15 +59,18 @@ def evaluate(
     parsers.backend(backend)
     parsers.kernel_precision(kernel_precision)
     quiet = quiet or not processes.main()
-    kind, where = parsers.torch_dtype(dtype), parsers.torch_device(processes.local_device(device))
+    parsers.torch_dtype(dtype)
+    where = parsers.torch_device(processes.local_device(device))
     preflight()
     from sparsify.cli import tables
     from sparsify.cli.progress import Reporter
     from sparsify.measure import conditions
     from sparsify.measure import evaluate as evaluation
     from sparsify.models import checkpoint, original
+    from sparsify.ops import backends
     from sparsify.report import accuracy
 
+    compute = Compute(where, dtype, backend, kernel_precision, batch_size, workers=workers)
     say = options.say(quiet)
     processes.start(where)
     with processes.agree():
@@ -76,14 +80,23 @@ def evaluate(
         say(original.missing(header))
     with Reporter(quiet) as reporter:
         result = evaluation.evaluate_images(
-            model, str(imagenet or data), dense=beside, backbone_changed=header.backbone_changed, name=file.stem,
-            batch_size=batch_size, workers=workers, dtype=kind, device=where, strict=strict, backend=backend,
-            kernel_precision=kernel_precision, say=say,
-            progress=lambda done, total: reporter.update("eval", done, total),
-        )  # fmt: skip
+            model,
+            str(imagenet or data),
+            dense=beside,
+            backbone_changed=header.backbone_changed,
+            name=file.stem,
+            strict=strict,
+            compute=compute,
+            listener=Listener(say, reporter.update),
+        )
     if not quiet:
         tables.show(tables.eval_table(result.as_dict()))
     if results_file is not None and processes.main():
-        circumstances = conditions.conditions(str(imagenet or data), batch_size, kind, where, backend, kernel_precision)
+        circumstances = conditions.conditions(
+            conditions.EVALUATION,
+            compute,
+            data=str(imagenet or data),
+            backend=backends.describe(backend, kernel_precision, compute.torch_device, compute.torch_dtype),
+        )
         circumstances["file_sha256"] = checkpoint.digest_in(file)
         accuracy.write_results(results_file, result.as_dict(), circumstances)

@@ -10,6 +10,7 @@ import typer
 from sparsify.cli import completion, options, parsers
 from sparsify.cli.helptext import RUNNING
 from sparsify.cli.preflight import preflight
+from sparsify.processes import Compute
 
 
 def profile(
@@ -60,10 +61,13 @@ def profile(
     if header.backbone_changed and beside is None:
         say(original.missing(header))
     result = profiling.profile(
-        model, dense=beside, batch_size=batch_size, dtype=dtype, device=device, backend=backend,
-        kernel_precision=kernel_precision, backbone_changed=header.backbone_changed, measure=not no_measure,
+        model,
+        dense=beside,
+        backbone_changed=header.backbone_changed,
+        measure=not no_measure,
+        compute=Compute(device, dtype, backend, kernel_precision, batch_size),
         count_as=count_as,
-    )  # fmt: skip
+    )
     if not quiet:
         tables.show(tables.profile_table(result))
         if tree:
