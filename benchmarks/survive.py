@@ -48,7 +48,7 @@ stages:
     augmentation: {form: eval}
     cache_teacher: true
 """
-LATEST = "from sparsify.fit.finetune.validation import Score; Score.better_than = lambda own, other: True"
+LATEST = "from sparsify.fit.finetune.validation import ValidationScore as S; S.better_than = lambda own, other: True"
 PROGRAM = f"import sys; {LATEST}; from sparsify.cli.app import main; main(sys.argv[1:])"
 TIMEOUT = 600
 

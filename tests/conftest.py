@@ -15,7 +15,7 @@ import pytest
 
 from helpers import tune
 from sparsify.cli.app import main
-from sparsify.fit.finetune.validation import Judge, Score
+from sparsify.fit.finetune.validation import ValidationScore, Validator
 from sparsify.jobs.convert import Conversion
 from sparsify.ops.cpu import build
 from sparsify.ops.cpu import kernels as cpu
@@ -66,10 +66,10 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Judges say these one after the other (KL); the last again and again."""
     given: list[float] = []
 
-    def judged(self: Judge, model: object) -> Score:
-        return Score(given.pop(0) if len(given) > 1 else given[0], 50.0, None, 24)
+    def judged(self: Validator, model: object) -> ValidationScore:
+        return ValidationScore(given.pop(0) if len(given) > 1 else given[0], 50.0, None, 24)
 
-    monkeypatch.setattr(Judge, "__call__", judged)
+    monkeypatch.setattr(Validator, "__call__", judged)
     return given
 
 
@@ -78,7 +78,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Conversion:
     """`tune.CHOSEN` from its first step to its last, whose weights are written."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Score, "better_than", lambda self, other: True)
+        patch.setattr(ValidationScore, "better_than", lambda self, other: True)
         return tune.convert(folder / "m.safetensors", tune.CHOSEN)
 
 

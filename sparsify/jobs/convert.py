@@ -8,7 +8,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ from sparsify.config import SparsityConfig, Target, Tokens
 from sparsify.errors import UsageError
 from sparsify.files import publishable, write_json, write_text
 from sparsify.fit.calibrate.calibrate import Calibration, calibrate, first, fit_importance, spends_ranks
-from sparsify.fit.finetune import plan as plan_
 from sparsify.fit.finetune import run_folder, run_status
-from sparsify.fit.finetune.plan import Plan, Source, check
-from sparsify.fit.finetune.run_status import Outcome
+from sparsify.fit.finetune.plan import Plan, TrainingData, check_stage, make_plan
+from sparsify.fit.finetune.run_status import RunResult
 from sparsify.fit.schedule import choose
 from sparsify.jobs import tune as tuning
 from sparsify.jobs.dense import CALIBRATION_BATCH, PROBE_IMAGES, _fitted_first, _loaded, calibration_images
@@ -36,6 +34,7 @@ from sparsify.nn import graft, hosts, token_models
 from sparsify.nn.attention import Execution
 from sparsify.nn.execution import check_execution, set_execution
 from sparsify.ops import backends
+from sparsify.processes import Compute, Listener
 from sparsify.recipe import Recipe, recipe_yaml
 from sparsify.report.profile import to_markdown
 from sparsify.version import __version__
@@ -65,7 +64,7 @@ class Conversion:
     profile: Profile
     calibration: str
     seconds: float
-    tuning: Outcome | None = None
+    tuning: RunResult | None = None
     run: Path | None = None
 
 
@@ -122,8 +121,9 @@ def convert(
             token_models.check(model)
         architecture, dense_sha256 = building.describe(model, source), checkpoint.digest_of(model)
         checkpoint.may_overwrite(output, architecture, force)
-        learns_from = partial(Source, val=val, device=device, workers=workers, micro_batch=micro_batch)
-        plan = _planned(model, recipe, images, learns_from, dense_sha256, target)
+        data = None if images is None else TrainingData(images, val)
+        compute = Compute(device, workers=workers, micro_batch=micro_batch)
+        plan = _planned(model, recipe, data, compute, dense_sha256, target)
     model.to(device)
     start = time.perf_counter()
 
@@ -145,7 +145,7 @@ def convert(
             say("calibrated only: --data FOLDER gives images to learn from")
     else:
         run = run_folder.RunFolder(output.with_name(f"{output.name.removesuffix('.safetensors')}.run"))
-        how = run_status.How(run.path, device, save_minutes, say, progress)
+        how = run_status.RunOptions(run.path, device, save_minutes, Listener(say, progress))
         tuned = tuning.tune(model, plan, run, how, calibrated, lambda c: header(c, c.config, None), resume, force)
         found, sparse, config = tuned.start, tuned.model, tuned.config
     figures = profile(sparse, measure=False)
@@ -171,15 +171,15 @@ def convert(
 
 
 def _planned(
-    model: nn.Module, recipe: Recipe, images: str | None, source: Callable[[str], Source], dense_sha256: str,
+    model: nn.Module, recipe: Recipe, data: TrainingData | None, compute: Compute, dense_sha256: str,
     target: Target | None,
 ) -> Plan | None:  # fmt: skip
     """The fine-tuning of `recipe`; None where it has none."""
     if not recipe.trains:
         return None
-    if images is None:
+    if data is None:
         raise UsageError("this recipe learns from images: give them with --data, or calibrate only (--calibrate-only)")
-    plan = plan_.plan(model, recipe, source(images), dense_sha256)
+    plan = make_plan(model, recipe, data, compute, dense_sha256)
     asked = None if target is None else target.model_dump(mode="json")
     return replace(plan, identity=plan.identity | {"target": asked})
 
@@ -213,7 +213,7 @@ def _calibrated(
         return Calibrated(result.model, result.config, recipe, words, result.images)
     config, chosen = _choose(result, recipe, target, batches, execution, say, progress)
     for stage in chosen.stages:  # tokens may leave now
-        check(stage, chosen.sparsity, int(getattr(model, "num_classes", 0)))
+        check_stage(stage, chosen.sparsity, int(getattr(model, "num_classes", 0)))
     return Calibrated(result.model, config, chosen, words, result.images)
 
 

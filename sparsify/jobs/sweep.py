@@ -22,7 +22,7 @@ from sparsify.config import SparsityConfig
 from sparsify.errors import BadFile, UsageError
 from sparsify.fit.calibrate.calibrate import calibrate, first, fit_importance, spends_ranks
 from sparsify.fit.schedule import choose as schedule
-from sparsify.fit.schedule.choose import Found
+from sparsify.fit.schedule.choose import FoundSchedule
 from sparsify.jobs.dense import CALIBRATION_BATCH, PROBE_IMAGES, calibration_images
 from sparsify.measure import comparison, latency
 from sparsify.measure.conditions import SWEEP, conditions
@@ -197,7 +197,7 @@ def _choices(
     for target in targets:
         name = f"macs-{target:g}"
         try:
-            found: Found = schedule.for_macs(model, config, measured, target, dense)
+            found: FoundSchedule = schedule.for_macs(model, config, measured, target, dense)
         except UsageError as error:  # the other settings are worth having
             reason = str(error).partition(": ")[2] or str(error)
             skipped[name] = f"target {target:g}: {reason}"

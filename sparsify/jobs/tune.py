@@ -14,7 +14,7 @@ from sparsify.config import SparsityConfig
 from sparsify.fit.finetune.plan import Plan
 from sparsify.fit.finetune.run import finetune
 from sparsify.fit.finetune.run_folder import RunFolder
-from sparsify.fit.finetune.run_status import How, Outcome
+from sparsify.fit.finetune.run_status import RunOptions, RunResult
 from sparsify.models import checkpoint
 from sparsify.nn.folding import fold
 from sparsify.recipe import Recipe, load_recipe, recipe_yaml
@@ -44,7 +44,7 @@ class Tuned:
     model: nn.Module
     config: SparsityConfig
     start: Calibrated
-    outcome: Outcome
+    outcome: RunResult
     plan: Plan
 
     def provenance(self) -> dict[str, Any]:
@@ -55,7 +55,8 @@ class Tuned:
             "backbone_changed": changed and backbone,
             "finetuned": {
                 "kept": "fine-tuned" if changed else "calibrated",
-                "judged_on": self.plan.judged_on, "start": self.outcome.start.as_dict(), "best": self.outcome.best.as_dict(),
+                "judged_on": self.plan.validated_on, "start": self.outcome.start.as_dict(),
+                "best": self.outcome.best.as_dict(),
                 "steps": self.outcome.steps, "stopped": self.outcome.stopped, "precision": self.plan.precision,
                 "processes": processes.world(), "images": max((p.images for p in self.plan.stages), default=0),
             },
@@ -66,7 +67,7 @@ def tune(
     dense: nn.Module,
     plan: Plan,
     run: RunFolder,
-    how: How,
+    how: RunOptions,
     calibrated: Callable[[], Calibrated],
     header: Callable[[Calibrated], checkpoint.Header],
     resume: bool,
@@ -84,7 +85,7 @@ def tune(
     """
     teacher = copy.deepcopy(dense)
     with processes.agree():  # nobody begins before all have looked
-        begun, state = run.open(plan.identity, resume, force, how.say)
+        begun, state = run.open(plan.identity, resume, force, how.listener.say)
     if begun:
         start = _taken_up(run)
     else:
@@ -93,7 +94,7 @@ def tune(
             run.begin(plan.identity, recipe_yaml(start.recipe))
             checkpoint.save(start.model, run.start, header(start))
         processes.barrier()
-    how.say(_announced(plan))
+    how.listener.say(_announced(plan))
     student = start.model
     outcome = finetune(student, teacher, plan, how, state)
     config = start.config
@@ -103,14 +104,14 @@ def tune(
             config = config.model_copy(update={"fold": False})
     else:
         student = checkpoint.load(run.start)
-    how.say(verdict(outcome, plan))
+    how.listener.say(verdict(outcome, plan))
     return Tuned(student, config, start, outcome, plan)
 
 
-def verdict(outcome: Outcome, plan: Plan) -> str:
+def verdict(outcome: RunResult, plan: Plan) -> str:
     """Which was kept, and by how much it is better."""
     start, best = outcome.start, outcome.best
-    where = f"on {plan.judged_on} ({start.images})"
+    where = f"on {plan.validated_on} ({start.images})"
     if not outcome.changed:
         return f"kept the calibrated model: fine-tuning did not get past its {start.words()} {where}"
     return f"kept the fine-tuned model: {best.words()}; calibrated only {start.words()}; {where}"
@@ -120,7 +121,7 @@ def _announced(plan: Plan) -> str:
     words = [f"least squares on up to {plan.repair[0].images} images, crops included"] if plan.repair else []
     stages = ", ".join([*words, *(f"{p.stage.name} {p.steps} steps of {p.stage.batch_size}" for p in plan.stages)])
     note = f"; {plan.note}" if plan.note else ""
-    return f"fine-tuning ({plan.precision}): {stages}; judged on {plan.judged_on}{note}"
+    return f"fine-tuning ({plan.precision}): {stages}; judged on {plan.validated_on}{note}"
 
 
 def _taken_up(run: RunFolder) -> Calibrated:

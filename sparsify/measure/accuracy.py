@@ -76,8 +76,7 @@ class Logits:
         self.lost += int((d & ~s).sum())
         self.gained += int((s & ~d).sum())
         self.agree += int((dense.argmax(1) == sparse.argmax(1)).sum())
-        p = dense.log_softmax(1)
-        self.kl += float((p.exp() * (p - sparse.log_softmax(1))).sum())
+        self.kl += float(kl_terms(dense, sparse).sum())
 
     def merge(self, other: Logits) -> None:
         """Adds the sums over other images."""
@@ -170,5 +169,10 @@ def distance(dense: Tensor, sparse: Tensor, logits: bool) -> float:
     """KL(dense || sparse) of class probabilities, or the relative squared error of features."""
     if not logits:
         return float((dense - sparse).square().sum() / dense.square().sum())
+    return float(kl_terms(dense, sparse).sum(-1).mean())
+
+
+def kl_terms(dense: Tensor, sparse: Tensor) -> Tensor:
+    """Terms of KL(dense || sparse) of class probabilities, nats, from logits [..., classes]; their sum is the divergence."""
     p = dense.float().log_softmax(-1)
-    return float((p.exp() * (p - sparse.float().log_softmax(-1))).sum(-1).mean())
+    return p.exp() * (p - sparse.float().log_softmax(-1))

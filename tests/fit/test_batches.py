@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sparsify.errors import BadData, UsageError
-from sparsify.fit.finetune.batches import Batch, Batches
+from sparsify.fit.finetune.batches import Batch, Batches, BatchSettings
 from sparsify.images import datasets
 from sparsify.images.digits import scans
 from sparsify.images.loaders import Items, Mapped, Part, StreamPart
@@ -40,9 +40,12 @@ def some_digits(count: int = 26) -> Part:
     return Part(Mapped(scans.dataset("train")), range(count))
 
 
-def batches(items: Items | StreamPart | None = None, augmentation: Augmentation = STRONG, **how) -> Batches:
+def batches(
+    items: Items | StreamPart | None = None, augmentation: Augmentation = STRONG, name: str = "the data", **how
+) -> Batches:
     default = dict(seed=0, stage=0, batch_size=12, world=1, rank=0, micro_batch=12, workers=0, num_classes=10)
-    return Batches(some_digits() if items is None else items, augmentation, CONFIG, **{**default, **how})
+    settings = BatchSettings(augmentation, CONFIG, **{**default, **how})
+    return Batches(some_digits() if items is None else items, settings, name)
 
 
 def steps(made: Batches, first: int, count: int) -> list[list[Batch]]:
@@ -190,7 +193,7 @@ def test_workers_make_the_same_batches_and_are_gone_afterwards(tmp_path):
 def test_what_workers_are_given_can_be_sent_to_spawned_ones():
     for augmentation in (EVAL, RAND, Augmentation(mixup=0.8)):
         made = batches(augmentation=augmentation)
-        assert pickle.loads(pickle.dumps(made._maker)).stage == 0
+        assert pickle.loads(pickle.dumps(made._maker)).settings.stage == 0
     assert len(pickle.loads(pickle.dumps(some_digits()))) == 26
 
 
@@ -224,7 +227,7 @@ def test_only_broken_images_is_an_error(tmp_path, workers):
     for i in range(4):
         (tmp_path / f"{i}.png").write_text("no image")
     items = trainset(tmp_path, None, False, 0, 0).learn
-    made = batches(items, batch_size=2, num_classes=None, workers=workers, place="here")
+    made = batches(items, batch_size=2, num_classes=None, workers=workers, name="here")
     with pytest.raises(BadData, match=r"here: none of the 4 images can be read, as \d\.png \(") as error:
         next(made.from_step(0))
     one_line(error)
@@ -237,7 +240,7 @@ def test_only_broken_images_is_an_error(tmp_path, workers):
     "how, kind, said",
     [
         (dict(world=5), UsageError, "batch of 12 cannot be divided evenly among 5 processes: choose a multiple of 5"),
-        (dict(batch_size=28, place="PATH"), BadData, "batch of 28 is larger than the 26 images of PATH: choose"),
+        (dict(batch_size=28, name="PATH"), BadData, "batch of 28 is larger than the 26 images of PATH: choose"),
         (dict(batch_size=6, world=2, augmentation=Augmentation(mixup=1)), UsageError, "even number .* not 3"),
         (dict(micro_batch=1, augmentation=Augmentation(cutmix=1)), UsageError, "micro-batch of 1, at least 2"),
         (dict(augmentation=Augmentation(auto_augment="no")), UsageError, "auto_augment no .* Unknown AA policy"),
@@ -260,7 +263,7 @@ def test_what_cannot_be_done_is_said_before_the_first_step(how, kind, said):
 )
 def test_label_that_the_model_cannot_give_is_an_error(items, classes, said, workers):
     with pytest.raises(BadData, match=said) as error:
-        next(batches(items, num_classes=classes, workers=workers, place="here").from_step(0))
+        next(batches(items, num_classes=classes, workers=workers, name="here").from_step(0))
     one_line(error)
 
 
@@ -320,5 +323,5 @@ def test_passes_of_a_stream_that_are_skipped_whole_are_not_read():
 
 def test_stream_without_images_is_an_error():
     with pytest.raises(BadData, match="here has no images to learn from") as error:
-        next(batches(StreamPart([], 4), place="here").from_step(0))
+        next(batches(StreamPart([], 4), name="here").from_step(0))
     one_line(error)

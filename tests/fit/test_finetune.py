@@ -9,13 +9,14 @@ from helpers.tune import ATTENTION, recipe
 from sparsify import api
 from sparsify.fit.finetune import loop
 from sparsify.fit.finetune import run as runs
-from sparsify.fit.finetune.plan import Source, plan
-from sparsify.fit.finetune.validation import Score
+from sparsify.fit.finetune.plan import TrainingData, make_plan
+from sparsify.fit.finetune.validation import ValidationScore
 from sparsify.images.digits import scans
 from sparsify.jobs import tune as tuning
 from sparsify.models import checkpoint
 from sparsify.models.digits import network
 from sparsify.nn import attention, graft
+from sparsify.processes import Compute
 from sparsify.recipe import load_recipe, recipe_yaml
 
 
@@ -75,7 +76,7 @@ def test_the_calibrated_model_is_kept_where_nothing_was_better(tmp_path, scores,
 
 def test_top1_decides_before_kl():
     def score(top1, kl):
-        return Score(kl, 90.0, top1, 24)
+        return ValidationScore(kl, 90.0, top1, 24)
 
     assert score(90.0, 2.0).better_than(score(80.0, 1.0)) and not score(80.0, 1.0).better_than(score(90.0, 2.0))
     assert score(90.0, 1.0).better_than(score(90.0, 2.0)) and not score(90.0, 1.0).better_than(score(90.0, 1.0))
@@ -103,10 +104,12 @@ def test_a_large_learning_rate_ends_with_the_calibrated_model(tmp_path):
 def test_a_stop_between_keeps_the_model_its_own_share_of_keys(tmp_path, monkeypatch):
     whole = loop.StageRun._step
     monkeypatch.setattr(
-        loop.StageRun, "_step", lambda self, *a: {"logits": float("inf")} if self.standing.step else whole(self, *a)
+        loop.StageRun, "_step", lambda self, *a: {"logits": float("inf")} if self.status.step else whole(self, *a)
     )
     stage = {"steps": 4, "keep": {"start": 1.0, "until": 1.0}, "drop_path": 0.3, "grad_checkpointing": True}
-    monkeypatch.setattr(loop.Standing, "of", lambda start, resume: loop.Standing(*[Score(9.0, 1.0, None, 24)] * 2))
+    monkeypatch.setattr(
+        loop.RunStatus, "of", lambda start, resume: loop.RunStatus(*[ValidationScore(9.0, 1.0, None, 24)] * 2)
+    )
     made = tune.convert(tmp_path / "m.safetensors", recipe(stage, repair={"images": 16}))
     assert made.tuning.stopped and made.tuning.changed
     assert {module.sparsity.keep for module in attention.sparse_modules(made.model).values()} == {0.1}
@@ -120,13 +123,13 @@ def test_the_share_of_keys_is_annealed_to_the_models_own(tmp_path, monkeypatch):
         monkeypatch, "_step", lambda s, found: [m.sparsity.keep for m in attention.sparse_modules(s.student).values()]
     )
     judged = []
-    whole = loop.Judge.__call__
+    whole = loop.Validator.__call__
 
     def judge(self, model):
         judged.append({m.sparsity.keep for m in attention.sparse_modules(model).values()})
         return whole(self, model)
 
-    monkeypatch.setattr(loop.Judge, "__call__", judge)
+    monkeypatch.setattr(loop.Validator, "__call__", judge)
     keeps = {"sparsity": {"keep": (0.1, 0.2, "dense", 1.0)}}
     first = {"steps": 4, "keep": {"start": 0.6, "until": 0.5}}
     made = tune.convert(tmp_path / "m.safetensors", recipe(first, {"steps": 1}, {"steps": 1, "keep": 0.5}, **keeps))
@@ -246,7 +249,10 @@ def test_validation_between_the_epochs_where_val_is_given(tmp_path):
     dense = network.build()
     chosen = recipe({"validate_every": None}, {"validate_every": 7})
     found = [
-        [planned.validate_every for planned in plan(dense, chosen, Source("digits", val), "").stages]
+        [
+            planned.validate_every
+            for planned in make_plan(dense, chosen, TrainingData("digits", val), Compute(), "").stages
+        ]
         for val in (None, "digits")
     ]
     assert found == [[0, 7], [1, 7]]
@@ -257,7 +263,7 @@ def test_validation_between_the_epochs_where_val_is_given(tmp_path):
 
 def test_least_squares_see_crops_where_there_are_fewer_images():
     """1188 digits to learn from: all of them, and crops of the first up to the number asked for."""
-    repair = plan(network.build(), recipe(repair={"images": 1190}), Source("digits"), "").repair
+    repair = make_plan(network.build(), recipe(repair={"images": 1190}), TrainingData("digits"), Compute(), "").repair
     assert repair is not None
     x = torch.cat(list(repair[1]))
     assert len(x) == 1190 and not torch.equal(x[1188], x[0]) and not torch.equal(x[1189], x[1])

@@ -13,7 +13,7 @@ from rich.console import Console
 from sparsify.cli import progress
 from sparsify.cli.progress import Reporter
 from sparsify.errors import BadFile
-from sparsify.fit.finetune.log import METRICS, PARTS, Record, read
+from sparsify.fit.finetune.log import LOSSES, METRICS, TrainingLog, read
 from sparsify.fit.finetune.loop import training_note
 from sparsify.recipe import Losses
 from sparsify.report import training_plot
@@ -39,9 +39,9 @@ def events(folder):
 def test_numbers_come_back_to_the_bit_and_absent_parts_are_empty(tmp_path):
     draw = random.Random(0)
     values = [draw.random() * 10 ** draw.randint(-30, 30) for _ in range(50)] + [math.inf, 0.1 + 0.2, 5e-324]
-    with Record(tmp_path / "run", ["a"], None) as made:
+    with TrainingLog(tmp_path / "run", ["a"], None) as made:
         for i, value in enumerate(values, 1):
-            made.step(row(i, logits=value, loss=np.float32(value) if value < 1e30 else value))
+            made.write_step(row(i, logits=value, loss=np.float32(value) if value < 1e30 else value))
     text = (tmp_path / "run" / "metrics.csv").read_text()
     assert (
         text.splitlines()[0]
@@ -53,8 +53,8 @@ def test_numbers_come_back_to_the_bit_and_absent_parts_are_empty(tmp_path):
 
 
 def test_a_row_is_there_for_another_reader_at_once(tmp_path):
-    made = Record(tmp_path, ["a"], None)
-    made.step(row(1))
+    made = TrainingLog(tmp_path, ["a"], None)
+    made.write_step(row(1))
     assert [r["step"] for r in read(tmp_path / "metrics.csv")] == [1]
     made.flush()
     made.close()
@@ -63,26 +63,26 @@ def test_a_row_is_there_for_another_reader_at_once(tmp_path):
 
 def test_every_loss_of_a_stage_has_a_column():
     weights = {name for name, field in Losses.model_fields.items() if field.default == 0.0}
-    assert weights == set(PARTS)
+    assert weights == set(LOSSES)
 
 
 def test_an_unknown_name_is_refused(tmp_path):
-    with Record(tmp_path, ["a"], None) as made:
+    with TrainingLog(tmp_path, ["a"], None) as made:
         with pytest.raises(ValueError, match="colour"):
-            made.step(row(1, colour=1.0))
+            made.write_step(row(1, colour=1.0))
         with pytest.raises(ValueError, match="colour"):
-            made.validation(score(1, colour=1.0))
+            made.write_validation(score(1, colour=1.0))
 
 
 def test_a_resumed_run_has_the_rows_of_one_that_was_never_stopped(tmp_path):
     def go(folder, first, last, resume):
-        with Record(folder, ["a", "b"], resume) as made:
+        with TrainingLog(folder, ["a", "b"], resume) as made:
             if resume is None:
-                made.validation(score(0, "start", agreement=50.0))
+                made.write_validation(score(0, "start", agreement=50.0))
             for i in range(first, last + 1):
-                made.step(row(i, stage=int(i > 4), logits=1 / i))
+                made.write_step(row(i, stage=int(i > 4), logits=1 / i))
                 if i % 3 == 0:
-                    made.validation(score(i, agreement=50 + i / 3, kl=0.1 / i))
+                    made.write_validation(score(i, agreement=50 + i / 3, kl=0.1 / i))
 
     go(tmp_path / "whole", 1, 10, None)
     go(tmp_path / "cut", 1, 7, None)  # the last state that was saved is of step 5
@@ -96,12 +96,12 @@ def test_a_resumed_run_has_the_rows_of_one_that_was_never_stopped(tmp_path):
 
 
 def test_a_validation_that_is_done_again_replaces_the_first(tmp_path):
-    with Record(tmp_path, ["a"], None) as made:
-        made.step(row(1))
-        made.validation(score(1, agreement=60.0))
-        made.validation(score(1, "ema", agreement=61.0))
-    with Record(tmp_path, ["a"], 1) as made:
-        made.validation(score(1, agreement=60.0, best=1))
+    with TrainingLog(tmp_path, ["a"], None) as made:
+        made.write_step(row(1))
+        made.write_validation(score(1, agreement=60.0))
+        made.write_validation(score(1, "ema", agreement=61.0))
+    with TrainingLog(tmp_path, ["a"], 1) as made:
+        made.write_validation(score(1, agreement=60.0, best=1))
     found = read(tmp_path / "validation.csv")
     assert sorted((r["weights"], r["best"]) for r in found) == [("current", 1), ("ema", 0)]
     assert {"validation/agreement", "validation/agreement_ema"} <= events(tmp_path).keys()
@@ -109,9 +109,9 @@ def test_a_validation_that_is_done_again_replaces_the_first(tmp_path):
 
 def test_a_new_run_takes_the_place_of_an_older_one(tmp_path):
     for n in (5, 2):
-        with Record(tmp_path, ["a"], None) as made:
+        with TrainingLog(tmp_path, ["a"], None) as made:
             for i in range(1, n + 1):
-                made.step(row(i))
+                made.write_step(row(i))
     assert len(read(tmp_path / "metrics.csv")) == 2 == len(events(tmp_path)["loss/total"])
 
 
@@ -121,14 +121,14 @@ def test_a_new_run_takes_the_place_of_an_older_one(tmp_path):
 def test_a_foreign_file_is_not_overwritten_by_a_resumed_run(tmp_path, text):
     (tmp_path / "metrics.csv").write_text(text)
     with pytest.raises(BadFile, match=r"metrics.csv.*move it away"):
-        Record(tmp_path, ["a"], 3)
+        TrainingLog(tmp_path, ["a"], 3)
     assert (tmp_path / "metrics.csv").read_text() == text
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadFile, match="cannot write") as caught:
-        Record(tmp_path / "file", ["a"], None)
+        TrainingLog(tmp_path / "file", ["a"], None)
     assert "\n" not in str(caught.value)
 
 
@@ -141,12 +141,12 @@ def test_without_tensorboard_the_rest_is_written_and_one_line_says_so(how, tmp_p
     said = []
     if how == "missing":
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with Record(tmp_path, ["a"], None, said.append) as made:
+    with TrainingLog(tmp_path, ["a"], None, said.append) as made:
         if how == "breaks later":
             monkeypatch.setattr(made.board, "add_scalar", lambda *a: 1 / 0)
         for i in (1, 2, 3):
-            made.step(row(i))
-        made.validation(score(3, agreement=1.0))
+            made.write_step(row(i))
+        made.write_validation(score(3, agreement=1.0))
         made.flush()
     assert len(said) == 1 and "TensorBoard" in said[0] and "\n" not in said[0]
     assert len(read(tmp_path / "metrics.csv")) == 3 and (tmp_path / "curve.png").is_file()
@@ -155,8 +155,8 @@ def test_without_tensorboard_the_rest_is_written_and_one_line_says_so(how, tmp_p
 def test_a_picture_that_fails_costs_a_line(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(training_plot, "draw", lambda *a: 1 / 0)
-    with Record(tmp_path, ["a"], None, said.append) as made:
-        made.step(row(1))
+    with TrainingLog(tmp_path, ["a"], None, said.append) as made:
+        made.write_step(row(1))
     assert said == ["no picture was drawn (division by zero)"]
 
 
@@ -173,28 +173,28 @@ RUNS = {  # stages with their steps, validations
 def test_a_picture_is_drawn_of_every_run(kind, tmp_path, recwarn):
     stages, validated = RUNS[kind]
     said, step = [], 0
-    with Record(tmp_path, [name for name, _ in stages], None, said.append) as made:
+    with TrainingLog(tmp_path, [name for name, _ in stages], None, said.append) as made:
         made.board = None
         if validated:
-            made.validation(score(0, "start", agreement=70.0, kl=0.5, top1=60.0))
+            made.write_validation(score(0, "start", agreement=70.0, kl=0.5, top1=60.0))
         for stage, (_, n) in enumerate(stages):
             for i in range(n):
                 step += 1
-                made.step(row(step, stage, loss=math.nan if i % 10 == 9 else 100.0**-stage))
+                made.write_step(row(step, stage, loss=math.nan if i % 10 == 9 else 100.0**-stage))
             if validated:
-                made.validation(score(step, stage=stage, agreement=80.0, kl=0.001, best=1))
-                made.validation(score(step, "ema", stage, agreement=81.0, kl=0.001))
+                made.write_validation(score(step, stage=stage, agreement=80.0, kl=0.001, best=1))
+                made.write_validation(score(step, "ema", stage, agreement=81.0, kl=0.001))
     assert not said and not [w for w in recwarn if "matplotlib" in str(w.filename)]
     with Image.open(tmp_path / "curve.png") as picture:
         assert picture.width == 1800 and picture.height > 700
 
 
 def test_only_the_start_is_drawn_too_and_nothing_is_no_picture(tmp_path):
-    with Record(tmp_path, ["a"], None):
+    with TrainingLog(tmp_path, ["a"], None):
         pass
     assert not (tmp_path / "curve.png").exists()
-    with Record(tmp_path, ["a"], None) as made:
-        made.validation(score(0, "start", agreement=70.0))
+    with TrainingLog(tmp_path, ["a"], None) as made:
+        made.write_validation(score(0, "start", agreement=70.0))
     assert (tmp_path / "curve.png").is_file()
 
 

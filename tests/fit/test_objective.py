@@ -9,8 +9,8 @@ from helpers.families import build, images
 from sparsify.config import SparsityConfig
 from sparsify.errors import UsageError
 from sparsify.fit.finetune import trainable
-from sparsify.fit.finetune.objective import Lesson, Teacher, _listen, _present
-from sparsify.fit.finetune.plan import check
+from sparsify.fit.finetune.objective import Objective, Teacher, _outputs, _present
+from sparsify.fit.finetune.plan import check_stage
 from sparsify.nn import graft
 from sparsify.nn.attention import sparse_modules
 from sparsify.nn.folding import unfold
@@ -46,12 +46,12 @@ def stage(losses, train="backbone", attention="sparse", **more):
 
 def taught(dense, student, s, x=None):
     """The losses by name and the parameters that a stage moves; gradients are on the student."""
-    trainable.trainable(student, s)
+    trainable.select_parameters(student, s)
     x = images(dense, 4) if x is None else x
     classes = max(1, dense.num_classes)
     y = torch.eye(classes)[torch.arange(len(x)) % classes]
     said = Teacher(dense, s.losses, s.losses.attention > 0 and s.losses.attention_target == "teacher")(x)
-    parts = Lesson(student.train(), s)(x, y, said)
+    parts = Objective(student.train(), s)(x, y, said)
     if any(value.requires_grad for value in parts.values()):
         sum(parts.values()).backward()
     return parts
@@ -156,8 +156,8 @@ def test_an_optimiser_step_moves_what_the_stage_names_and_nothing_else(train):
     losses = {"attention": 1.0} if train == "predictors" else {"logits": 1.0, "attention": 1.0}
     s = stage(losses, train, optimiser=dict(lr=0.01, weight_decay=0.3))
     parameters, teacher = copy.deepcopy(student.state_dict()), copy.deepcopy(dense.state_dict())
-    named = trainable.trainable(student, s)
-    optimizer = trainable.optimiser(student, s)
+    named = trainable.select_parameters(student, s)
+    optimizer = trainable.make_optimiser(student, s)
     taught(dense, student, s)
     optimizer.step()
     moved = {name for name, t in student.state_dict().items() if not torch.equal(t, parameters[name])}
@@ -173,7 +173,7 @@ def test_an_optimiser_step_moves_what_the_stage_names_and_nothing_else(train):
 def test_folded_predictors_have_nothing_to_train():
     student = graft.graft(build("deit", **SMALL), SparsityConfig(**HEAD))
     with pytest.raises(UsageError, match="trains nothing"):
-        trainable.trainable(student, stage({"attention": 1.0}, "predictors"))
+        trainable.select_parameters(student, stage({"attention": 1.0}, "predictors"))
 
 
 @pytest.mark.parametrize("attention", ["sparse", "dense"])
@@ -196,7 +196,7 @@ def test_a_model_without_a_head_learns_from_its_pooled_features():
         t, s = dense(x), student.train()(x)
     assert float(parts["logits"]) == pytest.approx(float(((t - s) ** 2).sum(1).div((t**2).sum(1)).mean()), rel=1e-4)
     with pytest.raises(UsageError, match="classification needs a model with classes"):
-        check(Stage(losses={"classification": 1}, steps=1), SparsityConfig(), 0)
+        check_stage(Stage(losses={"classification": 1}, steps=1), SparsityConfig(), 0)
 
 
 LEAVING = {
@@ -226,13 +226,13 @@ def test_patches_that_were_dropped_do_not_count(way):
     s = stage({"tokens": 1.0, "features": 1.0})
     x = images(dense, 4)
     with torch.no_grad():
-        own, tokens = _listen(student.train(), x, s.losses, False)
+        own, tokens = _outputs(student.train(), x, s.losses, False)
         present = _present(tokens)
         assert present.shape == (4, 16) and int(present.sum(1)[0]) == (0 if "none" in way else 4)
         said = Teacher(dense, s.losses, False)(x)
-        clean = Lesson(student, s)(x, None, said)
+        clean = Objective(student, s)(x, None, said)
         spoiled = torch.where(present[..., None], said.patch, 1e3)
-        again = Lesson(student, s)(x, None, said._replace(patch=spoiled))
+        again = Objective(student, s)(x, None, said._replace(patch=spoiled))
     assert float(again["tokens"]) == pytest.approx(float(clean["tokens"]), rel=1e-6)
     if "none" in way:
         assert float(clean["tokens"]) == 0
@@ -278,7 +278,7 @@ def test_attention_is_compared_in_float32():
         said = Teacher(dense, s.losses, True)(x)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "__matmul__", lambda a, b: rounded.append(matmul(a, b).dtype) or matmul(a, b))
-            found = Lesson(student, s)(x, None, said)["attention"]
+            found = Objective(student, s)(x, None, said)["attention"]
     assert found.dtype == torch.float32 and set(rounded) == {torch.float32}
     assert float(found) == pytest.approx(float(plain), rel=0.05)
 

@@ -14,37 +14,37 @@ from sparsify.fit.finetune import loop, saved_state
 from sparsify.fit.finetune import run as runs
 from sparsify.fit.finetune.interrupts import Interrupts
 from sparsify.fit.finetune.run_folder import RunFolder
-from sparsify.fit.finetune.validation import Score
+from sparsify.fit.finetune.validation import ValidationScore
 
 
 @pytest.fixture(autouse=True)
 def latest(monkeypatch):
     """The latest weights are the best: what the last step gives is what is written."""
-    monkeypatch.setattr(Score, "better_than", lambda self, other: True)
+    monkeypatch.setattr(ValidationScore, "better_than", lambda self, other: True)
 
 
 def stop_after(monkeypatch, steps):
     """Somebody asks to stop during the step of that number, of those done since the run began or went on."""
 
-    class Asked(Interrupts):
+    class Stopped(Interrupts):
         looked = 0
 
         def __init__(self):
             self.former = {}
 
         @property
-        def asked(self):
+        def requested(self):
             self.looked += 1
             return self.looked == steps
 
-    monkeypatch.setattr(runs, "Interrupts", Asked)
+    monkeypatch.setattr(runs, "Interrupts", Stopped)
     monkeypatch.setattr(runs, "repair", lambda sparse, dense, images, how, tell: repair(sparse, dense, images, how))
 
 
 def test_a_run_that_is_stopped_before_its_first_step_goes_on(monkeypatch, tmp_path, undisturbed):
     output = tmp_path / "m.safetensors"
     with monkeypatch.context() as patch:
-        patch.setattr(Interrupts, "__enter__", lambda self: setattr(self, "asked", True) or self)
+        patch.setattr(Interrupts, "__enter__", lambda self: setattr(self, "requested", True) or self)
         assert "before the first step" in interrupted(output)
     same(undisturbed, tune.convert(output, CHOSEN, resume=True))
 
@@ -53,7 +53,7 @@ def interrupted(output, chosen=CHOSEN, **more):
     with pytest.raises(Interrupted) as caught:
         tune.convert(output, chosen, **more)
     assert caught.value.exit_code == 130 and processes.agreed(caught.value)
-    return str(caught.value)
+    return caught.value.for_command_line()
 
 
 def same(made, other):
@@ -90,9 +90,9 @@ def test_rows_of_steps_that_were_not_saved_are_written_anew(undisturbed, tmp_pat
     output, whole = tmp_path / "m.safetensors", loop.StageRun._step
 
     def crash(self, *arguments):
-        if self.standing.done == 2:
+        if self.status.done == 2:
             self._save()
-        if self.standing.done == 4:
+        if self.status.done == 4:
             raise RuntimeError("power cut")
         return whole(self, *arguments)
 
@@ -130,7 +130,7 @@ def test_optimisers_are_packed_whole(name):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
         s = Stage(steps=1, losses={"logits": 1}, optimiser={"name": name, "lr": 1e-3})
-        return model, trainable.optimiser(model, s)
+        return model, trainable.make_optimiser(model, s)
 
     model, optimizer = fresh()
     steps(model, optimizer, 2)
@@ -181,7 +181,7 @@ def test_an_unfinished_run_is_not_thrown_away_unasked(unfinished, tmp_path, monk
         with pytest.raises(BadFile) as caught:
             tune.convert(unfinished, recipe({"steps": 1}))
     for word in ("m.run holds an unfinished run", "--resume", "--force", "--output"):
-        assert word in str(caught.value)
+        assert word in caught.value.for_command_line()
     assert (unfinished.with_name("m.run") / "state.safetensors").read_bytes() == before
     made = tune.convert(unfinished, recipe({"steps": 1}), force=True)
     assert made.tuning.steps == 1 and not RunFolder(made.run).unfinished
@@ -197,5 +197,6 @@ def test_with_nothing_to_resume_a_run_begins(tmp_path):
 
 def test_a_damaged_state_is_one_line(unfinished):
     (unfinished.with_name("m.run") / "state.safetensors").write_bytes(b"half")
-    with pytest.raises(BadFile, match="is no saved run.*--force"):
+    with pytest.raises(BadFile, match="is no saved run") as caught:
         tune.convert(unfinished, recipe({}), resume=True)
+    assert caught.value.for_command_line().endswith("--force")

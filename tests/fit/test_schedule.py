@@ -83,7 +83,7 @@ def test_the_search_finds_the_least_damage_for_a_price(seed, price, empty):
 @given(st.lists(st.integers(1, 400), min_size=2, max_size=13), st.booleans())
 def test_rates_give_the_counts_again(counts, empty):
     counts = sorted(counts, reverse=True) + [0] * empty
-    rates = search.Schedule(tuple(counts), (None,) * (len(counts) - 1), 0.0, 0.0).rates()
+    rates = search.BlockSchedule(tuple(counts), (None,) * (len(counts) - 1), 0.0, 0.0).rates()
     shares = Tokens(keep=rates).shares(len(rates))
     left, found = counts[0], [counts[0]]
     for share in shares:
@@ -107,7 +107,7 @@ def test_costs_are_the_profiles_macs(way, counts, importance):
     costs = costing.macs(model, 1, hosts.ranking_rows(model), way, options)
 
     def total(c, a):
-        rates = search.Schedule(c, a, 0, 0).rates()
+        rates = search.BlockSchedule(c, a, 0, 0).rates()
         tokens = Tokens(way=way, keep=rates, importance=importance) if len(set(c)) > 1 else None
         return profile(graft.applied(model, config.model_copy(update={"tokens": tokens})), measure=False).macs_sparse
 

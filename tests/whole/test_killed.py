@@ -23,10 +23,10 @@ from sparsify.recipe import recipe_yaml
 def test_signals_are_a_wish_until_the_second_ctrl_c():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with Interrupts() as interrupts:
-        assert not interrupts.asked
+        assert not interrupts.requested
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
-        assert interrupts.asked
+        assert interrupts.requested
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -36,14 +36,16 @@ def test_signals_are_a_wish_until_the_second_ctrl_c():
 
     def elsewhere():
         with Interrupts() as there:
-            found.append((there.asked, signal.getsignal(signal.SIGTERM)))
+            found.append((there.requested, signal.getsignal(signal.SIGTERM)))
 
     thread = threading.Thread(target=elsewhere)
     thread.start(), thread.join()
     assert found == [(False, before[0])]
 
 
-LATEST = "import sys; from sparsify.fit.finetune.validation import Score; Score.better_than = lambda a, b: True; "
+LATEST = (
+    "import sys; from sparsify.fit.finetune.validation import ValidationScore as S; S.better_than = lambda a, b: True; "
+)
 COMMAND = LATEST + "from sparsify.cli.app import main; main(sys.argv[1:])"
 
 

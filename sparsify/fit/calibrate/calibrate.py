@@ -21,7 +21,7 @@ from sparsify.config import SparsityConfig
 from sparsify.fit.calibrate import token_importance
 from sparsify.fit.calibrate.head_lowrank import Moments
 from sparsify.fit.calibrate.ranks import allocate, candidates
-from sparsify.fit.calibrate.token_lowrank import Ridge, pooling
+from sparsify.fit.calibrate.token_lowrank import BasisFit, pooling
 from sparsify.measure.accuracy import distance
 from sparsify.nn import graft, hosts, projection
 from sparsify.nn.attention import Execution, SparseAttention, attention_modules
@@ -215,7 +215,7 @@ def _fit_token_lowrank(model: nn.Module, config: SparsityConfig, batches: Batche
             assert predictor.w_q is not None and predictor.w_k is not None
             predictor.w_q.copy_(t_q[0, :, :channels].T)
             predictor.w_k.copy_(t_k[0, :, :channels].T)
-    fits = {i: Ridge(p, heads) for i, p in enumerate(predictors) if isinstance(p, TokenLowrankPredictor)}
+    fits = {i: BasisFit(p, heads) for i, p in enumerate(predictors) if isinstance(p, TokenLowrankPredictor)}
 
     def add(i: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         if i in fits:

@@ -39,7 +39,7 @@ def fit(model: nn.Module, images: Iterable[Tensor]) -> None:
     depth = len(attentions)
     token_models.install(dense, "merge", [None] * depth, False)
     rows, prefix = hosts.ranking_rows(dense), hosts.num_prefix_tokens(dense)
-    fits = [Ridge() for _ in range(depth)]
+    fits = [ImportanceFit() for _ in range(depth)]
     patches = hosts.num_tokens(dense) - prefix
     size = max(1, min(CHUNK, HELD // (depth * patches * projection.channels(attentions[0]))))
     for x in (part for batch in images for part in batch.split(size)):
@@ -66,7 +66,7 @@ def _blocks(dense: nn.Module, x: Tensor, rows: int, prefix: int) -> Iterator[tup
         h = block.after(h)
 
 
-class Ridge:
+class ImportanceFit:
     """The least squares of one block: running sums over tokens, float64."""
 
     def __init__(self) -> None:

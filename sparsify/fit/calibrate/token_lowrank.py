@@ -38,7 +38,7 @@ def _split(rank: int, grid: tuple[int, int]) -> tuple[int, int]:
     return max(options, key=lambda o: (o[0] * o[1], -abs(math.log(o[0] / o[1]))))
 
 
-class Ridge:
+class BasisFit:
     """Running C'C [H, r, r] and C'A [H, r, N] of one block, float64."""
 
     def __init__(self, predictor: TokenLowrankPredictor, heads: int) -> None:

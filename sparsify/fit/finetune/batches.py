@@ -1,13 +1,14 @@
-"""Images to learn from -> the batches of a stage: the same for any number of processes and workers, from any step on.
+"""Training images -> the batches of a stage: the same for any number of processes and workers, from any step on.
 
-The order of an epoch is drawn from (seed, stage, epoch), the augmentation of an image from (seed, stage, epoch, index),
-mixup from (seed, stage, step, process, micro-batch), and nothing else. Other random numbers are left as they were.
+The order of an epoch depends on (seed, stage, epoch), the augmentation of an image on (seed, stage, epoch, index), mixup on
+(seed, stage, step, process, micro-batch), and nothing else. Random numbers of the caller are left as they were.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -27,13 +28,38 @@ from sparsify.recipe import Augmentation
 ATTEMPTS = 4  # draws of an augmentation: Pillow 13 refuses one in 300 of timm's rand-m9 (posterize to 0 bits)
 
 
+@dataclass(frozen=True)
+class BatchSettings:
+    """What the batches of a stage depend on besides its images.
+
+    Attributes:
+        preprocessing: the model's (`datasets.data_config`).
+        stage: number of the stage in its recipe.
+        batch_size: images of a step, over all processes. Process `rank` takes its of `world` equal slices.
+        micro_batch: maximum images per forward/backward pass; the largest divisor of a process's slice up to it is used.
+        num_classes: outputs of the model; None: labels are not used.
+        workers: processes that read and augment; 0: this one. A stream is always read by this one.
+    """
+
+    augmentation: Augmentation
+    preprocessing: dict[str, Any]
+    seed: int
+    stage: int
+    batch_size: int
+    micro_batch: int
+    num_classes: int | None
+    workers: int = 0
+    world: int = 1
+    rank: int = 0
+
+
 class Batch(NamedTuple):
     """Images computed together.
 
     Attributes:
         x: images, float32 [b, C, H, W].
         y: soft targets, float32 [b, classes], rows sum to 1; None where labels are not used.
-        index: places of the images in what is learned from, int64 [b]; of a stream, in its pass.
+        index: numbers of the images in the training set, int64 [b]; of a stream, in its pass.
     """
 
     x: Tensor
@@ -41,7 +67,7 @@ class Batch(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
 
 
-class _Work(NamedTuple):
+class _Request(NamedTuple):
     """A micro-batch to be made."""
 
     step: int
@@ -51,7 +77,7 @@ class _Work(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """A micro-batch, and the images that could not be read for it: index, then name and reason; or why there is none."""
+    """A micro-batch, or the error why there is none; and the images that cannot be read: index, name and reason."""
 
     batch: Batch | None
     broken: list[tuple[int, str]]
@@ -59,17 +85,11 @@ class _Made(NamedTuple):
 
 
 class Batches:
-    """What one process sees of a stage.
+    """What one process computes of a stage.
 
     Args:
-        source: images by index, or a stream; `TrainSet.learn`.
-        config: the model's preprocessing (`data.data_config`).
-        stage: number of the stage in its recipe.
-        batch_size: images of a step, over all processes. Process p takes the p-th of `world` equal slices.
-        micro_batch: most images computed together; the largest divisor of a process's share that is no larger is taken.
-        workers: processes that read and augment; 0: this one. A stream is always read by this one.
-        num_classes: outputs of the model; None: labels are not used.
-        place: names the images in messages.
+        source: images by index, or a stream (`TrainSet.learn`).
+        name: of the images in messages.
 
     Attributes:
         micro: images of each micro-batch.
@@ -81,43 +101,29 @@ class Batches:
         BadData: fewer images than a batch.
     """
 
-    def __init__(
-        self,
-        source: Items | StreamPart,
-        augmentation: Augmentation,
-        config: dict[str, Any],
-        seed: int,
-        stage: int,
-        batch_size: int,
-        world: int,
-        rank: int,
-        micro_batch: int,
-        workers: int,
-        num_classes: int | None,
-        place: str = "the data",
-    ) -> None:
+    def __init__(self, source: Items | StreamPart, settings: BatchSettings, name: str = "the data") -> None:
+        batch_size, world = settings.batch_size, settings.world
         if batch_size % world:
             raise UsageError(
                 f"batch of {batch_size} cannot be divided evenly among {world} processes: choose a multiple of {world}"
             )
-        self.source, self.batch_size, self.rank, self.workers, self.place = source, batch_size, rank, workers, place
-        self.seed, self.stage = seed, stage
-        self.share = batch_size // world
-        self.micro = _micro_batch(self.share, micro_batch, augmentation.mixes)
+        self.source, self.settings, self.name = source, settings, name
+        self.slice = batch_size // world
+        self.micro = _micro_batch(self.slice, settings.micro_batch, settings.augmentation.mixes)
         self.steps_per_epoch: int | None = None
         if not isinstance(source, StreamPart):
             self.steps_per_epoch = len(source) // batch_size
             if not self.steps_per_epoch:
                 raise BadData(
-                    f"batch of {batch_size} is larger than the {len(source):,} images of {place}: choose a smaller batch, "
+                    f"batch of {batch_size} is larger than the {len(source):,} images of {name}: choose a smaller batch, "
                     "or add images"
                 )
-        self._maker = _Maker(augmentation, config, seed, stage, rank, num_classes)
+        self._maker = _Maker(settings)
         self._broken: dict[int, str] = {}
 
     @property
     def broken(self) -> int:
-        """Images met so far that cannot be read, each counted once. The next that can be read stands in for each."""
+        """Images that could not be read so far, each counted once. The next readable image replaces each."""
         return len(self._broken)
 
     @property
@@ -126,7 +132,7 @@ class Batches:
         return next(iter(self._broken.values()), "")
 
     def from_step(self, step: int) -> Iterator[list[Batch]]:
-        """Without end, from optimiser step `step` (from 0) of the stage on: this process's micro-batches of each step.
+        """This process's micro-batches of each optimiser step of the stage from `step` (from 0) on, without end.
 
         A stream is read again from its beginning, and what lies before `step` is thrown away.
 
@@ -134,60 +140,62 @@ class Batches:
             BadData: none of the images can be read, or a label that the model cannot give.
         """
         source = self.source
-        makes = self._streamed(source, step) if isinstance(source, StreamPart) else self._loaded(source, step)
+        makes = self._from_stream(source, step) if isinstance(source, StreamPart) else self._from_items(source, step)
         with closing(makes) as all_made:
             while True:
                 batches = []
-                for made in islice(all_made, self.share // self.micro):
+                for made in islice(all_made, self.slice // self.micro):
                     self._broken.update(made.broken)
                     if made.batch is None:
-                        raise BadData(f"{self.place}{made.error}")
+                        raise BadData(f"{self.name}{made.error}")
                     batches.append(made.batch)
                 yield batches
 
-    def _loaded(self, items: Items, step: int) -> Generator[_Made, None, None]:
+    def _from_items(self, items: Items, step: int) -> Generator[_Made, None, None]:
         loader = DataLoader(
             _MicroBatches(items, self._maker),
             batch_size=None,
-            sampler=self._work(len(items), step),
-            num_workers=self.workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=ignore_interrupt if self.workers else None,
+            sampler=self._requests(len(items), step),
+            num_workers=self.settings.workers,
+            collate_fn=_identity,
+            worker_init_fn=ignore_interrupt if self.settings.workers else None,
             generator=torch.Generator(),  # else it draws from the global one
         )
         made = iter(loader)
         try:
             yield from made
-        finally:  # ends the workers now, not at the next collection
+        finally:  # ends the workers now, not at the next garbage collection
             shutdown = getattr(made, "_shutdown_workers", None)
             if shutdown is not None:
                 shutdown()
 
-    def _work(self, total: int, step: int) -> Iterator[_Work]:
+    def _requests(self, total: int, step: int) -> Iterator[_Request]:
         """The micro-batches of this process, of `total` images, from `step` on, without end."""
+        s, steps = self.settings, total // self.settings.batch_size
         while True:
-            epoch, first = divmod(step, total // self.batch_size)
-            order = np.random.default_rng(drawn_number(self.seed, "order", self.stage, epoch)).permutation(total)
-            for place in range(first, total // self.batch_size):
-                start = place * self.batch_size + self.rank * self.share
-                for micro in range(self.share // self.micro):
+            epoch, first = divmod(step, steps)
+            order = np.random.default_rng(drawn_number(s.seed, "order", s.stage, epoch)).permutation(total)
+            for number in range(first, steps):
+                start = number * s.batch_size + s.rank * self.slice
+                for micro in range(self.slice // self.micro):
                     indices = order[start + micro * self.micro :][: self.micro].tolist()
-                    yield _Work(step, micro, epoch, indices)
+                    yield _Request(step, micro, epoch, indices)
                 step += 1
 
-    def _streamed(self, stream: StreamPart, step: int) -> Generator[_Made, None, None]:
-        images = self._passes(stream, step * self.batch_size + self.rank * self.share)
+    def _from_stream(self, stream: StreamPart, step: int) -> Generator[_Made, None, None]:
+        batch_size = self.settings.batch_size
+        images = self._passes(stream, step * batch_size + self.settings.rank * self.slice)
         while True:
-            for micro in range(self.share // self.micro):
+            for micro in range(self.slice // self.micro):
                 some = list(islice(images, self.micro))
                 x = [self._maker.augmented(image.convert("RGB"), number, i) for number, i, image, _ in some]
-                yield self._maker.finished(x, [label for *_, label in some], [i for _, i, *_ in some], step, micro)
-            for _ in islice(images, self.batch_size - self.share):
+                yield self._maker.made(x, [label for *_, label in some], [i for _, i, *_ in some], step, micro)
+            for _ in islice(images, batch_size - self.slice):
                 pass
             step += 1
 
     def _passes(self, stream: StreamPart, skip: int) -> Iterator[tuple[int, int, Image.Image, int]]:
-        """(pass, place in it, image, label) without end, but for the first `skip`."""
+        """(pass, number in it, image, label) without end, the first `skip` left out."""
         number = 0
         while True:
             seen = 0
@@ -198,26 +206,18 @@ class Batches:
                     yield number, seen, image, label
                 seen += 1
             if not seen:
-                raise BadData(f"{self.place} has no images to learn from")
+                raise BadData(f"{self.name} has no images to learn from")
             number += 1 + skip // seen  # passes that are skipped whole are not read
             skip %= seen
 
 
 class _Maker:
-    """Images -> micro-batch. Top level, like what it is made of: spawned workers are given it."""
+    """Images -> micro-batch. Pickled for spawned workers, so it and what it is made of stand at the top level."""
 
-    def __init__(
-        self,
-        augmentation: Augmentation,
-        config: dict[str, Any],
-        seed: int,
-        stage: int,
-        rank: int,
-        num_classes: int | None,
-    ) -> None:
-        self.seed, self.stage, self.rank, self.num_classes = seed, stage, rank, num_classes
-        self.smoothing = augmentation.smoothing
+    def __init__(self, settings: BatchSettings) -> None:
+        self.settings, augmentation = settings, settings.augmentation
         plain = augmentation.form == "eval"
+        config = settings.preprocessing
         self.transform = transform(config) if plain else train_transform(augmentation, config)
         self.mixup = None
         if augmentation.mixes:
@@ -227,12 +227,13 @@ class _Maker:
                 prob=augmentation.mixup_prob,
                 switch_prob=augmentation.mixup_switch,
                 label_smoothing=augmentation.smoothing,
-                num_classes=num_classes or 1,
+                num_classes=settings.num_classes or 1,
             )
 
     def augmented(self, image: Image.Image, epoch: int, index: int) -> Tensor:
+        s = self.settings
         for attempt in range(ATTEMPTS):
-            with drawn(self.seed, "image", self.stage, epoch, index, *([attempt] if attempt else [])):
+            with drawn(s.seed, "image", s.stage, epoch, index, *([attempt] if attempt else [])):
                 try:
                     return self.transform(image)  # [C, H, W]
                 except ValueError:
@@ -240,8 +241,8 @@ class _Maker:
                         raise
         raise AssertionError
 
-    def finished(self, images: list[Tensor], labels: list[int], indices: list[int], step: int, micro: int) -> _Made:
-        classes = self.num_classes
+    def made(self, images: list[Tensor], labels: list[int], indices: list[int], step: int, micro: int) -> _Made:
+        s, classes = self.settings, self.settings.num_classes
         if classes is None:
             labels = [0] * len(labels)
         elif min(labels) < 0:
@@ -250,10 +251,10 @@ class _Maker:
             return _Made(None, [], f" has a label {max(labels)}, but the model has {classes:,} classes")
         x, y = torch.stack(images), torch.tensor(labels)  # [b, C, H, W], [b]
         if self.mixup is not None:
-            with drawn(self.seed, "mixup", self.stage, step, self.rank, micro):
+            with drawn(s.seed, "mixup", s.stage, step, s.rank, micro):
                 x, y = self.mixup(x, y)
         elif classes is not None:
-            y = mixup_target(y, classes, smoothing=self.smoothing)
+            y = mixup_target(y, classes, smoothing=s.augmentation.smoothing)
         return _Made(Batch(x, None if classes is None else y, torch.tensor(indices)), [])
 
 
@@ -261,40 +262,40 @@ class _MicroBatches(Dataset):
     def __init__(self, items: Items, maker: _Maker) -> None:
         self.items, self.maker = items, maker
 
-    def __getitem__(self, work: _Work) -> _Made:
+    def __getitem__(self, request: _Request) -> _Made:
         images, labels, indices = [], [], []
         broken: dict[int, str] = {}
-        for wanted in work.indices:
-            for index in (*range(wanted, len(self.items)), *range(wanted)):
-                found = read(self.items, index)
-                if not isinstance(found, str):
+        for requested in request.indices:
+            for index in (*range(requested, len(self.items)), *range(requested)):
+                result = read(self.items, index)
+                if not isinstance(result, str):
                     break
-                broken[index] = found
+                broken[index] = result
             else:
                 first = next(iter(broken.values()))
-                return _Made(
-                    None, list(broken.items()), f": none of the {len(broken):,} images can be read, as {first}"
-                )
-            # an image that stands in is augmented as the other would have been: no copy of itself in this epoch
-            images.append(self.maker.augmented(found[0], work.epoch, wanted))
-            labels.append(found[1])
+                error = f": none of the {len(broken):,} images can be read, as {first}"
+                return _Made(None, list(broken.items()), error)
+            # a replacement is augmented as the broken image would have been: no copy of itself in this epoch
+            images.append(self.maker.augmented(result[0], request.epoch, requested))
+            labels.append(result[1])
             indices.append(index)
-        made = self.maker.finished(images, labels, indices, work.step, work.micro)
+        made = self.maker.made(images, labels, indices, request.step, request.micro)
         return made._replace(broken=list(broken.items()))
 
 
-def _micro_batch(share: int, most: int, even: bool) -> int:
-    sizes = [n for n in range(1, min(share, most) + 1) if share % n == 0 and not (even and n % 2)]
+def _micro_batch(images: int, most: int, even: bool) -> int:
+    """The largest divisor of `images` up to `most`, even where `even`."""
+    sizes = [n for n in range(1, min(images, most) + 1) if images % n == 0 and not (even and n % 2)]
     if sizes:
         return sizes[-1]
-    if share % 2:
+    if images % 2:
         raise UsageError(
-            f"mixup and cutmix need an even number of images in each process, not {share}: choose another batch size"
+            f"mixup and cutmix need an even number of images in each process, not {images}: choose another batch size"
         )
     raise UsageError(
         f"mixup and cutmix mix images that are computed together: micro-batch of {most}, at least 2 expected"
     )
 
 
-def _as_it_is(made: Any) -> Any:
+def _identity(made: Any) -> Any:
     return made

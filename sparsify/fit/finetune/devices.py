@@ -11,25 +11,24 @@ from sparsify.errors import UsageError
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def precision(asked: str, device: str) -> str:
-    """`auto` resolved: bfloat16 where the machine has instructions for it, else float32.
+def resolve_precision(requested: str, device: str) -> str:
+    """A key of `PRECISIONS`; `auto` is bfloat16 where the machine has instructions for it, else float32.
 
     Raises:
         UsageError: float16 on a CPU, which has no such arithmetic.
     """
     on_cpu = torch.device(device).type == "cpu"
-    if asked == "float16" and on_cpu:
+    if requested == "float16" and on_cpu:
         raise UsageError("precision float16 needs a GPU: give float32, bfloat16 or auto")
-    if asked != "auto":
-        return asked
+    if requested != "auto":
+        return requested
     fast = torch.cpu._is_avx512_bf16_supported() if on_cpu else torch.cuda.is_bf16_supported()
     return "bfloat16" if fast else "float32"
 
 
-def accelerator(kind: str, device: str) -> Accelerator:
-    """An `Accelerator` for a precision of `PRECISIONS`; a former one of this process may have had another."""
+def accelerator(precision: str, device: str) -> Accelerator:
+    """A new `Accelerator`: an earlier one of this process may have had another precision."""
     AcceleratorState._reset_state(reset_partial_state=False)
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # the last block's patch rows may feed no loss
-    return Accelerator(
-        mixed_precision=PRECISIONS[kind], cpu=torch.device(device).type == "cpu", kwargs_handlers=[unused]
-    )
+    on_cpu = torch.device(device).type == "cpu"
+    return Accelerator(mixed_precision=PRECISIONS[precision], cpu=on_cpu, kwargs_handlers=[unused])

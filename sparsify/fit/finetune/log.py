@@ -1,4 +1,4 @@
-"""What a run of fine-tuning writes while it runs: two CSV files, TensorBoard's events, and at its end a picture."""
+"""What a run writes while it runs: two CSV files, TensorBoard's events, and at its end a picture."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import contextlib
 import csv
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from sparsify.errors import BadFile, one_line
@@ -16,29 +15,29 @@ from sparsify.files import write_text
 
 Value = float | int | str | None
 
-PARTS = ("classification", "logits", "tokens", "features", "attention", "mass", "basis_l1")
-"""Parts of the loss, as weighted in it."""
-METRICS = ("step", "stage", "epoch", "lr", "loss", *PARTS, "images_per_s")
+LOSSES = ("classification", "logits", "tokens", "features", "attention", "mass", "basis_l1")
+"""Terms of the loss, as weighted in it."""
+METRICS = ("step", "stage", "epoch", "lr", "loss", *LOSSES, "images_per_s")
 SCORES = ("agreement", "kl", "top1")
 VALIDATION = ("step", "stage", "epoch", *SCORES, "images", "weights", "best")
 
-WHOLE = ("step", "stage", "images", "best")  # columns of whole numbers
+INTEGERS = ("step", "stage", "images", "best")  # columns
 
 
-class Record:
+class TrainingLog:
     """Writes FOLDER/metrics.csv, validation.csv, tensorboard/ and, when closed, curve.png. Use as a context manager.
 
-    A row of metrics is with the operating system when `step` returns, and on the disk after `flush`; validation.csv is
-    always whole. TensorBoard or a picture that fails costs one line, never the run.
+    A row of metrics is with the operating system when `write_step` returns, and on the disk after `flush`; validation.csv
+    is always whole. If TensorBoard or the picture fails, one line says so, and the run goes on.
 
     Args:
         folder: of the run; made where it is missing.
         stages: their names.
-        resume_step: optimiser steps that are done and kept: rows of later ones are cut. None: a new run, whose rows take
-            the place of those of an older one.
-        say: called with lines for the person at the terminal.
+        resume_step: optimiser steps that are done and saved: rows of later ones are cut. None: a new run, whose rows
+            replace those of an older one.
+        say: see `Listener`.
 
-    Raises:
+    Raises (its methods too):
         BadFile: the files cannot be written, or are not a run's.
     """
 
@@ -51,70 +50,59 @@ class Record:
     ) -> None:
         self.folder, self.stages, self.say = folder, tuple(stages), say
         self.metrics, self.validations = folder / "metrics.csv", folder / "validation.csv"
-        try:
+        self.file: io.TextIOWrapper | None = None
+        with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
             _cut(self.metrics, METRICS, resume_step)
             _cut(self.validations, VALIDATION, resume_step)
-            self.rows = _raw(self.validations, VALIDATION)
-            self.file: io.TextIOWrapper | None = open(  # noqa: SIM115
-                self.metrics, "a", buffering=1, encoding="utf-8", newline=""
-            )
-        except OSError as error:
-            raise BadFile(f"cannot write {self.metrics}: {one_line(error)}") from error
+            self.rows = _read_text(self.validations, VALIDATION)
+            self.file = open(self.metrics, "a", buffering=1, encoding="utf-8", newline="")  # noqa: SIM115
         self.writer = csv.DictWriter(self.file, METRICS, lineterminator="\n")
-        self.board = self._board(resume_step)
+        self.board = self._open_board(resume_step)
 
-    def __enter__(self) -> Record:
+    def __enter__(self) -> TrainingLog:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
-    def step(self, row: Mapping[str, Value]) -> None:
-        """A row for an optimiser step: any of `METRICS`, `step` (from 1) and `stage` (from 0) always.
-
-        Raises:
-            BadFile: it cannot be written.
-        """
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            self.writer.writerow(_cells(row))
+            yield
         except OSError as error:
             raise BadFile(f"cannot write {self.metrics}: {one_line(error)}") from error
-        scalars = {"loss/total": row.get("loss"), "lr": row.get("lr"), "images_per_s": row.get("images_per_s")}
-        self._show(row, scalars | {f"loss/{name}": row.get(name) for name in PARTS})
 
-    def validation(self, row: Mapping[str, Value]) -> None:
+    def write_step(self, row: Mapping[str, Value]) -> None:
+        """A row for an optimiser step: any of `METRICS`, `step` (from 1) and `stage` (from 0) always."""
+        with self._writing():
+            self.writer.writerow(_cells(row))
+        scalars = {"loss/total": row.get("loss"), "lr": row.get("lr"), "images_per_s": row.get("images_per_s")}
+        self._add_scalars(row, scalars | {f"loss/{name}": row.get(name) for name in LOSSES})
+
+    def write_validation(self, row: Mapping[str, Value]) -> None:
         """A row for a validation: any of `VALIDATION`, `step`, `stage` and `weights` (current, ema, start) always.
 
-        A row of the same three takes the place of the earlier one: a resumed run may validate once more.
-
-        Raises:
-            BadFile: it cannot be written.
+        A row replaces an earlier one with the same three: a resumed run may validate once more.
         """
         cells = dict.fromkeys(VALIDATION, "") | _cells(row)
         self.rows = [r for r in self.rows if any(r[name] != cells[name] for name in ("step", "stage", "weights"))]
         self.rows.append(cells)
         _write(self.validations, VALIDATION, self.rows)
         ending = "_ema" if row.get("weights") == "ema" else ""
-        self._show(row, {f"validation/{name}{ending}": row.get(name) for name in SCORES})
+        self._add_scalars(row, {f"validation/{name}{ending}": row.get(name) for name in SCORES})
 
     def flush(self) -> None:
-        """All rows so far are on the disk: call it before the state that they belong to is saved.
-
-        Raises:
-            BadFile: they cannot be written.
-        """
+        """Puts all rows so far on the disk: call it before the state that they belong to is saved."""
         if self.file is None:
             return
-        try:
+        with self._writing():
             self.file.flush()
             os.fsync(self.file.fileno())
-        except OSError as error:
-            raise BadFile(f"cannot write {self.metrics}: {one_line(error)}") from error
-        self._tell("flush")
+        self._call_board("flush")
 
     def close(self) -> None:
-        """Close the files and draw FOLDER/curve.png; a second call does nothing."""
+        """Closes the files and draws FOLDER/curve.png; a second call does nothing."""
         if self.file is None:
             return
         try:
@@ -123,45 +111,45 @@ class Record:
             file, self.file = self.file, None
             with contextlib.suppress(OSError):  # `flush` has raised it
                 file.close()
-            self._tell("close")
+            self._call_board("close")
         try:
             from sparsify.report import training_plot
 
             rows = read(self.metrics), read(self.validations)
             training_plot.draw(*rows, self.folder / "curve.png", self.stages)
-        except Exception as error:  # the figures are there without it
+        except Exception as error:  # the CSV files hold the figures
             self.say(f"no picture was drawn ({one_line(error)})")
 
-    def _board(self, resume_step: int | None) -> Any:
+    def _open_board(self, resume_step: int | None) -> Any:
         """TensorBoard's writer, or None where there is none."""
-        place = self.folder / "tensorboard"
+        folder = self.folder / "tensorboard"
         try:
             from torch.utils.tensorboard import SummaryWriter
 
             if resume_step is None:
-                for old in place.glob("events.out.tfevents.*"):  # two runs in one folder are drawn as one
+                for old in folder.glob("events.out.tfevents.*"):  # TensorBoard draws two runs in one folder as one
                     old.unlink()
             purge = None if resume_step is None else resume_step + 1
-            return SummaryWriter(str(place), purge_step=purge, flush_secs=20)  # type: ignore[no-untyped-call]
+            return SummaryWriter(str(folder), purge_step=purge, flush_secs=20)  # type: ignore[no-untyped-call]
         except Exception as error:
-            self._lost(error)
+            self._say_without_board(error)
         return None
 
-    def _show(self, row: Mapping[str, Value], scalars: Mapping[str, Value]) -> None:
+    def _add_scalars(self, row: Mapping[str, Value], scalars: Mapping[str, Value]) -> None:
         for name, value in scalars.items():
             if value is not None and value != "":
-                self._tell("add_scalar", name, float(value), int(row["step"] or 0))
+                self._call_board("add_scalar", name, float(value), int(row["step"] or 0))
 
-    def _tell(self, method: str, *arguments: Any) -> None:
-        """Call TensorBoard's writer; an error ends it, not the run."""
+    def _call_board(self, method: str, *arguments: Any) -> None:
+        """Calls a method of TensorBoard's writer; after an error nothing more is written for TensorBoard."""
         try:
             if self.board is not None:
                 getattr(self.board, method)(*arguments)
         except Exception as error:
             self.board = None
-            self._lost(error)
+            self._say_without_board(error)
 
-    def _lost(self, error: Exception) -> None:
+    def _say_without_board(self, error: Exception) -> None:
         self.say(f"nothing is written for TensorBoard ({one_line(error)}); the CSV files have it all")
 
 
@@ -173,13 +161,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     columns = VALIDATION if path.name.startswith("validation") else METRICS
     try:
-        return [{name: _value(name, cell) for name, cell in row.items()} for row in _raw(path, columns)]
+        return [{name: _value(name, cell) for name, cell in row.items()} for row in _read_text(path, columns)]
     except (OSError, ValueError) as error:
         raise BadFile(f"cannot read {path}: {one_line(error)}") from error
 
 
-def _raw(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Rows as they were written; a last one that was cut short by a crash is left out."""
+def _read_text(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Rows as text; a last one that was cut short by a crash is left out."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -193,8 +181,8 @@ def _raw(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _cut(path: Path, columns: Sequence[str], last: int | None) -> None:
-    """Leave the header and the rows up to step `last`; None: the header."""
-    rows = [] if last is None else _raw(path, columns)
+    """Keeps the header and the rows up to step `last`; None: the header."""
+    rows = [] if last is None else _read_text(path, columns)
     _write(path, columns, [row for row in rows if int(row["step"]) <= (last or 0)])
 
 
@@ -207,17 +195,17 @@ def _write(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]
 
 
 def _cells(row: Mapping[str, Value]) -> dict[str, str]:
-    return {name: _cell(value) for name, value in row.items()}
+    """Values as text from which `float` makes the same number to the bit."""
 
+    def cell(value: Value) -> str:
+        if value is None or isinstance(value, str):
+            return value or ""
+        return str(int(value)) if isinstance(value, int) else repr(float(value))
 
-def _cell(value: Value) -> str:
-    """Text from which `float` makes the same number to the bit."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    return str(int(value)) if isinstance(value, int) else repr(float(value))
+    return {name: cell(value) for name, value in row.items()}
 
 
 def _value(name: str, cell: str) -> Any:
     if cell == "":
         return None
-    return cell if name == "weights" else int(cell) if name in WHOLE else float(cell)
+    return cell if name == "weights" else int(cell) if name in INTEGERS else float(cell)

@@ -6,190 +6,234 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from sparsify import processes
-from sparsify.errors import Interrupted
+from sparsify.errors import Interrupted, field
 from sparsify.fit.finetune import saved_state, trainable
 from sparsify.fit.finetune.batches import Batch
 from sparsify.fit.finetune.interrupts import Interrupts
-from sparsify.fit.finetune.log import Record
-from sparsify.fit.finetune.objective import Forward, Lesson, Teacher
-from sparsify.fit.finetune.plan import Plan, Planned
-from sparsify.fit.finetune.run_status import How, Standing
-from sparsify.fit.finetune.teacher_cache import Cached
-from sparsify.fit.finetune.validation import Judge
+from sparsify.fit.finetune.log import TrainingLog
+from sparsify.fit.finetune.objective import Forward, Objective, Teacher
+from sparsify.fit.finetune.plan import Plan
+from sparsify.fit.finetune.run_folder import RunFolder
+from sparsify.fit.finetune.run_status import RunOptions, RunStatus
+from sparsify.fit.finetune.saved_state import SavedState, prefixed
+from sparsify.fit.finetune.teacher_cache import CachedTeacher
+from sparsify.fit.finetune.validation import Validator
 from sparsify.images.loaders import drawn_number
 from sparsify.nn.folding import retract
 
-STATE = "state.safetensors"
+
+@dataclass(frozen=True)
+class RunContext:
+    """What all stages of a run share.
+
+    Attributes:
+        student: sparse, trained in place; teacher: the dense model that it was made from; both on the accelerator's device.
+        log: None in all processes but the main one.
+    """
+
+    student: nn.Module
+    teacher: nn.Module
+    plan: Plan
+    options: RunOptions
+    accelerator: Accelerator
+    validator: Validator
+    status: RunStatus
+    log: TrainingLog | None
+    interrupts: Interrupts
+
+    def validate(self, model: nn.Module, epoch: float, weights: str) -> None:
+        """Scores the weights of `model`, logs the score, and remembers the weights where they are the best so far.
+
+        Args:
+            epoch: of the stage.
+            weights: what they are: current, ema (running mean) or repaired (by least squares).
+        """
+        score = self.validator(model)
+        best = self.status.update_best(score, model)
+        if self.log is not None:
+            self.log.write_validation(self.status.row(epoch, score, weights, best))
+        when = f"after {epoch:.3g} epochs of stage {self.status.stage + 1}"
+        when = "least squares" if weights == "repaired" else when
+        self.options.listener.say(f"{when}: {score.words()}{' (best so far)' if best else ''}")
+
+    def interrupted(self, message: str) -> Interrupted:
+        """The error that ends the run in all processes, of which one prints it (`processes.agreed`)."""
+        error = Interrupted(message)
+        vars(error)["agreed"] = True
+        return error
 
 
 class StageRun:
-    """One stage of one run."""
+    """One stage of a run.
 
-    def __init__(
-        self, student: nn.Module, teacher: nn.Module, plan: Plan, number: int, accelerator: Accelerator, judge: Judge,
-        how: How, standing: Standing, record: Record | None, interrupts: Interrupts,
-    ) -> None:  # fmt: skip
-        self.student, self.plan, self.number, self.accelerator = student, plan, number, accelerator
-        self.judge, self.how, self.standing, self.record, self.interrupts = judge, how, standing, record, interrupts
-        self.planned: Planned = plan.stages[number]
-        self.stage = self.planned.stage
-        trainable.trainable(student, self.stage)
-        trainable.set_drop_path(student, self.stage.drop_path)
-        cast(Any, student).set_grad_checkpointing(self.stage.grad_checkpointing)
-        moved = plan.repair is not None or any(p.stage.moves_backbone for p in plan.stages[: number + 1])
-        pairs = self.stage.losses.pairs and self.stage.losses.attention_target == "teacher" and (
-            moved or self.stage.attention != "dense"
-        )  # fmt: skip
-        self.teacher, self.cached = Teacher(teacher, self.stage.losses, pairs), cast(Cached | None, None)
-        self.optimizer = trainable.optimiser(student, self.stage)
-        self.schedule: Scheduler = trainable.schedule(
-            self.optimizer, self.stage, self.planned.steps, self.planned.batches.steps_per_epoch or self.planned.steps
+    Args:
+        context: of the run.
+        number: of the stage, from 0.
+    """
+
+    def __init__(self, context: RunContext, number: int) -> None:
+        self.context, self.number = context, number
+        self.student, self.plan, self.status = context.student, context.plan, context.status
+        self.planned = self.plan.stages[number]
+        self.stage = stage = self.planned.stage
+        trainable.select_parameters(self.student, stage)
+        trainable.set_drop_path(self.student, stage.drop_path)
+        cast(Any, self.student).set_grad_checkpointing(stage.grad_checkpointing)
+        backbone_moved = self.plan.repair is not None or any(
+            planned.stage.moves_backbone for planned in self.plan.stages[: number + 1]
         )
-        self.ema = ModelEmaV3(student, decay=self.stage.ema) if self.stage.ema else None
-        self.keeps = trainable.Keeps(student, self.stage, self.planned.steps)
+        # queries and keys of a student with the teacher's backbone and dense attention are the teacher's
+        differs = backbone_moved or stage.attention != "dense"
+        pairs = stage.losses.pairs and stage.losses.attention_target == "teacher" and differs
+        self.teacher = Teacher(context.teacher, stage.losses, pairs)
+        self.cached_teacher: CachedTeacher | None = None
+        self.steps_per_epoch = self.planned.batches.steps_per_epoch or self.planned.steps
+        self.optimizer = trainable.make_optimiser(self.student, stage)
+        self.lr_schedule = trainable.lr_schedule(self.optimizer, stage, self.planned.steps, self.steps_per_epoch)
+        self.ema = ModelEmaV3(self.student, decay=stage.ema) if stage.ema else None
+        self.keep_schedule = trainable.KeepSchedule(self.student, stage, self.planned.steps)
 
-    def run(self, resume: saved_state.State | None) -> str:
-        """Steps until the stage ends; returns why it stopped before, or ''."""
-        first = self.standing.step
+    def run(self, resume: SavedState | None) -> str:
+        """Runs the steps that are left; returns why the stage stopped before its end, or ''."""
         if resume is not None:
             saved_state.unpack(self.optimizer, resume.part("optimiser"), resume.facts["optimiser"])
             if self.ema is not None:
                 self.ema.module.load_state_dict(resume.part("ema"))
-        if first >= self.planned.steps:
+        first, steps = self.status.step, self.planned.steps
+        if first >= steps:
             return ""
+        accelerator = self.context.accelerator
         if self.stage.cache_teacher:
-            self.cached = Cached(self.teacher, self.planned.images, self.how.folder / f"teacher-{self.number}")
-        lesson, optimizer = self.accelerator.prepare(Lesson(self.student, self.stage), self.optimizer)
-        steps, batches = self.planned.steps, self.planned.batches.from_step(first)
-        per_epoch = self.planned.batches.steps_per_epoch or steps
-        clock, seen = time.monotonic(), 0
+            folder = self.context.options.folder / f"teacher-{self.number}"
+            self.cached_teacher = CachedTeacher(self.teacher, self.planned.images, folder)
+        objective, optimizer = accelerator.prepare(Objective(self.student, self.stage), self.optimizer)
+        batches = self.planned.batches.from_step(first)
+        validate_every = self.steps_per_epoch * self.planned.validate_every
+        start, images = time.monotonic(), 0
         for step in range(first, steps):
-            self.keeps.at(step)
-            self.schedule.step_update(step)
-            with _drawn(self.plan.seed, self.number, step, self.accelerator.device):
+            self.keep_schedule.set_step(step)
+            self.lr_schedule.step_update(step)
+            with _random_numbers(self.plan.seed, self.number, step, accelerator.device):
                 self.student.train()
-                parts = self._step(lesson, optimizer, next(batches))
-            if not _finite(parts):
-                self.keeps.reset()
-                return self._stop(step)
-            self.standing.step, self.standing.done = step + 1, self.standing.done + 1
-            seen += self.stage.batch_size
-            rate = seen / max(1e-9, time.monotonic() - clock)
-            self._tell(step + 1, parts, rate, (step + 1) / per_epoch)
-            every = per_epoch * self.planned.validate_every
-            if step + 1 == steps or (every and (step + 1) % every == 0):
-                self._validate((step + 1) / per_epoch)
+                losses = self._step(objective, optimizer, next(batches))
+            if not _finite(losses):
+                self.keep_schedule.reset()
+                return (
+                    f"stage '{self.stage.name}' stopped at step {step + 1}: its loss is not finite "
+                    "(lower optimiser.lr, or set optimiser.clip_grad)"
+                )
+            self.status.step, self.status.done = step + 1, self.status.done + 1
+            images += self.stage.batch_size
+            epoch = (step + 1) / self.steps_per_epoch
+            self._report(losses, images / max(1e-9, time.monotonic() - start), epoch)
+            if step + 1 == steps or (validate_every and (step + 1) % validate_every == 0):
+                self._validate(epoch)
             self._save_or_stop()
-        self.keeps.reset()
+        self.keep_schedule.reset()
         return ""
 
-    def _step(self, lesson: Forward, optimizer: Any, micros: list[Batch]) -> dict[str, float]:
+    def _step(self, objective: Forward, optimizer: Any, micro_batches: list[Batch]) -> dict[str, float]:
         """One optimiser step; the weighted losses by name, means over its images on all processes."""
+        accelerator, count = self.context.accelerator, len(micro_batches)
         sums: dict[str, Tensor] = {}
-        for i, batch in enumerate(micros):
-            x = batch.x.to(self.accelerator.device)
-            y = None if batch.y is None else batch.y.to(self.accelerator.device)
-            last = i + 1 == len(micros)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(cast(nn.Module, lesson)):
-                with self.accelerator.autocast():
-                    said = self.teacher(x) if self.cached is None else self.cached(x, batch.index)
-                parts = lesson(x, y, said)
-                self.accelerator.backward(torch.stack(list(parts.values())).sum() / len(micros))
-            for name, value in parts.items():
-                sums[name] = sums.get(name, 0) + value.detach() / len(micros)
-        found = self.accelerator.reduce(torch.stack([v.float() for v in sums.values()]), "mean").tolist()
-        parts_found = dict(zip(sums, found, strict=True))
-        if _finite(parts_found):
+        for i, batch in enumerate(micro_batches):
+            x = batch.x.to(accelerator.device)
+            y = None if batch.y is None else batch.y.to(accelerator.device)
+            last = i + 1 == count
+            with contextlib.nullcontext() if last else accelerator.no_sync(cast(nn.Module, objective)):
+                with accelerator.autocast():
+                    teacher = self.cached_teacher(x, batch.index) if self.cached_teacher else self.teacher(x)
+                losses = objective(x, y, teacher)
+                accelerator.backward(torch.stack(list(losses.values())).sum() / count)
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach() / count
+        means = accelerator.reduce(torch.stack([v.float() for v in sums.values()]), "mean").tolist()
+        found = dict(zip(sums, means, strict=True))
+        if _finite(found):
             if self.stage.optimiser.clip_grad is not None:
-                self.accelerator.clip_grad_norm_(self.student.parameters(), self.stage.optimiser.clip_grad)
+                accelerator.clip_grad_norm_(self.student.parameters(), self.stage.optimiser.clip_grad)
             optimizer.step()
             if self.plan.unfolds and self.plan.folds_again and self.stage.moves_predictors:
                 retract(self.student)
             if self.ema is not None:
                 self.ema.update(self.student)
         optimizer.zero_grad()
-        return parts_found
+        return found
 
-    def _tell(self, step: int, parts: dict[str, float], rate: float, epoch: float) -> None:
-        lr, loss = self.optimizer.param_groups[0]["lr"], sum(parts.values())
-        if self.record is not None:
-            row = {"step": self.standing.done, "stage": self.number, "epoch": epoch, "lr": lr, "loss": loss}
-            self.record.step({**row, **parts, "images_per_s": rate})
+    def _report(self, losses: dict[str, float], images_per_s: float, epoch: float) -> None:
+        """A row of the log, and the progress bar."""
+        lr, loss = self.optimizer.param_groups[0]["lr"], sum(losses.values())
+        if self.context.log is not None:
+            row = {"step": self.status.done, "stage": self.number, "epoch": epoch, "lr": lr, "loss": loss}
+            self.context.log.write_step({**row, **losses, "images_per_s": images_per_s})
         label = f"{self.stage.name} {self.number + 1}/{len(self.plan.stages)}"
-        self.how.progress(label, step, self.planned.steps, training_note(loss, lr, rate))
+        note = training_note(loss, lr, images_per_s)
+        self.context.options.listener.progress(label, self.status.step, self.planned.steps, note)
 
     def _validate(self, epoch: float) -> None:
-        """Scores the weights (their running mean, where there is one) and remembers the best."""
-        model, kind = (self.student, "current") if self.ema is None else (self.ema.module, "ema")
-        if self.ema is None:
-            self.keeps.reset()
-        self.standing.compare(model, self.judge, self.record, self.how, epoch, kind)
+        """Validates the running mean of the weights where there is one, else the weights."""
+        if self.ema is not None:
+            self.context.validate(self.ema.module, epoch, "ema")
+        else:
+            self.keep_schedule.reset()
+            self.context.validate(self.student, epoch, "current")
 
     def _save_or_stop(self) -> None:
-        stop = self.interrupts.asked
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor([float(stop)], device=self.accelerator.device)
-            stop = bool(self.accelerator.reduce(flag, "sum").item())
-        late = time.monotonic() - self.standing.saved_at >= 60 * self.how.save_minutes
-        if (stop or late) and processes.main():
+        accelerator, options = self.context.accelerator, self.context.options
+        stop = self.context.interrupts.requested
+        if accelerator.num_processes > 1:
+            flag = torch.tensor([float(stop)], device=accelerator.device)
+            stop = bool(accelerator.reduce(flag, "sum").item())
+        due = time.monotonic() - self.status.saved_at >= 60 * options.save_minutes
+        if (stop or due) and processes.main():
             self._save()
         if stop:
-            processes.barrier()  # a launcher ends all where one has ended: the state is on the disk first
-            stopped = Interrupted(
-                f"interrupted after {self.standing.done} of {self.plan.steps} steps; the state is saved in "
-                f"{self.how.folder}: the same command with --resume goes on"
+            processes.barrier()  # a launcher ends all processes where one has ended: the state is on the disk first
+            raise self.context.interrupted(
+                f"interrupted after {self.status.done} of {self.plan.steps} steps; the state is saved in "
+                f"{options.folder}: the same command with {field('resume')} goes on"
             )
-            vars(stopped)["agreed"] = True  # all processes raise it, one says it
-            raise stopped
 
     def _save(self) -> None:
-        """The state on disk, and the record's rows before it, so that no saved step lacks its row."""
-        s = self.standing
-        if self.record is not None:
-            self.record.flush()
-        moments, values = saved_state.pack(self.optimizer)
-        tensors = saved_state.prefixed("student", self.student.state_dict()) | saved_state.prefixed(
-            "optimiser", moments
-        )
+        """Saves the state; rows of the log first, so that no saved step lacks its row."""
+        status = self.status
+        if self.context.log is not None:
+            self.context.log.flush()
+        optimiser, values = saved_state.pack(self.optimizer)
+        tensors = prefixed("student", self.student.state_dict()) | prefixed("optimiser", optimiser)
         if self.ema is not None:
-            tensors |= saved_state.prefixed("ema", self.ema.module.state_dict())
-        if s.best_weights is not None:
-            tensors |= saved_state.prefixed("best", s.best_weights)
+            tensors |= prefixed("ema", self.ema.module.state_dict())
+        if status.best_weights is not None:
+            tensors |= prefixed("best", status.best_weights)
         facts = {
-            "identity": self.plan.identity, "stage": self.number, "step": s.step, "done": s.done, "optimiser": values,
-            "start": s.start.as_dict(), "best": s.best.as_dict(),
-        }  # fmt: skip
-        saved_state.save(self.how.folder / STATE, saved_state.State(tensors, facts))
-        s.saved_at = time.monotonic()
-
-    def _stop(self, step: int) -> str:
-        return (
-            f"stage '{self.stage.name}' stopped at step {step + 1}: its loss is not finite (lower optimiser.lr, or set "
-            "optimiser.clip_grad)"
-        )
+            **{"identity": self.plan.identity, "stage": self.number, "step": status.step, "done": status.done},
+            **{"optimiser": values, "start": status.start.as_dict(), "best": status.best.as_dict()},
+        }
+        saved_state.save(RunFolder(self.context.options.folder).state, SavedState(tensors, facts))
+        status.saved_at = time.monotonic()
 
 
-def _finite(parts: dict[str, float]) -> bool:
-    return all(map(math.isfinite, parts.values()))
+def _finite(losses: dict[str, float]) -> bool:
+    return all(map(math.isfinite, losses.values()))
 
 
 @contextlib.contextmanager
-def _drawn(seed: int, stage: int, step: int, device: torch.device) -> Iterator[None]:
-    """What a step draws (stochastic depth) depends on seed, stage, step and process alone."""
+def _random_numbers(seed: int, stage: int, step: int, device: torch.device) -> Iterator[None]:
+    """Inside, torch's random numbers (stochastic depth) depend on seed, stage, step and process alone."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(drawn_number(seed, "step", stage, step, processes.rank()) >> 1)
         yield
 
 
 def training_note(loss: float, lr: float, images_per_s: float) -> str:
-    """What stands beside a bar of training: 'loss 0.134  lr 1.9e-04  11.3 images/s'."""
+    """The text beside the progress bar: 'loss 0.134  lr 1.9e-04  11.3 images/s'."""
     return f"loss {loss:#.3g}  lr {lr:.1e}  {images_per_s:.1f} images/s"

@@ -1,12 +1,14 @@
-"""The losses: tensors in, one number out, a mean over the images of the call. No weights, no models."""
+"""The losses: tensors in, one number out, a mean over the images of the call, without weights."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-SMALLEST = 1e-8  # of an estimated attention, where its logarithm is taken
-SOFTNESS = 0.05  # of the step between keys that are kept and dropped, in standard deviations of a row's scores
+from sparsify.measure.accuracy import kl_terms
+
+SMALLEST = 1e-8  # lower bound of an estimated attention in a logarithm
+SOFTNESS = 0.05  # width of the step between kept and dropped keys, in standard deviations of a row's scores
 NEWTON_STEPS = 8  # to the threshold of that step; kept keys add up to b within 0.01 of a key
 
 
@@ -17,12 +19,11 @@ def classification(logits: Tensor, y: Tensor) -> Tensor:
 
 def kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
     """T^2 KL(teacher || student) of class probabilities at temperature T, from logits [B, classes], nats."""
-    t, s = (teacher.float() / temperature).log_softmax(-1), (student.float() / temperature).log_softmax(-1)
-    return temperature**2 * (t.exp() * (t - s)).sum(-1).mean()
+    return temperature**2 * kl_terms(teacher.float() / temperature, student.float() / temperature).sum(-1).mean()
 
 
 def tokens(teacher: Tensor, student: Tensor, present: Tensor | None) -> Tensor:
-    """Mean squared error of patch tokens [B, n, C]; `present` [B, n], bool: those that count, None for all."""
+    """Mean squared error of patch tokens [B, n, C] over those `present`, bool [B, n]; None: all."""
     error = (teacher.float() - student.float()).square().mean(-1)  # (B, n)
     if present is None:
         return error.mean()
@@ -30,7 +31,7 @@ def tokens(teacher: Tensor, student: Tensor, present: Tensor | None) -> Tensor:
 
 
 def features(teacher: Tensor, student: Tensor, present: Tensor | None, prefix: int) -> Tensor:
-    """Squared error of a block's output [B, N, C] as a share of the teacher's squares, image by image.
+    """Relative squared error of a block's output [B, N, C], image by image.
 
     The prefix tokens, which the classifier reads, weigh as much as all patch tokens together. present: see `tokens`.
     """
@@ -39,15 +40,15 @@ def features(teacher: Tensor, student: Tensor, present: Tensor | None, prefix: i
     parts = []
     if prefix < error.shape[1]:
         weight = torch.ones_like(error[:, prefix:]) if present is None else present.float()
-        wrong = (error[:, prefix:] * weight).sum(1) / weight.sum(1).clamp_min(1)
-        parts.append(wrong / size[:, prefix:].mean(1).clamp_min(1e-12))
+        patch_error = (error[:, prefix:] * weight).sum(1) / weight.sum(1).clamp_min(1)
+        parts.append(patch_error / size[:, prefix:].mean(1).clamp_min(1e-12))
     if prefix:
         parts.append(error[:, :prefix].mean(1) / size[:, :prefix].mean(1).clamp_min(1e-12))
     return torch.stack(parts).mean()
 
 
 def pooled(teacher: Tensor, student: Tensor) -> Tensor:
-    """Squared error of pooled features [B, C] as a share of the teacher's squares, image by image."""
+    """Relative squared error of pooled features [B, C], image by image."""
     t, s = teacher.float(), student.float()
     return ((t - s).square().sum(-1) / t.square().sum(-1).clamp_min(1e-12)).mean()
 
@@ -57,8 +58,8 @@ def attention(estimate: Tensor, target: Tensor, form: str, reference_batch: int)
 
     Args:
         form: 'mse-sum': squares summed over heads, rows and keys, times reference_batch, so that the mean over images is
-            the sum over that many of them (Sparsifiner, stage 1); 'kl': KL(target || estimate), the estimate's rows made
-            positive and normalised, nats, mean over rows.
+            the sum over that many images (Sparsifiner, stage 1); 'kl': KL(target || estimate), nats, mean over rows; the
+            estimate's rows are made positive and normalised.
     """
     if form == "mse-sum":
         return (estimate - target).square().sum((1, 2, 3)) * reference_batch
@@ -67,17 +68,16 @@ def attention(estimate: Tensor, target: Tensor, form: str, reference_batch: int)
     return (target * (target.clamp_min(SMALLEST).log() - estimate.log())).sum(-1).mean((1, 2))
 
 
-def over_blocks(errors: list[Tensor], way: str) -> Tensor:
-    """One number of the errors [B] of each block: their mean ('mean') or root mean square ('rms') image by image, and of
-    that the mean over images."""
+def over_blocks(errors: list[Tensor], form: str) -> Tensor:
+    """Mean over images of the mean ('mean') or root mean square ('rms') over blocks of errors [B] of each block."""
     each = torch.stack(errors)  # (blocks, B)
-    return each.mean() if way == "mean" else (each.square().mean(0) + SMALLEST**2).sqrt().mean()
+    return each.mean() if form == "mean" else (each.square().mean(0) + SMALLEST**2).sqrt().mean()
 
 
 def lost_mass(scores: Tensor, target: Tensor, b: int) -> Tensor:
-    """Share of the true attention on keys that scores [..., N] drop, 0 to 1: target [..., N], mean over rows.
+    """Share of the true attention `target` [..., N] on keys that are dropped, 0 to 1, mean over rows.
 
-    Kept are the b highest, with a soft step (`soft_top`) that is `SOFTNESS` of the row's deviation wide.
+    The b highest scores [..., N] are kept, with a soft step (`soft_top`) that is `SOFTNESS` of the row's deviation wide.
     """
     if b >= scores.shape[-1]:
         return (scores * 0).sum()
@@ -88,12 +88,12 @@ def lost_mass(scores: Tensor, target: Tensor, b: int) -> Tensor:
 def soft_top(scores: Tensor, b: int, width: Tensor) -> Tensor:
     """The b highest of scores [..., N] as numbers between 0 and 1 that sum to b: logistic((scores - t) / width).
 
-    The threshold t, which makes them sum to b, is found by Newton steps and moves with the scores: a key comes in only as
-    far as others go out, and lifting all of them changes nothing. (Without that, flat scores would keep the most.)
+    Newton steps find the threshold t for which they sum to b, and t has a gradient: a key gains only what others lose, and
+    raising all scores changes nothing. (With a constant t, flat scores would keep the most.)
 
     Args:
         b: 1 to N - 1.
-        width: > 0, [..., 1]. The narrower, the nearer to 0 and 1.
+        width: > 0, [..., 1]; a narrow one gives numbers near 0 and 1.
     """
     x = scores / width
     x = x - x.detach().topk(b, dim=-1).values[..., -1:]

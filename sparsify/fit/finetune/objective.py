@@ -1,4 +1,4 @@
-"""One training pass: what the teacher says of some images, and how far the student is from it, loss by loss."""
+"""The training objective: outputs of teacher and student for some images, and the weighted loss terms between them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from sparsify.ops.spec import budget
 from sparsify.recipe import Losses, Stage
 
 
-class Said(NamedTuple):
-    """What a model says of images; None or empty where no loss asks.
+class Outputs(NamedTuple):
+    """What the losses read of a model; None or empty where no loss needs it.
 
     Attributes:
         logits: [B, classes], or pooled features of a model without a head.
-        patch: patch tokens behind the final norm, [B, n0, C].
-        blocks: what each block gives, [B, N0, C], and which of its patches are still there, bool [B, n0] or None for all.
-        pairs: q and k of each block that has a sparse attention, by its number, [B, H, N, d] each.
+        patch: patch tokens after the final norm, [B, n0, C].
+        blocks: output of each block, [B, N0, C], and which of its patches are present, bool [B, n0] or None for all.
+        pairs: number, q and k [B, H, N, d] of each block.
     """
 
     logits: Tensor | None = None
@@ -41,28 +41,23 @@ class Teacher:
 
     Args:
         model: dense, on its device.
-        wanted: whose losses decide what is computed.
-        pairs: queries and keys are needed.
+        losses: their weights decide what is computed.
+        pairs: whether queries and keys are needed.
     """
 
-    def __init__(self, model: nn.Module, wanted: Losses, pairs: bool) -> None:
-        self.model, self.wanted, self.pairs = model.eval(), wanted, pairs
-
-    @property
-    def needed(self) -> bool:
-        """Whether any loss looks at what the teacher says."""
-        return self.pairs or max(self.wanted.logits, self.wanted.tokens, self.wanted.features) > 0
+    def __init__(self, model: nn.Module, losses: Losses, pairs: bool) -> None:
+        self.model, self.losses, self.pairs = model.eval(), losses, pairs
 
     @torch.no_grad()
-    def __call__(self, x: Tensor) -> Said:
-        """Images [B, C, H, W] -> what it says of them."""
-        if not self.needed:
-            return Said()
-        return _listen(self.model, x, self.wanted, self.pairs)[0]
+    def __call__(self, x: Tensor) -> Outputs:
+        """Images [B, C, H, W] -> outputs; none are computed where no loss reads them."""
+        if not (self.pairs or max(self.losses.logits, self.losses.tokens, self.losses.features) > 0):
+            return Outputs()
+        return _outputs(self.model, x, self.losses, self.pairs)[0]
 
 
-class Lesson(nn.Module):
-    """The student and its losses: forward(x, y, said) -> the weighted losses by name, scalars, means over the images.
+class Objective(nn.Module):
+    """The student and its losses: forward(x, y, teacher) -> the weighted losses by name, scalars, means over the images.
 
     Args:
         student: sparse.
@@ -74,68 +69,73 @@ class Lesson(nn.Module):
         self.student, self.stage = student, stage
         self.dense = graft.dense_twin(student) if stage.attention == "dense" else None  # over the same parameters
 
-    def forward(self, x: Tensor, y: Tensor | None, said: Said) -> dict[str, Tensor]:
-        """x [B, C, H, W]; y [B, classes] or None; said: the teacher's."""
-        wanted = self.stage.losses
-        own, tokens = _listen(self.dense or self.student, x, wanted, wanted.pairs)
-        parts: dict[str, Tensor] = {}
-        if wanted.classification:
-            parts["classification"] = wanted.classification * losses.classification(
-                cast(Tensor, own.logits), cast(Tensor, y)
-            )
-        if wanted.logits:
-            parts["logits"] = wanted.logits * self._logits(cast(Tensor, said.logits), cast(Tensor, own.logits))
-        if wanted.tokens:
-            error = losses.tokens(cast(Tensor, said.patch), cast(Tensor, own.patch), _present(tokens))
-            parts["tokens"] = wanted.tokens * error
-        if wanted.features:
-            parts["features"] = wanted.features * self._features(said, own)
-        if wanted.pairs:
+    def forward(self, x: Tensor, y: Tensor | None, teacher: Outputs) -> dict[str, Tensor]:
+        """x [B, C, H, W]; y [B, classes] or None."""
+        weights = self.stage.losses
+        student, tokens = _outputs(self.dense or self.student, x, weights, weights.pairs)
+        terms: dict[str, Tensor] = {}
+        if weights.classification:
+            error = losses.classification(cast(Tensor, student.logits), cast(Tensor, y))
+            terms["classification"] = weights.classification * error
+        if weights.logits:
+            error = self._logits(cast(Tensor, teacher.logits), cast(Tensor, student.logits))
+            terms["logits"] = weights.logits * error
+        if weights.tokens:
+            error = losses.tokens(cast(Tensor, teacher.patch), cast(Tensor, student.patch), _present(tokens))
+            terms["tokens"] = weights.tokens * error
+        if weights.features:
+            terms["features"] = weights.features * self._features(teacher, student)
+        if weights.pairs:
             with torch.autocast(x.device.type, enabled=False):  # small differences of large sums: float32
-                parts |= self._attention(said, own)
-        if wanted.basis_l1:
-            parts["basis_l1"] = wanted.basis_l1 * self._basis()
-        return parts
+                terms |= self._attention(teacher, student)
+        if weights.basis_l1:
+            terms["basis_l1"] = weights.basis_l1 * self._basis_l1()
+        return terms
 
     def _logits(self, teacher: Tensor, student: Tensor) -> Tensor:
         if getattr(self.student, "num_classes", 0):
             return losses.kl(teacher, student, self.stage.losses.temperature)
         return losses.pooled(teacher, student)
 
-    def _features(self, said: Said, own: Said) -> Tensor:
+    def _features(self, teacher: Outputs, student: Outputs) -> Tensor:
         prefix = hosts.num_prefix_tokens(self.student)
-        pairs = zip(said.blocks, own.blocks, strict=True)
-        return torch.stack([losses.features(t, s, present, prefix) for (t, _), (s, present) in pairs]).mean()
+        blocks = zip(teacher.blocks, student.blocks, strict=True)
+        return torch.stack([losses.features(t, s, present, prefix) for (t, _), (s, present) in blocks]).mean()
 
-    def _attention(self, said: Said, own: Said) -> dict[str, Tensor]:
-        """The losses of the predictors' attentions, weighted, means over the sparse blocks."""
-        wanted = self.stage.losses
+    def _attention(self, teacher: Outputs, student: Outputs) -> dict[str, Tensor]:
+        """The weighted losses of the predictors' attention, means over the sparse blocks."""
+        weights = self.stage.losses
         modules = list(attention.attention_modules(self.student).values())
-        form = Reconstruction(wanted.coefficients == "all", wanted.basis == "raw")
-        targets = {i: (q, k) for i, q, k in (said.pairs or own.pairs)}
+        form = Reconstruction(weights.coefficients == "all", weights.basis == "raw")
+        targets = {i: (q, k) for i, q, k in (teacher.pairs or student.pairs)}
         errors, lost = [], []
-        for i, q, k in own.pairs:
+        for i, q, k in student.pairs:
             module = modules[i]
-            if isinstance(module, SparseAttention):
-                bias = hosts.position_bias(self.student, module)
-                true = true_attention(*targets[i], module.scale, module.sparsity.prefix, bias)
-                estimate = module.predictor.reconstruct(q, k, module.scale, form, bias)[:, :, module.sparsity.prefix :]
-                if wanted.attention:
-                    errors.append(losses.attention(estimate, true, wanted.attention_form, wanted.reference_batch))
-                if wanted.mass:
-                    b = budget(module.sparsity.keep, true.shape[-1])
-                    lost.append(losses.lost_mass(estimate, true, b))
-        parts = {}
+            if not isinstance(module, SparseAttention):
+                continue
+            keep, prefix = module.sparsity.keep, module.sparsity.prefix
+            bias = hosts.position_bias(self.student, module)
+            true = true_attention(*targets[i], module.scale, prefix, bias)
+            estimate = module.predictor.reconstruct(q, k, module.scale, form, bias)[:, :, prefix:]
+            if weights.attention:
+                errors.append(losses.attention(estimate, true, weights.attention_form, weights.reference_batch))
+            if weights.mass:
+                lost.append(losses.lost_mass(estimate, true, budget(keep, true.shape[-1])))
+        terms = {}
         if errors:
-            parts["attention"] = wanted.attention * losses.over_blocks(errors, wanted.attention_blocks)
+            terms["attention"] = weights.attention * losses.over_blocks(errors, weights.attention_blocks)
         if lost:
-            parts["mass"] = wanted.mass * torch.stack(lost).mean()
-        return parts
+            terms["mass"] = weights.mass * torch.stack(lost).mean()
+        return terms
 
-    def _basis(self) -> Tensor:
+    def _basis_l1(self) -> Tensor:
         modules = attention.sparse_modules(self.student).values()
         bases = [m.predictor.w_up for m in modules if isinstance(m.predictor, TokenLowrankPredictor)]
         return torch.stack([w.abs().sum() for w in bases if w is not None]).sum()
+
+
+Forward = Callable[[Tensor, Tensor | None, Outputs], dict[str, Tensor]]
+"""An `Objective`, or what accelerate makes of it."""
 
 
 @torch.no_grad()
@@ -146,33 +146,31 @@ def true_attention(q: Tensor, k: Tensor, scale: float, prefix: int, bias: Tensor
     return (logits if bias is None else logits + bias[:, :, prefix:].float()).softmax(-1)
 
 
-def _listen(model: nn.Module, x: Tensor, wanted: Losses, pairs: bool) -> tuple[Said, TokenState | None]:
-    """What `model` says of x, as far as the losses want to know it, and what is known of its tokens where they leave.
+def _outputs(model: nn.Module, x: Tensor, weights: Losses, pairs: bool) -> tuple[Outputs, TokenState | None]:
+    """The outputs of `model` that losses with these weights read, and its tokens after the last block where some leave.
 
-    What listens computes nothing: it is gone when gradient checkpointing computes a block again.
+    The hooks are gone when gradient checkpointing computes a block again.
     """
-    outputs: dict[int, Any] = {}  # of the blocks
+    outputs: dict[int, Any] = {}  # by block
     heads: dict[int, tuple[Tensor, Tensor]] = {}  # q and k, by block
     prefix = hosts.num_prefix_tokens(model)
-    hooks = [_keep(block, i, outputs) for i, block in enumerate(cast(Any, model).blocks)] if wanted.features else []
-    listening = watching(model, lambda i, q, k, v: heads.update({i: (q, k)})) if pairs else contextlib.nullcontext()
-    try:
-        with listening:
-            features, own, tokens = _run(model, x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    seen = ((i, q, k) for i, (q, k) in heads.items())
-    blocks = (_whole(out, prefix) for out in outputs.values())
+    with contextlib.ExitStack() as hooks:
+        if weights.features:
+            for i, block in enumerate(cast(Any, model).blocks):
+                hooks.callback(_store_output(block, i, outputs).remove)
+        if pairs:
+            hooks.enter_context(watching(model, lambda i, q, k, v: heads.update({i: (q, k)})))
+        full, read_by_head, tokens = _run(model, x)
     logits = None
-    if wanted.classification or wanted.logits:
-        logits = cast(Any, model).forward_head(own)
-    patch = features[:, prefix:] if wanted.tokens else None
-    return Said(logits, patch, tuple(blocks), tuple(seen)), tokens
+    if weights.classification or weights.logits:
+        logits = cast(Any, model).forward_head(read_by_head)
+    patch = full[:, prefix:] if weights.tokens else None
+    blocks = tuple(_on_full_grid(output, prefix) for output in outputs.values())
+    return Outputs(logits, patch, blocks, tuple((i, q, k) for i, (q, k) in heads.items())), tokens
 
 
 def _run(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, TokenState | None]:
-    """Normed tokens on the full grid, those that the model's own head reads, and what is known of them."""
+    """Normed tokens on the full grid, those that the model's own head reads, and which tokens are present (None: all)."""
     host = cast(Any, model)
     if not isinstance(model, TokensLeave):
         features = host.forward_features(x)
@@ -187,22 +185,18 @@ def _present(tokens: TokenState | None) -> Tensor | None:
     return None if tokens is None or tokens.owner is None else tokens.owner >= 0
 
 
-def _keep(module: nn.Module, key: int, found: dict[int, Any]) -> Any:
-    """A hook that puts what `module` gives into `found`."""
+def _store_output(module: nn.Module, key: int, outputs: dict[int, Any]) -> Any:
+    """A hook that stores the output of `module` under `key`."""
 
     def hook(module: nn.Module, args: Any, out: Any) -> None:
-        found[key] = out
+        outputs[key] = out
 
     return module.register_forward_hook(hook)
 
 
-def _whole(out: Any, prefix: int) -> tuple[Tensor, Tensor | None]:
-    """What a block gives on the full grid, [B, N0, C], and which patches are present."""
-    z, tokens = out if isinstance(out, tuple) else (out, None)
+def _on_full_grid(output: Any, prefix: int) -> tuple[Tensor, Tensor | None]:
+    """A block's output on the full grid, [B, N0, C], and which patches are present."""
+    z, tokens = output if isinstance(output, tuple) else (output, None)
     if tokens is not None:
         z = torch.cat([z[:, :prefix], tokens.spread(z[:, prefix:])], 1)
     return z, _present(tokens)
-
-
-Forward = Callable[[Tensor, Tensor | None, Said], dict[str, Tensor]]
-"""A `Lesson`, or what accelerate makes of it."""

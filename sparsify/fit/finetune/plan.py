@@ -1,4 +1,4 @@
-"""What a run will do, settled before anything is computed: every mistake in a recipe or its data shows here, in one line."""
+"""What a run will do, settled before anything is computed, so that a mistake in a recipe or its data costs no time."""
 
 from __future__ import annotations
 
@@ -10,47 +10,45 @@ from torch import Tensor, nn
 
 from sparsify import processes
 from sparsify.config import SparsityConfig
-from sparsify.errors import UsageError
+from sparsify.errors import UsageError, field
 from sparsify.files import publishable
-from sparsify.fit.calibrate import repair
+from sparsify.fit.calibrate.repair import check_repairable
 from sparsify.fit.finetune import devices, trainable
-from sparsify.fit.finetune.batches import Batches
+from sparsify.fit.finetune.batches import Batches, BatchSettings
 from sparsify.fit.finetune.validation import Labelled
 from sparsify.images import datasets
 from sparsify.images.crops import WithCrops
 from sparsify.images.loaders import Decoded, ImageBatches, Items, Part, Stream
 from sparsify.images.sharing import share
 from sparsify.images.trainset import TrainSet, trainset
+from sparsify.processes import Compute
 from sparsify.recipe import Recipe, Repair, Stage
 
-JUDGE_BATCH = 32  # images that are judged together
-REPAIR_BATCH = 32  # images whose least squares are summed together
+BATCH = 32  # images per forward pass of validation and least squares
 Images = Iterable[Tensor]
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where the images come from and how they are computed.
+class TrainingData:
+    """Images to train and validate on.
 
     Attributes:
-        images: what is learned from (`sparsify.images.trainset`).
-        val: labelled images between the epochs (`sparsify.images.datasets.labelled`); None: a part of `images` is held back.
-        device: cpu, cuda, ...; workers: processes that read images.
-        micro_batch: most images computed together in one process.
+        images: training images (`sparsify.images.trainset`).
+        val: labelled validation images (`sparsify.images.datasets.labelled`); None: a part of `images` is held back.
     """
 
     images: str
     val: str | None = None
-    device: str = "cpu"
-    workers: int = 0
-    micro_batch: int = 64
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A stage with its images: `steps` of its batches; `images` to learn from (0: a stream's).
+class PlannedStage:
+    """A stage with its batches.
 
-    `validate_every`: epochs between two validations; 0: at the end alone.
+    Attributes:
+        steps: optimiser steps.
+        images: training images; 0 for a stream.
+        validate_every: epochs between two validations; 0: at the end alone.
     """
 
     stage: Stage
@@ -62,20 +60,22 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run: its stages, what judges it, and what it must be the same in to be resumed.
+    """A run.
 
     Attributes:
-        judged: gives the images of the judge.
-        judged_on: them in words; note: what was left out, or ''.
-        repair: settings of the least squares before the stages, and its images, float32 [B, C, H, W], read anew at each
-            call; None: none.
-        unfolds: predictors learn that may be folded into qkv; folds_again: they are to be, where it is exact.
-        identity: recipe, data and model, JSON-able.
+        stages: in their order.
+        validation: gives the validation images; `validated_on` describes them.
+        note: what was left out, or ''.
+        precision: see `devices.PRECISIONS`.
+        repair: settings of the least squares before the stages, and their images, float32 [B, C, H, W], read anew by each
+            iteration; None: no least squares.
+        unfolds: predictors that may be folded into qkv are trained; folds_again: and folded afterwards, where that is exact.
+        identity: recipe, data and model, JSON-able; a run is resumed only by one of the same identity.
     """
 
-    stages: tuple[Planned, ...]
-    judged: Labelled
-    judged_on: str
+    stages: tuple[PlannedStage, ...]
+    validation: Labelled
+    validated_on: str
     note: str
     precision: str
     seed: int
@@ -90,8 +90,8 @@ class Plan:
         return sum(planned.steps for planned in self.stages)
 
 
-def plan(model: nn.Module, recipe: Recipe, source: Source, dense_sha256: str) -> Plan:
-    """The run of `recipe` on the images of `source` for the dense `model`.
+def make_plan(model: nn.Module, recipe: Recipe, data: TrainingData, compute: Compute, dense_sha256: str) -> Plan:
+    """The run of `recipe` on `data` for the dense `model`; of `compute` device, micro_batch and workers count.
 
     Raises:
         UsageError: stages that do not fit the model, its sparsity or the processes.
@@ -99,44 +99,60 @@ def plan(model: nn.Module, recipe: Recipe, source: Source, dense_sha256: str) ->
     """
     classes = int(cast(Any, model).num_classes)
     for stage in recipe.stages:
-        check(stage, recipe.sparsity, classes)
+        check_stage(stage, recipe.sparsity, classes)
+    hold_back = 0.0 if data.val is not None else recipe.hold_back
+    if data.val is None and hold_back == 0:
+        raise UsageError(f"hold_back 0 leaves nothing to judge by: give {field('val')} PATH with labelled images")
+    precision = devices.resolve_precision(recipe.precision, compute.device)
     labels = any(stage.losses.classification > 0 for stage in recipe.stages)
-    hold_back = 0.0 if source.val is not None else recipe.hold_back
-    if source.val is None and hold_back == 0:
-        raise UsageError("hold_back 0 leaves nothing to judge by: give --val PATH with labelled images")
-    kind = devices.precision(recipe.precision, source.device)
-    images = trainset(source.images, classes, labels, recipe.seed, hold_back)
-    config = datasets.data_config(model)
-    judged, words = _judged(images, source, config, classes)
+    images = trainset(data.images, classes, labels, recipe.seed, hold_back)
+    preprocessing = datasets.data_config(model)
+    validation, validated_on = _validation_images(images, data, preprocessing, classes, compute.workers)
     stages = []
     for number, stage in enumerate(recipe.stages):
-        batches = Batches(
-            images.learn, stage.augmentation, config, recipe.seed, number, stage.batch_size, processes.world(),
-            processes.rank(), source.micro_batch, source.workers, classes if stage.losses.classification else None,
-            source.images,
-        )  # fmt: skip
         if stage.cache_teacher and images.stream:
             raise UsageError(f"stage '{stage.name}': cache_teacher needs images by number, not a stream")
-        trainable.optimiser(model, stage)  # refused now, not after the calibration
+        settings = BatchSettings(
+            stage.augmentation,
+            preprocessing,
+            seed=recipe.seed,
+            stage=number,
+            batch_size=stage.batch_size,
+            micro_batch=compute.micro_batch,
+            num_classes=classes if stage.losses.classification else None,
+            workers=compute.workers,
+            world=processes.world(),
+            rank=processes.rank(),
+        )
+        batches = Batches(images.learn, settings, data.images)
+        trainable.make_optimiser(model, stage)  # refused now, not after the calibration
         steps = trainable.steps_of(stage, batches.steps_per_epoch)
-        known = 0 if images.stream else len(cast(Items, images.learn))
-        every = stage.validate_every or (0 if source.val is None else 1)
-        stages.append(Planned(stage, batches, steps, known, every))
-    identity = {
-        "recipe": recipe.model_dump(mode="json"), "data": images.digest, "dense": dense_sha256, "val": source.val or "",
-        "precision": kind,
-    }  # fmt: skip
-    learns = recipe.sparsity.predictor == "head-lowrank" and any(
-        stage.moves_predictors and stage.losses.pairs for stage in recipe.stages
-    )
+        count = 0 if images.stream else len(cast(Items, images.learn))
+        every = stage.validate_every or (0 if data.val is None else 1)
+        stages.append(PlannedStage(stage, batches, steps, count, every))
+    head_lowrank = recipe.sparsity.predictor == "head-lowrank"
+    unfolds = head_lowrank and any(stage.moves_predictors and stage.losses.pairs for stage in recipe.stages)
     return Plan(
-        stages=tuple(stages), judged=judged, judged_on=words, note=images.note, precision=kind, seed=recipe.seed,
-        repair=_repaired(model, recipe, images, source, config), unfolds=learns,
-        folds_again=learns and recipe.sparsity.fold, identity=identity,
-    )  # fmt: skip
+        stages=tuple(stages),
+        validation=validation,
+        validated_on=validated_on,
+        note=images.note,
+        precision=precision,
+        seed=recipe.seed,
+        repair=_repair_images(model, recipe, images, data, preprocessing, compute.workers),
+        unfolds=unfolds,
+        folds_again=unfolds and recipe.sparsity.fold,
+        identity={
+            "recipe": recipe.model_dump(mode="json"),
+            "data": images.digest,
+            "dense": dense_sha256,
+            "val": data.val or "",
+            "precision": precision,
+        },
+    )
 
 
-def check(stage: Stage, sparsity: SparsityConfig, classes: int) -> None:
+def check_stage(stage: Stage, sparsity: SparsityConfig, classes: int) -> None:
     """Raise `UsageError` where a stage does not fit what is trained; `classes`: outputs of the model, 0 for features."""
     name, losses = f"stage '{stage.name}'", stage.losses
     if losses.classification > 0 and not classes:
@@ -160,34 +176,33 @@ def check(stage: Stage, sparsity: SparsityConfig, classes: int) -> None:
         )
 
 
-def _repaired(
-    model: nn.Module, recipe: Recipe, images: TrainSet, source: Source, config: dict[str, Any]
+def _repair_images(
+    model: nn.Module, recipe: Recipe, images: TrainSet, data: TrainingData, preprocessing: dict[str, Any], workers: int
 ) -> tuple[Repair, Images] | None:
     if recipe.repair is None:
         return None
-    repair.check(model)
+    check_repairable(model)
     n = recipe.repair.images
     if images.stream:
-        stream = Stream(cast(Any, images.learn), datasets.transform(config), n)
-        return recipe.repair, ImageBatches(stream, REPAIR_BATCH, 0, place=source.images)
+        dataset: Any = Stream(cast(Any, images.learn), datasets.transform(preprocessing), n)
+        return recipe.repair, ImageBatches(dataset, BATCH, 0, place=data.images)
     learn = cast(Items, images.learn)
-    some = WithCrops(Part(learn, datasets.draw(len(learn), n, recipe.seed)), n, config, recipe.seed)
-    return recipe.repair, ImageBatches(some, REPAIR_BATCH, source.workers, place=source.images)
+    dataset = WithCrops(Part(learn, datasets.draw(len(learn), n, recipe.seed)), n, preprocessing, recipe.seed)
+    return recipe.repair, ImageBatches(dataset, BATCH, workers, place=data.images)
 
 
-def _judged(images: TrainSet, source: Source, config: dict[str, Any], classes: int) -> tuple[Labelled, str]:
-    transform = datasets.transform(config)
-    if source.val is not None:
-        found = share(datasets.labelled(source.val, classes, transform, JUDGE_BATCH, source.workers))
-        return lambda: iter(found), f"the labelled images of {publishable(source.val)}"
+def _validation_images(
+    images: TrainSet, data: TrainingData, preprocessing: dict[str, Any], classes: int, workers: int
+) -> tuple[Labelled, str]:
+    """This process's share of the validation images, and a description of all of them."""
+    transform = datasets.transform(preprocessing)
+    if data.val is not None:
+        labelled = share(datasets.labelled(data.val, classes, transform, BATCH, workers))
+        return lambda: iter(labelled), f"the labelled images of {publishable(data.val)}"
     if images.stream:
         dataset: Any = Stream(cast(Any, images.held), transform)
-        words = f"the first images of {publishable(source.images)}"
+        described, workers = f"the first images of {publishable(data.images)}", 0
     else:
-        held = cast(Items, images.held)
-        dataset, words = (
-            Decoded(held, transform),
-            f"{len(held)} images of {publishable(source.images)} that nothing learns from",
-        )
-    workers = 0 if images.stream else source.workers
-    return share(ImageBatches(dataset, JUDGE_BATCH, workers, place=source.images)).pairs, words
+        dataset = Decoded(cast(Items, images.held), transform)
+        described = f"{len(dataset)} images of {publishable(data.images)} that nothing learns from"
+    return share(ImageBatches(dataset, BATCH, workers, place=data.images)).pairs, described

@@ -9,90 +9,87 @@ from typing import Any, cast
 from torch import nn
 
 from sparsify import processes
-from sparsify.errors import Interrupted
+from sparsify.errors import field
 from sparsify.fit.calibrate.repair import repair
-from sparsify.fit.finetune import devices, saved_state, trainable
+from sparsify.fit.finetune import devices, trainable
 from sparsify.fit.finetune.interrupts import Interrupts
-from sparsify.fit.finetune.log import Record
-from sparsify.fit.finetune.loop import StageRun
+from sparsify.fit.finetune.log import TrainingLog
+from sparsify.fit.finetune.loop import RunContext, StageRun
 from sparsify.fit.finetune.plan import Plan
-from sparsify.fit.finetune.run_status import How, Outcome, Standing
-from sparsify.fit.finetune.validation import Judge
+from sparsify.fit.finetune.run_status import RunOptions, RunResult, RunStatus
+from sparsify.fit.finetune.saved_state import SavedState
+from sparsify.fit.finetune.validation import Validator
 from sparsify.nn.folding import unfold
 
 
 def finetune(
-    student: nn.Module, teacher: nn.Module, plan: Plan, how: How, resume: saved_state.State | None = None
-) -> Outcome:
+    student: nn.Module, teacher: nn.Module, plan: Plan, options: RunOptions, resume: SavedState | None = None
+) -> RunResult:
     """Runs the stages of `plan` and leaves the best weights in `student`.
 
     Args:
-        student: sparse, as calibrated; trained in place. Predictors that learn are unfolded.
+        student: sparse, as calibrated; trained in place. Predictors that are trained are unfolded.
         teacher: the dense model that it was made from.
-        resume: a state that a former call with the same arguments saved.
+        resume: a state that an earlier call with the same arguments saved.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
     begun = time.monotonic()
-    accelerator = devices.accelerator(plan.precision, how.device)
-    device = accelerator.device
-    student.to(device)
-    teacher.to(device).eval()
+    accelerator = devices.accelerator(plan.precision, options.device)
+    student.to(accelerator.device)
+    teacher.to(accelerator.device).eval()
     if plan.unfolds:
         unfold(student)
-    judge = Judge(plan.judged, teacher, str(device))
-    standing = Standing.of(judge(student), resume)
+    validator = Validator(plan.validation, teacher, str(accelerator.device))
+    status = RunStatus.of(validator(student), resume)
     if resume is not None:
         student.load_state_dict(resume.part("student"))
     stopped = ""
-    with Interrupts() as interrupts, _record(plan, how, resume) as record:
-        if resume is None and record is not None:
-            record.validation(standing.row(0.0, standing.start, "start", True))
+    with Interrupts() as interrupts, _training_log(plan, options, resume) as log:
+        context = RunContext(student, teacher, plan, options, accelerator, validator, status, log, interrupts)
+        if resume is None and log is not None:
+            log.write_validation(status.row(0.0, status.start, "start", True))
         if resume is None and plan.repair is not None:
-            _repair(student, teacher, plan, how, judge, standing, record, interrupts)
-        for number in range(standing.stage, len(plan.stages)):
-            standing.stage, resumed = number, resume
+            _repair(context)
+        for number in range(status.stage, len(plan.stages)):
+            status.stage, resumed = number, resume
             if resume is None or resume.facts["stage"] != number:
-                standing.step, resumed = 0, None
-            run = StageRun(student, teacher, plan, number, accelerator, judge, how, standing, record, interrupts)
-            stopped = run.run(resumed)
+                status.step, resumed = 0, None
+            stopped = StageRun(context, number).run(resumed)
             if stopped:
                 break
-    if standing.best_weights is not None:
-        student.load_state_dict(standing.best_weights)
+    if status.best_weights is not None:
+        student.load_state_dict(status.best_weights)
     student.requires_grad_(True).eval()
     trainable.set_drop_path(student, 0.0)
     cast(Any, student).set_grad_checkpointing(False)
     processes.barrier()
-    seconds = time.monotonic() - begun
-    changed = standing.best_weights is not None
-    return Outcome(standing.start, standing.best, changed, standing.done, seconds, stopped)
+    seconds, changed = time.monotonic() - begun, status.best_weights is not None
+    return RunResult(status.start, status.best, changed, status.done, seconds, stopped)
 
 
-def _repair(
-    student: nn.Module, teacher: nn.Module, plan: Plan, how: How, judge: Judge, standing: Standing, record: Record | None,
-    interrupts: Interrupts,
-) -> None:  # fmt: skip
-    """The least squares before the first stage; its outcome is the first to be compared with what came in."""
-    assert plan.repair is not None
-    settings, images = plan.repair
+def _repair(context: RunContext) -> None:
+    """The least squares before the first stage, and the first validation."""
+    assert context.plan.repair is not None
+    student, options, (settings, images) = context.student, context.options, context.plan.repair
+
+    def report(step: str, done: int, total: int) -> None:
+        if context.interrupts.requested:
+            raise context.interrupted(
+                f"interrupted before the first step: {field('resume')} goes on from what is in {options.folder}"
+            )
+        options.listener.progress(step, done, total, "blocks")
+
     student.eval()
-
-    def tell(step: str, done: int, total: int) -> None:
-        if interrupts.asked:
-            stopped = Interrupted(f"interrupted before the first step: --resume goes on from what is in {how.folder}")
-            vars(stopped)["agreed"] = True  # a launcher tells all processes
-            raise stopped
-        how.progress(step, done, total, "blocks")
-
     batches = (x.to(next(student.parameters()).device) for x in images)
-    repair(student, teacher, batches, settings, tell)
-    standing.compare(student, judge, record, how, 0.0, "repaired")
+    repair(student, context.teacher, batches, settings, report)
+    context.validate(student, 0.0, "repaired")
 
 
-def _record(plan: Plan, how: How, resume: saved_state.State | None) -> Any:
+def _training_log(plan: Plan, options: RunOptions, resume: SavedState | None) -> Any:
+    """The log, as a context manager; None in all processes but the main one."""
     if not processes.main():
         return contextlib.nullcontext()
     names = [planned.stage.name for planned in plan.stages]
-    return Record(how.folder, names, None if resume is None else resume.facts["done"], how.say)
+    return TrainingLog(options.folder, names, None if resume is None else resume.facts["done"], options.listener.say)

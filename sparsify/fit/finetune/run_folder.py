@@ -1,10 +1,10 @@
-"""The folder of a run: what a killed one needs to go on, and what a finished one leaves.
+"""The folder of a run: what a killed run needs to be resumed, and what a finished run leaves.
 
-run.json            what the run must be the same in to be resumed
+run.json            identity of the run (`Plan.identity`)
 recipe.yaml         the resolved recipe
-start.safetensors   the model before the first step       } gone when the run is finished
-state.safetensors   where it stood when last saved        }
-metrics.csv, validation.csv, tensorboard/, curve.png
+start.safetensors   the model before the first step       } removed when the run is finished
+state.safetensors   the state when last saved             }
+metrics.csv, validation.csv, tensorboard/, curve.png      (`log`)
 model.safetensors   the final file
 """
 
@@ -17,11 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsify.errors import BadFile, UsageError, one_line
-from sparsify.files import whole
+from sparsify.errors import BadFile, UsageError, field, one_line
+from sparsify.files import write_text
 from sparsify.fit.finetune import saved_state
+from sparsify.fit.finetune.saved_state import SavedState
 
-HALF = (".*.*.????????", ".tmp*")  # files that a kill left half-written: `sparsify.files`'s and safetensors' own
+PARTIAL = (".*.*.????????", ".tmp*")  # files that a kill left half-written: of `sparsify.files` and of safetensors
 
 
 class RunFolder:
@@ -35,40 +36,41 @@ class RunFolder:
 
     @property
     def unfinished(self) -> bool:
-        """Whether a run began here and did not end."""
+        """Whether a run began here and is not finished."""
         return self.facts.exists() and self.start.exists()
 
     def open(
         self, identity: dict[str, Any], resume: bool, force: bool, say: Callable[[str], None]
-    ) -> tuple[bool, saved_state.State | None]:
-        """Whether the start model is to be read from here, and the state to go on from (None: the first step).
+    ) -> tuple[bool, SavedState | None]:
+        """Whether the start model is to be read from here, and the state to resume from (None: the first step).
 
         Raises:
             BadFile: an unfinished run lies here and neither `resume` nor `force` is given; a damaged state.
-            UsageError: the run to be resumed differs in recipe, data or model.
+            UsageError: the run to be resumed has another recipe, data or model.
         """
         if not resume:
             if self.unfinished and not force:
                 raise BadFile(
-                    f"{self.path} holds an unfinished run: --resume goes on with it, --force throws it away, another "
-                    "--output leaves it"
+                    f"{self.path} holds an unfinished run: {field('resume')} goes on with it, {field('force')} throws it "
+                    f"away, another {field('output')} leaves it"
                 )
             return False, None
         if not self.unfinished:
             say(f"nothing to resume in {self.path}: starting anew")
             return False, None
-        former = self._former()
-        if difference := _difference(former, json.loads(json.dumps(identity)), ""):
-            raise UsageError(f"{self.path} is another run ({difference}): resume it as it was, or give --force instead")
+        if difference := _difference(self._identity(), json.loads(json.dumps(identity)), ""):
+            raise UsageError(
+                f"{self.path} is another run ({difference}): resume it as it was, or give {field('force')} instead"
+            )
         if not self.state.exists():
             say(f"{self.path}: no state was saved yet, going on from its calibrated model")
             return True, None
-        found = saved_state.load(self.state)
-        say(f"resuming {self.path} after {found.facts['done']} steps")
-        return True, found
+        state = saved_state.load(self.state)
+        say(f"resuming {self.path} after {state.facts['done']} steps")
+        return True, state
 
     def begin(self, identity: dict[str, Any], recipe: str) -> None:
-        """Makes the folder for a new run; what an older one left is removed.
+        """Makes the folder for a new run; what an older run left is removed.
 
         Raises:
             BadFile: it cannot be written.
@@ -78,56 +80,51 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadFile(f"cannot write {self.path}: {one_line(error)}") from error
-        for path, text in ((self.facts, json.dumps(identity, indent=1)), (self.recipe, recipe)):
-            with whole(path) as temporary:
-                Path(temporary).write_text(text, encoding="utf-8")
+        write_text(self.facts, json.dumps(identity, indent=1))
+        write_text(self.recipe, recipe)
 
     def finish(self, model: Path) -> None:
-        """Takes in the final file (a link where the file system has them) and removes what only a resumption needs."""
+        """Adds the final file (a hard link where the file system has them) and removes what only resuming needs."""
         self.model.unlink(missing_ok=True)
         try:
             os.link(model, self.model)
         except OSError:
             shutil.copyfile(model, self.model)
-        self._remove(self.start, self.state, *self._left())
+        self._remove()
 
     def clear(self) -> None:
         """Removes what a run leaves here, and nothing else."""
         names = ("metrics.csv", "validation.csv", "curve.png", "tensorboard")
-        self._remove(
-            self.start, self.state, self.facts, self.recipe, self.model, *(self.path / name for name in names),
-            *self._left(),
-        )  # fmt: skip
+        self._remove(self.facts, self.recipe, self.model, *(self.path / name for name in names))
 
-    def _left(self) -> list[Path]:
-        return [path for pattern in ("teacher-*", *HALF) for path in self.path.glob(pattern)]
-
-    def _former(self) -> Any:
+    def _identity(self) -> Any:
+        """Of the run that lies here."""
         try:
             return json.loads(self.facts.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise BadFile(f"{self.facts} cannot be read ({one_line(error)}): start anew with --force") from None
+            message = f"{self.facts} cannot be read ({one_line(error)}): start anew with {field('force')}"
+            raise BadFile(message) from None
 
     def _remove(self, *paths: Path) -> None:
-        for path in paths:
+        """Removes `paths` and what only an unfinished run needs."""
+        rest = [path for pattern in ("teacher-*", *PARTIAL) for path in self.path.glob(pattern)]
+        for path in (self.start, self.state, *paths, *rest):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
 
 
-def _difference(former: Any, now: Any, place: str) -> str:
-    """The first field in which two identities differ, in words; '' where they are the same."""
+def _difference(former: Any, now: Any, name: str) -> str:
+    """The first field in which two identities differ, as text; '' where they are the same. `name`: of what is compared."""
     if isinstance(former, dict) and isinstance(now, dict):
         pairs = [(key, former.get(key), now.get(key)) for key in [*former, *(k for k in now if k not in former)]]
     elif isinstance(former, list) and isinstance(now, list) and len(former) == len(now):
         pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(former, now, strict=True))]
     else:
-        if former == now:
-            return ""
-        return f"{place} was {_short(former)}, is {_short(now)}"
-    inside = (_difference(a, b, f"{place}.{key}".lstrip(".")) for key, a, b in pairs)
-    return next((found for found in inside if found), "")
+        return "" if former == now else f"{name} was {_short(former)}, is {_short(now)}"
+    inside = (_difference(a, b, f"{name}.{key}".lstrip(".")) for key, a, b in pairs)
+    return next(filter(None, inside), "")
 
 
 def _short(value: Any) -> str:

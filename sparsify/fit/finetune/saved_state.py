@@ -1,6 +1,6 @@
-"""The state of a run on disk: everything that its next step depends on, in one safetensors file, whole or the former one.
+"""The state of a run on disk: all that its next step depends on, in one safetensors file.
 
-What is drawn at random in a step depends on the seed and the step alone, so no generator has to be saved.
+Random numbers of a step depend on the seed and the step alone, so no generator has to be saved.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsify.errors import BadFile, one_line
+from sparsify.errors import BadFile, field, one_line
 from sparsify.files import whole
 
 FORMAT = "1"
 GROUP = "group"  # of parameters: some optimisers keep a tensor there
 
 
-class State(NamedTuple):
+class SavedState(NamedTuple):
     """Where a run stands.
 
     Attributes:
-        tensors: student, running mean, best so far and moments of the optimiser, by names with these prefixes: `student.`,
-            `ema.`, `best.`, `optimiser.`.
+        tensors: of the student, the running mean of its weights, the best weights so far, and the optimiser; names have the
+            prefixes `student.`, `ema.`, `best.`, `optimiser.`.
         facts: JSON-able: stage, step within it, steps in all, the optimiser's other values, scores, identity of the run.
     """
 
@@ -44,18 +44,18 @@ def prefixed(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{name}.{key}": t.detach().cpu().contiguous() for key, t in tensors.items()}
 
 
-def save(path: Path, state: State) -> None:
-    """Writes the state; killed at any moment, the file is the former one or this one.
+def save(path: Path, state: SavedState) -> None:
+    """Writes the state; whenever the process is killed, the file holds the former state or this one.
 
     Raises:
         BadFile: it cannot be written.
     """
-    own = {key: t.clone() for key, t in state.tensors.items()}  # safetensors refuses tensors that share memory
+    copies = {key: t.clone() for key, t in state.tensors.items()}  # safetensors refuses tensors that share memory
     with whole(path) as temporary:
-        save_file(own, temporary, metadata={"format": "pt", "run": FORMAT, "facts": json.dumps(state.facts)})
+        save_file(copies, temporary, metadata={"format": "pt", "run": FORMAT, "facts": json.dumps(state.facts)})
 
 
-def load(path: Path) -> State:
+def load(path: Path) -> SavedState:
     """The state that `save` wrote.
 
     Raises:
@@ -67,15 +67,16 @@ def load(path: Path) -> State:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if meta.get("run") != FORMAT:
             raise ValueError("another format")
-        return State(tensors, json.loads(meta["facts"]))
+        return SavedState(tensors, json.loads(meta["facts"]))
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise BadFile(f"{path} is no saved run ({one_line(error)}): start anew with --force") from None
+        raise BadFile(f"{path} is no saved run ({one_line(error)}): start anew with {field('force')}") from None
 
 
 def pack(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimiser's state as named tensors and JSON-able values."""
     state = optimizer.state_dict()
-    tensors, values = {}, {}
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
     for index, entries in state["state"].items():
         for key, value in entries.items():
             if isinstance(value, Tensor):
@@ -90,23 +91,18 @@ def pack(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str,
 
 
 def unpack(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Puts back what `pack` took, into an optimiser over the same parameters."""
+    """Restores what `pack` returned, in an optimiser over the same parameters."""
     state: dict[int, dict[str, Any]] = {}
-    own_tensors: list[dict[str, Tensor]] = [{} for _ in facts["groups"]]
+    group_tensors: list[dict[str, Tensor]] = [{} for _ in facts["groups"]]
     for name, value in [*facts["values"].items(), *tensors.items()]:
         index, _, key = name.partition(".")
         if index.startswith(GROUP):
-            own_tensors[int(index.removeprefix(GROUP))][key] = value
+            group_tensors[int(index.removeprefix(GROUP))][key] = value
         else:
             state.setdefault(int(index), {})[key] = value
-    former = optimizer.state_dict()["param_groups"]
-    groups = [
-        {
-            **own,
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()},
-            **more,
-            "params": own["params"],
-        }
-        for own, saved, more in zip(former, facts["groups"], own_tensors, strict=True)
-    ]
+    groups = []
+    fresh = optimizer.state_dict()["param_groups"]
+    for group, saved, saved_tensors in zip(fresh, facts["groups"], group_tensors, strict=True):
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}  # JSON makes lists of tuples
+        groups.append({**group, **values, **saved_tensors, "params": group["params"]})
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,4 +1,4 @@
-"""What a stage moves, and with what: trainable parameters, optimiser, learning rate, running mean, keep."""
+"""What a stage trains, and how: parameters, optimiser, learning rate, stochastic depth, keep."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from sparsify.nn import attention
 from sparsify.recipe import Anneal, Stage
 
 
-def trainable(model: nn.Module, stage: Stage) -> list[str]:
-    """Names of the parameters that a stage may move; everything else is frozen, in place.
+def select_parameters(model: nn.Module, stage: Stage) -> list[str]:
+    """Names of the parameters that a stage trains; all others are frozen, in place.
 
-    The predictors are moved only by the losses that reach them: the choice of keys has no gradient.
+    Predictors are trained only by the losses that reach them: the choice of keys has no gradient.
 
     Raises:
         UsageError: there are none.
     """
     predictors = stage.moves_predictors and stage.losses.predictors
     inside = tuple(f"{name}.predictor." for name in attention.sparse_modules(model))
-    backbone: tuple[str, ...] = ("",) if stage.moves_backbone else ()
+    backbone: tuple[str, ...] = ("",) if stage.moves_backbone else ()  # every name starts with ''
     if stage.train == "attention":
         backbone = tuple(f"{name}." for name in attention.attention_modules(model))
     names = []
     for name, parameter in model.named_parameters():
-        moves = predictors if name.startswith(inside) else name.startswith(backbone)  # every name starts with ''
-        parameter.requires_grad_(moves)
-        names += [name] if moves else []
+        trained = predictors if name.startswith(inside) else name.startswith(backbone)
+        parameter.requires_grad_(trained)
+        names += [name] if trained else []
     if not names:
         raise UsageError(
             f"stage '{stage.name}' trains nothing: this model's predictors have no parameters of their own"
@@ -43,26 +43,23 @@ def trainable(model: nn.Module, stage: Stage) -> list[str]:
     return names
 
 
-def optimiser(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
+def make_optimiser(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
     """timm's optimiser over the trainable parameters of `model`.
 
     Raises:
         UsageError: timm has no such optimiser, or it refuses an argument.
     """
-    o = stage.optimiser
-    options: dict[str, Any] = {} if o.betas is None else {"betas": o.betas}
-    if o.eps is not None:
-        options["eps"] = o.eps
+    options = stage.optimiser.model_dump(exclude={"name", "clip_grad"})
+    for name in ("betas", "eps"):
+        if options[name] is None:
+            del options[name]
     try:
-        return create_optimizer_v2(
-            model, opt=o.name, lr=o.lr, weight_decay=o.weight_decay, momentum=o.momentum, layer_decay=o.layer_decay,
-            **options,
-        )  # fmt: skip
+        return create_optimizer_v2(model, opt=stage.optimiser.name, **options)
     except Exception as error:
-        raise UsageError(f"stage '{stage.name}', optimiser '{o.name}': {one_line(error)}") from None
+        raise UsageError(f"stage '{stage.name}', optimiser '{stage.optimiser.name}': {one_line(error)}") from None
 
 
-def schedule(optimizer: torch.optim.Optimizer, stage: Stage, steps: int, steps_per_epoch: int) -> Scheduler:
+def lr_schedule(optimizer: torch.optim.Optimizer, stage: Stage, steps: int, steps_per_epoch: int) -> Scheduler:
     """timm's schedule of the learning rate by optimiser steps (`step_update`)."""
     s = stage.schedule
     warmup = min(steps - 1, max(round(s.warmup * steps_per_epoch), round(s.warmup_share * steps)))
@@ -73,10 +70,10 @@ def schedule(optimizer: torch.optim.Optimizer, stage: Stage, steps: int, steps_p
 
 
 def steps_of(stage: Stage, steps_per_epoch: int | None) -> int:
-    """Optimiser steps of a stage.
+    """Optimiser steps of a stage; steps_per_epoch None: of a stream.
 
     Raises:
-        UsageError: epochs of a stream, whose length nobody knows.
+        UsageError: epochs of a stream, whose length is not known.
     """
     if steps_per_epoch is None:
         if stage.steps is None:
@@ -87,7 +84,7 @@ def steps_of(stage: Stage, steps_per_epoch: int | None) -> int:
 
 
 def set_drop_path(model: nn.Module, rate: float) -> None:
-    """Stochastic depth, rising linearly from 0 to `rate` over the blocks, in place; 0 takes it out."""
+    """Stochastic depth, rising linearly from 0 to `rate` over the blocks, in place; 0 removes it."""
     blocks = list(cast(Any, model).blocks)
     for i, block in enumerate(blocks):
         share = rate * i / max(1, len(blocks) - 1)
@@ -96,26 +93,26 @@ def set_drop_path(model: nn.Module, rate: float) -> None:
                 setattr(block, name, DropPath(share) if share > 0 else nn.Identity())
 
 
-class Keeps:
-    """The share of keys that each block keeps while a stage goes on: the model's own, a number, or annealed to its own."""
+class KeepSchedule:
+    """The keep of each block during a stage: the model's own, a number, or annealed from a number to the model's own."""
 
     def __init__(self, model: nn.Module, stage: Stage, steps: int) -> None:
         self.modules = list(attention.sparse_modules(model).values())
-        self.own = [module.sparsity.keep for module in self.modules]
+        self.targets = [module.sparsity.keep for module in self.modules]
         self.keep, self.steps = stage.keep, steps
 
-    def at(self, step: int) -> None:
-        """Sets the shares for a step, counted from 0."""
+    def set_step(self, step: int) -> None:
+        """Sets the keeps for a step, counted from 0."""
         if self.keep is None:
             return
-        for module, own in zip(self.modules, self.own, strict=True):
-            now = self.keep
-            if isinstance(now, Anneal):
-                left = max(0.0, 1 - step / max(1.0, now.until * self.steps))
-                now = own + (max(own, now.start) - own) * left
-            module.sparsity = dataclasses.replace(module.sparsity, keep=now)
+        for module, target in zip(self.modules, self.targets, strict=True):
+            keep = self.keep
+            if isinstance(keep, Anneal):
+                remaining = max(0.0, 1 - step / max(1.0, keep.until * self.steps))
+                keep = target + (max(target, keep.start) - target) * remaining
+            module.sparsity = dataclasses.replace(module.sparsity, keep=keep)
 
     def reset(self) -> None:
-        """The model's own shares again."""
-        for module, own in zip(self.modules, self.own, strict=True):
-            module.sparsity = dataclasses.replace(module.sparsity, keep=own)
+        """Sets the model's own keeps."""
+        for module, target in zip(self.modules, self.targets, strict=True):
+            module.sparsity = dataclasses.replace(module.sparsity, keep=target)

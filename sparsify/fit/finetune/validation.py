@@ -1,4 +1,4 @@
-"""Which weights are better, on images that nothing learns from: as sparse as they will be served, beside the teacher."""
+"""Which weights are better, on images that nothing is trained on: a sparse model in its sparse form beside the teacher."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Labelled = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
-class Score:
-    """How a model did.
+class ValidationScore:
+    """Figures of a model on the validation images.
 
     Attributes:
         kl: KL(dense || sparse), nats, mean over images; of models without a head the relative squared error of features.
-        agreement: percent of images with the dense model's answer; None without a head.
-        top1: percent right; None without labels.
-        images: judged.
+        agreement: percent of images with the dense model's top-1 class; None without a head.
+        top1: percent; None without labels.
+        images: how many were scored.
     """
 
     kl: float
@@ -34,7 +34,7 @@ class Score:
     top1: float | None
     images: int
 
-    def better_than(self, other: Score) -> bool:
+    def better_than(self, other: ValidationScore) -> bool:
         """Higher top-1 where there are labels, then lower KL; a score that is not a number is never better."""
         if self.kl != self.kl:
             return False
@@ -43,67 +43,69 @@ class Score:
         return self.kl < other.kl or other.kl != other.kl
 
     def words(self) -> str:
-        """For a line at the terminal."""
-        parts = [] if self.top1 is None else [f"top-1 {self.top1:.2f} %"]
-        parts += [f"feature error {self.kl:.4f}"] if self.agreement is None else [
-            f"agreement {self.agreement:.2f} %", f"KL {self.kl:.4f}",
-        ]  # fmt: skip
-        return ", ".join(parts)
+        """The score as text for the terminal."""
+        if self.agreement is None:
+            parts = [f"feature error {self.kl:.4f}"]
+        else:
+            parts = [f"agreement {self.agreement:.2f} %", f"KL {self.kl:.4f}"]
+        return ", ".join([*([] if self.top1 is None else [f"top-1 {self.top1:.2f} %"]), *parts])
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-class Judge:
-    """Scores models on the same images; every process takes the batches that are its own.
+@dataclass
+class _Sums:
+    """Sums over the images of one process."""
+
+    logits: Logits = field(default_factory=Logits)
+    error: float = 0.0  # relative squared error of the output
+    images: int = 0
+    labelled: int = 0
+
+
+class Validator:
+    """Scores models on the same images. Every process must call it; each computes its share of the images.
 
     Args:
         images: this process's share.
-        teacher: dense model on `device`; its answers are computed once and kept (images x classes numbers).
+        teacher: dense model on `device`; its outputs are computed once and kept (images x classes numbers).
     """
 
     def __init__(self, images: Labelled, teacher: nn.Module, device: str) -> None:
         self.images, self.teacher, self.device = images, teacher, device
-        self.answers: list[Tensor] = []
+        self.teacher_outputs: list[Tensor] = []
 
     @torch.inference_mode()
-    def __call__(self, model: nn.Module) -> Score:
-        """The score of a sparse model, computed in its sparse form; it is left in the mode that it was in."""
-        training, first = model.training, not self.answers
-        part = Part()
+    def __call__(self, model: nn.Module) -> ValidationScore:
+        """The score of a sparse model in its sparse form. Its training mode is restored."""
+        training, first = model.training, not self.teacher_outputs
+        sums = _Sums()
         model.eval()
         with execution.sparse_form(model):
             for i, (x, y) in enumerate(self.images()):
                 x = x.to(self.device)
                 if first:
-                    self.answers.append(self.teacher(x).float().cpu())
-                own = model(x).float().cpu()
+                    self.teacher_outputs.append(self.teacher(x).float().cpu())
+                teacher, student = self.teacher_outputs[i], model(x).float().cpu()
                 if getattr(model, "num_classes", 0):
-                    part.logits.add(self.answers[i], own, y)
-                part.error += len(x) * float(losses.pooled(self.answers[i], own))
-                part.images += len(x)
-                part.labelled += int((y >= 0).sum())
+                    sums.logits.add(teacher, student, y)
+                sums.error += len(x) * float(losses.pooled(teacher, student))
+                sums.images += len(x)
+                sums.labelled += int((y >= 0).sum())
         model.train(training)
-        return _score(processes.gather(part))
+        return _score(processes.gather(sums))
 
 
-@dataclass
-class Part:
-    """What one process found: sums over its images."""
-
-    logits: Logits = field(default_factory=Logits)
-    error: float = 0.0  # squared error of the output as a share of the teacher's squares
-    images: int = 0
-    labelled: int = 0
-
-
-def _score(parts: list[Part]) -> Score:
-    whole = parts[0].logits
+def _score(parts: list[_Sums]) -> ValidationScore:
+    """The score over the images of all processes."""
+    logits = parts[0].logits
     for part in parts[1:]:
-        whole.merge(part.logits)
+        logits.merge(part.logits)
     images = sum(part.images for part in parts)
-    if not whole.compared:
-        return Score(sum(part.error for part in parts) / max(1, images), None, None, images)
-    found = whole.result(images)
-    assert found.kl is not None
-    return Score(found.kl, found.agreement, found.top1 if any(part.labelled for part in parts) else None, images)
+    if not logits.compared:
+        return ValidationScore(sum(part.error for part in parts) / max(1, images), None, None, images)
+    result = logits.result(images)
+    assert result.kl is not None
+    labelled = any(part.labelled for part in parts)
+    return ValidationScore(result.kl, result.agreement, result.top1 if labelled else None, images)

@@ -15,7 +15,7 @@ from sparsify.fit.schedule import costs as costing
 from sparsify.fit.schedule import search as searching
 from sparsify.fit.schedule import seconds
 from sparsify.fit.schedule.costs import Keep, Options
-from sparsify.fit.schedule.search import Schedule
+from sparsify.fit.schedule.search import BlockSchedule
 from sparsify.fit.schedule.sensitivity import Sensitivity, measure
 from sparsify.measure.latency import interleaved
 from sparsify.measure.macs import count, image_shape, replica
@@ -28,7 +28,7 @@ NEAR = 0.03  # of the target: near enough
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundSchedule:
     """A schedule for a target.
 
     Attributes:
@@ -39,7 +39,7 @@ class Found:
     """
 
     config: SparsityConfig
-    schedule: Schedule
+    schedule: BlockSchedule
     share: float
     sensitivity: Sensitivity
 
@@ -65,7 +65,9 @@ def dense_macs(model: nn.Module) -> int:
     return count(graft.dense_twin(replica(model, device)), image_shape(model), []).total
 
 
-def for_macs(model: nn.Module, config: SparsityConfig, measured: Sensitivity, target: float, dense: int) -> Found:
+def for_macs(
+    model: nn.Module, config: SparsityConfig, measured: Sensitivity, target: float, dense: int
+) -> FoundSchedule:
     """The schedule of least damage whose whole model takes `target` of `dense` MACs (`dense_macs`) for an image.
 
     Raises:
@@ -79,13 +81,13 @@ def for_macs(model: nn.Module, config: SparsityConfig, measured: Sensitivity, ta
     share = (schedule.cost + fixed) / dense
     if share > 1.02 * target:
         raise UsageError(f"--target-macs {target:g}: the least that a schedule of this model reaches is {share:.3f}")
-    return Found(config_of(config, schedule), schedule, share, measured)
+    return FoundSchedule(config_of(config, schedule), schedule, share, measured)
 
 
 def for_latency(
     model: nn.Module, config: SparsityConfig, measured: Sensitivity, target: float, batch: int = 1,
     say: Callable[[str], None] = lambda line: None,
-) -> Found:  # fmt: skip
+) -> FoundSchedule:  # fmt: skip
     """The schedule of least damage whose forward pass takes `target` of the dense one's time on this machine.
 
     Parts of a block are timed at a few numbers of tokens; what the search makes of them is then timed as a whole, in turns
@@ -111,7 +113,7 @@ def for_latency(
         share = times["sparse"].median / times["dense"].median
         say(f"latency: {share:.3f} of dense measured, {target:g} wanted")
         if best is None or abs(share - target) < abs(best.share - target):
-            best = Found(config_of(config, schedule), schedule, share, measured)
+            best = FoundSchedule(config_of(config, schedule), schedule, share, measured)
         if abs(share - target) <= NEAR * target:
             break
         aim *= target / share
@@ -123,7 +125,7 @@ def for_latency(
     return best
 
 
-def config_of(config: SparsityConfig, schedule: Schedule) -> SparsityConfig:
+def config_of(config: SparsityConfig, schedule: BlockSchedule) -> SparsityConfig:
     """`config` with the keeps and token rates of a schedule."""
     tokens = None
     if len(set(schedule.counts)) > 1:

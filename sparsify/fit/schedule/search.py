@@ -25,7 +25,7 @@ STEPS = 50  # of each bisection
 
 
 @dataclass(frozen=True)
-class Schedule:
+class BlockSchedule:
     """What the search found.
 
     Attributes:
@@ -45,7 +45,7 @@ class Schedule:
         return tuple(1.0 if m == n else int(m / n * 1e5) / 1e5 for n, m in pairs)
 
 
-def search(sensitivity: Sensitivity, costs: Sequence[BlockCost], target: float) -> Schedule:
+def search(sensitivity: Sensitivity, costs: Sequence[BlockCost], target: float) -> BlockSchedule:
     """The schedule of least damage whose blocks cost at most `target`, and as good as all of it.
 
     Where even the cheapest schedule costs more, that one.
@@ -76,7 +76,7 @@ def price(costs: Sequence[BlockCost], counts: Sequence[int], keeps: Sequence[Kee
     return sum(c.whole(a, n, m) for c, a, n, m in zip(costs, keeps, counts, counts[1:], strict=False))
 
 
-def _solver(sensitivity: Sensitivity, costs: Sequence[BlockCost]) -> Callable[[float], Schedule]:
+def _solver(sensitivity: Sensitivity, costs: Sequence[BlockCost]) -> Callable[[float], BlockSchedule]:
     """Price of one unit of cost -> the best schedule, its counts among `LEVELS` levels."""
     n0, depth = sensitivity.patches, len(costs)
     least = max(1, int(np.ceil(sensitivity.shares[-1] * n0)))
@@ -92,7 +92,7 @@ def _solver(sensitivity: Sensitivity, costs: Sequence[BlockCost]) -> Callable[[f
     kept = np.array([[sensitivity.of_keep(i, a) for a in options] for i in range(depth)])  # (depth, options)
     rest = np.array([[[_rest(c, n, m) for m in levels] for n in levels] for c in costs])  # (depth, L in, L out)
 
-    def solve(price_: float) -> Schedule:
+    def solve(price_: float) -> BlockSchedule:
         best, back = np.full(L, np.inf), []
         best[0] = 0.0
         taken = (price_ * attention + kept[:, :, None]).argmin(1)  # (depth, L)
@@ -126,8 +126,8 @@ def _rest(cost: BlockCost, n: int, m: int) -> float:
 
 
 def _between(
-    sensitivity: Sensitivity, costs: Sequence[BlockCost], cheap: Schedule, dear: Schedule, target: float
-) -> Schedule:
+    sensitivity: Sensitivity, costs: Sequence[BlockCost], cheap: BlockSchedule, dear: BlockSchedule, target: float
+) -> BlockSchedule:
     """From the schedule below the target towards the one above it, as far as the target allows."""
     best = cheap
     for keeps in (cheap.keeps, dear.keeps):
@@ -146,9 +146,9 @@ def _between(
 
 def _schedule(
     sensitivity: Sensitivity, costs: Sequence[BlockCost], counts: tuple[int, ...], keeps: tuple[Keep, ...]
-) -> Schedule:
+) -> BlockSchedule:
     damage = sum(max(0.0, sensitivity.of_keep(i, a)) for i, a in enumerate(keeps))
     for i in range(len(keeps)):
         before, after = sensitivity.of_tokens(i, np.array(counts[i : i + 2]))
         damage += max(0.0, float(after - before))
-    return Schedule(counts, keeps, price(costs, counts, keeps), float(damage))
+    return BlockSchedule(counts, keeps, price(costs, counts, keeps), float(damage))
