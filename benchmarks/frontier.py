@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import datetime
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,17 +73,21 @@ def _unlabelled(images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     return ((x, torch.zeros(len(x), dtype=torch.int64)) for x in images.split(25))
 
 
-def markdown(rows: list[dict], images: int, calib_images: int) -> str:
+def markdown(rows: list[dict], images: int, calib_images: int, date: str) -> str:
     error = 100 * (0.06 * 0.94 / images) ** 0.5
     lines = [
-        "# The frontier the default was chosen from",
+        "# How the defaults were chosen",
         "",
-        f"DeiT-Tiny, {calib_images} photographs to calibrate, {images} others to measure, no labels, no training. `MHSA` is",
-        "the share of dense attention's multiply-accumulates that remain, predictor and tail counted in (theoretical; the",
-        "same for every model with N = 197, d = 64).",
-        f"The standard error of agreement is about {error:.1f} points; KL separates settings better.",
-        "Rank and tail were chosen here; the rule for the number of cells away from keep 0.1, and ranks by head, after",
-        "looking at the photographs of `make bench-accuracy` too. Made by `make frontier`.",
+        "Rank and tail were chosen from this table. Ranks by head, and the number of cells at keep other than 0.1, were",
+        "chosen after looking at the photographs of `make bench-accuracy` too. `make frontier` writes this page.",
+        "",
+        f"- **Measured**: DeiT-Tiny, {calib_images} photographs for calibration, {images} others for measuring, no labels,",
+        f"  no training. The standard error of agreement is about {error:.1f} points; KL separates settings better. `MHSA` is",
+        "  the fraction of dense attention's multiply-accumulates that remains, predictor and tail included (theoretical;",
+        "  the same for every model with N = 197, d = 64).",
+        "- **Processor, versions**: not recorded.",
+        f"- **Date**: {date}.",
+        "- **Command**: `make frontier`",
         "",
         "![frontier](frontier.png)",
         "",
@@ -111,7 +116,7 @@ def plot(rows: list[dict], path: Path) -> None:
         right.plot([100 * r["share"] for r in some], [r["kl"] for r in some], **style)
     for axes, label in ((left, "agreement with dense, %"), (right, "KL(dense || sparse), nats")):
         axes.axvline(30, color="0.6", linestyle=":", linewidth=1)
-        axes.set_xlabel("MHSA MACs left, % of dense (theoretical)")
+        axes.set_xlabel("MHSA MACs, % of dense (theoretical)")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
     right.set_yscale("log")
@@ -128,7 +133,7 @@ def main() -> None:
     rows = measure(arguments.images, arguments.calib_images)
     plot(rows, ROOT / "docs" / "frontier.png")
     (ROOT / "docs" / "frontier.md").write_text(
-        markdown(rows, arguments.images, arguments.calib_images), encoding="utf-8"
+        markdown(rows, arguments.images, arguments.calib_images, f"{datetime.date.today():%-d %B %Y}"), encoding="utf-8"
     )
 
 

@@ -162,7 +162,7 @@ def table() -> str:
         "`make families` writes this page. `make bench-families` builds each name small (one block, 64 channels, 4x4 "
         "patches) and compares keep=1, through predictor, selection and sparse op, with the dense model: "
         "within 1e-4 for every name. "
-        "`tests/test_support.py` does the same for one model of each structure, and checks every name's "
+        "`tests/models/test_every_name.py` does the same for one model of each structure, and checks every name's "
         "classes against this "
         "page. `sparsify models` lists what the installed timm has.",
         "",
