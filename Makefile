@@ -6,7 +6,7 @@ OLDEST_TIMM := 1.0.28
 
 .PHONY: venv demo test test-oldest sanitize lint format bench bench-kernels-accuracy bench-auto bench-accuracy bench-equality \
 	bench-families bench-tokens bench-finetune bench-survive bench-compiled bench-exported bench-quantised \
-	families frontier names docs clean
+	bench-same house families frontier names docs clean
 
 venv: $(VENV)/.installed
 
@@ -64,11 +64,11 @@ bench-kernels-accuracy: venv
 bench-auto: venv
 	$(BIN)/python benchmarks/auto.py --markdown build/bench/auto.md --json build/bench/auto.json
 
-# Accuracy and MACs of the README, from real weights and photographs (SPARSIFY_TEST_DATA, default ../shared/data).
+# Accuracy and MACs of docs/results.md, from real weights and photographs (SPARSIFY_TEST_DATA, default ../shared/data).
 bench-accuracy: venv
 	$(BIN)/python benchmarks/accuracy.py
 
-# Fewer tokens: accuracy of schedules on real weights, then the time of whole models; tables in build/bench/.
+# Fewer tokens: accuracy of schedules on real weights, then time of whole models; tables in build/bench/.
 bench-tokens: venv
 	$(BIN)/python benchmarks/tokens.py
 	$(BIN)/python benchmarks/tokens_speed.py --markdown build/bench/tokens.md --json build/bench/tokens.json
@@ -93,9 +93,19 @@ bench-exported: venv
 bench-quantised: venv
 	$(BIN)/python benchmarks/quantised.py
 
+# Fingerprints of converted files in build/bench/same.txt; BEFORE=FILE, of another checkout: stops where they differ.
+bench-same: venv
+	mkdir -p build/bench
+	$(BIN)/python benchmarks/fingerprints.py > build/bench/same.txt
+	$(if $(BEFORE),diff $(BEFORE),cat) build/bench/same.txt
+
 # keep=1 equals dense, one model of each kind at its own image size and depth.
 bench-equality: venv
 	$(BIN)/python benchmarks/equality.py
+
+# The structure of the package: files, imports, parameters, lines.
+house: venv
+	$(BIN)/python benchmarks/house.py
 
 # docs/families.md: which of timm's names convert, from the classes that the installed timm builds.
 families: venv
