@@ -24,12 +24,12 @@ from sparsify.fit.calibrate.calibrate import calibrate, first, fit_importance, s
 from sparsify.fit.schedule import choose as schedule
 from sparsify.fit.schedule.choose import FoundSchedule
 from sparsify.jobs.dense import CALIBRATION_BATCH, PROBE_IMAGES, calibration_images
-from sparsify.measure import comparison, latency
+from sparsify.measure import evaluate, latency
 from sparsify.measure.conditions import SWEEP, conditions
 from sparsify.measure.latency import Timing
 from sparsify.measure.macs import image_shape, replica
 from sparsify.measure.profile import profile
-from sparsify.measure.sweep import Choice, Setting, Sweep
+from sparsify.measure.sweep import Setting, Sweep, SweepChoice
 from sparsify.models import building, checkpoint, names, pretrained
 from sparsify.nn import graft, hosts
 from sparsify.nn.attention import Execution
@@ -90,7 +90,7 @@ def sweep(
     if differs := building.note(model, source):
         say(differs)
     classes = int(cast(Any, model).num_classes)
-    shown, labelled = comparison.images_of(model, images, classes, must_be_labelled, limit, recipe.seed, workers)
+    shown, labelled = evaluate.images_of(model, images, must_be_labelled, limit, recipe.seed, workers)
     if shown.note:
         say(shown.note)
     if not labelled:
@@ -120,8 +120,9 @@ def sweep(
     set_execution(base, execution)
     dense = graft.dense_twin(base)
     sparse = {choice.name: graft.applied(base, choice.config) for choice in choices}
-    found = comparison.compare(
-        dense, sparse, shown, classes, labelled, where, dtype, lambda n: progress("eval", n, shown.total)
+    compute = Compute(device, str(dtype).removeprefix("torch."), batch_size=batch_size)
+    found = evaluate.compare(
+        dense, sparse, shown, labelled, compute, lambda done: progress("eval", done, shown.total)
     )
     if shown.broken:
         say(f"{shown.broken} images could not be read and are left out; the first: {shown.first_broken}")
@@ -150,7 +151,7 @@ def sweep(
         skipped=skipped,
         conditions=conditions(
             SWEEP,
-            Compute(device, str(dtype).removeprefix("torch."), batch_size=batch_size),
+            compute,
             img_size=list(image_shape(model)[1:]),
             runs=times["dense"].runs,
             backend=backends.describe(backend, execution.precision, where, dtype, hosts.biased(base)),
@@ -177,11 +178,11 @@ def _dense_source(name: str) -> names.Source:
 def _choices(
     model: nn.Module, config: SparsityConfig, batches: Callable[[], Iterator[Tensor]], targets: Sequence[float],
     keeps: Sequence[float], say: Callable[[str], None], progress: Callable[[str, int, int | None], None],
-) -> tuple[list[Choice], dict[str, str]]:  # fmt: skip
+) -> tuple[list[SweepChoice], dict[str, str]]:  # fmt: skip
     """The settings of a calibrated model, and those that cannot be, with the reason; `config`: cells as asked."""
     tokens = hosts.num_tokens(model)
     chosen = [
-        Choice(f"keep-{keep:g}", keep, config.model_copy(update={"keep": keep}).with_cells(tokens), None)
+        SweepChoice(f"keep-{keep:g}", keep, config.model_copy(update={"keep": keep}).with_cells(tokens), None)
         for keep in keeps
     ]
     skipped: dict[str, str] = {}
@@ -204,11 +205,11 @@ def _choices(
             say(f"left out, {skipped[name]}")
             continue
         say(f"schedule: {found.share:.3f} of the dense model's MACs, {target:g} asked for")
-        chosen.append(Choice(name, target, found.config.with_cells(tokens), found.schedule.damage))
+        chosen.append(SweepChoice(name, target, found.config.with_cells(tokens), found.schedule.damage))
     return chosen, skipped
 
 
-def _recipe_of(choice: Choice, recipe: Recipe) -> Recipe:
+def _recipe_of(choice: SweepChoice, recipe: Recipe) -> Recipe:
     """What gives the setting's model again: its configuration as it is, the ranks that were spent among it."""
     what = f"keep {choice.asked:g}" if choice.kind == "keep" else f"schedule for {choice.asked:g} of the dense MACs"
     return recipe.model_copy(

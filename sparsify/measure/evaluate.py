@@ -1,22 +1,26 @@
-"""Accuracy of a sparse model and of its dense original, and how far they agree, in one pass over labelled images.
+"""Accuracy of sparse models and of their dense original, and how far they agree, in one pass over the images.
 
 The sparse form is always computed: there is no dense fallback here. All percentages run from 0 to 100. Of several processes
-(`sparsify.processes`) each computes its share of the images, and all get the figures of the whole.
+(`sparsify.processes`) each computes its share of the images in `evaluate_images`, and all get the figures of the whole.
 """
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from sparsify import processes
-from sparsify.errors import BadData
+from sparsify.errors import BadData, SparsifyError
 from sparsify.images import datasets, sharing
+from sparsify.images.loaders import LabelledBatches, Stream
 from sparsify.measure.accuracy import Evaluation, Features, Logits
 from sparsify.nn import graft, hosts
 from sparsify.nn.attention import Execution, attention_modules
@@ -25,92 +29,10 @@ from sparsify.ops import backends
 from sparsify.processes import Compute, Listener
 
 EVAL_BATCH = 32  # images computed together
+DENSE, SPARSE = "dense", "sparse"  # names of models in a pass
 
-
-@dataclass
-class _Part:
-    """What one process found: sums over its images, how many they are, and the seconds of each model."""
-
-    sums: Logits | Features
-    images: int
-    seconds: dict[str, float]
-    broken: int = 0
-    first_broken: str = ""
-
-
-@torch.inference_mode()
-def evaluate(
-    sparse: nn.Module,
-    dense: nn.Module | None,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    compute: Compute | None = None,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Evaluation:
-    """Runs both models over `batches` of images [B, C, H, W] and labels [B], in this process alone.
-
-    Args:
-        sparse, dense: on the device and in the dtype of `compute` already, eval mode. dense: None leaves every dense
-            figure None.
-        compute: None: CPU, float32, and the model's own backend and kernel precision. Never a dense fallback.
-        progress: called with the number of images done.
-    """
-    return _whole([_part(sparse, dense, batches, compute or own_compute(sparse), progress)])
-
-
-def own_compute(model: nn.Module) -> Compute:
-    """On the CPU in float32, with the backend and the kernel precision that `model` has."""
-    execution = next((module.execution for module in attention_modules(model).values()), Execution())
-    return Compute(backend=execution.backend, kernel_precision=execution.precision)
-
-
-@torch.inference_mode()
-def _part(
-    sparse: nn.Module,
-    dense: nn.Module | None,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    compute: Compute,
-    progress: Callable[[int], None],
-) -> _Part:
-    host = sparse if dense is None else dense
-    classifier = bool(getattr(host, "num_classes", 0))
-    sums = Logits() if classifier else Features(int(getattr(host, "num_prefix_tokens", 0)))
-    models = {"sparse": sparse} if dense is None else {"sparse": sparse, "dense": dense}
-    part = _Part(sums, 0, dict.fromkeys(models, 0.0))
-    with sparse_form(sparse, compute.backend, compute.kernel_precision):
-        for x, y in batches:
-            if not len(x):
-                continue
-            x = x.to(compute.torch_device, compute.torch_dtype)
-            out: dict[str, Any] = {}
-            order = list(models)
-            for name in order if part.images // len(x) % 2 else order[::-1]:
-                model = cast(Any, models[name])
-                start = time.perf_counter()
-                out[name] = model(x) if classifier else model.forward_features(x)
-                if x.is_cuda:
-                    torch.cuda.synchronize(x.device)
-                part.seconds[name] += time.perf_counter() - start
-                if not classifier:
-                    out[name] = model.forward_head(out[name], pre_logits=True), out[name]
-            sums.add(out.get("dense"), out["sparse"], y)
-            part.images += len(x)
-            progress(part.images)
-    return part
-
-
-def _whole(parts: Sequence[_Part]) -> Evaluation:
-    """The figures over the images of all parts."""
-    images = sum(part.images for part in parts)
-    if not images:
-        return Evaluation()
-    sums = cast(Any, parts[0].sums)
-    for other in parts[1:]:
-        sums.merge(other.sums)
-    rate = {name: sum(part.images / part.seconds[name] for part in parts if part.images) for name in parts[0].seconds}
-    return replace(
-        sums.result(images), images=images, broken=sum(part.broken for part in parts),
-        throughput_sparse=rate["sparse"], throughput_dense=rate.get("dense"),
-    )  # fmt: skip
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""Images [B, C, H, W] and labels int64 [B], -1 for none."""
 
 
 def evaluate_images(
@@ -135,7 +57,7 @@ def evaluate_images(
             calibrated; with `backbone_changed` no dense model, and no dense figures.
         name: name of the model in the results.
         strict: an image that cannot be read is an error.
-        compute: batch_size: 32 images if None; micro_batch has no effect. Never a dense fallback.
+        compute: batch_size: 32 images if None; micro_batch has no effect.
 
     Raises:
         UsageError: an unknown dtype, backend or precision, a backend that cannot be used here, or a dense model that
@@ -144,23 +66,16 @@ def evaluate_images(
     """
     compute = replace(compute, device=processes.local_device(compute.device))
     device, dtype = compute.torch_device, compute.torch_dtype
-    check_execution(  # before anything is read
-        Execution(compute.backend, compute.kernel_precision), device, dtype, hosts.biased(model)
-    )
+    execution = Execution(compute.backend, compute.kernel_precision)
+    check_execution(execution, device, dtype, hosts.biased(model))  # before anything is read
     if dense is not None:
         graft.check_original(dense, model)
     config = datasets.data_config(model)
 
     processes.start(compute.device)
     with processes.agree():
-        loader = datasets.labelled(
-            images,
-            int(getattr(model, "num_classes", 0)),
-            datasets.transform(config),
-            compute.batch_size or EVAL_BATCH,
-            compute.workers,
-            strict=strict,
-        )
+        classes, size = int(getattr(model, "num_classes", 0)), compute.batch_size or EVAL_BATCH
+        loader = datasets.labelled(images, classes, datasets.transform(config), size, compute.workers, strict=strict)
         if loader.note:
             listener.say(loader.note)
         if note := backends.note(compute.backend, device, dtype, hosts.biased(model)):
@@ -174,11 +89,12 @@ def evaluate_images(
         def progress(done: int) -> None:
             listener.progress("eval", done * every if total is None else min(done * every, total), total)
 
-        part = _part(sparse, dense, share, compute, progress)
+        with sparse_form(sparse, compute.backend, compute.kernel_precision):
+            part = run_pass(_named(sparse, dense), share, compute, progress)
         part.broken, part.first_broken = share.broken, share.first_broken
     parts = processes.gather(part)
     broken, first = sum(part.broken for part in parts), next((p.first_broken for p in parts if p.first_broken), "")
-    result = _whole(parts)
+    result = figures_of(parts)
     if not result.images:
         raise BadData(
             f"{images}: none of the {broken} images could be read" + (f"; the first: {first}" if first else "")
@@ -193,3 +109,183 @@ def evaluate_images(
         crop_pct=float(config["crop_pct"]),
         interpolation=config["interpolation"],
     )
+
+
+def evaluate(
+    sparse: nn.Module, dense: nn.Module | None, batches: Batches, compute: Compute | None = None
+) -> Evaluation:
+    """Runs both models over `batches`, in this process alone.
+
+    Args:
+        sparse, dense: on the device and in the dtype of `compute` already, eval mode. dense: None leaves every dense
+            figure None.
+        compute: None: CPU, float32, and the model's own backend and kernel precision.
+    """
+    compute = compute or own_compute(sparse)
+    with sparse_form(sparse, compute.backend, compute.kernel_precision):
+        return figures_of([run_pass(_named(sparse, dense), batches, compute)])
+
+
+def own_compute(model: nn.Module) -> Compute:
+    """On the CPU in float32, with the backend and the kernel precision that `model` has."""
+    execution = next((module.execution for module in attention_modules(model).values()), Execution())
+    return Compute(backend=execution.backend, kernel_precision=execution.precision)
+
+
+def compare(
+    dense: nn.Module,
+    sparse: Mapping[str, nn.Module],
+    batches: Batches,
+    labelled: bool,
+    compute: Compute,
+    progress: Callable[[int], None],
+) -> dict[str, Evaluation]:
+    """Every sparse model, as it executes now, beside the dense one, which computes once; throughput is not measured.
+
+    Raises:
+        SparsifyError: there are no images.
+    """
+    unknown = ["throughput_sparse", "throughput_dense"]
+    if not labelled:
+        unknown += "top1 top5 dense_top1 dense_top5 images_lost images_gained knn_top1 dense_knn_top1".split()
+    summed = run_pass({DENSE: dense, **sparse}, batches, compute, progress)
+    if not summed.images:
+        raise SparsifyError("there are no images to evaluate on")
+    return {name: replace(figures_of([summed], name), **cast(Any, dict.fromkeys(unknown))) for name in sparse}
+
+
+@dataclass
+class Pass:
+    """Sums of one process over its images.
+
+    Attributes:
+        sums: of each sparse model, by name.
+        seconds: of each model, the dense one among them.
+    """
+
+    sums: dict[str, Logits | Features]
+    seconds: dict[str, float]
+    images: int = 0
+    broken: int = 0
+    first_broken: str = ""
+
+
+@torch.inference_mode()
+def run_pass(
+    models: Mapping[str, nn.Module],
+    batches: Batches,
+    compute: Compute,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Pass:
+    """Sums up one pass of all models over the images.
+
+    Args:
+        models: sparse ones by name, and first among them 'dense', if there is a dense model; on the device and in the
+            dtype of `compute`, eval mode.
+        progress: called with the number of images done.
+    """
+    host = next(iter(models.values()))
+    classifier, compared = bool(getattr(host, "num_classes", 0)), DENSE in models
+    prefix = int(getattr(host, "num_prefix_tokens", 0))
+    found = Pass(
+        {name: Logits() if classifier else Features(prefix) for name in models if name != DENSE},
+        dict.fromkeys(models, 0.0),
+    )
+    for x, y in batches:
+        if not len(x):
+            continue
+        x = x.to(compute.torch_device, compute.torch_dtype)
+        # two models take turns at being first, for their times; of more, outputs of one sparse model at a time are kept
+        turned = len(models) == 2 and found.images // len(x) % 2
+        outputs: dict[str, Any] = {}
+        for name in reversed([*models]) if turned else models:
+            outputs[name], seconds = _timed(models[name], x, classifier)
+            found.seconds[name] += seconds
+            if DENSE in outputs or not compared:
+                for sparse in outputs.keys() - {DENSE}:
+                    cast(Any, found.sums[sparse]).add(outputs.get(DENSE), outputs.pop(sparse), y)
+        found.images += len(x)
+        progress(found.images)
+    return found
+
+
+def figures_of(passes: Sequence[Pass], name: str = SPARSE) -> Evaluation:
+    """The figures of a sparse model over the images of all passes; throughput is the sum of theirs."""
+    images = sum(each.images for each in passes)
+    if not images:
+        return Evaluation()
+    sums = cast(Any, passes[0].sums[name])
+    for other in passes[1:]:
+        sums.merge(other.sums[name])
+
+    def rate(model: str) -> float | None:
+        return sum(each.images / each.seconds[model] for each in passes if each.images)
+
+    return replace(
+        sums.result(images),
+        images=images,
+        broken=sum(each.broken for each in passes),
+        throughput_sparse=rate(name),
+        throughput_dense=rate(DENSE) if DENSE in passes[0].seconds else None,
+    )
+
+
+def _named(sparse: nn.Module, dense: nn.Module | None) -> dict[str, nn.Module]:
+    return {SPARSE: sparse} if dense is None else {DENSE: dense, SPARSE: sparse}
+
+
+def _timed(model: nn.Module, x: Tensor, classifier: bool) -> tuple[Any, float]:
+    """Logits, or without a classifier pooled features and tokens; and the seconds of the forward pass."""
+    host = cast(Any, model)
+    start = time.perf_counter()
+    outputs = host(x) if classifier else host.forward_features(x)
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    seconds = time.perf_counter() - start
+    return outputs if classifier else (host.forward_head(outputs, pre_logits=True), outputs), seconds
+
+
+def images_of(
+    model: nn.Module, images: str, must_be_labelled: bool, limit: int | None, seed: int, workers: int
+) -> tuple[LabelledBatches | _Unlabelled, bool]:
+    """The images to evaluate `model` on, `limit` of them drawn by `seed`, and whether they have labels."""
+    transform, classes = datasets.transform(datasets.data_config(model)), int(getattr(model, "num_classes", 0))
+    if not must_be_labelled and _is_flat(Path(images)):
+        most = limit or len(list(Path(images).iterdir()))
+        return _Unlabelled(datasets.unlabelled(images, most, seed, transform, EVAL_BATCH, workers)), False
+    every = datasets.labelled(images, classes, transform, EVAL_BATCH, workers)
+    if limit is None or (every.total is not None and every.total <= limit):
+        return every, True
+    if isinstance(every.dataset, Stream):
+        dataset: Any = Stream(every.dataset.source, transform, limit)
+    else:  # drawn, in their order: the first images of a folder are those of its first classes
+        drawn = sorted(random.Random(seed).sample(range(cast(int, every.total)), limit))
+        dataset = Subset(every.dataset, drawn)
+    return LabelledBatches(
+        dataset, EVAL_BATCH, every.workers, note=every.note, place=images, num_classes=every.num_classes
+    ), True
+
+
+def _is_flat(path: Path) -> bool:
+    """Whether `path` is a folder of files alone: nothing that could name a class."""
+    return path.is_dir() and not any(child.is_dir() for child in path.iterdir())
+
+
+class _Unlabelled:
+    """Images without labels as batches of images and the label -1; attributes as `LabelledBatches`."""
+
+    note = ""
+
+    def __init__(self, images: Any) -> None:
+        self.images, self.total = images, images.total
+
+    @property
+    def broken(self) -> int:
+        return int(self.images.broken)
+
+    @property
+    def first_broken(self) -> str:
+        return str(self.images.first_broken)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((x, torch.full((len(x),), -1)) for x in self.images)

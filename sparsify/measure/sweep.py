@@ -14,7 +14,7 @@ from sparsify.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Choice:
+class SweepChoice:
     """A setting before it is measured.
 
     Attributes:
@@ -47,7 +47,7 @@ class Setting:
         speed: time of the dense model over the setting's in the same round.
     """
 
-    choice: Choice
+    choice: SweepChoice
     recipe: Recipe
     profile: Profile
     evaluation: Evaluation

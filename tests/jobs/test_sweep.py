@@ -20,7 +20,7 @@ from sparsify.cli.app import main
 from sparsify.images import datasets
 from sparsify.images.digits import scans
 from sparsify.jobs import sweep as job
-from sparsify.measure import comparison, evaluate, latency
+from sparsify.measure import evaluate, latency
 from sparsify.measure.latency import Timing
 from sparsify.models import checkpoint
 from sparsify.models.digits import network
@@ -148,7 +148,7 @@ def test_the_same_seed_gives_the_same_figures():
 
 def test_another_seed_draws_other_images(monkeypatch):
     seen = []
-    monkeypatch.setattr(comparison, "compare", lambda dense, sparse, shown, *rest: seen.append(shown) or 1 / 0)
+    monkeypatch.setattr(evaluate, "compare", lambda dense, sparse, shown, *rest: seen.append(shown) or 1 / 0)
     for seed in (0, 0, 1):
         recipe = load_recipe("calibrate").override(calib_images=4, seed=seed)
         with pytest.raises(ZeroDivisionError):

@@ -159,9 +159,9 @@ def test_rates_of_processes_add_up_and_those_without_images_count_nothing():
         def forward(self, x):
             return x
 
-    one = evaluate._part(Answers(), None, [(torch.eye(3), torch.arange(3))], Compute(), lambda n: None)
+    one = evaluate.run_pass({"sparse": Answers()}, [(torch.eye(3), torch.arange(3))], Compute())
     one.seconds = {"sparse": 1.5}
-    empty = evaluate._Part(Logits(), 0, {"sparse": 0.0}, broken=2)
-    found = evaluate._whole([one, empty, replace(one, sums=Logits(), broken=1)])
+    empty = evaluate.Pass({"sparse": Logits()}, {"sparse": 0.0}, broken=2)
+    found = evaluate.figures_of([one, empty, replace(one, sums={"sparse": Logits()}, broken=1)])
     assert (found.throughput_sparse, found.images, found.broken) == (4.0, 6, 3)
-    assert evaluate._whole([empty]) == Evaluation()
+    assert evaluate.figures_of([empty]) == Evaluation()
