@@ -16,6 +16,7 @@ theoretical. About 10 minutes on two cores. Nothing is timed; tokens_speed.py do
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from pathlib import Path
 
@@ -72,12 +73,13 @@ def one_rate(base: nn.Module, config: SparsityConfig, target: float, ends_empty:
     """One token rate for all blocks that gives `target` of the dense MACs, keep 0.1 everywhere."""
     n0, depth = hosts.num_tokens(base) - 1, len(attention.attention_modules(base))
     dense = profile(base, measure=False).macs_dense
-    costs = costing.macs(base, 1, hosts.ranking_rows(base), "merge", choose.options_of(config, n0 + 1, (None, 0.1)))
+    costs = costing.macs_costs(base, "merge", choose.options_of(config, n0 + 1, (None, 0.1)))
     fixed = dense - search.price(costs, [n0] * (depth + 1), [None] * depth)
     low, high = 0.5, 1.0
     for _ in range(40):
         rate = (low + high) / 2
-        counts = search.uniform(n0, depth, rate, ends_empty)
+        counts = [n0, *(math.ceil(n0 * rate**i - 1e-9) for i in range(1, depth + 1))]
+        counts[-1] = 0 if ends_empty else counts[-1]
         over = search.price(costs, counts, [0.1] * depth) + fixed > target * dense
         low, high = (low, rate) if over else (rate, high)
     rates = (low,) * (depth - 1) + (0.0 if ends_empty else low,)

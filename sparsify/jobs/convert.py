@@ -19,7 +19,7 @@ from sparsify import processes
 from sparsify.config import SparsityConfig, Target, Tokens
 from sparsify.errors import UsageError
 from sparsify.files import publishable, write_json, write_text
-from sparsify.fit.calibrate.calibrate import Calibration, calibrate, first, fit_importance, spends_ranks
+from sparsify.fit.calibrate.calibrate import Calibration, calibrate, first_images, fit_importance, spends_ranks
 from sparsify.fit.finetune import run_folder, run_status
 from sparsify.fit.finetune.plan import Plan, TrainingData, check_stage, make_plan
 from sparsify.fit.finetune.run_status import RunResult
@@ -227,7 +227,7 @@ def _choose(
         fit_importance(model, batches, lambda step, done, total: progress(step, done, recipe.calib_images))
     config = result.config.model_copy(update={"cells": asked.cells, "tokens": asked.tokens})
     set_execution(model, execution)
-    probe = list(first(batches(), PROBE_IMAGES))
+    probe = list(first_images(batches(), PROBE_IMAGES))
     total = sum(map(len, probe))
     measured = choose.sensitivity(model, config, probe, target.keeps, lambda done: progress("schedule", done, total))
     if target.macs is not None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sparsify.config import SparsityConfig
 from sparsify.errors import BadFile, UsageError
-from sparsify.fit.calibrate.calibrate import calibrate, first, fit_importance, spends_ranks
+from sparsify.fit.calibrate.calibrate import calibrate, first_images, fit_importance, spends_ranks
 from sparsify.fit.schedule import choose as schedule
 from sparsify.fit.schedule.choose import FoundSchedule
 from sparsify.jobs.dense import CALIBRATION_BATCH, PROBE_IMAGES, calibration_images
@@ -189,7 +189,7 @@ def _choices(
     if not targets:
         return chosen, skipped
     fit_importance(model, batches, progress)
-    probe = list(first(batches(), PROBE_IMAGES))
+    probe = list(first_images(batches(), PROBE_IMAGES))
     total = sum(map(len, probe))
     measured = schedule.sensitivity(
         model, config, probe, progress=lambda done: progress("sensitivity", done, total)

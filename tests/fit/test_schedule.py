@@ -19,7 +19,7 @@ from sparsify.fit.schedule.costs import BlockCost
 from sparsify.fit.schedule.sensitivity import Sensitivity
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint
-from sparsify.nn import execution, graft, hosts, token_models
+from sparsify.nn import execution, graft, token_models
 from sparsify.nn.attention import Execution, attention_modules
 from sparsify.recipe import load_recipe
 
@@ -104,7 +104,7 @@ def test_costs_are_the_profiles_macs(way, counts, importance):
     cells = ((1, 1), (2, 2), (2, 1), (1, 1))
     listed = tuple("dense" if k is None else k for k in keeps)
     config = SparsityConfig(keep=listed, rank=4, spread_rank=False, cells=cells)
-    costs = costing.macs(model, 1, hosts.ranking_rows(model), way, options)
+    costs = costing.macs_costs(model, way, options)
 
     def total(c, a):
         rates = search.BlockSchedule(c, a, 0, 0).rates()
@@ -125,7 +125,7 @@ def test_the_importance_that_is_timed_is_the_models(importance, untimed, monkeyp
     if importance == "fitted":
         fit_importance(model, lambda: [torch.randn(4, 3, 32, 32)])
     monkeypatch.setattr(seconds, untimed, lambda *arguments: pytest.fail("timed"))
-    costs = seconds.measured(model, "merge", {None: (1, 1)}, 1)
+    costs = seconds.measured_costs(model, "merge", {None: (1, 1)}, 1)
     assert costs[0].stage(12, 6) > 0
 
 
@@ -188,7 +188,7 @@ def test_target_latency_aims_by_what_it_measures(monkeypatch):
         return {"dense": At(10.0), "sparse": At(10.0 * next(shares))} if "sparse" in candidates else {"dense": At(10.0)}
 
     monkeypatch.setattr(choose, "interleaved", pretended)
-    monkeypatch.setattr(choose.seconds, "measured", lambda *_: [Linear()] * 4)
+    monkeypatch.setattr(choose.seconds, "measured_costs", lambda *_: [Linear()] * 4)
     found = choose.for_latency(model, config, measured, 0.6, say=said.append)
     assert found.share == pytest.approx(0.61) and len(said) == 3
 
@@ -196,7 +196,7 @@ def test_target_latency_aims_by_what_it_measures(monkeypatch):
 def test_measured_costs_are_times():
     model = tiny()
     execution.set_execution(model, Execution("reference"))
-    costs = choose.seconds.measured(model, "merge", {None: (1, 1), 0.5: (2, 2)}, 1)
+    costs = choose.seconds.measured_costs(model, "merge", {None: (1, 1), 0.5: (2, 2)}, 1)
     assert len(costs) == 4
     for n, m in ((16, 16), (16, 9), (9, 3), (3, 0)):
         assert costs[0].whole(None, n, m) > 0 and costs[0].attention(0.5, n) > 0

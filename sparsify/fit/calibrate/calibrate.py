@@ -2,8 +2,8 @@
 
 1. Moments of queries and keys (or Gram matrices of the paper's predictor), summed batch by batch.
 2. Closed-form predictors; head-lowrank is folded into `qkv` where that is exact.
-3. A fixed sum of ranks is spent over the heads (`ranks.py`), from the first images.
-4. Where tokens leave by a fitted importance, that is fitted (`importance.py`).
+3. A fixed sum of ranks is spent over the heads (`ranks.py`), by the first images.
+4. A fitted importance of tokens, where stages use one (`token_importance.py`).
 
 The same images in the same order give the same tensors.
 """
@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sparsify.config import SparsityConfig
+from sparsify.config import BlockPlan, SparsityConfig
 from sparsify.fit.calibrate import token_importance
 from sparsify.fit.calibrate.head_lowrank import Moments
 from sparsify.fit.calibrate.ranks import allocate, candidates
@@ -37,6 +37,9 @@ Batches = Callable[[], Iterable[Tensor]]
 """Gives the calibration images anew at each call: batches [B, C, H, W], float32, normalised as the model expects."""
 Progress = Callable[[str, int, int | None], None]
 """Called with the step's name, the images done in it, and how many there are (None: unknown)."""
+Bases = list[tuple[Tensor, Tensor]]
+"""T_q and T_k of each block (`head_lowrank`)."""
+Plans = tuple[BlockPlan, ...]
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,9 @@ class Calibration:
     """A calibrated sparse model.
 
     Attributes:
-        model: the model that was given, its attention exchanged.
-        config: what was asked, ranks resolved to one for each head.
-        images: calibration images seen.
+        model: the model that was given, its attention replaced.
+        config: the requested one with cells and ranks resolved.
+        images: calibration images read.
     """
 
     model: nn.Module
@@ -65,57 +68,52 @@ def calibrate(
 
     Args:
         model: dense, on its device, eval mode.
-        config: an integer rank is a mean that may be spent unevenly over the heads (head-lowrank with
-            `spread_rank`); a list is taken as it is.
+        config: an integer rank is a mean that is spent unevenly over the heads by head-lowrank with `spread_rank`; a list
+            is used as it is.
         execution: how sparse attention is computed in the trials that spend the ranks.
 
     Raises:
-        UnsupportedModel, UsageError: see `graft.graft`; the model is as it was then.
+        UnsupportedModel, UsageError: see `graft.graft`; the model is unchanged then.
     """
     graft.check_config(model, config)
     config = config.with_cells(hosts.num_tokens(model))
+    plans = config.resolved(hosts.geometry(model, hosts.check(model)))
     with torch.no_grad():
         if config.predictor == "head-lowrank":
-            found = _fit_head_lowrank(model, config, batches, progress, execution)
+            result = _fit_head_lowrank(model, config, plans, batches, progress, execution)
         else:
-            found = _fit_token_lowrank(model, config, batches, progress)
-        if any(graft.fits_importance(config, len(attention_modules(model)))):
+            result = _fit_token_lowrank(model, config, batches, progress)
+        if any(graft.fits_importance(config, len(plans))):
             fit_importance(model, batches, progress)
-            graft.reduce(model, found.config)  # which leaves it to the blocks that have a stage
-        return found
+            graft.reduce(model, result.config)  # removes it again from blocks without a stage
+        return result
 
 
 def fit_importance(model: nn.Module, batches: Batches, progress: Progress = lambda step, done, total: None) -> None:
-    """Fits the importance of tokens in every block of a calibrated model, in place (`importance.fit`)."""
+    """Fits the importance of tokens in every block of a calibrated model, in place (`token_importance.fit`)."""
     token_importance.fit(model, _counted(batches(), "importance", progress))
 
 
-def any_sparse(config: SparsityConfig, depth: int) -> bool:
-    """Whether the attention of any of the blocks is sparse, so that there is something to fit."""
-    return any(config.keep_of(i) is not None for i in range(depth))
-
-
 def spends_ranks(config: SparsityConfig) -> bool:
-    """Whether a calibration spends the ranks over the heads, for which it tries sparse attention at several ranks."""
+    """Whether a calibration spends the ranks over the heads, and for that tries sparse attention at several ranks."""
     return config.predictor == "head-lowrank" and isinstance(config.rank, int) and config.spread_rank
 
 
 def _fit_head_lowrank(
-    model: nn.Module, config: SparsityConfig, batches: Batches, progress: Progress, execution: Execution
+    model: nn.Module, config: SparsityConfig, plans: Plans, batches: Batches, progress: Progress, execution: Execution
 ) -> Calibration:
-    attentions = list(hosts.check(model).values())
     prefix = hosts.num_prefix_tokens(model)
-    moments = [Moments(projection.heads_of(host), projection.head_dim(host)) for host in attentions]
-    if not any_sparse(config, len(attentions)):
+    moments = [Moments(projection.heads_of(host), projection.head_dim(host)) for host in hosts.check(model).values()]
+    if all(plan.keep is None for plan in plans):
         graft.graft(model, config)
         return Calibration(model, config, 0)
-    seen = observe(
-        model, _counted(batches(), "moments", progress), lambda i, q, k, v: moments[i].add(q, k, prefix)
-    )  # fmt: skip
+    images = _counted(batches(), "moments", progress)
+    seen = observe(model, images, lambda i, q, k, v: moments[i].add(q, k, prefix))
     bases = [m.basis()[:2] for m in moments]
     if spends_ranks(config):
-        probe = torch.cat(list(first(batches(), PROBE_IMAGES)))
-        config = config.model_copy(update={"rank": _spread(model, config, bases, probe, progress, execution)})
+        probe = torch.cat(list(first_images(batches(), PROBE_IMAGES)))
+        ranks = _spent_ranks(model, config, plans, bases, probe, progress, execution)
+        config = config.model_copy(update={"rank": ranks})
     graft.graft(model, config)
     for (t_q, t_k), module in zip(bases, attention_modules(model).values(), strict=True):
         if isinstance(module, SparseAttention):
@@ -123,28 +121,32 @@ def _fit_head_lowrank(
     return Calibration(model, config, seen)
 
 
-def _spread(
-    model: nn.Module, config: SparsityConfig, bases: list[tuple[Tensor, Tensor]], probe: Tensor, progress: Progress,
+def _spent_ranks(
+    model: nn.Module,
+    config: SparsityConfig,
+    plans: Plans,
+    bases: Bases,
+    probe: Tensor,
+    progress: Progress,
     execution: Execution,
-) -> tuple[tuple[int, ...], ...]:  # fmt: skip
-    """One rank for each head of each block, their sum over the sparse blocks at most their heads times config.rank."""
+) -> tuple[tuple[int, ...], ...]:
+    """One rank for each head of each block, their mean over the sparse blocks at most config.rank."""
     attentions = list(hosts.check(model).values())
     depth, heads, head_dim = hosts.shape(hosts.check(model))
     mean_rank = cast(int, config.rank)
     prefix, grid = hosts.num_prefix_tokens(model), hosts.patch_grid(model)
     ranks = candidates(mean_rank, head_dim)
     error = torch.zeros(depth, heads, len(ranks), dtype=torch.float64)
-    sparse = [i for i in range(depth) if config.keep_of(i) is not None]
     biases = [hosts.position_bias(model, host) for host in attentions]
 
-    def compare(i: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        keep = config.keep_of(i)
+    def add_errors(i: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        keep = plans[i].keep
         if keep is None:
             return
         bias, (t_q, t_k) = biases[i], (t.to(q) for t in bases[i])
         dense = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)  # (B, N, H, d)
         q, k = q @ t_q, k @ t_k
-        spec = Spec(budget(keep, q.shape[2]), prefix, config.tail, grid, config.cells_of(i), ())
+        spec = Spec(budget(keep, q.shape[2]), prefix, config.tail, grid, plans[i].cells, ())
         path = resolve(execution.backend, q, bias)
         w = cast(nn.Linear, attentions[i].proj).weight.unflatten(1, (heads, -1))  # (C, H, d)
         gram = torch.einsum("chd,che->hde", w, w)
@@ -164,36 +166,34 @@ def _spread(
                 path,
                 execution.precision,
             )
-            differ = out.view_as(dense) - dense
-            error[i, :, j] += torch.einsum("bnhd,hde,bnhe->h", differ, gram.to(differ), differ).double().cpu()
+            difference = out.view_as(dense) - dense
+            squares = torch.einsum("bnhd,hde,bnhe->h", difference, gram.to(difference), difference)
+            error[i, :, j] += squares.double().cpu()
 
-    observe(model, _counted(probe.split(8), "ranks", progress, len(probe)), compare)
-    weights = _weights(model, config, bases, probe, error[:, :, ranks.index(mean_rank)].sum(1), execution)
-    found = allocate((error * weights)[sparse].flatten(0, 1), ranks, mean_rank)
-    by_block = {i: tuple(found[j * heads : (j + 1) * heads]) for j, i in enumerate(sparse)}
+    observe(model, _counted(probe.split(8), "ranks", progress, len(probe)), add_errors)
+    moved = _distances(model, config, plans, bases, probe, execution)
+    weights = [m / max(float(e), 1e-12) for m, e in zip(moved, error[:, :, ranks.index(mean_rank)].sum(1), strict=True)]
+    error = error * torch.tensor(weights, dtype=torch.float64)[:, None, None]
+    sparse = [i for i, plan in enumerate(plans) if plan.keep is not None]
+    spent = allocate(error[sparse].flatten(0, 1), ranks, mean_rank)
+    by_block = {i: tuple(spent[j * heads : (j + 1) * heads]) for j, i in enumerate(sparse)}
     return tuple(by_block.get(i, (mean_rank,) * heads) for i in range(depth))
 
 
-def _weights(
-    model: nn.Module, config: SparsityConfig, bases: list[tuple[Tensor, Tensor]], probe: Tensor, error: Tensor,
-    execution: Execution,
-) -> Tensor:  # fmt: skip
-    """How much each block's error moves the output: [depth, 1, 1]."""
-    twin = graft.dense_twin(model)
-    dense = model(probe)
-    weights = []
+def _distances(
+    model: nn.Module, config: SparsityConfig, plans: Plans, bases: Bases, probe: Tensor, execution: Execution
+) -> list[float]:
+    """`distance` of the model's output from the dense one when one block alone is sparse; 0 where the plan is dense."""
+    twin, dense = graft.dense_twin(model), model(probe)
+    distances = [0.0] * len(plans)
     for i, (name, host) in enumerate(hosts.check(model).items()):
-        if config.keep_of(i) is None:
-            weights.append(0.0)
-            continue
-        sparse = graft.sparse_block(model, host, config, i, bases[i])
-        sparse.execution = execution
-        twin.set_submodule(name, sparse)
-        weights.append(
-            distance(dense, twin(probe), bool(getattr(model, "num_classes", 0))) / max(float(error[i]), 1e-12)
-        )
-        twin.set_submodule(name, host)
-    return torch.tensor(weights, dtype=torch.float64)[:, None, None]
+        if plans[i].keep is not None:
+            sparse = graft.sparse_block(model, host, config, i, bases[i])
+            sparse.execution = execution
+            twin.set_submodule(name, sparse)
+            distances[i] = distance(dense, twin(probe), bool(getattr(model, "num_classes", 0)))
+            twin.set_submodule(name, host)
+    return distances
 
 
 def _fit_token_lowrank(model: nn.Module, config: SparsityConfig, batches: Batches, progress: Progress) -> Calibration:
@@ -228,8 +228,8 @@ def _fit_token_lowrank(model: nn.Module, config: SparsityConfig, batches: Batche
     return Calibration(model, config, seen)
 
 
-def first(batches: Iterable[Tensor], n: int) -> Iterator[Tensor]:
-    """The first n images of some batches."""
+def first_images(batches: Iterable[Tensor], n: int) -> Iterator[Tensor]:
+    """The first n images of some batches, in batches."""
     for x in batches:
         yield x[:n]
         n -= len(x[:n])
@@ -238,6 +238,7 @@ def first(batches: Iterable[Tensor], n: int) -> Iterator[Tensor]:
 
 
 def _counted(batches: Iterable[Tensor], step: str, progress: Progress, total: int | None = None) -> Iterator[Tensor]:
+    """The batches; `progress` is called with the images done."""
     done = 0
     progress(step, 0, total)
     for x in batches:

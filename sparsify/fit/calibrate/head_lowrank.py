@@ -19,7 +19,7 @@ CONDITION = 1e-4  # eigenvalues are raised to this share of the largest: cond(C^
 
 
 class Moments:
-    """Running second moments of one block's queries and keys, float64, [H, d, d] each; size independent of the data."""
+    """Running second moments of one block's queries and keys, float64, [H, d, d] each."""
 
     def __init__(self, heads: int, head_dim: int) -> None:
         self.c_q = torch.zeros(heads, head_dim, head_dim, dtype=torch.float64)
@@ -27,7 +27,7 @@ class Moments:
         self.images = 0
 
     def add(self, q: Tensor, k: Tensor, prefix: int) -> None:
-        """Adds a batch: q, k [B, H, N, d]; prefix rows attend densely and are left out of C_q."""
+        """Adds a batch: q, k [B, H, N, d]; prefix rows of q, which attend densely, are left out."""
         patch = q[:, :, prefix:].double() if q.shape[2] > prefix else q.double()
         centred = (k - k.mean(2, keepdim=True)).double()
         self.c_q += torch.einsum("bhnd,bhne->hde", patch, patch).cpu() / patch.shape[2]

@@ -1,9 +1,9 @@
 """Spends a fixed sum of ranks over the heads where the calibration images need them.
 
-Error of a head at rank r: squared difference between its sparse and its dense output as `proj` maps it, measured on dense
-activations for every rank at once. Weight of its block: the KL divergence of the model's output when that block alone is
-sparse, divided by its error at the same rank. Their products add up over heads to within the noise of the measurement
-(docs/design.md), so the sum is minimised at a given sum of ranks.
+Error of a head at rank r: squared difference between its sparse and its dense output after `proj`, measured on dense
+activations at all ranks. Weight of its block: the KL divergence of the model's output when that block alone is sparse,
+divided by the block's error at the same rank. Weighted errors add up over heads to within the noise of the measurement
+(docs/design.md), so their sum is minimised for a given sum of ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ STEP = 4  # ranks move four at a time: a multiple of every vector width's share 
 
 
 def candidates(rank: int, head_dim: int) -> list[int]:
-    """Ranks that a head may get around a mean of `rank`: multiples of 4 from rank/2 to 4 rank, at most d."""
+    """Ranks that a head may have around a mean of `rank`: multiples of 4 from rank/2 to 4 rank, at most d; and `rank`."""
     low, high = max(STEP, rank // 2 // STEP * STEP), min(head_dim, 4 * rank)
     ranks = {r for r in (low, 12, 16, 20, 24, 32, 48, 64, 96, 128) if low <= r <= high}
     return sorted(ranks | {min(head_dim, rank)})
@@ -44,8 +44,8 @@ def allocate(error: Tensor, ranks: list[int], mean_rank: int) -> tuple[int, ...]
         choices.append(choice)
     if not torch.isfinite(best[total]):
         return (mean_rank,) * len(error)
-    found = []
+    chosen = []
     for choice in reversed(choices):
-        found.append(ranks[int(choice[total])])
-        total -= found[-1]
-    return tuple(reversed(found))
+        chosen.append(ranks[int(choice[total])])
+        total -= chosen[-1]
+    return tuple(reversed(chosen))

@@ -1,12 +1,12 @@
-"""The fitted importance in closed form: a linear map of a token tells what later blocks will read of it in the dense model.
+"""The fitted importance in closed form: a linear map predicts from a token what later blocks of the dense model read of it.
 
-With c_lj the length of what token j adds to the rows that ask (the cls row, or the mean query's) in block l,
+With c_lj the length of what token j adds to the ranking rows (the cls row, or the mean query's) in block l,
 
     c_lj = | sum over heads h of  a_lhj W_lh v_lhj |            a: their attention, W_lh: the columns of proj of head h
     t_ij = log mean over l >= i of c_lj
     w_i, b_i = argmin  sum over images and tokens j of (w . norm(x_ij) + b - t_ij)^2  +  lambda |w|^2
 
-x_ij is token j behind the attention of block i, where a stage would stand. The Gram matrices are summed batch by batch.
+x_ij is token j after the attention of block i, where a stage would stand. The Gram matrices are summed batch by batch.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from sparsify.nn.importance import TINY, asked, features
 from sparsify.nn.token_blocks import AnyTokenBlock
 
 RIDGE = 1e-4  # lambda as a share of the mean diagonal of the features' Gram matrix
-CHUNK = 16  # images computed together at most
-HELD = 1 << 27  # features of all blocks that are held at a time: 512 MB, or those of one image
+CHUNK = 16  # maximum images per forward pass
+HELD = 1 << 27  # maximum features of all blocks in memory: 512 MB, or those of one image
 
 
 @torch.no_grad()
 def fit(model: nn.Module, images: Iterable[Tensor]) -> None:
-    """Gives every block of a grafted model its fitted importance, in place; what is computed is its dense twin.
+    """Fits the importance of every block of a grafted model, in place, by passes of its dense twin.
 
     Args:
         images: batches [B, C, H, W] on the model's device.
@@ -39,21 +39,21 @@ def fit(model: nn.Module, images: Iterable[Tensor]) -> None:
     depth = len(attentions)
     token_models.install(dense, "merge", [None] * depth, False)
     rows, prefix = hosts.ranking_rows(dense), hosts.num_prefix_tokens(dense)
-    fits = [ImportanceFit() for _ in range(depth)]
+    fits = [_ImportanceFit() for _ in range(depth)]
     patches = hosts.num_tokens(dense) - prefix
     size = max(1, min(CHUNK, HELD // (depth * patches * projection.channels(attentions[0]))))
     for x in (part for batch in images for part in batch.split(size)):
-        told, read = zip(*_blocks(dense, x, rows, prefix), strict=True)
+        inputs, read = zip(*_blocks(dense, x, rows, prefix), strict=True)
         later = torch.zeros_like(read[0])
         for i in reversed(range(depth)):
             later = later + read[i]
-            fits[i].add(told[i], (later / (depth - i)).clamp_min(TINY).log())
-    for module, fitted in zip(attention.attention_modules(model).values(), fits, strict=True):
-        module.importance = fitted.solve().to(module.proj.weight)
+            fits[i].add(inputs[i], (later / (depth - i)).clamp_min(TINY).log())
+    for module, block_fit in zip(attention.attention_modules(model).values(), fits, strict=True):
+        module.importance = block_fit.solve().to(module.proj.weight)
 
 
 def _blocks(dense: nn.Module, x: Tensor, rows: int, prefix: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Block by block: features [B, n, C] of the patch tokens, and what the rows that ask read of them, [B, n]."""
+    """Block by block: features [B, n, C] of the patch tokens, and what the ranking rows read of them, [B, n]."""
     host = cast(Any, dense)
     h, tokens = host.start(x, False)
     for block in cast(Iterable[AnyTokenBlock], host.blocks):
@@ -66,14 +66,14 @@ def _blocks(dense: nn.Module, x: Tensor, rows: int, prefix: int) -> Iterator[tup
         h = block.after(h)
 
 
-class ImportanceFit:
-    """The least squares of one block: running sums over tokens, float64."""
+class _ImportanceFit:
+    """The ridge regression of one block: running sums over tokens, float64."""
 
     def __init__(self) -> None:
         self.gram: Tensor | None = None
 
     def add(self, f: Tensor, t: Tensor) -> None:
-        """Features [B, n, C] and what they are to tell, [B, n]."""
+        """Adds features [B, n, C] and targets [B, n]."""
         f, t = f.flatten(0, 1), t.flatten()
         f = torch.cat([f, torch.ones_like(f[:, :1])], 1)  # (rows, C + 1): the last is the offset
         gram, cross = (f.mT @ f).double(), (f.mT @ t).double()

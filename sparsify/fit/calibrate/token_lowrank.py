@@ -1,6 +1,6 @@
 """The paper's token-lowrank predictor in closed form: W_down by pooling, W_up by ridge regression.
 
-W_down averages the patch grid into r cells, so that the coefficients A~_down say how much a query looks at each part of
+W_down averages the patch grid into r cells, so that the coefficients A~_down say how much a query attends to each part of
 the image. With C [rows, r] the coefficients of all patch queries and A [rows, N] the dense attention of the same rows,
 
     W_up = (C'C + lambda I)^{-1} C'A
@@ -33,13 +33,13 @@ def pooling(rank: int, prefix: int, grid: tuple[int, int]) -> Tensor:
 
 
 def _split(rank: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of the finest grid of at most `rank` cells, as square as it gets."""
+    """Rows and columns of the finest grid of at most `rank` cells, as square as possible."""
     options = [(a, min(rank // a, grid[1])) for a in range(1, min(rank, grid[0]) + 1)]
     return max(options, key=lambda o: (o[0] * o[1], -abs(math.log(o[0] / o[1]))))
 
 
 class BasisFit:
-    """Running C'C [H, r, r] and C'A [H, r, N] of one block, float64."""
+    """The ridge regression of W_up of one block: running C'C [H, r, r] and C'A [H, r, N], float64."""
 
     def __init__(self, predictor: TokenLowrankPredictor, heads: int) -> None:
         self.predictor = predictor
@@ -50,10 +50,8 @@ class BasisFit:
     def add(self, q: Tensor, k: Tensor, scale: float, prefix: int, bias: Tensor | None = None) -> None:
         """Adds a batch: q, k [B, H, N, d]; bias of the logits, [1, H, N, N]."""
         p = self.predictor
-        spec = Spec(
-            1, prefix, "none", (1, 1), (1, 1),
-            coef_topk=p.knobs["coef_topk"] or 0, coef_threshold=p.knobs["coef_threshold"] or 0.0,
-        )  # fmt: skip
+        topk, threshold = p.knobs["coef_topk"] or 0, p.knobs["coef_threshold"] or 0.0
+        spec = Spec(1, prefix, "none", (1, 1), (1, 1), coef_topk=topk, coef_threshold=threshold)
         weights = (p.w_down, p.w_q, p.b_q, p.w_k, p.b_k)
         coef = reference.token_lowrank_coefficients(q, k, weights, p.coef_scale, spec)[:, :, prefix:]  # (B, H, n, r)
         logits = (q[:, :, prefix:] @ k.mT) * scale  # (B, H, n, N)
@@ -63,7 +61,7 @@ class BasisFit:
 
     @torch.no_grad()
     def solve(self) -> None:
-        """Writes W_up into the predictor (nothing to do where it is shared with W_down)."""
+        """Writes W_up into the predictor; does nothing where it is W_down."""
         p = self.predictor
         if p.w_up is None:
             return

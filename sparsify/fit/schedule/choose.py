@@ -1,4 +1,4 @@
-"""Chooses which tokens leave where and which keys are kept, for a target: a share of the dense model's MACs or time."""
+"""Chooses token keep and keep of every block for a target: a share of the dense model's MACs or time."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.config import SparsityConfig, Tokens
-from sparsify.errors import UsageError
-from sparsify.fit.schedule import costs as costing
-from sparsify.fit.schedule import search as searching
+from sparsify.errors import UsageError, field
 from sparsify.fit.schedule import seconds
-from sparsify.fit.schedule.costs import Keep, Options
-from sparsify.fit.schedule.search import BlockSchedule
+from sparsify.fit.schedule.costs import BlockCost, Keep, Options, macs_costs
+from sparsify.fit.schedule.search import BlockSchedule, price, search
 from sparsify.fit.schedule.sensitivity import Sensitivity, measure
 from sparsify.measure.latency import interleaved
 from sparsify.measure.macs import count, image_shape, replica
@@ -23,8 +21,8 @@ from sparsify.nn import graft, hosts
 
 KEEPS: tuple[Keep, ...] = (None, 0.25, 0.1, 0.05)  # that a search tries
 ROUNDS = 9  # of every timing
-TRIES = 4
-NEAR = 0.03  # of the target: near enough
+TRIES = 4  # searches for a latency
+TOLERANCE = 0.03  # share of a latency target by which the measured time may miss it
 
 
 @dataclass(frozen=True)
@@ -33,15 +31,13 @@ class FoundSchedule:
 
     Attributes:
         config: the sparse model's, `keep` and `tokens` one value for each block.
-        schedule: what the search found, with the damage it predicts.
+        schedule: the result of the search, with the damage it predicts.
         share: of the dense cost: MACs as the search counts them, or time as measured.
-        sensitivity: what it went by.
     """
 
     config: SparsityConfig
     schedule: BlockSchedule
     share: float
-    sensitivity: Sensitivity
 
 
 def options_of(config: SparsityConfig, tokens: int, keeps: Sequence[Keep] = KEEPS) -> Options:
@@ -51,9 +47,12 @@ def options_of(config: SparsityConfig, tokens: int, keeps: Sequence[Keep] = KEEP
 
 
 def sensitivity(
-    model: nn.Module, config: SparsityConfig, images: Iterable[Tensor], keeps: Sequence[Keep] = KEEPS,
+    model: nn.Module,
+    config: SparsityConfig,
+    images: Iterable[Tensor],
+    keeps: Sequence[Keep] = KEEPS,
     progress: Callable[[int], None] = lambda done: None,
-) -> Sensitivity:  # fmt: skip
+) -> Sensitivity:
     """`measure` for a grafted model and its configuration."""
     options = options_of(config, hosts.num_tokens(model), keeps)
     return measure(model, way_of(config), options, images, progress).smoothed()
@@ -68,74 +67,80 @@ def dense_macs(model: nn.Module) -> int:
 def for_macs(
     model: nn.Module, config: SparsityConfig, measured: Sensitivity, target: float, dense: int
 ) -> FoundSchedule:
-    """The schedule of least damage whose whole model takes `target` of `dense` MACs (`dense_macs`) for an image.
+    """The schedule of least damage for which the whole model takes `target` of `dense` MACs (`dense_macs`) for an image.
 
     Raises:
         UsageError: no schedule is that cheap.
     """
-    prefix, n0 = hosts.num_prefix_tokens(model), measured.patches
-    options = options_of(config, n0 + prefix, measured.options)
-    found = costing.macs(model, prefix, hosts.ranking_rows(model), way_of(config), options)
-    fixed = dense - searching.price(found, [n0] * (len(found) + 1), [None] * len(found))
-    schedule = searching.search(measured, found, target * dense - fixed)
+    options = options_of(config, hosts.num_tokens(model), measured.options)
+    costs = macs_costs(model, way_of(config), options)
+    fixed = dense - _dense_price(costs, measured.patches)
+    schedule = search(measured, costs, target * dense - fixed)
     share = (schedule.cost + fixed) / dense
     if share > 1.02 * target:
-        raise UsageError(f"--target-macs {target:g}: the least that a schedule of this model reaches is {share:.3f}")
-    return FoundSchedule(config_of(config, schedule), schedule, share, measured)
+        least = f"the least that a schedule of this model reaches is {share:.3f}"
+        raise UsageError(f"{field('target_macs')} {target:g}: {least}")
+    return FoundSchedule(scheduled(config, schedule), schedule, share)
 
 
 def for_latency(
-    model: nn.Module, config: SparsityConfig, measured: Sensitivity, target: float, batch: int = 1,
+    model: nn.Module,
+    config: SparsityConfig,
+    measured: Sensitivity,
+    target: float,
+    batch: int = 1,
     say: Callable[[str], None] = lambda line: None,
-) -> FoundSchedule:  # fmt: skip
+) -> FoundSchedule:
     """The schedule of least damage whose forward pass takes `target` of the dense one's time on this machine.
 
-    Parts of a block are timed at a few numbers of tokens; what the search makes of them is then timed as a whole, in turns
-    with the dense model, and the search aims again by what it missed, `TRIES` times. `share` is the last measured one.
+    The parts of a block are timed at a few numbers of tokens. The schedule that the search finds by these is timed as a
+    whole, in turns with the dense model, and the search is repeated up to `TRIES` times for a target corrected by what the
+    measured time missed. The result is the schedule that came closest.
 
     Raises:
         UsageError: no schedule is that fast.
     """
-    prefix, n0 = hosts.num_prefix_tokens(model), measured.patches
-    options = options_of(config, n0 + prefix, measured.options)
-    found = seconds.measured(model, way_of(config), options, batch)
+    options = options_of(config, hosts.num_tokens(model), measured.options)
+    costs = seconds.measured_costs(model, way_of(config), options, batch)
     dense = graft.dense_twin(model)
-    images = torch.randn(batch, *image_shape(model), generator=torch.Generator().manual_seed(0)).to(
-        next(model.parameters())
-    )
+    images = torch.randn(batch, *image_shape(model), generator=torch.Generator().manual_seed(0))
+    images = images.to(next(model.parameters()))
     whole = interleaved({"dense": partial(dense, images)}, rounds=ROUNDS)["dense"].median / batch
-    fixed = max(0.0, whole - searching.price(found, [n0] * (len(found) + 1), [None] * len(found)))
+    fixed = max(0.0, whole - _dense_price(costs, measured.patches))
     aim, best = target, None
     for _ in range(TRIES):
-        schedule = searching.search(measured, found, aim * whole - fixed)
-        trial = graft.applied(model, config_of(config, schedule))
-        times = interleaved({"dense": partial(dense, images), "sparse": partial(trial, images)}, rounds=ROUNDS)
+        schedule = search(measured, costs, aim * whole - fixed)
+        found = scheduled(config, schedule)
+        sparse = graft.applied(model, found)
+        times = interleaved({"dense": partial(dense, images), "sparse": partial(sparse, images)}, rounds=ROUNDS)
         share = times["sparse"].median / times["dense"].median
         say(f"latency: {share:.3f} of dense measured, {target:g} wanted")
         if best is None or abs(share - target) < abs(best.share - target):
-            best = FoundSchedule(config_of(config, schedule), schedule, share, measured)
-        if abs(share - target) <= NEAR * target:
+            best = FoundSchedule(found, schedule, share)
+        if abs(share - target) <= TOLERANCE * target:
             break
         aim *= target / share
     assert best is not None
     if best.share > 1.1 * target:
-        raise UsageError(
-            f"--target-latency {target:g}: the least measured for this model and machine is {best.share:.2f}"
-        )
+        least = f"the least measured for this model and machine is {best.share:.2f}"
+        raise UsageError(f"{field('target_latency')} {target:g}: {least}")
     return best
 
 
-def config_of(config: SparsityConfig, schedule: BlockSchedule) -> SparsityConfig:
+def scheduled(config: SparsityConfig, schedule: BlockSchedule) -> SparsityConfig:
     """`config` with the keeps and token rates of a schedule."""
     tokens = None
     if len(set(schedule.counts)) > 1:
-        tokens = (config.tokens or Tokens()).model_copy(update={"keep": schedule.rates()})
+        tokens = (config.tokens or Tokens()).model_dump() | {"keep": schedule.rates()}
     keeps = tuple("dense" if keep is None else keep for keep in schedule.keeps)
-    return SparsityConfig.model_validate(
-        config.model_dump() | {"keep": keeps, "tokens": tokens and tokens.model_dump()}
-    )
+    return SparsityConfig.model_validate(config.model_dump() | {"keep": keeps, "tokens": tokens})
 
 
 def way_of(config: SparsityConfig) -> str:
-    """The way that tokens leave."""
+    """How tokens are removed: `Tokens.way`."""
     return (config.tokens or Tokens()).way
+
+
+def _dense_price(costs: Sequence[BlockCost], patches: int) -> float:
+    """Cost of all blocks with dense attention and all patch tokens."""
+    return price(costs, [patches] * (len(costs) + 1), [None] * len(costs))

@@ -1,4 +1,4 @@
-"""What a block costs at each number of tokens: MACs from shapes, or seconds measured on this machine."""
+"""What a block costs at each number of tokens, as a sum of parts, and those parts as MACs (`seconds` measures times)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from sparsify.nn import projection
+from sparsify.nn import hosts, projection
 from sparsify.nn.attention import GraftedAttention, SparseAttention
 from sparsify.nn.merging import cosines
 from sparsify.nn.predictor import HeadLowrankPredictor
@@ -17,32 +17,30 @@ from sparsify.ops.macs import dense_macs, head_lowrank_macs, token_lowrank_macs
 
 Keep = float | None  # None: dense
 Options = Mapping[Keep, tuple[int, int]]
-"""Keeps that a block may have, and the grid of cells that goes with each (nothing to do with a dense one's)."""
+"""Keeps that a block may have, and the grid of cells for each (unused where dense)."""
 
 
 class BlockCost:
-    """Cost of one block, split by what it depends on: every figure is for one image.
-
-    attention(keep, n)   QK', AV, predictor and tail with n patch tokens in
-    entering(n)          norm, qkv and projection
-    leaving(n)           norm and MLP, of the n patch tokens that go on
-    stage(n, m)          choosing m of n
-    last(n)              attention's share of a block that only prefix rows leave: projections and attention
-    """
+    """Cost of one block for one image, by its parts."""
 
     def attention(self, keep: Keep, n: int) -> float:
+        """QK', AV, predictor and tail of n patch tokens."""
         raise NotImplementedError
 
     def entering(self, n: int) -> float:
+        """Norm, qkv and projection of n patch tokens."""
         raise NotImplementedError
 
     def leaving(self, n: int) -> float:
+        """Norm and MLP of n patch tokens: those left after the stage."""
         raise NotImplementedError
 
     def stage(self, n: int, m: int) -> float:
+        """Selecting m of n patch tokens."""
         raise NotImplementedError
 
     def last(self, n: int) -> float:
+        """Norm, projections and attention where n patch tokens enter and only the prefix is left after the stage."""
         raise NotImplementedError
 
     def whole(self, keep: Keep, n: int, m: int) -> float:
@@ -54,13 +52,12 @@ class BlockCost:
 
 
 class MacsCost(BlockCost):
-    """MACs, in the product's own count.
+    """MACs, counted as `profile` does.
 
     Args:
         block: a block with grafted attention.
         prefix: P; ranking_rows: see `sparsify.nn.importance.asked`.
-        way: of the stages.
-        options: keep -> grid of cells.
+        way: of the stages (`sparsify.nn.tokens.WAYS`).
     """
 
     def __init__(self, block: nn.Module, prefix: int, ranking_rows: int, way: str, options: Options) -> None:
@@ -118,7 +115,7 @@ def _norms(module: nn.Module) -> int:
 
 
 @torch.no_grad()
-def macs(model: nn.Module, prefix: int, ranking_rows: int, way: str, options: Options) -> list[BlockCost]:
-    """`MacsCost` of every block."""
-    blocks = cast(nn.Sequential, model.blocks)
-    return [MacsCost(block, prefix, ranking_rows, way, options) for block in blocks]
+def macs_costs(model: nn.Module, way: str, options: Options) -> list[BlockCost]:
+    """`MacsCost` of every block of a grafted model."""
+    prefix, rows = hosts.num_prefix_tokens(model), hosts.ranking_rows(model)
+    return [MacsCost(block, prefix, rows, way, options) for block in cast(nn.Sequential, model.blocks)]

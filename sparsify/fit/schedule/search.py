@@ -1,13 +1,13 @@
-"""Which tokens leave where, and which block attends to how much, at least damage for a given cost.
+"""The number of tokens after each block and the keep of each block, with the least damage for a given cost.
 
 Damage adds up: errors of different blocks are nearly independent, and KL divergence is quadratic in small errors. With
-D_i(m) the damage of a stage after block i alone that leaves m tokens, and K_i(a) that of attention a in block i alone,
+D_i(m) the damage of a stage after block i alone that leaves m tokens, and K_i(a) that of keep a in block i alone,
 
     damage(n_0 >= n_1 >= .. >= n_L, a) = sum_i  D_i(n_i) - D_i(n_{i-1})  +  K_i(a_i)
 
-where a token that leaves at i is one that left an earlier stage first if there was one: what is paid is the difference.
-For a price of one unit of cost the best schedule is found exactly, block by block (dynamic programming); the price that
-meets the target by bisection; what remains between two neighbouring prices by moving from one to the other.
+where a stage pays only for the tokens that are still present. For a given price of a unit of cost, dynamic programming over
+the blocks finds the best schedule exactly. Bisection finds the price that meets the target, and between the schedules of two
+neighbouring prices the counts are interpolated.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ import numpy as np
 from sparsify.fit.schedule.costs import BlockCost, Keep
 from sparsify.fit.schedule.sensitivity import Sensitivity
 
-LEVELS = 64  # numbers of tokens that the search tells apart
+LEVELS = 64  # different numbers of tokens in the search
 STEPS = 50  # of each bisection
 
 
 @dataclass(frozen=True)
 class BlockSchedule:
-    """What the search found.
+    """A schedule, its cost and its damage.
 
     Attributes:
-        counts: patch tokens into the first block, and after each block.
-        keeps: of each block's attention; None: dense.
-        cost: of all blocks, in the unit of the costs; damage: predicted.
+        counts: patch tokens before the first block, and after each block.
+        keeps: of each block; None: dense.
+        cost: of all blocks, in the unit of the costs.
+        damage: predicted, in the unit of `Sensitivity`.
     """
 
     counts: tuple[int, ...]
@@ -40,16 +41,13 @@ class BlockSchedule:
     damage: float
 
     def rates(self) -> tuple[float, ...]:
-        """Share kept by each block, rounded down so that the counts come out again (`sparsify.config.Tokens`)."""
+        """Token rate of each block, rounded down so that `sparsify.config.Tokens` gives these counts."""
         pairs = zip(self.counts, self.counts[1:], strict=False)
         return tuple(1.0 if m == n else int(m / n * 1e5) / 1e5 for n, m in pairs)
 
 
 def search(sensitivity: Sensitivity, costs: Sequence[BlockCost], target: float) -> BlockSchedule:
-    """The schedule of least damage whose blocks cost at most `target`, and as good as all of it.
-
-    Where even the cheapest schedule costs more, that one.
-    """
+    """The schedule of least damage whose blocks cost at most `target` and come close to it; else the cheapest."""
     solve = _solver(sensitivity, costs)
     if solve(0.0).cost <= target:
         return solve(0.0)
@@ -65,19 +63,13 @@ def search(sensitivity: Sensitivity, costs: Sequence[BlockCost], target: float) 
     return _between(sensitivity, costs, cheap, dear, target)
 
 
-def uniform(n: int, blocks: int, rate: float, ends_empty: bool) -> tuple[int, ...]:
-    """One rate after every block: the yardstick of a search. `ends_empty`: nothing goes on after the last."""
-    counts = [n, *(int(np.ceil(n * rate**i - 1e-9)) for i in range(1, blocks + 1))]
-    return (*counts[:-1], 0) if ends_empty else tuple(counts)
-
-
 def price(costs: Sequence[BlockCost], counts: Sequence[int], keeps: Sequence[Keep]) -> float:
-    """Cost of all blocks."""
+    """Cost of all blocks; `counts` as in `BlockSchedule`."""
     return sum(c.whole(a, n, m) for c, a, n, m in zip(costs, keeps, counts, counts[1:], strict=False))
 
 
 def _solver(sensitivity: Sensitivity, costs: Sequence[BlockCost]) -> Callable[[float], BlockSchedule]:
-    """Price of one unit of cost -> the best schedule, its counts among `LEVELS` levels."""
+    """A function: price of a unit of cost -> the best schedule with counts among `LEVELS` levels."""
     n0, depth = sensitivity.patches, len(costs)
     least = max(1, int(np.ceil(sensitivity.shares[-1] * n0)))
     levels = np.unique(np.ceil(np.linspace(least, n0, LEVELS)).astype(int))[::-1]  # descending, n0 first
@@ -89,18 +81,18 @@ def _solver(sensitivity: Sensitivity, costs: Sequence[BlockCost]) -> Callable[[f
     allowed = np.triu(np.ones((L, L), bool))  # tokens do not come back
     options = sensitivity.options
     attention = np.array([[[c.attention(a, n) if n else 0.0 for n in levels] for a in options] for c in costs])
-    kept = np.array([[sensitivity.of_keep(i, a) for a in options] for i in range(depth)])  # (depth, options)
+    keep_damage = np.array([[sensitivity.of_keep(i, a) for a in options] for i in range(depth)])  # (depth, options)
     rest = np.array([[[_rest(c, n, m) for m in levels] for n in levels] for c in costs])  # (depth, L in, L out)
 
     def solve(price_: float) -> BlockSchedule:
         best, back = np.full(L, np.inf), []
         best[0] = 0.0
-        taken = (price_ * attention + kept[:, :, None]).argmin(1)  # (depth, L)
+        chosen = (price_ * attention + keep_damage[:, :, None]).argmin(1)  # (depth, L)
         for i in range(depth):
-            own = (price_ * attention[i] + kept[i][:, None]).min(0)  # (L)
-            total = best[:, None] + step[i] + price_ * rest[i] + own[:, None]
+            attending = (price_ * attention[i] + keep_damage[i][:, None]).min(0)  # (L)
+            total = best[:, None] + step[i] + price_ * rest[i] + attending[:, None]
             if levels[-1] == 0:
-                total[:, -1] -= own  # only prefix rows: dense attention, counted in `rest`
+                total[:, -1] -= attending  # only prefix rows: dense attention, counted in `rest`
                 total[-1, :] = np.inf
                 if i < depth - 1:
                     total[:, -1] = np.inf
@@ -112,14 +104,14 @@ def _solver(sensitivity: Sensitivity, costs: Sequence[BlockCost]) -> Callable[[f
             path.append(int(back[i][path[-1]]))
         path.reverse()
         counts = tuple(int(levels[j]) for j in path)
-        keeps = tuple(options[taken[i][path[i]]] if counts[i + 1] else None for i in range(depth))
+        keeps = tuple(options[chosen[i][path[i]]] if counts[i + 1] else None for i in range(depth))
         return _schedule(sensitivity, costs, counts, keeps)
 
     return solve
 
 
 def _rest(cost: BlockCost, n: int, m: int) -> float:
-    """All but the attention of a block that lets patch rows leave."""
+    """All parts of a block but its attention."""
     if n == 0 or m > n:
         return 0.0
     return cost.whole(None, n, m) - (cost.attention(None, n) if m else 0.0)
@@ -128,7 +120,7 @@ def _rest(cost: BlockCost, n: int, m: int) -> float:
 def _between(
     sensitivity: Sensitivity, costs: Sequence[BlockCost], cheap: BlockSchedule, dear: BlockSchedule, target: float
 ) -> BlockSchedule:
-    """From the schedule below the target towards the one above it, as far as the target allows."""
+    """Interpolates from the schedule below the target towards the one above it, as far as the target allows."""
     best = cheap
     for keeps in (cheap.keeps, dear.keeps):
         low, high = 0.0, 1.0

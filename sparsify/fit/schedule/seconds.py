@@ -1,4 +1,4 @@
-"""Costs in milliseconds: the parts of one block timed on this machine at a few numbers of tokens."""
+"""Costs in milliseconds: the parts of a block, timed on this machine at a few numbers of tokens."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ ROUNDS = 9
 
 
 class MeasuredCost(BlockCost):
-    """Milliseconds of one image, between the measured numbers of tokens linear.
+    """Milliseconds for one image, interpolated linearly between the measured numbers of tokens.
 
     Args:
-        counts: patch tokens, ascending; tables: part -> ms at each of them. Attention parts are named by their keep.
+        counts: patch tokens, ascending.
+        tables: part -> ms at each count; the parts of `attention` are ("attention", keep).
     """
 
     def __init__(self, counts: Sequence[int], tables: dict[Any, Sequence[float]]) -> None:
         self.counts, self.tables = counts, tables
 
     def at(self, part: Any, n: int) -> float:
-        """ms of a part with n patch tokens."""
+        """ms of a part for n patch tokens."""
         return float(np.interp(n, self.counts, self.tables[part]))
 
     def attention(self, keep: Keep, n: int) -> float:
@@ -53,8 +54,8 @@ class MeasuredCost(BlockCost):
 
 
 @torch.no_grad()
-def measured(model: nn.Module, way: str, options: Options, batch: int) -> list[BlockCost]:
-    """`MeasuredCost` of every block: one block is timed, the others of a plain ViT are the same."""
+def measured_costs(model: nn.Module, way: str, options: Options, batch: int) -> list[BlockCost]:
+    """`MeasuredCost` of every block: one block is timed, as all blocks of a plain ViT are alike."""
     blocks = cast(Any, list(cast(nn.Sequential, model.blocks)))
     block = blocks[len(blocks) // 2]
     attn = cast(GraftedAttention, block.attn)
@@ -94,8 +95,7 @@ def measured(model: nn.Module, way: str, options: Options, batch: int) -> list[B
                 )
                 module.execution = attn.execution
             runs["attention", keep] = partial(module.attend, q, k, v, bias, tokens)
-        found = interleaved(cast(Any, runs), rounds=ROUNDS)
-        for part, timing in found.items():
+        for part, timing in interleaved(cast(Any, runs), rounds=ROUNDS).items():
             tables.setdefault(part, []).append(timing.median / batch)
     return [MeasuredCost(counts, cast(Any, tables))] * len(blocks)
 
@@ -107,4 +107,5 @@ def _entering(block: Any, x: Tensor, rope: Tensor | None) -> Tensor:
 
 
 def _leaving(block: Any, x: Tensor) -> Tensor:
+    """Norm and MLP of x [B, N, C]."""
     return x + block.mlp(block.norm2(x))

@@ -1,7 +1,7 @@
-"""How much the model's output moves when one block alone lets tokens leave, or attends to fewer keys.
+"""How much the model's output changes when tokens are removed after one block alone, or one block alone keeps fewer keys.
 
-Measured once, on unlabelled images: each trial starts from the dense model's input of its block, so that a pass through
-all settings of all blocks costs about as much as forty passes through the model.
+Measured once, on unlabelled images: each trial starts from the dense model's input of its block, so that all trials of all
+blocks cost about as much as forty passes through the model.
 """
 
 from __future__ import annotations
@@ -23,21 +23,23 @@ from sparsify.nn.predictor import TokenLowrankPredictor
 from sparsify.nn.tokens import TokenStage, TokenState
 
 SHARES = (0.85, 0.7, 0.5, 0.35, 0.2, 0.1)  # of the patch tokens, tried after each block
-CHUNK = 16  # images computed together
-FLOOR = 1e-5  # damage that measurement does not tell from none
+CHUNK = 16  # maximum images per forward pass
+FLOOR = 1e-5  # damage that cannot be told from zero
+Progress = Callable[[int], None]
+"""Called with the images done."""
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Damage to the output, by block; the unit is that of `calibration.distance`.
+    """Damage to the output by block: `distance` from the dense model's output, mean over images.
 
     Attributes:
         patches: n0.
-        shares: tried, descending, 1 first.
-        tokens: [depth, len(shares)], of a stage after the block.
-        empty: of leaving nothing but prefix tokens after the last block; None where that cannot be.
-        options: keeps of the attention; None: dense.
-        keeps: [depth, len(options)], of the block's attention.
+        shares: of the patch tokens, descending, 1 first.
+        tokens: [depth, len(shares)], damage of a stage after the block.
+        empty: damage of keeping only prefix tokens after the last block; None where the head reads patch tokens.
+        options: keeps; None: dense.
+        keeps: [depth, len(options)], damage of a keep in the block.
     """
 
     patches: int
@@ -48,21 +50,21 @@ class Sensitivity:
     keeps: np.ndarray
 
     def of_tokens(self, block: int, counts: np.ndarray) -> np.ndarray:
-        """Damage of leaving that many tokens after a block; between the measured shares its root is linear.
+        """Damage of a stage after a block by the patch tokens that it keeps; its root is interpolated linearly.
 
-        Counts below the lowest share are not known and cost as much as that; 0 is for the last block (`empty`).
+        Below the lowest share it is that of the lowest share; 0 is for the last block (`empty`).
         """
         known = np.maximum.accumulate(self.tokens[block].clip(0))  # fewer tokens never count as better
-        found = np.interp(-np.asarray(counts) / self.patches, [-s for s in self.shares], np.sqrt(known)) ** 2
-        return np.where(np.asarray(counts) == 0, max(0.0, self.empty or 0.0), found)
+        damage = np.interp(-np.asarray(counts) / self.patches, [-s for s in self.shares], np.sqrt(known)) ** 2
+        return np.where(np.asarray(counts) == 0, max(0.0, self.empty or 0.0), damage)
 
     def smoothed(self) -> Sensitivity:
-        """The same with less noise in `tokens`: the geometric mean of what was measured and of a smooth fit.
+        """A copy with less noise in `tokens`: the geometric mean of the measured damage D and of a least-squares fit,
 
         log D_i(s) = a_0 + a_1 t + a_2 t^2 + a_3 t^3 + b_1 x + b_2 x^2 + c t x,    t = i / depth, x = log(-log s)
 
-        fitted by least squares. What a schedule pays is differences between neighbouring blocks, where noise of a fifth
-        makes it let too many tokens leave at once. Blocks that no stage moves (the last) stay as they are.
+        The damage of a schedule is made of differences between neighbouring blocks; with 20 % noise in them it would remove
+        too many tokens at once. Blocks after which tokens do not matter (the last) are not changed.
         """
         rows = np.flatnonzero(self.tokens.max(1) > FLOOR)
         if len(rows) < 4:
@@ -70,28 +72,28 @@ class Sensitivity:
         log = np.log(np.maximum(self.tokens[rows, 1:], FLOOR))  # (rows, shares)
         t, x = np.meshgrid(rows / len(self.tokens), np.log(-np.log(self.shares[1:])), indexing="ij")
         terms = np.stack([np.ones_like(t), t, t**2, t**3, x, x**2, t * x], -1).reshape(log.size, -1)
-        found, *_ = np.linalg.lstsq(terms, log.ravel(), rcond=None)
+        coefficients, *_ = np.linalg.lstsq(terms, log.ravel(), rcond=None)
         tokens = self.tokens.copy()
-        tokens[rows, 1:] = np.exp((log + (terms @ found).reshape(log.shape)) / 2)
+        tokens[rows, 1:] = np.exp((log + (terms @ coefficients).reshape(log.shape)) / 2)
         return replace(self, tokens=tokens)
 
     def of_keep(self, block: int, keep: Keep) -> float:
+        """Damage of a keep of `options` in a block."""
         return float(self.keeps[block][self.options.index(keep)])
 
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, way: str, options: Options, images: Iterable[Tensor],
-    progress: Callable[[int], None] = lambda done: None,
-) -> Sensitivity:  # fmt: skip
-    """Measures a model with fitted predictors. `model` is as it was afterwards.
+    model: nn.Module, way: str, options: Options, images: Iterable[Tensor], progress: Progress = lambda done: None
+) -> Sensitivity:
+    """Measures a model with fitted predictors; `model` is unchanged afterwards.
 
     Args:
         way: of the stages (`sparsify.nn.tokens.WAYS`).
-        options: keeps to try, with their cells; None: dense.
-        images: batches [B, C, H, W]; progress: called with images done.
+        options: keeps to try, with their cells.
+        images: batches [B, C, H, W].
     """
-    with _laid_bare(model, way) as (host, blocks, sparse):
+    with _dense_with_stages(model, way) as (host, blocks, sparse):
         depth = len(blocks)
         may_end_empty = host.reads_prefix
         shares, empty = (1.0, *SHARES), 0.0
@@ -106,11 +108,10 @@ def measure(
                     block.stage = None
                 for j, (keep, cells) in enumerate(options.items()):
                     if keep is not None and i in sparse:
-                        own, attn = block.attn, sparse[i]
-                        full = attn.sparsity
-                        block.attn, attn.sparsity = attn, replace(full, keep=keep, cells=cells)
+                        before, attn, sparsity = block.attn, sparse[i], sparse[i].sparsity
+                        block.attn, attn.sparsity = attn, replace(sparsity, keep=keep, cells=cells)
                         keeps[i, j] += len(x) * _damage(host, blocks[i:], states[i], dense)
-                        block.attn, attn.sparsity = own, full
+                        block.attn, attn.sparsity = before, sparsity
             if may_end_empty:
                 blocks[-1].stage = TokenStage(way, 0.0, host.num_prefix_tokens)
                 empty += len(x) * _damage(host, blocks[-1:], states[-1], dense)
@@ -123,32 +124,29 @@ def measure(
 
 
 @contextmanager
-def _laid_bare(model: nn.Module, way: str) -> Iterator[tuple[Any, list[Any], dict[int, SparseAttention]]]:
-    """The model with dense attention and empty stages, its blocks, and the sparse attention that each had."""
+def _dense_with_stages(model: nn.Module, way: str) -> Iterator[tuple[Any, list[Any], dict[int, SparseAttention]]]:
+    """The model with dense attention and blocks that take stages, its blocks, and the sparse attention that each had."""
     blocks = cast(Any, list(cast(nn.Sequential, model.blocks)))
     attention = [cast(GraftedAttention, block.attn) for block in blocks]
     before = [getattr(block, "stage", None) for block in blocks]
     follow = bool(getattr(model, "follow", False))
-    own_way = next((stage.way for stage in before if stage is not None), way)
+    former_way = next((stage.way for stage in before if stage is not None), way)
+    sparse = {i: a for i, a in enumerate(attention) if isinstance(a, SparseAttention)}
+    token_lowrank = any(isinstance(a.predictor, TokenLowrankPredictor) for a in sparse.values())
     token_models.remove(model)
-    token_models.install(
-        model,
-        way,
-        [None] * len(blocks),
-        any(isinstance(a, SparseAttention) and isinstance(a.predictor, TokenLowrankPredictor) for a in attention),
-    )
+    token_models.install(model, way, [None] * len(blocks), token_lowrank)
     for block, module in zip(blocks, attention, strict=True):
         dense = DenseAttention(cast(Any, module)).train(module.training)
         dense.execution = module.execution
         block.attn = dense
     try:
-        yield model, blocks, {i: a for i, a in enumerate(attention) if isinstance(a, SparseAttention)}
+        yield model, blocks, sparse
     finally:
         for block, module in zip(blocks, attention, strict=True):
             block.attn = module
         token_models.remove(model)
         if any(stage is not None for stage in before):
-            token_models.install(model, own_way, [None if s is None else s.share for s in before], follow)
+            token_models.install(model, former_way, [None if s is None else s.share for s in before], follow)
 
 
 def _dense_pass(host: Any, blocks: list[Any], x: Tensor) -> tuple[list[tuple[Tensor, TokenState]], Tensor, int]:
@@ -162,6 +160,7 @@ def _dense_pass(host: Any, blocks: list[Any], x: Tensor) -> tuple[list[tuple[Ten
 
 
 def _damage(host: Any, blocks: list[Any], state: tuple[Tensor, TokenState], dense: Tensor) -> float:
+    """Distance from the output `dense` when `blocks` run from the input `state` of the first."""
     h, tokens = state
     for block in blocks:
         h, tokens = block(h, tokens)
@@ -169,6 +168,6 @@ def _damage(host: Any, blocks: list[Any], state: tuple[Tensor, TokenState], dens
 
 
 def _output(host: Any, h: Tensor, tokens: TokenState) -> Tensor:
-    """Logits, or for models without a classifier the normed tokens on the full grid."""
+    """Logits; of models without a classifier the normed tokens on the full grid."""
     h = host.norm(host.whole(h, tokens) if host.full_grid else h)
     return host.forward_head(h) if host.num_classes else h
