@@ -1,4 +1,9 @@
-"""Running sums over a pass: logits of classifiers, features of models without a head."""
+"""How a sparse model's outputs differ from the dense one's: figures of two tensors, and sums over a pass.
+
+Three errors of features have names of their own: the *relative error* of an image, |sparse - dense| / |dense|
+(`relative_error`); the *relative squared error* of a batch, all squares together (`distance`); and its mean over images,
+which fine-tuning lowers (`sparsify.fit.finetune.losses.pooled`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,8 @@ import torch
 from torch import Tensor
 
 NEIGHBOURS = 10  # k of the nearest-neighbour classifier for models without a head
+
+Output = tuple[Tensor, Tensor]  # of a model without a head: pooled features [B, C], tokens [B, N, C]
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,8 @@ class Evaluation:
         agreement: percent of images with the same top-1 class as dense.
         images_lost, images_gained: dense right and sparse wrong, and the reverse.
         kl: KL(dense || sparse) of class probabilities, nats, mean per image.
-        cosine_pooled, cosine_patch: mean cosine similarity of features; rel_error_*: |sparse - dense| / |dense|.
+        cosine_pooled, cosine_patch: cosine similarity of features, mean over images.
+        rel_error_pooled, rel_error_patch: relative error of features (`relative_error`), mean over images.
         knn_top1, dense_knn_top1: leave-one-out nearest-neighbour accuracy over the pooled features, percent.
         throughput_sparse, throughput_dense: images/s, measured in this pass; of several processes the sum.
     """
@@ -89,18 +97,15 @@ class Logits:
         if not self.compared:
             return Evaluation(top1=top1, top5=top5)
         return Evaluation(
-            top1=top1, top5=top5, dense_top1=dense_top1, dense_top5=dense_top5, agreement=100 * self.agree / n,
-            images_lost=self.lost, images_gained=self.gained, kl=self.kl / n,
-        )  # fmt: skip
-
-
-def _right(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether the label is the first, and among the first five: bool [B] each."""
-    found = (logits.topk(min(5, logits.shape[1])).indices == y[:, None]).cumsum(1).bool()  # (B, k)
-    return found[:, 0], found[:, -1]
-
-
-Output = tuple[Tensor, Tensor]  # pooled features [B, C], tokens [B, N, C]
+            top1=top1,
+            top5=top5,
+            dense_top1=dense_top1,
+            dense_top5=dense_top5,
+            agreement=100 * self.agree / n,
+            images_lost=self.lost,
+            images_gained=self.gained,
+            kl=self.kl / n,
+        )
 
 
 class Features:
@@ -121,7 +126,7 @@ class Features:
         for i, (d, s) in enumerate(pairs):
             d, s = d.float().cpu(), s.float().cpu()  # (B, 1, C), (B, n, C)
             self.sums[2 * i] += torch.cosine_similarity(d, s, dim=-1).mean(1).sum()
-            self.sums[2 * i + 1] += ((d - s).norm(dim=(1, 2)) / d.norm(dim=(1, 2)).clamp_min(1e-12)).sum()
+            self.sums[2 * i + 1] += relative_error(d, s).sum()
         self.pooled["dense"].append(dense[0].float().cpu())
 
     def merge(self, other: Features) -> None:
@@ -133,14 +138,36 @@ class Features:
 
     def result(self, n: int) -> Evaluation:
         y = torch.cat(self.labels)
-        own = Evaluation(knn_top1=knn(torch.cat(self.pooled["sparse"]), y))
+        alone = Evaluation(knn_top1=knn(torch.cat(self.pooled["sparse"]), y))
         if not self.pooled["dense"]:
-            return own
+            return alone
         cos_pooled, err_pooled, cos_patch, err_patch = (self.sums / n).tolist()
         return replace(
-            own, cosine_pooled=cos_pooled, rel_error_pooled=err_pooled, cosine_patch=cos_patch,
-            rel_error_patch=err_patch, dense_knn_top1=knn(torch.cat(self.pooled["dense"]), y),
-        )  # fmt: skip
+            alone,
+            cosine_pooled=cos_pooled,
+            rel_error_pooled=err_pooled,
+            cosine_patch=cos_patch,
+            rel_error_patch=err_patch,
+            dense_knn_top1=knn(torch.cat(self.pooled["dense"]), y),
+        )
+
+
+def kl_terms(dense: Tensor, sparse: Tensor) -> Tensor:
+    """p (log p - log q) of the class probabilities of logits [B, classes], nats: an image's sum is KL(dense || sparse)."""
+    p, q = dense.float().log_softmax(-1), sparse.float().log_softmax(-1)
+    return p.exp() * (p - q)
+
+
+def relative_error(dense: Tensor, sparse: Tensor) -> Tensor:
+    """|sparse - dense| / |dense| of each image's features [B, n, C], by the Euclidean norm: [B]."""
+    return (dense - sparse).norm(dim=(1, 2)) / dense.norm(dim=(1, 2)).clamp_min(1e-12)
+
+
+def distance(dense: Tensor, sparse: Tensor, logits: bool) -> float:
+    """How far outputs of a batch are apart: the mean KL(dense || sparse) of logits, the relative squared error of features."""
+    if logits:
+        return float(kl_terms(dense, sparse).sum(-1).mean())
+    return float((dense - sparse).square().sum() / dense.square().sum())
 
 
 def knn(features: Tensor, labels: Tensor, k: int = NEIGHBOURS) -> float | None:
@@ -165,14 +192,7 @@ def knn(features: Tensor, labels: Tensor, k: int = NEIGHBOURS) -> float | None:
     return 100 * right / n
 
 
-def distance(dense: Tensor, sparse: Tensor, logits: bool) -> float:
-    """KL(dense || sparse) of class probabilities, or the relative squared error of features."""
-    if not logits:
-        return float((dense - sparse).square().sum() / dense.square().sum())
-    return float(kl_terms(dense, sparse).sum(-1).mean())
-
-
-def kl_terms(dense: Tensor, sparse: Tensor) -> Tensor:
-    """Terms of KL(dense || sparse) of class probabilities, nats, from logits [..., classes]; their sum is the divergence."""
-    p = dense.float().log_softmax(-1)
-    return p.exp() * (p - sparse.float().log_softmax(-1))
+def _right(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the label is the first, and among the first five: bool [B] each."""
+    found = (logits.topk(min(5, logits.shape[1])).indices == y[:, None]).cumsum(1).bool()  # (B, k)
+    return found[:, 0], found[:, -1]
