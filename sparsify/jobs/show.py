@@ -10,7 +10,7 @@ from torch import nn
 from sparsify.errors import UsageError
 from sparsify.images import datasets, photograph
 from sparsify.images.photograph import Point
-from sparsify.measure.inspection import Shown, check, inspect
+from sparsify.measure.inspection import Shown, check_sparse, inspect
 from sparsify.nn import attention, graft, hosts
 
 MOST_LAYERS, MOST_HEADS = 4, 6  # drawn where nobody says which
@@ -40,7 +40,7 @@ def look(
         UsageError: a point outside an image, a layer or head that there is not, a dense model that does not fit.
         SparsifyError: not a sparse model.
     """
-    check(model)
+    check_sparse(model)
     if dense is not None:
         graft.check_original(dense, model)
     modules = list(attention.attention_modules(model).values())

@@ -164,7 +164,7 @@ def relative_error(dense: Tensor, sparse: Tensor) -> Tensor:
 
 
 def distance(dense: Tensor, sparse: Tensor, logits: bool) -> float:
-    """How far outputs of a batch are apart: the mean KL(dense || sparse) of logits, the relative squared error of features."""
+    """How far apart outputs of a batch are: mean KL(dense || sparse) of logits, relative squared error of features."""
     if logits:
         return float(kl_terms(dense, sparse).sum(-1).mean())
     return float((dense - sparse).square().sum() / dense.square().sum())

@@ -1,4 +1,4 @@
-"""The figures of a profile, with the key of each in JSON."""
+"""The figures of a profile and their keys in JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PaperMacs(TypedDict):
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured: `dense`, `sparse` and `auto` in one interleaved run; peak memory in bytes. None: no dense model."""
+    """Times of `dense`, `sparse` and `auto` from one interleaved run; peak memory in bytes. None: no dense model."""
 
     dense: Timing | None
     sparse: Timing
@@ -39,7 +39,7 @@ class Measured:
 class Profile:
     """Cost of a sparse model beside its dense original. MACs are per image, and theoretical.
 
-    `as_dict` gives these keys. Whole numbers unless said otherwise. Where the sparse model's weights were changed and no
+    `as_dict` gives these keys, whole numbers unless stated otherwise. If the sparse model's weights were changed and no
     dense model was given, everything of the dense one (`..._dense`, `speedup_sparse`) is None.
 
     MACs (one multiply-accumulate counts once; sums, softmax, top-k and elementwise products count 0; norms by fvcore's
@@ -50,10 +50,10 @@ class Profile:
                                             (sparse = kept_macs + prefix_macs + predictor_macs + tail_macs + full_macs)
         kept_macs                           logits and values of the kept keys
         prefix_macs                         rows of the prefix tokens, which attend densely
-        predictor_macs                      scores that choose the keys
-        tail_macs                           what stands for the dropped keys
-        full_macs                           attention of the blocks that keep it dense, over the tokens that are left
-        stage_macs                          choosing the tokens that go on: importance and matching; no part of MHSA
+        predictor_macs                      scores that select the keys
+        tail_macs                           cell means that stand for the dropped keys
+        full_macs                           attention of dense blocks, over the remaining tokens
+        stage_macs                          importance and matching of tokens at the stages; no part of MHSA
         tokens                              of each block a pair, prefix included: tokens into its attention, and into its
                                             MLP (of the sparse model; the dense one has as many everywhere)
         paper                               with count_as='paper' only: mapping mhsa_macs_dense, mhsa_macs_sparse by the
@@ -65,10 +65,10 @@ class Profile:
 
         param_count, param_count_dense      of the sparse and of the dense model
 
-    Measured, absent when nothing was measured (floats):
+    Measured, absent if nothing was measured (floats):
 
-        latency_ms_dense, latency_ms_sparse, latency_ms_auto          median per batch. sparse: the sparse form, dense
-                                                                      fallback off, by `backend`; auto: what
+        latency_ms_dense, latency_ms_sparse, latency_ms_auto          median per batch. sparse: the sparse form by
+                                                                      `backend`, without dense fallback; auto: what
                                                                       `backend=auto` runs, dense attention where that was
                                                                       measured faster and `backbone_changed` is false
         latency_ms_{dense,sparse,auto}_p10, latency_ms_..._p90        spread of the same runs
@@ -76,20 +76,20 @@ class Profile:
         speedup_sparse                      latency_ms_dense / latency_ms_sparse, of the same interleaved run; below 1:
                                             slower than dense
         peak_memory_dense, peak_memory_sparse   bytes of the weights, the input and the peak of all other live tensors
-        choices                             what `backend=auto` took; list of
+        choices                             paths selected by `backend=auto`; list of
                                             blocks  numbers of the blocks, from 0
                                             shape   what the decision is for: batch, heads, tokens, head_dim, dtype, ...
                                             taken   cpu, reference (sparse), dense-cpu (our dense kernel) or sdpa
-                                            ms      mapping path -> median in ms of the attention call alone; empty where
-                                                    there is no choice
+                                            ms      mapping path -> median in ms of the attention call alone; empty if
+                                                    there was only one path
                                             reason  one line
 
-    Circumstances:
+    Conditions:
 
         backend                             what computed the sparse form: 'cpu (avx512)', 'reference', 'reference (why)';
-                                            where nothing was measured, the name that was asked for
-        conditions                          mapping: img_size [height, width], always; where something was measured:
-                                            batch_size, dtype, device, device_name, threads, runs, torch, timm, sparsify
+                                            if nothing was measured, the requested name
+        conditions                          mapping: img_size [height, width]; if something was measured, also batch_size,
+                                            dtype, device, device_name, threads, runs, torch, timm, sparsify
         modules                             the tree, parents before children: list of name ('' is the model), depth,
                                             type and type_dense (class names; null: no such module there),
                                             params (of the sparse model), macs_dense, macs_sparse (all inclusive of
@@ -123,10 +123,10 @@ class Profile:
 
     @property
     def dense(self) -> DenseMacs:
-        """`macs_dense` and `mhsa_macs_dense`, for who knows that there is a dense model.
+        """`macs_dense` and `mhsa_macs_dense` of a profile that has a dense model.
 
         Raises:
-            SparsifyError: there is none.
+            SparsifyError: it has none.
         """
         if self.macs_dense is None or self.mhsa_macs_dense is None:
             raise SparsifyError(
@@ -142,36 +142,37 @@ class Profile:
     def as_dict(self) -> dict[str, Any]:
         """The documented keys, fit for JSON."""
         apart = ("measured", "choices", "paper")
-        found = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in apart}
-        found |= {name: dict(found[name]) for name in ("unsupported", "conditions")}
-        found["tokens"] = [list(pair) for pair in self.tokens]
+        tree = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in apart}
+        tree |= {name: dict(tree[name]) for name in ("unsupported", "conditions")}
+        tree["tokens"] = [list(pair) for pair in self.tokens]
         if self.paper is not None:
-            found["paper"] = dict(self.paper)
-        found["modules"] = [dict(row) for row in self.modules]
+            tree["paper"] = dict(self.paper)
+        tree["modules"] = [dict(row) for row in self.modules]
         if self.measured is None:
-            return found
+            return tree
         m = self.measured
         for name, timing in (("dense", m.dense), ("sparse", m.sparse), ("auto", m.auto)):
-            found[f"latency_ms_{name}"] = timing and timing.median
-            found[f"latency_ms_{name}_p10"], found[f"latency_ms_{name}_p90"] = (
-                timing and timing.p10,
-                timing and timing.p90,
-            )
-            found[f"throughput_{name}"] = timing and timing.throughput(self.batch_size)
-        found["speedup_sparse"] = m.dense and m.dense.median / m.sparse.median
-        found["choices"] = [dict(each) for each in self.choices]
-        found["peak_memory_dense"], found["peak_memory_sparse"] = m.peak_memory_dense, m.peak_memory_sparse
-        return found
+            key = f"latency_ms_{name}"
+            tree |= {
+                key: timing and timing.median,
+                f"{key}_p10": timing and timing.p10,
+                f"{key}_p90": timing and timing.p90,
+                f"throughput_{name}": timing and timing.throughput(self.batch_size),
+            }
+        tree["speedup_sparse"] = m.dense and m.dense.median / m.sparse.median
+        tree["choices"] = [dict(each) for each in self.choices]
+        tree["peak_memory_dense"], tree["peak_memory_sparse"] = m.peak_memory_dense, m.peak_memory_sparse
+        return tree
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Profile:
-        """The profile that `as_dict` gave these keys, from JSON too.
+        """The profile with these keys of `as_dict`, also if they come from JSON.
 
         Raises:
-            KeyError, TypeError, ValueError: they are not a profile's.
+            KeyError, TypeError, ValueError: not a profile's keys or values.
         """
         names = cls.__dataclass_fields__.keys() - {"measured", "choices", "paper", "tokens", "modules"}
-        found = {name: tree[name] for name in names}
+        figures = {name: tree[name] for name in names}
         measured = None
         if tree.get("latency_ms_sparse") is not None:
             dense, sparse, auto = (_timing(tree, name) for name in ("dense", "sparse", "auto"))
@@ -179,9 +180,13 @@ class Profile:
                 raise KeyError("latency_ms_auto")
             measured = Measured(dense, sparse, auto, tree["peak_memory_dense"], tree["peak_memory_sparse"])
         return cls(
-            **found, measured=measured, tokens=tuple((int(a), int(b)) for a, b in tree["tokens"]),
-            modules=tuple(tree["modules"]), choices=tuple(tree.get("choices") or ()), paper=tree.get("paper"),
-        )  # fmt: skip
+            **figures,
+            measured=measured,
+            tokens=tuple((int(a), int(b)) for a, b in tree["tokens"]),
+            modules=tuple(tree["modules"]),
+            choices=tuple(tree.get("choices") or ()),
+            paper=tree.get("paper"),
+        )
 
 
 def _timing(tree: Mapping[str, Any], name: str) -> Timing | None:
