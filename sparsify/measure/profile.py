@@ -37,7 +37,7 @@ def profile(
     """Count and, unless `measure=False`, measure a sparse model beside its dense original. Both models are left as they are.
 
     Args:
-        model: a timm VisionTransformer with sparse attention (`sparsify.convert`, `sparsify.load`).
+        model: a timm model with sparse attention (`sparsify.load`, or `.model` of what `sparsify.convert` returns).
         dense: the original. None: the model's own weights without sparsity; with `backbone_changed` no dense model, and
             no dense figures.
         img_size: height and width in pixels, or one number for both; None is the model's own. Another size needs
@@ -48,6 +48,17 @@ def profile(
             micro_batch have no effect.
         repeats: rounds to time; None: as many as fit in `latency.BUDGET_S` seconds, at least 5.
         count_as: one of `ACCOUNTINGS`; paper: also MHSA by the authors' accounting (`sparsify.measure.paper`).
+
+    Example:
+        >>> from sparsify.config import SparsityConfig
+        >>> from sparsify.models.digits import network
+        >>> figures = profile(graft.graft(network.build(), SparsityConfig(keep=0.25)), measure=False)
+        >>> figures.macs_dense, figures.macs_sparse  # the whole model
+        (196104576, 178016128)
+        >>> figures.mhsa_macs_dense, figures.mhsa_macs_sparse  # attention without its projections
+        (39740416, 21651968)
+        >>> figures.kept_macs, figures.prefix_macs, figures.predictor_macs, figures.tail_macs  # what the latter consists of
+        (8780800, 201728, 4942336, 7727104)
 
     Raises:
         UsageError: an unknown dtype, backend, device or accounting, a backend that cannot be used here, a batch size

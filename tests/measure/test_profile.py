@@ -1,10 +1,12 @@
 """Profiles: documented keys, the module tree, interleaved timing, memory, and what is said about them."""
 
 import dataclasses
+import doctest
 import io
 import itertools
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -75,6 +77,10 @@ def test_documented_keys(found):
         plain = (key, name, "latency_ms_...", "latency_ms_{dense,sparse,auto}_p10")
         assert any(each in Profile.__doc__ for each in plain), key
     assert json.loads(json.dumps(tree)) == tree
+
+
+def test_the_docstring_has_the_figures_that_it_prints():
+    assert doctest.testmod(sys.modules[profile.__module__]) == (0, 6)
 
 
 def test_figures_fit_together(found):
