@@ -20,9 +20,10 @@ from pathlib import Path
 import timm
 import torch
 
+import sparsify
 from sparsify.config import SparsityConfig
 from sparsify.images import datasets
-from sparsify.jobs import convert as conversion
+from sparsify.jobs.convert import Conversion
 from sparsify.measure.accuracy import Evaluation
 from sparsify.measure.evaluate import evaluate
 from sparsify.measure.profile import profile
@@ -53,15 +54,10 @@ def row(keep: float, e: Evaluation) -> str:
     )
 
 
-def convert(name: str, recipe: Recipe, weights: Path | None, images: Path | None) -> conversion.Conversion:
+def convert(name: str, recipe: Recipe, weights: Path | None, images: Path | None) -> Conversion:
     with tempfile.TemporaryDirectory() as folder:
-        return conversion.convert(
-            name,
-            recipe,
-            Path(folder) / "model.safetensors",
-            weights=weights,
-            images=None if images is None else str(images),
-        )
+        output = Path(folder) / "model.safetensors"
+        return sparsify.convert(name, recipe=recipe, output=output, weights=weights, data=images)
 
 
 def deit_tiny(images: Path | None, keeps: list[float]) -> None:

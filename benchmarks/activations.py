@@ -17,8 +17,8 @@ import torch
 from accuracy import DATA, WEIGHTS
 from torch import Tensor
 
+import sparsify
 from sparsify.images import datasets
-from sparsify.jobs import convert
 from sparsify.models import checkpoint
 from sparsify.nn import attention, graft
 from sparsify.nn.observe import observe
@@ -82,8 +82,8 @@ def _photographs(folder: Path, sizes: list[int], batch: int) -> dict[int, list[A
     for recipe, changes in (("calibrate", {}), ("paper-calibrated", {"calib_images": PAPER_IMAGES})):
         files[recipe] = folder / f"{recipe}.safetensors"
         chosen = load_recipe(recipe).override(keep=0.1, **changes)
-        images = str(DATA / "imagenet-sample" / "train")
-        convert.convert("deit_tiny", chosen, files[recipe], weights=WEIGHTS, images=images)
+        images = DATA / "imagenet-sample" / "train"
+        sparsify.convert("deit_tiny", recipe=chosen, output=files[recipe], weights=WEIGHTS, data=images)
     return {tokens: _blocks(files, tokens, batch) for tokens in sizes}
 
 

@@ -22,9 +22,9 @@ from quantised import SETTINGS
 from torch import Tensor
 from variants import variant
 
+import sparsify
 from sparsify.images import datasets
-from sparsify.jobs import convert
-from sparsify.jobs.export import program as exporting
+from sparsify.jobs.export.program import FORMATS, export
 from sparsify.measure.latency import interleaved
 from sparsify.models import checkpoint
 from sparsify.nn import graft
@@ -37,7 +37,7 @@ def converted(folder: Path) -> list[Path]:
     for name, changes in SETTINGS.items():
         recipe, images = load_recipe("calibrate").override(keep=0.1, **changes), DATA / "imagenet-sample" / "train"
         files.append(folder / f"{name}.safetensors")
-        convert.convert("deit_tiny", recipe, files[-1], weights=WEIGHTS, images=str(images))
+        sparsify.convert("deit_tiny", recipe=recipe, output=files[-1], weights=WEIGHTS, data=images)
     return files
 
 
@@ -45,8 +45,8 @@ def program(file: Path, format: str) -> Callable[[Tensor], Tensor]:
     """One image at a time, however many are given."""
     path = file.parent / f"{file.stem}.{format}"
     if not path.exists():
-        exporting.export(file, format, path, say=print)
-    run = exporting.FORMATS[format].runner(str(path))
+        export(file, format, path, say=print)
+    run = FORMATS[format].runner(str(path))
     assert run is not None
     return lambda x: torch.cat([run(image) for image in x.split(1)])
 
@@ -83,7 +83,7 @@ def main() -> None:
             x = torch.cat([images for images, _ in shown])[: arguments.images]
             runs: dict[str, Callable[[Tensor], Tensor]] = {"dense, eager": graft.dense_twin(model)}
             runs |= {f"sparse, eager, {name}": variant(model, Execution(name)) for name in ("cpu", "reference")}
-            runs |= {f"sparse, {format}": program(file, format) for format in exporting.FORMATS}
+            runs |= {f"sparse, {format}": program(file, format) for format in FORMATS}
             ms = interleaved({name: partial(run, x[:1]) for name, run in runs.items()}, rounds=arguments.rounds)
             expected = answers(runs["sparse, eager, cpu"], x)
             rows = [row(name, answers(run, x), expected, ms[name].median) for name, run in runs.items()]

@@ -22,10 +22,9 @@ import torch
 from accuracy import DATA, WEIGHTS, photographs
 from torch import Tensor, nn
 
-from sparsify.config import Target
+import sparsify
 from sparsify.fit.finetune.losses import attention
 from sparsify.fit.finetune.objective import true_attention
-from sparsify.jobs import convert as conversion
 from sparsify.measure.evaluate import evaluate
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint, names, pretrained
@@ -52,10 +51,15 @@ FORMS: dict[str, dict[str, object]] = {
 def convert(recipe: Recipe, folder: Path, name: str, target: float | None = None) -> tuple[nn.Module, float]:
     """`sparsify convert deit_tiny` by `recipe` on the photographs to learn from, and its minutes."""
     start = time.perf_counter()
-    conversion.convert(
-        "deit_tiny", recipe, folder / f"{name}.safetensors", weights=WEIGHTS, images=str(DATA / "imagenet-sample" / "train"),
-        target=None if target is None else Target(macs=target), say=lambda line: print(f"<!-- {line} -->", flush=True),
-    )  # fmt: skip
+    sparsify.convert(
+        "deit_tiny",
+        recipe=recipe,
+        output=folder / f"{name}.safetensors",
+        weights=WEIGHTS,
+        data=DATA / "imagenet-sample" / "train",
+        target_macs=target,
+        say=lambda line: print(f"<!-- {line} -->", flush=True),
+    )
     return checkpoint.load(folder / f"{name}.safetensors"), (time.perf_counter() - start) / 60
 
 

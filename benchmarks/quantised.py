@@ -22,7 +22,7 @@ from torch import nn
 from torchao import __version__ as torchao_version
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
-from sparsify.jobs import convert
+import sparsify
 from sparsify.measure.accuracy import Logits
 from sparsify.models import checkpoint
 from sparsify.nn import graft
@@ -40,9 +40,8 @@ def converted(files: list[Path]) -> dict[str, nn.Module]:
     with tempfile.TemporaryDirectory() as folder:
         for name, changes in SETTINGS.items():
             recipe = load_recipe("calibrate").override(keep=0.1, **changes)
-            images = str(DATA / "imagenet-sample" / "train")
-            out = Path(folder) / "model.safetensors"
-            made[name] = convert.convert("deit_tiny", recipe, out, weights=WEIGHTS, images=images).model
+            images, out = DATA / "imagenet-sample" / "train", Path(folder) / "model.safetensors"
+            made[name] = sparsify.convert("deit_tiny", recipe=recipe, output=out, weights=WEIGHTS, data=images).model
             out.unlink()
     return made
 

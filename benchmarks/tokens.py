@@ -24,16 +24,17 @@ import torch
 from accuracy import DATA, WEIGHTS, convert, photographs
 from torch import nn
 
-from sparsify.config import SparsityConfig, Target, Tokens
+import sparsify
+from sparsify.config import SparsityConfig, Tokens
 from sparsify.fit.calibrate.calibrate import fit_importance
 from sparsify.fit.schedule import choose, search
 from sparsify.fit.schedule import costs as costing
-from sparsify.jobs import convert as conversion
-from sparsify.jobs.dense import calibration_images
+from sparsify.jobs.dense import Calibrator, Dense
 from sparsify.measure.evaluate import evaluate
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint, names
 from sparsify.nn import attention, graft, hosts
+from sparsify.processes import Compute, Listener
 from sparsify.recipe import load_recipe
 
 TARGETS = (0.7, 0.55, 0.4)
@@ -62,10 +63,15 @@ def row(label: str, model: nn.Module, bar: tuple[float, float | None] | None = N
 
 def searched(target: float, images: Path, folder: Path) -> nn.Module:
     """`sparsify convert deit_tiny --target-macs TARGET`."""
-    made = conversion.convert(
-        "deit_tiny", load_recipe("calibrate"), folder / f"{target}.safetensors", weights=WEIGHTS, images=str(images),
-        target=Target(macs=target), say=lambda line: print(f"<!-- {line} -->", flush=True),
-    )  # fmt: skip
+    made = sparsify.convert(
+        "deit_tiny",
+        recipe="calibrate",
+        output=folder / f"{target}.safetensors",
+        weights=WEIGHTS,
+        data=images,
+        target_macs=target,
+        say=lambda line: print(f"<!-- {line} -->", flush=True),
+    )
     return checkpoint.load(made.path)
 
 
@@ -106,9 +112,9 @@ def main() -> None:
     if "rates" in wanted or "ways" in wanted:
         made = convert("deit_tiny", load_recipe("calibrate"), WEIGHTS, images)
         config, recipe = made.header.config, load_recipe("calibrate")
-        source = names.resolve("deit_tiny")
-        batches, _ = calibration_images(made.model, source, recipe, str(images), "cpu", 32, 0)
-        fit_importance(made.model, batches)
+        dense = Dense(names.resolve("deit_tiny"), made.model)
+        calibrator = Calibrator.on(str(images), dense, recipe, Compute(batch_size=32), Listener())
+        fit_importance(made.model, calibrator.batches)
         if "rates" in wanted:
             for target in arguments.targets:
                 for empty in (False, True):

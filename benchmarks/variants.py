@@ -10,7 +10,7 @@ import torch
 from accuracy import DATA, WEIGHTS
 from torch import nn
 
-from sparsify.jobs import convert
+import sparsify
 from sparsify.measure.macs import replica
 from sparsify.nn import attention
 from sparsify.nn.attention import Execution
@@ -21,10 +21,9 @@ from sparsify.recipe import load_recipe
 def deit_tiny(side: int, calib_images: int) -> nn.Module:
     """Real weights, keep 0.1, calibrated on photographs at that image size (position embedding resampled); float32."""
     recipe = load_recipe("calibrate").override(keep=0.1, calib_images=calib_images)
-    images = str(DATA / "imagenet-sample" / "train")
+    options = dict(recipe=recipe, weights=WEIGHTS, data=DATA / "imagenet-sample" / "train", img_size=side)
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "model.safetensors"
-        return convert.convert("deit_tiny", recipe, out, weights=WEIGHTS, images=images, img_size=side).model.eval()
+        return sparsify.convert("deit_tiny", output=Path(folder) / "model.safetensors", **options).model.eval()
 
 
 def variant(sparse: nn.Module, execution: Execution, tile: tuple[int, ...] = ()) -> nn.Module:

@@ -1,53 +1,128 @@
-"""The library in five functions; `import sparsify` shows them."""
+"""The library in six functions; `import sparsify` shows them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import nn
 
 from sparsify.config import Target, validate
-from sparsify.errors import UsageError
-from sparsify.jobs import convert as _conversion
-from sparsify.jobs import save as _saving
+from sparsify.errors import UsageError, as_arguments
+from sparsify.jobs.convert import Conversion, ImageSources, OutputOptions
+from sparsify.jobs.convert import convert as convert_job
+from sparsify.jobs.dense import DenseRequest
 from sparsify.jobs.export import program
 from sparsify.jobs.export.program import Exported
-from sparsify.measure import evaluate as _evaluation
-from sparsify.measure import figures
-from sparsify.measure import profile as _profiling
+from sparsify.jobs.save import save as save_job
 from sparsify.measure.accuracy import Evaluation
-from sparsify.models import checkpoint, hub, original
+from sparsify.measure.evaluate import evaluate_images, own_compute
+from sparsify.measure.figures import Profile
+from sparsify.measure.profile import profile as profile_model
+from sparsify.models import checkpoint, hub
+from sparsify.models.opened import opened
 from sparsify.nn import execution, graft
 from sparsify.nn.attention import Execution
 from sparsify.ops.auto import Chooser
 from sparsify.processes import Compute, Listener
 from sparsify.recipe import Recipe, default_recipe, load_recipe
 
+Say = Callable[[str], None]
+ModelOrFile = nn.Module | str | Path
 
-def convert(
-    name: str,
-    *,
-    keep: float | str | Sequence[float | str] | None = None,
-    target_macs: float | None = None,
-    target_latency: float | None = None,
-    recipe: str | Recipe | None = None,
-    calibrate_only: bool = False,
-    output: str | Path = "model.safetensors",
-    weights: str | Path | None = None,
-    data: str | Path | None = None,
-    val: str | Path | None = None,
-    resume: bool = False,
-    num_classes: int | None = None,
-    img_size: int | None = None,
-    force: bool = False,
-    device: str = "cpu",
-    say: Callable[[str], None] = lambda line: None,
-    **changes: Any,
-) -> _conversion.Conversion:
+
+class JobOptions(TypedDict, total=False):
+    """Keywords of `convert` that say what is converted, from which images, and where the result goes."""
+
+    target_macs: float | None
+    target_latency: float | None
+    recipe: str | Recipe | None
+    calibrate_only: bool
+    output: str | Path
+    weights: str | Path | None
+    data: str | Path | None
+    val: str | Path | None
+    resume: bool
+    num_classes: int | None
+    img_size: int | None
+    force: bool
+    device: str
+    say: Say
+
+
+class RecipeOptions(TypedDict, total=False):
+    """Keywords of `convert` that are fields of `SparsityConfig` or `Recipe`."""
+
+    keep: float | str | Sequence[float | str] | None
+    predictor: str | None
+    rank: Any
+    tail: str | None
+    cells: Any
+    spread_rank: bool | None
+    granularity: str | None
+    tile: tuple[int, int] | None
+    fold: bool | None
+    token_lowrank: Mapping[str, Any] | None
+    tokens: Mapping[str, Any] | None
+    description: str | None
+    calib_images: int | None
+    seed: int | None
+    start: str | None
+    precision: str | None
+    hold_back: float | None
+    repair: Mapping[str, Any] | None
+    stages: Sequence[Any] | None
+
+
+class ConvertOptions(JobOptions, RecipeOptions, total=False):
+    """Keywords of `convert`."""
+
+
+class ComputeOptions(TypedDict, total=False):
+    """Keywords of `profile` and `evaluate` that say how they compute (`sparsify.processes.Compute`)."""
+
+    batch_size: int
+    device: str | torch.device
+    dtype: str | torch.dtype
+    backend: str | None
+    kernel_precision: str | None
+
+
+class ExportOptions(TypedDict, total=False):
+    """Keywords of `export`."""
+
+    batch_size: int | None
+    img_size: int | None
+    force: bool
+    say: Say
+
+
+class ProfileOptions(ComputeOptions, total=False):
+    """Keywords of `profile`."""
+
+    img_size: int | tuple[int, int] | None
+    backbone_changed: bool
+    measure: bool
+    repeats: int | None
+    budget_s: float
+    count_as: str
+
+
+class EvaluateOptions(ComputeOptions, total=False):
+    """Keywords of `evaluate`."""
+
+    workers: int
+    backbone_changed: bool
+    name: str
+    strict: bool
+    say: Say
+    progress: Callable[[int, int | None], None]
+
+
+def convert(name: str, **options: Unpack[ConvertOptions]) -> Conversion:
     """Convert a timm model and write it to `output`.
 
     Args:
@@ -57,34 +132,52 @@ def convert(
             `keep` must be left out then).
         recipe: name, YAML file or `Recipe`; None: `distill` with `data`, else `calibrate`.
         calibrate_only: leave out the stages of the recipe.
+        output: file to write, default model.safetensors; its reports go beside it.
         weights: local checkpoint (.safetensors, .pth) of that architecture.
         data: folder or data set to calibrate on and to learn from. None: the built-in pictures, calibration only.
         val: labelled images that decide which weights are written; None: a part of `data` is held back.
-        resume: go on with the interrupted fine-tuning of this output (folder STEM.run beside it).
-        changes: fields of `SparsityConfig` or `Recipe` (tokens, predictor, rank, tail, cells, seed, calib_images, ...);
-            tokens is a mapping: {"keep": 0.7, "stages": (4, 7, 10), "way": "merge", "importance": "fitted"}.
+        resume: continue the interrupted fine-tuning of this output (folder STEM.run beside it).
+        num_classes: outputs of `weights`, 0 for features; None: read off the file.
+        img_size: side in pixels; None: the model's own.
+        force: overwrite a file that holds another model.
+        device: of torch: cpu (default), cuda, cuda:1, mps.
+        say: called with a line now and then.
+        predictor, rank, tail, cells, spread_rank, granularity, tile, fold, token_lowrank, tokens: fields of
+            `SparsityConfig`; tokens is a mapping:
+            {"keep": 0.7, "stages": (4, 7, 10), "way": "merge", "importance": "fitted"}.
+        description, calib_images, seed, start, precision, hold_back, repair, stages: fields of `Recipe`.
 
     Raises:
         SparsifyError: one line: what was wrong, what was expected, what to do.
     """
-    name_or_file = default_recipe(data is not None and not calibrate_only) if recipe is None else recipe
-    chosen = name_or_file if isinstance(name_or_file, Recipe) else load_recipe(name_or_file)
-    chosen = chosen.override(
-        keep=keep if keep is None or isinstance(keep, float | int | str) else tuple(keep),
-        **changes,
-    )  # fmt: skip
+    changes: dict[str, Any] = dict(options)
+    asked = {key: changes.pop(key) for key in JobOptions.__optional_keys__ & changes.keys()}
+    data, calibrate_only, keep = asked.get("data"), asked.get("calibrate_only", False), changes.get("keep")
+    recipe = asked.get("recipe") or default_recipe(data is not None and not calibrate_only)
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    if keep is not None and not isinstance(keep, float | int | str):
+        changes["keep"] = tuple(keep)
+    recipe = recipe.override(**changes)
     if calibrate_only:
-        chosen = chosen.without_training()
-    target = None
-    if target_macs is not None or target_latency is not None:
+        recipe = recipe.without_training()
+    target, shares = None, {"macs": asked.get("target_macs"), "latency": asked.get("target_latency")}
+    if any(share is not None for share in shares.values()):
         if keep is not None:
             raise UsageError("keep and a target: the search chooses keep; leave one of them out")
-        target = validate(Target, {"macs": target_macs, "latency": target_latency}, "argument target")
-    return _conversion.convert(
-        name, chosen, Path(output), weights=None if weights is None else Path(weights), num_classes=num_classes,
-        img_size=img_size, images=None if data is None else str(data), val=None if val is None else str(val), resume=resume,
-        force=force, device=device, target=target, say=say,
-    )  # fmt: skip
+        target = validate(Target, shares, "argument target")
+    weights, val = asked.get("weights"), asked.get("val")
+    weights = None if weights is None else Path(weights)
+    output = Path(asked.get("output", "model.safetensors"))
+    return convert_job(
+        DenseRequest(name, weights, asked.get("num_classes"), asked.get("img_size")),
+        recipe,
+        OutputOptions(output, asked.get("force", False), asked.get("resume", False)),
+        images=ImageSources(None if data is None else str(data), None if val is None else str(val)),
+        target=target,
+        compute=Compute(device=asked.get("device", "cpu")),
+        listener=Listener(_in_python(asked.get("say"))),
+    )
 
 
 def load(
@@ -139,49 +232,46 @@ def save(model: nn.Module, path: str | Path, *, like: str | Path, force: bool = 
     Raises:
         SparsifyError: see `sparsify.jobs.save.save`; nothing is written then.
     """
-    _saving.save(model, Path(path), hub.local(like), force)
+    save_job(model, Path(path), hub.local(like), force)
     return Path(path)
 
 
-def export(path: str | Path, format: str = "onnx", output: str | Path | None = None, **options: Any) -> Exported:
+def export(
+    path: str | Path, format: str = "onnx", output: str | Path | None = None, **options: Unpack[ExportOptions]
+) -> Exported:
     """Write the model of a file as a program that runs without this package, ONNX or torch.export's; docs/export.md.
 
     Args:
-        options: see `sparsify.jobs.export.program.export` (batch_size, img_size, force).
+        options: see `sparsify.jobs.export.program.export` (batch_size, img_size, force, say).
 
     Raises:
         SparsifyError: see `sparsify.jobs.export.program.export`.
     """
+    if "say" in options:
+        options["say"] = _in_python(options["say"])
     return program.export(path, format, output, **options)
 
 
-def profile(
-    model: nn.Module | str | Path, *, dense: nn.Module | str | Path | None = None, **options: Any
-) -> figures.Profile:
+def profile(model: ModelOrFile, *, dense: ModelOrFile | None = None, **options: Unpack[ProfileOptions]) -> Profile:
     """MACs and latency of a sparse model (or its file) beside its dense original.
 
     Args:
         dense: the original: a model; with a file also a name or checkpoint, which is checked against the file. None: the
             model's own weights without sparsity, or, for a file whose backbone was changed, no dense figures (None). Of a
             module nobody knows whether its weights were changed: say backbone_changed=True or give `dense`.
-        options: batch_size (1), dtype, device, backend, kernel_precision of the measurement, as in
-            `sparsify.processes.Compute`; img_size, measure, repeats, count_as, backbone_changed: see
-            `sparsify.measure.profile.profile`.
+        batch_size, device, dtype, backend, kernel_precision: of the measurement (`sparsify.processes.Compute`).
+        img_size, backbone_changed, measure, repeats, budget_s, count_as: see `sparsify.measure.profile.profile`.
 
     Raises:
         SparsifyError: see `sparsify.measure.profile.profile` and `sparsify.models.original.load_original`.
     """
-    sparse, beside, changed = _opened(model, dense)
-    options, compute = _compute(options, Compute(), "batch_size", "dtype", "device", "backend", "kernel_precision")
-    return _profiling.profile(sparse, dense=beside, compute=compute, **{"backbone_changed": changed} | options)
+    sparse, original, changed = _opened(model, dense)
+    compute, rest = _split(Compute(), options, ProfileOptions)
+    return profile_model(sparse, dense=original, compute=compute, **{"backbone_changed": changed, **rest})
 
 
 def evaluate(
-    model: nn.Module | str | Path,
-    images: str | Path,
-    *,
-    dense: nn.Module | str | Path | None = None,
-    **options: Any,
+    model: ModelOrFile, images: str | Path, *, dense: ModelOrFile | None = None, **options: Unpack[EvaluateOptions]
 ) -> Evaluation:
     """Accuracy of a sparse model (or its file) beside its dense original on a labelled folder, timm data set or `digits`.
 
@@ -190,41 +280,46 @@ def evaluate(
 
     Args:
         dense: as in `profile`.
-        options: batch_size (32), workers, device, dtype, as in `sparsify.processes.Compute`, and backend and
-            kernel_precision (the model's own without); say and progress, which is called with images done and in all
-            (None: unknown); strict, name, backbone_changed: see `sparsify.measure.evaluate.evaluate_images`.
+        batch_size, workers, device, dtype, backend, kernel_precision: see `sparsify.processes.Compute`.
+        name, strict, backbone_changed: see `sparsify.measure.evaluate.evaluate_images`.
+        say: called with a line now and then; progress: with the images done, and how many there are (None: unknown).
 
     Raises:
         SparsifyError: see `sparsify.measure.evaluate.evaluate_images` and `sparsify.models.original.load_original`.
     """
-    sparse, beside, changed = _opened(model, dense)
-    own = _evaluation.own_compute(sparse)
-    names = ("batch_size", "dtype", "device", "backend", "kernel_precision", "workers")
-    options, compute = _compute({"backbone_changed": changed} | options, own, *names)
-    listener = Listener(options.pop("say", Listener().say))
-    if progress := options.pop("progress", None):
-        listener = replace(listener, progress=lambda step, done, total: progress(done, total))
-    return _evaluation.evaluate_images(sparse, str(images), dense=beside, compute=compute, listener=listener, **options)
+    sparse, original, changed = _opened(model, dense)
+    compute, rest = _split(own_compute(sparse), options, EvaluateOptions)
+    tell = rest.pop("progress", lambda done, total: None)
+    listener = Listener(_in_python(rest.pop("say", None)), lambda step, done, total: tell(done, total))
+    return evaluate_images(
+        sparse,
+        str(images),
+        dense=original,
+        compute=compute,
+        listener=listener,
+        **{"backbone_changed": changed, **rest},
+    )
 
 
-def _compute(options: dict[str, Any], compute: Compute, *names: str) -> tuple[dict[str, Any], Compute]:
-    """Options that are not among `names`; and `compute` with those that are. A dtype may be a name or torch's own."""
-    given = {name: options[name] for name in names if options.get(name) is not None}
-    for name in {"device", "dtype"} & given.keys():
-        given[name] = str(given[name]).removeprefix("torch.")
-    return {name: value for name, value in options.items() if name not in names}, replace(compute, **given)
+def _split(compute: Compute, options: Mapping[str, Any], known: Any) -> tuple[Compute, dict[str, Any]]:
+    """`compute` with its fields that `options` give (None: as it is), and the other options; `known`: their TypedDict."""
+    rest = dict(options)
+    names = {field.name for field in fields(Compute)} & known.__optional_keys__ & rest.keys()
+    given = {name: value for name in names if (value := rest.pop(name)) is not None}
+    given |= {name: str(given[name]).removeprefix("torch.") for name in {"device", "dtype"} & given.keys()}
+    return replace(compute, **given), rest
 
 
-def _opened(
-    model: nn.Module | str | Path, dense: nn.Module | str | Path | None
-) -> tuple[nn.Module, nn.Module | None, bool]:
+def _opened(model: ModelOrFile, dense: ModelOrFile | None) -> tuple[nn.Module, nn.Module | None, bool]:
     """The sparse model, the dense one that was given, and whether the backbone is known to have changed."""
-    if isinstance(model, nn.Module):
-        if dense is not None and not isinstance(dense, nn.Module):
-            raise UsageError(f"dense {dense}: beside a model that is no file, the dense model itself is expected")
+    if not isinstance(model, nn.Module):
+        file = opened(hub.local(model), dense)
+        return file.model, file.dense, file.backbone_changed
+    if dense is None or isinstance(dense, nn.Module):
         return model, dense, False
-    file = hub.local(model)
-    header = checkpoint.read_header(file)
-    if dense is not None and not isinstance(dense, nn.Module):
-        dense = original.load_original(header, dense)
-    return checkpoint.load(file), dense, header.backbone_changed
+    raise UsageError(f"dense {dense}: beside a model that is no file, the dense model itself is expected")
+
+
+def _in_python(say: Say | None) -> Say:
+    """`say`, told the fields that a line names as arguments."""
+    return (lambda line: None) if say is None else lambda line: say(as_arguments(line))

@@ -11,7 +11,6 @@ from importlib import resources
 NAMES = "names.txt"  # `make names` writes it, from `sparsify models`
 BACKENDS = ("auto", "cpu", "reference")
 DEVICES = ("cpu", "cuda", "mps")
-DTYPES = ("float32", "bfloat16", "float16")
 KERNEL_PRECISIONS = ("input", "bf16")
 PREDICTORS = ("head-lowrank", "token-lowrank")
 TAILS = ("none", "mean", "cells", "clusters")

@@ -16,6 +16,7 @@ from sparsify.cli import terminal
 
 WIDTH = 100  # columns at most, in a wide terminal
 OPTIONS = "Options"  # the group of options that name none
+KEPT, FORM, LEARNING, FILES = "What is kept", "Form of the sparse attention", "Images and training", "Files"
 MODEL, RUNNING, TALK = "Model", "Running", "Messages"  # groups of options that several commands share
 LAST = (MODEL, RUNNING, TALK)  # they come last
 LEFT = 28  # columns of an option's name, longer ones have a line of their own

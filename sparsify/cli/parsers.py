@@ -1,100 +1,82 @@
-"""Plain-text parsers of options."""
+"""Plain text of options -> values; whatever cannot be understood is a `UsageError` that names the option."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from sparsify.cli import completion
+from sparsify.cli.preflight import preflight
 from sparsify.errors import UsageError
+from sparsify.processes import DTYPES, Compute
 
 if TYPE_CHECKING:
     from sparsify.config import Target, Tokens
 
+T = TypeVar("T")
 
-def numbers(text: str | None, name: str) -> float | tuple[float, ...] | None:
-    """'0.1' -> 0.1; '0.2,0.1' -> (0.2, 0.1).
+
+def listed(text: str, name: str, parse: Callable[[str], T], expected: str) -> tuple[T, ...]:
+    """The values between commas: '0.2,0.1' -> (0.2, 0.1).
 
     Raises:
-        UsageError: not numbers.
+        UsageError: `parse` refuses one of them (ValueError).
     """
+    try:
+        return tuple(parse(part.strip()) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{name} {text}: {expected} expected") from None
+
+
+def by_block(text: str | None, name: str, parse: Callable[[str], T], what: str) -> T | tuple[T, ...] | None:
+    """One value, or one for each block: '0.1' -> 0.1; '0.2,0.1' -> (0.2, 0.1); `what` names a value in the error."""
     if text is None:
         return None
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"{name} {text}: a number, or one for each block separated by commas, is expected") from None
+    values = listed(text, name, parse, f"{what}, or one for each block separated by commas, is")
     return values if "," in text else values[0]
 
 
-def keeps(text: str | None, name: str) -> float | str | tuple[float | str, ...] | None:
-    """'0.1' -> 0.1; '0.2,dense' -> (0.2, 'dense').
-
-    Raises:
-        UsageError: neither numbers nor `dense`.
-    """
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    try:
-        values = tuple(part if part == "dense" else float(part) for part in parts)
-    except ValueError:
-        raise UsageError(
-            f"{name} {text}: a number or 'dense', or one for each block separated by commas, is expected"
-        ) from None
-    return values if "," in text else values[0]
-
-
-def shares(text: str, name: str) -> tuple[float, ...]:
-    """'0.8,0.7' -> (0.8, 0.7), each once; 'none' -> ().
-
-    Raises:
-        UsageError: not numbers above 0 and up to 1.
-    """
-    if text.strip() == "none":
-        return ()
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = (0.0,)
-    if not all(0 < value <= 1 for value in values):
-        raise UsageError(f"{name} {text}: numbers above 0 and up to 1 separated by commas, or 'none', are expected")
-    return tuple(dict.fromkeys(values))
+def keeps(text: str | None) -> float | str | tuple[float | str, ...] | None:
+    """--keep: '0.1' -> 0.1; '0.2,dense' -> (0.2, 'dense')."""
+    return by_block(text, "--keep", lambda part: part if part == "dense" else float(part), "a number or 'dense'")
 
 
 def whole_numbers(text: str | None, name: str) -> int | tuple[int, ...] | None:
-    """'16' -> 16; '24,16' -> (24, 16).
+    """'16' -> 16; '24,16' -> (24, 16)."""
+    return by_block(text, name, int, "a whole number")
 
-    Raises:
-        UsageError: not whole numbers.
-    """
-    if text is None:
-        return None
-    try:
-        values = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(
-            f"{name} {text}: a whole number, or one for each block separated by commas, is expected"
-        ) from None
-    return values if "," in text else values[0]
+
+def shares(text: str, name: str) -> tuple[float, ...]:
+    """Numbers above 0 and up to 1: '0.8,0.7' -> (0.8, 0.7), each once; 'none' -> ()."""
+
+    def share(part: str) -> float:
+        value = float(part)
+        if not 0 < value <= 1:
+            raise ValueError
+        return value
+
+    if text.strip() == "none":
+        return ()
+    expected = "numbers above 0 and up to 1 separated by commas, or 'none', are"
+    return tuple(dict.fromkeys(listed(text, name, share, expected)))
 
 
 def tokens(
     keep: str | None, stages: str | None, way: str | None, importance: str | None, recipe: Tokens | None
 ) -> dict[str, Any] | None:
-    """What the options --token-* say, on top of a recipe's; None where nothing does."""
-    if keep is None and stages is None and way is None and importance is None:
-        return None
-    given = {
-        "keep": numbers(keep, "--token-keep"),
-        "stages": None if stages is None else tuple(_list(whole_numbers(stages, "--token-stages"))),
+    """The fields of `Tokens` that the options --token-* give, over a recipe's; None where no option is given."""
+    given: dict[str, Any] = {
+        "keep": by_block(keep, "--token-keep", float, "a number"),
+        "stages": None if stages is None else _tuple(whole_numbers(stages, "--token-stages")),
         "way": way,
         "importance": importance,
     }
-    return (recipe.model_dump() if recipe else {}) | {key: value for key, value in given.items() if value is not None}
+    given = {key: value for key, value in given.items() if value is not None}
+    return (recipe.model_dump() if recipe else {}) | given if given else None
 
 
 def target(macs: float | None, latency: float | None, keep: str | None, token_keep: str | None) -> Target | None:
-    """What a schedule is to be chosen for, with the keeps that --keep leaves to choose from.
+    """What a schedule is chosen for, with the keeps that --keep leaves to choose from; None where no target is given.
 
     Raises:
         UsageError: both targets, one that is out of range, or rates that the search is to choose.
@@ -109,20 +91,12 @@ def target(macs: float | None, latency: float | None, keep: str | None, token_ke
         raise UsageError("--token-keep and a target: the search chooses the tokens; leave one of them out")
     tree: dict[str, Any] = {"macs": macs, "latency": latency}
     if keep is not None:
-        tree["keeps"] = [None if value == "dense" else value for value in _list(keeps(keep, "--keep"))]
+        tree["keeps"] = [None if value == "dense" else value for value in _tuple(keeps(keep))]
     return validate(Target, tree, "option target")
 
 
-def _list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, tuple) else [value]
-
-
 def rectangle(text: str | None, name: str) -> tuple[int, int] | None:
-    """'4x3' -> (4, 3); '4' -> (4, 4).
-
-    Raises:
-        UsageError: not of that form.
-    """
+    """'4x3' -> (4, 3); '4' -> (4, 4)."""
     if text is None:
         return None
     sides = text.lower().split("x")
@@ -131,58 +105,34 @@ def rectangle(text: str | None, name: str) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[-1])
 
 
-def torch_dtype(name: str):  # type: ignore[no-untyped-def]
-    """torch.dtype of a name.
+def compute(device: str, dtype: str, backend: str, kernel_precision: str = "input", **sizes: int) -> Compute:
+    """How a job computes, by the options of the group Running. From here on torch and timm are there.
+
+    Args:
+        sizes: batch_size, micro_batch, workers.
 
     Raises:
-        UsageError: another name.
+        UsageError: an unknown name, or a device that is unknown or absent.
+        SparsifyError: torch or timm cannot be imported, see `preflight`.
     """
-    import torch
-
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in names:
-        raise UsageError(f"--dtype {name}: expected one of {', '.join(names)}")
-    return names[name]
-
-
-def torch_device(name: str) -> str:
-    """`name` if torch can compute there.
-
-    Raises:
-        UsageError: unknown or absent device.
-    """
+    one_of("--backend", backend, completion.BACKENDS)
+    one_of("--kernel-precision", kernel_precision, completion.KERNEL_PRECISIONS)
+    one_of("--dtype", dtype, DTYPES)
+    preflight()
     import torch
 
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=device)
     except Exception as error:
-        raise UsageError(f"--device {name}: {' '.join(str(error).split())[:120]}; try --device cpu") from None
-    return name
+        raise UsageError(f"--device {device}: {' '.join(str(error).split())[:120]}; try --device cpu") from None
+    return Compute(device, dtype, backend, kernel_precision, **sizes)
 
 
-def backend(name: str) -> str:
-    """`name` if it is a backend; whether it can be used here is the job's question.
-
-    Raises:
-        UsageError: another name.
-    """
-    from sparsify.ops.backends import BACKENDS
-
-    return _one_of("--backend", name, BACKENDS)
-
-
-def kernel_precision(name: str) -> str:
-    """`name` if it is a precision of the kernels.
-
-    Raises:
-        UsageError: another name.
-    """
-    from sparsify.ops.backends import PRECISIONS
-
-    return _one_of("--kernel-precision", name, PRECISIONS)
-
-
-def _one_of(option: str, name: str, known: Sequence[str]) -> str:
+def one_of(option: str, name: str, known: Sequence[str]) -> None:
+    """Raise `UsageError` unless `name` is known."""
     if name not in known:
         raise UsageError(f"{option} {name}: expected one of {', '.join(known)}")
-    return name
+
+
+def _tuple(value: T | tuple[T, ...] | None) -> tuple[T | None, ...]:
+    return value if isinstance(value, tuple) else (value,)

@@ -12,10 +12,7 @@ from rich.text import Text
 from sparsify.cli import terminal
 from sparsify.measure.figures import Profile
 from sparsify.measure.sweep import Sweep
-from sparsify.report import accuracy, words
-from sparsify.report import profile as report
-from sparsify.report.profile import tree_rows
-from sparsify.report.sweep import conditions, label, quality, seen
+from sparsify.report import accuracy, profile, sweep, words
 
 
 def show(what: RenderableType) -> None:
@@ -23,45 +20,42 @@ def show(what: RenderableType) -> None:
     terminal.console().print(what)
 
 
-def profile_table(profile: Profile) -> Group:
+def profile_table(figures: Profile) -> Group:
     """Theoretical MACs with their breakdown; then, where something was measured, time, memory and a plain verdict."""
+    height, width = figures.conditions["img_size"]
     parts: list[RenderableType] = [
-        Text(f"{report.THEORETICAL} ({_pixels(profile)})", style="italic"),
-        _table(report.headline(profile)),
-        *(Text(line, style="dim") for line in report.remarks(profile)),
+        Text(f"{profile.THEORETICAL} ({height}x{width} pixels)", style="italic"),
+        _table(profile.headline(figures)),
+        *(Text(line, style="dim") for line in profile.remarks(figures)),
     ]
-    warning = report.uncounted(profile.unsupported)
-    if warning:
+    if warning := profile.uncounted(figures.unsupported):
         parts.append(Text(warning, style="bold red"))
-    verdict = Text(report.verdict(profile), style="bold")
-    if profile.measured is not None:
+    verdict = Text(profile.verdict(figures), style="bold")
+    if figures.measured is not None:
         parts += [
             Text(),
             Text("Measured", style="italic"),
-            _table(report.measured(profile)),
-            Text(report.conditions(profile), style="dim"),
+            _table(profile.measured(figures)),
+            Text(profile.conditions(figures), style="dim"),
             verdict,
-            *(Text(line) for line in report.auto(profile)),
+            *(Text(line) for line in profile.auto(figures)),
         ]
     elif verdict:
         parts.append(verdict)
     return Group(*parts)
 
 
-def module_tree(profile: Profile, *, full: bool = False) -> Group:
-    """MACs by module, dense beside sparse, children indented under their parent.
-
-    Neighbouring blocks with the same figures share one set of rows, unless `full`.
-    """
+def module_tree(figures: Profile, *, full: bool = False) -> Group:
+    """MACs by module, dense beside sparse, children indented; blocks in a row that are alike share lines unless `full`."""
     table = Table(box=None, pad_edge=False)
     table.add_column("module", no_wrap=True, overflow="ellipsis", ratio=1)
     for heading in ("params", "dense", "sparse", "change"):
         table.add_column(heading, justify="right", no_wrap=True, min_width=7)  # '821.6 k': a long name gives way
-    for name_, row in tree_rows(profile, full=full):
+    for name, row in profile.tree_rows(figures, full=full):
         same = row["macs_dense"] == row["macs_sparse"]
-        name = Text("  " * row["depth"] + name_, style="dim" if same else "")
-        table.add_row(name, words.human(row["params"]), *report.module_cells(row, words.human))
-    return Group(Text(f"{report.THEORETICAL}, by module", style="italic"), table)
+        cell = Text("  " * row["depth"] + name, style="dim" if same else "")
+        table.add_row(cell, words.human(row["params"]), *profile.module_cells(row, words.human))
+    return Group(Text(f"{profile.THEORETICAL}, by module", style="italic"), table)
 
 
 def eval_table(result: Mapping[str, Any]) -> Group:
@@ -88,29 +82,32 @@ def _table(rows: list[words.Row]) -> Table:
     return table
 
 
-def _pixels(profile: Profile) -> str:
-    height, width = profile.conditions["img_size"]
-    return f"{height}x{width} pixels"
-
-
-def table(sweep: Sweep) -> Group:
-    """All settings beside dense, in 80 columns."""
-    one = sweep.settings[0]
+def sweep_table(result: Sweep) -> Group:
+    """All settings of a sweep beside dense, in 80 columns."""
+    one = result.settings[0]
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    headings = ["", "MACs", "change", "MHSA", *(name for name, _, _ in quality(one.evaluation)), "speed", "p10-p90"]
+    headings = [
+        "",
+        "MACs",
+        "change",
+        "MHSA",
+        *(name for name, _, _ in sweep.quality(one.evaluation)),
+        "speed",
+        "p10-p90",
+    ]
     for heading in headings:  # 78 columns where they are full
         short = {"lost/gained": "-/+"}.get(heading, heading.removesuffix(" %"))
         shown.add_column(short, justify="right" if heading else "left", no_wrap=True)
-    dense = [cell for _, cell, _ in quality(one.evaluation)]
+    dense = [cell for _, cell, _ in sweep.quality(one.evaluation)]
     shown.add_row("dense", words.human(one.profile.dense.macs), "", "", *dense, "1.00x", "")
-    for s in sweep.settings:
+    for s in result.settings:
         p, speed = s.profile, s.speed
         shown.add_row(
-            label(s),
+            sweep.label(s),
             words.human(p.macs_sparse),
             words.change(p.dense.macs, p.macs_sparse).removesuffix(" %") + "%",
             words.change(p.dense.mhsa_macs, p.mhsa_macs_sparse).removesuffix(" %") + "%",
-            *(cell[:-1] if name == "agree %" else cell for name, _, cell in quality(s.evaluation)),
+            *(cell[:-1] if name == "agree %" else cell for name, _, cell in sweep.quality(s.evaluation)),
             f"{speed.median:.2f}x",
             f"{speed.p10:.2f}-{speed.p90:.2f}",
         )
@@ -118,8 +115,8 @@ def table(sweep: Sweep) -> Group:
     parts: list[RenderableType] = [
         Text("MACs of an image: theoretical. Accuracy and speed: measured", style="italic"),
         shown,
-        Text(f"{seen(sweep)}{'; -/+: images lost and gained' if flips else ''}", style="dim"),
-        Text(conditions(sweep), style="dim"),
-        *(Text(f"left out, {reason}", style="bold") for reason in sweep.skipped.values()),
+        Text(f"{sweep.seen(result)}{'; -/+: images lost and gained' if flips else ''}", style="dim"),
+        Text(sweep.conditions(result), style="dim"),
+        *(Text(f"left out, {reason}", style="bold") for reason in result.skipped.values()),
     ]
     return Group(*parts)

@@ -1,61 +1,152 @@
-"""What every job that starts from a dense model needs: the model, checked against its recipe, and calibration images."""
+"""What `convert` and `sweep` share: a dense model, checked against its configuration, and its closed-form calibration."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from sparsify.config import SparsityConfig, Target
-from sparsify.errors import UsageError
+from sparsify.config import SparsityConfig, Tokens
+from sparsify.errors import field
+from sparsify.fit.calibrate.calibrate import Calibration, calibrate, first_images, fit_importance, spends_ranks
+from sparsify.fit.schedule.choose import KEEPS, sensitivity
+from sparsify.fit.schedule.sensitivity import Sensitivity
 from sparsify.images import datasets
 from sparsify.models import building, names, pretrained
 from sparsify.models.digits import network
 from sparsify.nn import graft, hosts
+from sparsify.nn.attention import Execution
+from sparsify.nn.execution import check_execution, set_execution
+from sparsify.ops import backends
+from sparsify.processes import Compute, Listener
 from sparsify.recipe import Recipe
 
-PROBE_IMAGES = 64  # of the calibration's that a schedule is chosen on
+BATCH_SIZE = 16  # images; bounds the memory of the widest step, the reference attention at four ranks
+PROBE_IMAGES = 64  # calibration images on which a schedule is chosen
 
 
-CALIBRATION_BATCH = 16  # images; bounds the memory of the widest step, the reference attention at four ranks
+@dataclass(frozen=True)
+class DenseRequest:
+    """The dense model that a job starts from.
+
+    Attributes:
+        name: alias, timm name, hf-hub:ORG/NAME, local-dir:FOLDER, or digits.
+        weights: local checkpoint (.safetensors, .pth) of that architecture; None: the weights that the name stands for.
+        num_classes: outputs of the head, 0 for features; None: as many as the weights have.
+        img_size: side in pixels; None: the size that the weights have.
+    """
+
+    name: str
+    weights: Path | None = None
+    num_classes: int | None = None
+    img_size: int | None = None
 
 
-def _fitted_first(recipe: Recipe, target: Target | None) -> SparsityConfig:
-    """What is calibrated: of a recipe's tokens a search takes the way and the importance, and chooses the stages itself."""
-    return recipe.sparsity if target is None else recipe.sparsity.model_copy(update={"tokens": None})
+class Dense(NamedTuple):
+    """A dense model with its weights, float32, eval mode, on the job's device; `source`: what its name stands for."""
+
+    source: names.Source
+    model: nn.Module
 
 
-def _loaded(
-    name: str, recipe: Recipe, target: Target | None, weights: Path | None, num_classes: int | None,
-    img_size: int | None, say: Callable[[str], None],
-) -> tuple[names.Source, nn.Module]:  # fmt: skip
-    """The dense model on the CPU, once `recipe` is known to fit it."""
-    source = names.resolve(name)
+def load_dense(request: DenseRequest, config: SparsityConfig, compute: Compute, listener: Listener) -> Dense:
+    """Loads the dense model once `config` fits it and the backend can run it; refuses before anything is downloaded.
+
+    Raises:
+        UsageError: an unknown name, a configuration that does not fit, or a backend that cannot be used here.
+        UnsupportedModel: attention that is not understood.
+        SparsifyError: see `sparsify.models.pretrained.load`.
+    """
+    execution, device, dtype = Execution(compute.backend), compute.torch_device, compute.torch_dtype
+    check_execution(execution, device, dtype)
+    source = names.resolve(request.name)
     if source.note:
-        say(source.note)
-    frame = building.skeleton(source, num_classes, img_size)  # what does not fit is refused before anything is loaded
-    hosts.check(frame, source.asked)
-    graft.check_config(frame, _fitted_first(recipe, target))
-    if recipe.start == "random" and recipe.sparsity.predictor != "token-lowrank":
-        raise UsageError("start random is the authors' way for predictor token-lowrank: use start closed-form")
-    model = pretrained.load(source, weights, num_classes, img_size)
-    if differs := building.note(model, source):
-        say(differs)
-    return source, model
+        listener.say(source.note)
+    skeleton = building.skeleton(source, request.num_classes, request.img_size)
+    hosts.check(skeleton, source.asked)
+    graft.check_config(skeleton, config)
+    check_execution(execution, device, dtype, hosts.biased(skeleton))
+    model = pretrained.load(source, request.weights, request.num_classes, request.img_size).to(device)
+    if note := building.note(model, source):
+        listener.say(note)
+    return Dense(source, model)
 
 
-def calibration_images(
-    model: nn.Module, source: names.Source, recipe: Recipe, images: str | None, device: str, size: int, workers: int
-) -> tuple[Callable[[], Iterator[Tensor]], str]:
-    """The calibration images, read anew at each pass, and what they are in words."""
-    transform = datasets.transform(datasets.data_config(model))
-    n, seed = recipe.calib_images, recipe.seed
-    built_in_digits = source.architecture == network.ARCHITECTURE
-    if images is not None:
-        found = datasets.unlabelled(images, n, seed, transform, size, workers)
-        words = f"up to {n} images of {images} (labels are not used)"
-    else:
-        found = datasets.builtin_calibration(built_in_digits, n, seed, transform, size, workers)
-        words = f"{n} {'digits of the training split' if built_in_digits else 'built-in pictures'}: no --data was given"
-    return lambda: (x.to(device) for x in found), words
+@dataclass(frozen=True)
+class Calibrator:
+    """The closed-form calibration of dense models on one set of images.
+
+    Attributes:
+        batches: gives the images anew at each call, on the device, [B, C, H, W], float32, normalised.
+        words: what they are, for messages.
+        total: how many they are at most.
+        compute: how calibration computes (autocast to its dtype); listener: who is told.
+    """
+
+    batches: Callable[[], Iterator[Tensor]]
+    words: str
+    total: int
+    compute: Compute
+    listener: Listener
+
+    @classmethod
+    def on(
+        cls,
+        images: str | None,
+        dense: Dense,
+        recipe: Recipe,
+        compute: Compute,
+        listener: Listener,
+        option: str = "data",
+    ) -> Calibrator:
+        """On `recipe.calib_images` images of a folder or data set, drawn by the recipe's seed.
+
+        Args:
+            images: None: the built-in set.
+            option: the argument that `images` was given by, for the description.
+        """
+        transform = datasets.transform(datasets.data_config(dense.model))
+        n, size, device = recipe.calib_images, compute.batch_size or BATCH_SIZE, compute.torch_device
+        if images is not None:
+            loader = datasets.unlabelled(images, n, recipe.seed, transform, size, compute.workers)
+            words = f"up to {n} images of {images} (labels are not used)"
+        else:
+            digits = dense.source.architecture == network.ARCHITECTURE
+            loader = datasets.builtin_calibration(digits, n, recipe.seed, transform, size, compute.workers)
+            source = "digits of the training split" if digits else "built-in pictures"
+            words = f"{n} {source}: no {field(option)} was given"
+        return cls(lambda: (x.to(device) for x in loader), words, n, compute, listener)
+
+    def calibrate(self, model: nn.Module, config: SparsityConfig) -> Calibration:
+        """Grafts sparse attention into a dense `model`, in place, and fits its predictors."""
+        device, dtype = self.compute.torch_device, self.compute.torch_dtype
+        self.listener.say(f"calibrating on {self.words}")
+        note = backends.note(self.compute.backend, device, dtype, hosts.biased(model))
+        if note and spends_ranks(config):
+            self.listener.say(note)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return calibrate(model, config, self.batches, self._progress, Execution(self.compute.backend))
+
+    def sensitivity(
+        self, model: nn.Module, config: SparsityConfig, keeps: Sequence[float | None] = KEEPS, step: str = "sensitivity"
+    ) -> Sensitivity:
+        """What tokens and keys removed in each block cost a calibrated `model`; it gets its fitted importance.
+
+        Args:
+            config: of the model; cells and tokens as the search takes them.
+            keeps: shares of keys to try; None: dense attention.
+            step: name of this step for the listener.
+        """
+        if (config.tokens or Tokens()).importance == "fitted":
+            fit_importance(model, self.batches, self._progress)
+        set_execution(model, Execution(self.compute.backend))
+        probe = list(first_images(self.batches(), PROBE_IMAGES))
+        total = sum(map(len, probe))
+        return sensitivity(model, config, probe, keeps, lambda done: self.listener.progress(step, done, total))
+
+    def _progress(self, step: str, done: int, total: int | None) -> None:
+        self.listener.progress(step, done, total or self.total)

@@ -9,106 +9,92 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsify.config import SparsityConfig
-from sparsify.errors import BadFile, UsageError
-from sparsify.fit.calibrate.calibrate import calibrate, first_images, fit_importance, spends_ranks
-from sparsify.fit.schedule import choose as schedule
-from sparsify.fit.schedule.choose import FoundSchedule
-from sparsify.jobs.dense import CALIBRATION_BATCH, PROBE_IMAGES, calibration_images
+from sparsify.errors import BadFile, UsageError, as_options, field
+from sparsify.fit.schedule.choose import dense_macs, for_macs
+from sparsify.jobs.dense import Calibrator, DenseRequest, load_dense
 from sparsify.measure import evaluate, latency
 from sparsify.measure.conditions import SWEEP, conditions
 from sparsify.measure.latency import Timing
 from sparsify.measure.macs import image_shape, replica
 from sparsify.measure.profile import profile
 from sparsify.measure.sweep import Setting, Sweep, SweepChoice
-from sparsify.models import building, checkpoint, names, pretrained
+from sparsify.models import checkpoint
 from sparsify.nn import graft, hosts
 from sparsify.nn.attention import Execution
-from sparsify.nn.execution import check_execution, set_execution
+from sparsify.nn.execution import set_execution
 from sparsify.ops import backends
-from sparsify.processes import Compute
+from sparsify.processes import Compute, Listener
 from sparsify.recipe import Recipe
 
 SECONDS = 2.5  # of timing, for each model; `latency.BUDGET_S` at least
 
 
+@dataclass(frozen=True)
+class EvaluationImages:
+    """What a sweep measures on.
+
+    Attributes:
+        path: labelled folder or data set (`sparsify.images.datasets.labelled`); a folder of loose images has no labels, so
+            that only agreement with dense is measured.
+        must_be_labelled: loose images are an error.
+        limit: how many images, drawn by the recipe's seed; None: all.
+    """
+
+    path: str
+    must_be_labelled: bool = False
+    limit: int | None = None
+
+
 def sweep(
-    name: str,
+    request: DenseRequest,
     recipe: Recipe,
-    images: str,
+    images: EvaluationImages,
     *,
     targets: Sequence[float],
     keeps: Sequence[float],
-    must_be_labelled: bool = False,
-    weights: Path | None = None,
-    num_classes: int | None = None,
-    img_size: int | None = None,
     calib: str | None = None,
-    limit: int | None = None,
-    batch_size: int = 1,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    backend: str = "auto",
-    workers: int = 0,
-    say: Callable[[str], None] = lambda line: None,
-    progress: Callable[[str, int, int | None], None] = lambda step, done, total: None,
+    compute: Compute = Compute(),
+    listener: Listener = Listener(),
 ) -> Sweep:
-    """Converts the model `name` by `recipe` and measures it at every keep and target. No file is written.
+    """Converts a dense model by `recipe` and measures it at every keep and target. No file is written.
 
     Args:
-        recipe: its keep and tokens are the calibration's; the settings have their own.
-        images: to evaluate on (`data.labelled`); a folder of loose images has no labels, which leaves agreement.
-        targets: shares of the dense model's MACs, a schedule is searched for each; keeps: of keys, all tokens stay.
-        must_be_labelled: loose images are an error.
-        calib: images to calibrate on; None: the built-in ones.
-        limit: images to evaluate on, drawn by the recipe's seed; None: all.
-        batch_size: images of a timed forward pass.
+        recipe: how to calibrate; each setting has its own keep and tokens.
+        targets: shares of the dense model's MACs; a schedule is searched for each. keeps: shares of keys, all tokens stay.
+        calib: images to calibrate on; None: the built-in set.
+        compute: its batch size is that of the timed forward passes (default 1).
 
     Raises:
-        SparsifyError: see `zoo`, `data`, `graft`; also where no setting is possible.
+        SparsifyError: a model, recipe or image set that cannot be used; also where no setting is possible.
     """
-    start = time.perf_counter()
-    source = _dense_source(name)
-    if source.note:
-        say(source.note)
-    where, execution = torch.device(device), Execution(backend)
-    check_execution(execution, where, dtype)
-    frame = building.skeleton(source, num_classes, img_size)  # what does not fit is refused before anything is loaded
-    hosts.check(frame, source.asked)
-    graft.check_config(frame, recipe.sparsity)
-    check_execution(execution, where, dtype, hosts.biased(frame))
-    model = pretrained.load(source, weights, num_classes, img_size).to(where)
-    if differs := building.note(model, source):
-        say(differs)
+    start, say, progress = time.perf_counter(), listener.say, listener.progress
+    _refuse_file(request.name)
+    device, dtype, execution = compute.torch_device, compute.torch_dtype, Execution(compute.backend)
+    loaded = load_dense(request, recipe.sparsity, compute, listener)
+    source, model = loaded.source, loaded.model
     classes = int(cast(Any, model).num_classes)
-    shown, labelled = evaluate.images_of(model, images, must_be_labelled, limit, recipe.seed, workers)
+    shown, labelled = evaluate.images_of(
+        model, images.path, images.must_be_labelled, images.limit, recipe.seed, compute.workers
+    )
     if shown.note:
         say(shown.note)
     if not labelled:
-        say(f"{images} has no class folders: no accuracy, only how far the models agree with dense")
+        say(f"{images.path} has no class folders: no accuracy, only how far the models agree with dense")
 
-    batches, calibration = calibration_images(model, source, recipe, calib, device, CALIBRATION_BATCH, workers)
-    calibration = calibration.replace("no --data was given", "no --calib was given")
-    say(f"calibrating on {calibration}")
-    if spends_ranks(recipe.sparsity) and (note := backends.note(backend, where, dtype, hosts.biased(frame))):
-        say(note)
-    with torch.autocast(where.type, dtype, enabled=dtype != torch.float32):
-        fitted = calibrate(
-            model, recipe.sparsity, batches,
-            lambda step, done, total: progress(step, done, total or recipe.calib_images), execution,
-        )  # fmt: skip
-    set_execution(model, execution)
-    config = fitted.config.model_copy(update={"cells": recipe.sparsity.cells, "tokens": None})
-    choices, skipped = _choices(model, config, batches, targets, keeps, say, progress)
+    calibrator = Calibrator.on(calib, loaded, recipe, replace(compute, batch_size=None), listener, "calib")
+    calibrated = calibrator.calibrate(model, recipe.sparsity)
+    config = calibrated.config.model_copy(update={"cells": recipe.sparsity.cells, "tokens": None})
+    choices, skipped = _choices(model, config, targets, keeps, calibrator)
     if not choices:
         raise UsageError("nothing to measure: " + "; ".join(skipped.values()))
     profiles = []
@@ -116,118 +102,111 @@ def sweep(
         profiles.append(profile(graft.applied(model, choice.config), measure=False))
         progress("MACs", done + 1, len(choices))
 
-    base = replica(model, where, dtype)
+    base = replica(model, device, dtype)
     set_execution(base, execution)
     dense = graft.dense_twin(base)
     sparse = {choice.name: graft.applied(base, choice.config) for choice in choices}
-    compute = Compute(device, str(dtype).removeprefix("torch."), batch_size=batch_size)
-    found = evaluate.compare(
+    evaluations = evaluate.compare(
         dense, sparse, shown, labelled, compute, lambda done: progress("eval", done, shown.total)
     )
     if shown.broken:
         say(f"{shown.broken} images could not be read and are left out; the first: {shown.first_broken}")
     say(f"timing {len(sparse) + 1} models in turns")
-    times, speeds = _time({"dense": dense, **sparse}, batch_size, where, dtype)
+    batch_size = compute.batch_size or 1
+    times, speeds = _time({"dense": dense, **sparse}, batch_size, device, dtype)
+    settings = tuple(
+        Setting(
+            choice,
+            _recipe_of(choice, recipe),
+            macs,
+            replace(evaluations[choice.name], model=choice.name, broken=shown.broken),
+            times[choice.name],
+            speeds[choice.name],
+        )
+        for choice, macs in zip(choices, profiles, strict=True)
+    )
     return Sweep(
         model=source.asked,
-        weights=None if weights is None else weights.name,
+        weights=None if request.weights is None else request.weights.name,
         architecture=source.architecture,
         classes=classes,
-        images=images,
-        calibration=calibration,
+        images=images.path,
+        calibration=as_options(calibrator.words),
         labelled=labelled,
-        settings=tuple(
-            Setting(
-                choice,
-                _recipe_of(choice, recipe),
-                macs,
-                replace(found[choice.name], model=choice.name, broken=shown.broken),
-                times[choice.name],
-                speeds[choice.name],
-            )
-            for choice, macs in zip(choices, profiles, strict=True)
-        ),
+        settings=settings,
         dense=times["dense"],
         skipped=skipped,
         conditions=conditions(
             SWEEP,
             compute,
+            batch_size=batch_size,
             img_size=list(image_shape(model)[1:]),
             runs=times["dense"].runs,
-            backend=backends.describe(backend, execution.precision, where, dtype, hosts.biased(base)),
+            backend=backends.describe(compute.backend, execution.precision, device, dtype, hosts.biased(base)),
         ),
-        convert=_command(name, weights, num_classes, img_size, calib, dtype),
+        convert=_command(request, calib, compute.dtype),
         seconds=time.perf_counter() - start,
     )
 
 
-def _dense_source(name: str) -> names.Source:
-    """`zoo.resolve`, with another word for files that `convert` wrote."""
-    if name.endswith(".safetensors"):
-        try:
-            known = str(checkpoint.read_header(Path(name)).provenance.get("source") or "deit_small")
-        except BadFile:
-            known = "deit_small"
-        raise UsageError(
-            f"'{name}' is a file: a sweep starts from the dense model, give its name, such as {known} (and --weights "
-            "FILE for a checkpoint of your own)"
-        )
-    return names.resolve(name)
+def _refuse_file(name: str) -> None:
+    """Raise for the name of a file that `convert` wrote."""
+    if not name.endswith(".safetensors"):
+        return
+    try:
+        known = str(checkpoint.read_header(Path(name)).provenance.get("source") or "deit_small")
+    except BadFile:
+        known = "deit_small"
+    raise UsageError(
+        f"'{name}' is a file: a sweep starts from the dense model, give its name, such as {known} (and "
+        f"{field('weights')} FILE for a checkpoint of your own)"
+    )
 
 
 def _choices(
-    model: nn.Module, config: SparsityConfig, batches: Callable[[], Iterator[Tensor]], targets: Sequence[float],
-    keeps: Sequence[float], say: Callable[[str], None], progress: Callable[[str, int, int | None], None],
-) -> tuple[list[SweepChoice], dict[str, str]]:  # fmt: skip
-    """The settings of a calibrated model, and those that cannot be, with the reason; `config`: cells as asked."""
+    model: nn.Module, config: SparsityConfig, targets: Sequence[float], keeps: Sequence[float], calibrator: Calibrator
+) -> tuple[list[SweepChoice], dict[str, str]]:
+    """The settings of a calibrated model, and those that are impossible, with the reason; `config`: cells as asked."""
     tokens = hosts.num_tokens(model)
-    chosen = [
+    choices = [
         SweepChoice(f"keep-{keep:g}", keep, config.model_copy(update={"keep": keep}).with_cells(tokens), None)
         for keep in keeps
     ]
     skipped: dict[str, str] = {}
     if not targets:
-        return chosen, skipped
-    fit_importance(model, batches, progress)
-    probe = list(first_images(batches(), PROBE_IMAGES))
-    total = sum(map(len, probe))
-    measured = schedule.sensitivity(
-        model, config, probe, progress=lambda done: progress("sensitivity", done, total)
-    )  # fmt: skip
-    dense = schedule.dense_macs(model)
+        return choices, skipped
+    sensitivity, macs = calibrator.sensitivity(model, config), dense_macs(model)
     for target in targets:
         name = f"macs-{target:g}"
         try:
-            found: FoundSchedule = schedule.for_macs(model, config, measured, target, dense)
-        except UsageError as error:  # the other settings are worth having
+            found = for_macs(model, config, sensitivity, target, macs)
+        except UsageError as error:  # the other settings can still be measured
             reason = str(error).partition(": ")[2] or str(error)
             skipped[name] = f"target {target:g}: {reason}"
-            say(f"left out, {skipped[name]}")
+            calibrator.listener.say(f"left out, {skipped[name]}")
             continue
-        say(f"schedule: {found.share:.3f} of the dense model's MACs, {target:g} asked for")
-        chosen.append(SweepChoice(name, target, found.config.with_cells(tokens), found.schedule.damage))
-    return chosen, skipped
+        calibrator.listener.say(f"schedule: {found.share:.3f} of the dense model's MACs, {target:g} asked for")
+        choices.append(SweepChoice(name, target, found.config.with_cells(tokens), found.schedule.damage))
+    return choices, skipped
 
 
 def _recipe_of(choice: SweepChoice, recipe: Recipe) -> Recipe:
-    """What gives the setting's model again: its configuration as it is, the ranks that were spent among it."""
+    """The recipe that reproduces a setting's model: its whole configuration, calibrated ranks included."""
     what = f"keep {choice.asked:g}" if choice.kind == "keep" else f"schedule for {choice.asked:g} of the dense MACs"
-    return recipe.model_copy(
-        update={"sparsity": choice.config, "description": f"{what}, chosen by 'sparsify sweep'"}
-    )  # fmt: skip
+    return recipe.model_copy(update={"sparsity": choice.config, "description": f"{what}, chosen by 'sparsify sweep'"})
 
 
-def _command(
-    name: str, weights: Path | None, num_classes: int | None, img_size: int | None, calib: str | None,
-    dtype: torch.dtype,
-) -> tuple[str, ...]:  # fmt: skip
+def _command(request: DenseRequest, calib: str | None, dtype: str) -> tuple[str, ...]:
     """The words of the `convert` that calibrates as the sweep did, without its recipe and output."""
     options = {
-        "--weights": weights, "--num-classes": num_classes, "--img-size": img_size, "--data": calib,
-        "--dtype": None if dtype == torch.float32 else str(dtype).removeprefix("torch."),
-    }  # fmt: skip
+        "--weights": request.weights,
+        "--num-classes": request.num_classes,
+        "--img-size": request.img_size,
+        "--data": calib,
+        "--dtype": None if dtype == "float32" else dtype,
+    }
     given = [word for key, value in options.items() if value is not None for word in (key, shlex.quote(str(value)))]
-    return ("sparsify", "convert", shlex.quote(name), *given)
+    return ("sparsify", "convert", shlex.quote(request.name), *given)
 
 
 def _time(

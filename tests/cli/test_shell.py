@@ -18,14 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsify import config
-from sparsify.cli import completion, tables, terminal
+from sparsify.cli import completion, helptext, tables, terminal
 from sparsify.cli.app import app, main
-from sparsify.cli.commands import convert
 from sparsify.cli.helptext import tidy
-from sparsify.cli.parsers import torch_dtype
 from sparsify.cli.progress import Reporter
 from sparsify.models import catalogue, names
 from sparsify.ops import backends
+from sparsify.processes import DTYPES, Compute
 from sparsify.recipe import recipe_names
 
 HERE = Path(__file__).resolve().parents[2]
@@ -95,7 +94,7 @@ def test_words_of_completion_are_those_of_the_options():
     assert get_args(fields["tail"].annotation) == completion.TAILS
     assert get_args(fields["granularity"].annotation) == completion.GRANULARITIES
     assert get_args(config.Tokens.model_fields["way"].annotation) == completion.WAYS
-    assert [str(torch_dtype(name)) for name in completion.DTYPES] == [f"torch.{name}" for name in completion.DTYPES]
+    assert [str(Compute(dtype=name).torch_dtype) for name in DTYPES] == [f"torch.{name}" for name in DTYPES]
     assert completion.recipes("") == recipe_names()
 
 
@@ -189,7 +188,7 @@ def test_terms_of_the_options_are_in_the_glossary():
     rows = (HERE / "docs" / "glossary.md").read_text(encoding="utf-8").splitlines()
     cells = [row.replace(r"\|", "").split("|") for row in rows if row.startswith("| ")]
     named = set(re.findall(r"--[a-z-]+", " ".join(row[1] for row in cells)))
-    panels = {convert.KEPT, convert.FORM, convert.LEARNING}
+    panels = {helptext.KEPT, helptext.FORM, helptext.LEARNING}
     plain = {"--set", "--data", "--val", "--seed", "--resume", "--save-minutes"}  # they say it themselves
     asked = {
         param.opts[0] for param in GROUP.commands["convert"].params if getattr(param, "rich_help_panel", "") in panels

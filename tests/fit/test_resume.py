@@ -110,7 +110,7 @@ def test_a_run_without_a_saved_state_goes_on_from_its_calibrated_model(undisturb
         patch.setattr(loop.StageRun, "_step", lambda *a: (_ for _ in ()).throw(RuntimeError("power cut")))
         with pytest.raises(RuntimeError, match="power cut"):
             tune.convert(output, CHOSEN)
-    monkeypatch.setattr("sparsify.jobs.convert.calibrate", None)  # not again
+    monkeypatch.setattr("sparsify.jobs.dense.calibrate", None)  # not again
     same(tune.convert(output, CHOSEN, resume=True, say=said.append), undisturbed)
     assert any("no state was saved yet" in line for line in said)
 
@@ -177,7 +177,7 @@ def test_another_run_is_not_resumed(unfinished, tmp_path):
 def test_an_unfinished_run_is_not_thrown_away_unasked(unfinished, tmp_path, monkeypatch):
     before = (unfinished.with_name("m.run") / "state.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("sparsify.jobs.convert.calibrate", None)  # refused before
+        patch.setattr("sparsify.jobs.dense.calibrate", None)  # refused before
         with pytest.raises(BadFile) as caught:
             tune.convert(unfinished, recipe({"steps": 1}))
     for word in ("m.run holds an unfinished run", "--resume", "--force", "--output"):

@@ -11,7 +11,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparsify.config import validate
-from sparsify.jobs import convert as conversion
+from sparsify.jobs.convert import Conversion, ImageSources, OutputOptions
+from sparsify.jobs.convert import convert as convert_job
+from sparsify.jobs.dense import DenseRequest
+from sparsify.processes import Compute, Listener
 from sparsify.recipe import Recipe
 from sparsify.report import training_plot
 
@@ -51,12 +54,19 @@ CHOSEN = recipe(*STAGES, repair={"images": 8})
 """All that a resumed run could get wrong: least squares, predictors, a running mean, what is drawn, annealing, a cache."""
 
 
-def convert(output: Path, chosen: Recipe, picture: bool = False, **more: Any) -> conversion.Conversion:
-    """`digits` by that recipe, learning from the digits; `picture`: draw the curve (longer than three steps)."""
+def convert(output: Path, chosen: Recipe, picture: bool = False, **more: Any) -> Conversion:
+    """`digits` by that recipe, learning from the digits; `picture`: draw the curve (longer than three steps).
+
+    `more`: images, val, and fields of `OutputOptions`, `Compute` and `Listener`.
+    """
+    images = ImageSources(more.pop("images", "digits"), more.pop("val", None))
+    run = OutputOptions(output, **{key: more.pop(key) for key in ("force", "resume", "save_minutes") if key in more})
+    listener = Listener(**{key: more.pop(key) for key in ("say", "progress") if key in more})
     with pytest.MonkeyPatch.context() as patch:
         if not picture:
             patch.setattr(training_plot, "draw", lambda *figures: None)
-        return conversion.convert("digits", chosen, output, **{"images": "digits", **more})
+        request, compute = DenseRequest("digits"), Compute(**more)
+        return convert_job(request, chosen, run, images=images, compute=compute, listener=listener)
 
 
 def tensors(path: Path) -> dict[str, Tensor]:

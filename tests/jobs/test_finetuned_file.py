@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from helpers import tune
 from helpers.tune import ATTENTION, recipe
 from sparsify.images.digits import scans
-from sparsify.jobs import convert as conversion
+from sparsify.jobs import convert as convert_job
+from sparsify.jobs import dense
 from sparsify.jobs import tune as tuning
 from sparsify.models import checkpoint
 from sparsify.models.digits import network
@@ -122,14 +123,14 @@ def test_with_images_the_default_is_to_learn_from_them(run, monkeypatch):
         chosen.append(recipe)
         raise SystemExit(0)
 
-    monkeypatch.setattr(conversion, "convert", convert)
+    monkeypatch.setattr(convert_job, "convert", convert)
     for more in (["--data", "digits"], [], ["--data", "digits", "--calibrate-only"]):
         run("convert", "digits", *more)
     assert chosen == [load_recipe("distill"), load_recipe("calibrate"), load_recipe("calibrate")]
 
 
 def test_a_recipe_that_learns_needs_images(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(conversion, "calibrate", None)  # not reached
+    monkeypatch.setattr(dense, "calibrate", None)  # not reached
     code, out, err = run("convert", "digits", "--recipe", "distill")
     assert code == 2 and err.count("\n") == 1 and "--data" in err and "--calibrate-only" in err
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,9 @@ from helpers.families import images
 from helpers.folders import class_folders
 from helpers.hubserver import READS, WRITES, Hub
 from sparsify.errors import BadFile, SparsifyError, UsageError
-from sparsify.jobs import convert, push
+from sparsify.jobs import push
+from sparsify.jobs.convert import OutputOptions, convert
+from sparsify.jobs.dense import DenseRequest
 from sparsify.models import checkpoint
 from sparsify.nn import attention
 from sparsify.recipe import Recipe
@@ -24,7 +26,7 @@ from sparsify.recipe import Recipe
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("made") / "digits.safetensors"
-    return convert.convert("digits", Recipe().override(calib_images=8, spread_rank=False), path)
+    return convert(DenseRequest("digits"), Recipe().override(calib_images=8, spread_rank=False), OutputOptions(path))
 
 
 @pytest.fixture

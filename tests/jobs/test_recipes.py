@@ -11,8 +11,10 @@ from helpers import tune
 from helpers.folders import class_folders
 from helpers.said import the_error
 from sparsify.errors import UsageError
-from sparsify.jobs import convert
+from sparsify.jobs import dense
+from sparsify.models import pretrained
 from sparsify.models.digits import network
+from sparsify.nn import graft
 from sparsify.recipe import default_recipe, load_recipe, recipe_names, recipe_text, recipe_yaml
 
 NAMES = ("calibrate", "distill", "paper", "paper-calibrated", "paper-digits")
@@ -139,8 +141,8 @@ def nothing_is_computed(monkeypatch, request):
     def fail(*arguments, **more):
         raise AssertionError("calibration was entered")
 
-    monkeypatch.setattr(convert, "calibrate", fail)
-    monkeypatch.setattr(convert.graft, "draw", fail)
+    monkeypatch.setattr(dense, "calibrate", fail)
+    monkeypatch.setattr(graft, "draw", fail)
 
 
 def refused(run, tmp_path, code, *words, how=()):
@@ -267,7 +269,7 @@ def test_classes_cannot_be_learned_without_a_head(tmp_path, monkeypatch):
     chosen = tune.recipe({"losses": {"classification": 1.0}})
     model = network.build()
     model.reset_classifier(0)
-    monkeypatch.setattr(convert.pretrained, "load", lambda *a: model)
+    monkeypatch.setattr(pretrained, "load", lambda *a: model)
     with pytest.raises(UsageError, match="classification needs a model with classes") as caught:
         tune.convert(tmp_path / "m.safetensors", chosen)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())

@@ -19,7 +19,8 @@ from helpers.said import the_error
 from sparsify.cli.app import main
 from sparsify.images import datasets
 from sparsify.images.digits import scans
-from sparsify.jobs import sweep as job
+from sparsify.jobs import sweep
+from sparsify.jobs.dense import DenseRequest
 from sparsify.measure import evaluate, latency
 from sparsify.measure.latency import Timing
 from sparsify.models import checkpoint
@@ -62,8 +63,8 @@ def figures(swept):
 def small(**changes):
     """A sweep as a library call: one keep, one target, few images."""
     recipe = load_recipe("calibrate").override(calib_images=8)
-    how = dict(targets=(), keeps=(0.1,), limit=16) | changes
-    return job.sweep("digits", recipe, how.pop("images", "digits"), **how)
+    how = dict(targets=(), keeps=(0.1,)) | changes
+    return sweep.sweep(DenseRequest("digits"), recipe, sweep.EvaluationImages("digits", limit=16), **how)
 
 
 def test_all_files_are_written_and_the_table_fits_80_columns(swept):
@@ -152,7 +153,8 @@ def test_another_seed_draws_other_images(monkeypatch):
     for seed in (0, 0, 1):
         recipe = load_recipe("calibrate").override(calib_images=4, seed=seed)
         with pytest.raises(ZeroDivisionError):
-            job.sweep("digits", recipe, "digits", targets=(), keeps=(0.1,), limit=16)
+            images = sweep.EvaluationImages("digits", limit=16)
+            sweep.sweep(DenseRequest("digits"), recipe, images, targets=(), keeps=(0.1,))
     assert seen[0].dataset.indices == seen[1].dataset.indices != seen[2].dataset.indices
     assert len(set(seen[0].dataset.indices)) == 16
 
@@ -252,7 +254,7 @@ def test_published_points_are_deit_smalls_alone(tmp_path):
 
 def test_speed_is_taken_round_by_round(monkeypatch):
     ticks = iter([0, 9, 0, 9] + [0, 4, 0, 2] + [0, 10, 0, 40] + [0, 6, 0, 2])  # a warm-up; begin and end of each run
-    monkeypatch.setattr(job.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(sweep.time, "perf_counter", lambda: next(ticks))
 
     def interleaved(runs, **how):
         for _ in range(4):
@@ -262,7 +264,7 @@ def test_speed_is_taken_round_by_round(monkeypatch):
 
     monkeypatch.setattr(latency, "interleaved", interleaved)
     dense = network.build()
-    _, speeds = job._time({"dense": dense, "half": dense}, 1, torch.device("cpu"), torch.float32)
+    _, speeds = sweep._time({"dense": dense, "half": dense}, 1, torch.device("cpu"), torch.float32)
     assert speeds["half"].median == 2  # of 4/2, 10/40, 6/2
     assert speeds["dense"] == Timing(1, 1, 1, 3)
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from helpers.families import images
 from sparsify.errors import BadFile, UsageError
-from sparsify.jobs import convert
+from sparsify.jobs.convert import OutputOptions, convert
+from sparsify.jobs.dense import DenseRequest
 from sparsify.models import building, checkpoint, names, pretrained
 from sparsify.nn import attention
 from sparsify.recipe import Recipe
@@ -19,7 +20,7 @@ from sparsify.recipe import Recipe
 def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("made") / "digits.safetensors"
     recipe = Recipe().override(calib_images=8, spread_rank=False)
-    return convert.convert("digits", recipe, path)
+    return convert(DenseRequest("digits"), recipe, OutputOptions(path))
 
 
 @pytest.fixture
@@ -48,7 +49,8 @@ def test_header_says_everything(made, parts):
 
 
 def test_same_seed_gives_the_same_file_apart_from_the_date(made, tmp_path):
-    again = convert.convert("digits", Recipe().override(calib_images=8, spread_rank=False), tmp_path / "b.safetensors")
+    small = Recipe().override(calib_images=8, spread_rank=False)
+    again = convert(DenseRequest("digits"), small, OutputOptions(tmp_path / "b.safetensors"))
     a, b = load_file(made.path), load_file(again.path)
     assert all(torch.equal(a[name], b[name]) for name in a | b)
     one, two = (dict(h.provenance) for h in (made.header, again.header))
@@ -62,7 +64,7 @@ def test_same_seed_gives_the_same_file_apart_from_the_date(made, tmp_path):
 
 def test_another_seed_draws_other_images(made, tmp_path):
     recipe = Recipe().override(calib_images=8, spread_rank=False, seed=1)
-    other = convert.convert("digits", recipe, tmp_path / "b.safetensors")
+    other = convert(DenseRequest("digits"), recipe, OutputOptions(tmp_path / "b.safetensors"))
     a, b = load_file(made.path), load_file(other.path)
     assert any(not torch.equal(a[name], b[name]) for name in a)
 

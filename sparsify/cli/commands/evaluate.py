@@ -5,44 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from sparsify import processes
-from sparsify.cli import completion, options, parsers
-from sparsify.cli.helptext import RUNNING
-from sparsify.cli.preflight import preflight
+from sparsify.cli import options, parsers
 from sparsify.errors import UsageError
-from sparsify.processes import Compute, Listener
 
 
 def evaluate(
     file: options.Model = options.MODEL_FILE,
     imagenet: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="ImageNet root with val/, its val folder, or any folder of class folders."),
+        str | None, options.option("DIR", "ImageNet root with val/, its val folder, or any folder of class folders.")
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(
-            metavar="DATA",
-            help="Another labelled set: folder, timm data set name, or digits.",
-            autocompletion=completion.one_of(["digits"]),
-        ),
+        options.option("DATA", "Another labelled set: folder, timm data set name, or digits.", words=["digits"]),
     ] = None,
     dense: options.Dense = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Images computed together.", rich_help_panel=RUNNING)
-    ] = 32,
+    batch_size: options.BatchSize = 32,
     img_size: options.ImgSize = None,
     workers: options.Workers = 0,
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     backend: options.Backend = "auto",
     kernel_precision: options.KernelPrecision = "input",
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be read.")] = False,
-    results_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the results as .csv or .json.")
-    ] = None,
+    strict: Annotated[bool, options.flag("--strict", "Stop at the first image that cannot be read.")] = False,
+    results_file: Annotated[Path | None, options.option("FILE", "Write the results as .csv or .json.")] = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
@@ -56,47 +42,38 @@ def evaluate(
         raise UsageError("give the labelled images: either --imagenet PATH or --data NAME")
     if results_file is not None and results_file.suffix not in (".csv", ".json"):
         raise UsageError(f"--results-file {results_file}: a name that ends in .csv or .json is expected")
-    parsers.backend(backend)
-    parsers.kernel_precision(kernel_precision)
     quiet = quiet or not processes.main()
-    parsers.torch_dtype(dtype)
-    where = parsers.torch_device(processes.local_device(device))
-    preflight()
+    device = processes.local_device(device)
+    compute = parsers.compute(device, dtype, backend, kernel_precision, batch_size=batch_size, workers=workers)
     from sparsify.cli import tables
     from sparsify.cli.progress import Reporter
-    from sparsify.measure import conditions
-    from sparsify.measure import evaluate as evaluation
-    from sparsify.models import checkpoint, original
+    from sparsify.measure.conditions import EVALUATION, conditions
+    from sparsify.measure.evaluate import evaluate_images
+    from sparsify.models.checkpoint import digest_in
+    from sparsify.models.opened import opened
     from sparsify.ops import backends
-    from sparsify.report import accuracy
+    from sparsify.report.accuracy import write_results
 
-    compute = Compute(where, dtype, backend, kernel_precision, batch_size, workers=workers)
-    say = options.say(quiet)
-    processes.start(where)
+    say, images = options.say(quiet), str(imagenet or data)
+    processes.start(device)
     with processes.agree():
-        header, model = checkpoint.read_header(file), checkpoint.load(file, img_size)
-        beside = original.load_original(header, dense, img_size, say) if dense else None
-    if header.backbone_changed and beside is None:
-        say(original.missing(header))
+        one = opened(file, dense, img_size, say)
+    if one.note:
+        say(one.note)
     with Reporter(quiet) as reporter:
-        result = evaluation.evaluate_images(
-            model,
-            str(imagenet or data),
-            dense=beside,
-            backbone_changed=header.backbone_changed,
+        result = evaluate_images(
+            one.model,
+            images,
+            dense=one.dense,
+            backbone_changed=one.backbone_changed,
             name=file.stem,
             strict=strict,
             compute=compute,
-            listener=Listener(say, reporter.update),
+            listener=processes.Listener(say, reporter.update),
         )
     if not quiet:
         tables.show(tables.eval_table(result.as_dict()))
     if results_file is not None and processes.main():
-        circumstances = conditions.conditions(
-            conditions.EVALUATION,
-            compute,
-            data=str(imagenet or data),
-            backend=backends.describe(backend, kernel_precision, compute.torch_device, compute.torch_dtype),
-        )
-        circumstances["file_sha256"] = checkpoint.digest_in(file)
-        accuracy.write_results(results_file, result.as_dict(), circumstances)
+        described = backends.describe(backend, kernel_precision, compute.torch_device, compute.torch_dtype)
+        circumstances = conditions(EVALUATION, compute, data=images, backend=described)
+        write_results(results_file, result.as_dict(), circumstances | {"file_sha256": digest_in(file)})

@@ -5,37 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from sparsify.cli import completion, options, parsers
-from sparsify.cli.helptext import RUNNING
-from sparsify.cli.preflight import preflight
-from sparsify.processes import Compute
+from sparsify.cli import options, parsers
 
 
 def profile(
     file: options.Model = options.MODEL_FILE,
     dense: options.Dense = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Images of one measured forward pass.", rich_help_panel=RUNNING)
-    ] = 1,
+    batch_size: options.TimedBatch = 1,
     img_size: options.ImgSize = None,
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     backend: options.Backend = "auto",
     kernel_precision: options.KernelPrecision = "input",
-    tree: Annotated[bool, typer.Option("--tree", help="Show MACs by module.")] = False,
-    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as Markdown.")] = None,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every figure as JSON.")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="No effect: profile reads no images.", hidden=True)] = 0,
-    no_measure: Annotated[bool, typer.Option("--no-measure", help="Theoretical figures only.")] = False,
+    tree: Annotated[bool, options.flag("--tree", "Show MACs by module.")] = False,
+    markdown: Annotated[Path | None, options.option("FILE", "Write the report as Markdown.")] = None,
+    json: Annotated[Path | None, options.option("FILE", "Write every figure as JSON.")] = None,
+    workers: Annotated[int, options.option("N", "No effect: profile reads no images.", hidden=True, min=0)] = 0,
+    no_measure: Annotated[bool, options.flag("--no-measure", "Theoretical figures only.")] = False,
     count_as: Annotated[
         str,
-        typer.Option(
-            metavar="NAME",
-            help="product, or paper: the authors' MHSA accounting besides.",
-            autocompletion=completion.one_of(["product", "paper"]),
-        ),
+        options.option("NAME", "product, or paper: the authors' MHSA accounting besides.", words=["product", "paper"]),
     ] = "product",
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -44,28 +33,23 @@ def profile(
 
     Example: sparsify profile model.safetensors --tree
     """
-    parsers.torch_dtype(dtype)
-    parsers.backend(backend)
-    parsers.kernel_precision(kernel_precision)
-    parsers.torch_device(device)
-    preflight()
+    compute = parsers.compute(device, dtype, backend, kernel_precision, batch_size=batch_size)
     from sparsify.cli import tables
     from sparsify.files import write_json, write_text
-    from sparsify.measure import profile as profiling
-    from sparsify.models import checkpoint, original
+    from sparsify.measure import profile
+    from sparsify.models.opened import opened
     from sparsify.report.profile import to_markdown
 
     say = options.say(quiet)
-    header, model = checkpoint.read_header(file), checkpoint.load(file, img_size)
-    beside = original.load_original(header, dense, img_size, say) if dense else None
-    if header.backbone_changed and beside is None:
-        say(original.missing(header))
-    result = profiling.profile(
-        model,
-        dense=beside,
-        backbone_changed=header.backbone_changed,
+    one = opened(file, dense, img_size, say)
+    if one.note:
+        say(one.note)
+    result = profile.profile(
+        one.model,
+        dense=one.dense,
+        backbone_changed=one.backbone_changed,
         measure=not no_measure,
-        compute=Compute(device, dtype, backend, kernel_precision, batch_size),
+        compute=compute,
         count_as=count_as,
     )
     if not quiet:
