@@ -35,11 +35,14 @@ from activations import PREFIX, Activations, grid_of
 from bounds import Bound
 from harness import Report, Row, conditions, judged, options, start
 from torch import Tensor
+from torch.nn import Parameter
 
 from sparsify.config import SparsityConfig
 from sparsify.measure.latency import interleaved
+from sparsify.nn.predictor import HeadLowrankPredictor, Predictor, TokenLowrankPredictor
 from sparsify.ops import attention
 from sparsify.ops.cpu import kernels
+from sparsify.ops.selection import Context
 from sparsify.ops.spec import Spec, budget
 from sparsify.recipe import load_recipe
 
@@ -85,6 +88,13 @@ def dense(blocks: list[Activations], path: str, dtype: torch.dtype, bar: str = "
     return Candidate(calls, dtype, bar, bound)
 
 
+def by_predictor(
+    predictor: Predictor, spec: Spec, backend: str, precision: str, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """Sparse attention as `SparseAttention` computes it, predictor included."""
+    return attention.attention(q, k, v, predictor(q, k, None, None, spec), Context(), spec, backend, precision)
+
+
 def sparse(
     blocks: list[Activations], config: SparsityConfig, dtype: torch.dtype, bar: str = "", backend: str = "cpu",
     precision: str = "input",
@@ -97,17 +107,15 @@ def sparse(
         scale, config = d**-0.5, config.with_cells(N)
         tile = config.tile if config.granularity == "tile" else ()
         assert config.cells is not None
-        spec = Spec(budget(config.keep_of(0), N), PREFIX, config.tail, grid_of(N), config.cells, tile)
-        how = (backend, precision)
+        spec = Spec(budget(config.keep_of(0), N), PREFIX, config.tail, grid_of(N), config.cells, tile, scale)
+        predictor: Predictor = HeadLowrankPredictor(d, block.ranks, True)
+        ranks = block.ranks
         if config.predictor == "token-lowrank":
-            spec = spec._replace(coef_topk=config.token_lowrank.coef_topk or 0)
-            w_down, w_up = block.w_down.to(dtype), block.w_up.to(dtype)
-            ranks = (len(w_down),) * H
-            paper = (w_down, w_up, None, None, None, None)
-            calls.append(partial(attention.token_lowrank, q, k, v, *paper, None, scale, scale, spec, *how))
-        else:
-            ranks = block.ranks
-            calls.append(partial(attention.head_lowrank, q, k, v, None, None, None, ranks, scale, spec, *how))
+            ranks = (len(block.w_down),) * H
+            predictor = TokenLowrankPredictor(H, d, N, PREFIX, ranks[0], config.token_lowrank.model_dump())
+            predictor.w_down = Parameter(block.w_down.to(dtype), False)
+            predictor.w_up = Parameter(block.w_up.to(dtype), False)
+        calls.append(partial(by_predictor, predictor, spec, backend, precision, q, k, v))
         bound.append(bounds.sparse(spec, ranks, N, d, in_bf16(dtype, precision)))
         total += bound[-1].cycles
     mean = Bound(total / len(bound), bound[-1].unit) if backend == "cpu" else None

@@ -17,11 +17,15 @@ from unittest.mock import patch
 import torch
 from activations import PREFIX, grid_of
 from harness import Report, Row, conditions, options, start, text
+from torch import Tensor
 
 from sparsify.config import SparsityConfig
 from sparsify.measure.latency import interleaved
+from sparsify.nn.predictor import HeadLowrankPredictor, Predictor, TokenLowrankPredictor
 from sparsify.ops import candidates, remembered
+from sparsify.ops.attention import attention
 from sparsify.ops.auto import Chooser
+from sparsify.ops.selection import Context
 from sparsify.ops.spec import Kind, Shape, Spec, budget
 from sparsify.recipe import load_recipe
 
@@ -37,11 +41,10 @@ def shape(
     threads, config = torch.get_num_threads(), SparsityConfig(keep=keep).with_cells(tokens)
     assert config.cells is not None
     kind = Kind("head-folded", 16 * heads, 24 if heads > 1 else 16)
-    spec = Spec(budget(keep, tokens), PREFIX, tail, grid_of(tokens), config.cells, tile)
+    spec = Spec(budget(keep, tokens), PREFIX, tail, grid_of(tokens), config.cells, tile, d**-0.5)
     if paper:
         knobs = load_recipe("paper-calibrated").sparsity
-        kind = Kind("token", knobs.rank, knobs.rank, 0, heads)  # type: ignore[arg-type]
-        spec = spec._replace(coef_topk=knobs.token_lowrank.coef_topk or 0)
+        kind = Kind("token", knobs.rank, knobs.rank, 0, heads, knobs.token_lowrank.coef_topk or 0)  # type: ignore[arg-type]
     return Shape(batch, heads, tokens, d, dtype, "cpu", threads, False, precision, "cpu", kind, spec)
 
 
@@ -70,15 +73,30 @@ def name(s: Shape) -> str:
     return f"{s.batch}x{s.heads}, N {s.tokens}, {str(s.dtype).removeprefix('torch.')}, {', '.join(extra)}"
 
 
+def sparse(s: Shape) -> candidates.Sparse:
+    """The sparse form of a shape, by an unfitted predictor of its kind."""
+    predictor: Predictor = HeadLowrankPredictor(s.head_dim, (s.kind.rank_sum // s.heads,) * s.heads, True)
+    if s.kind.name == "token":
+        knobs = load_recipe("paper-calibrated").sparsity.token_lowrank.model_dump()
+        predictor = TokenLowrankPredictor(s.heads, s.head_dim, s.tokens, PREFIX, s.kind.rank_max, knobs)
+        predictor.draw(torch.Generator().manual_seed(0))
+        predictor.requires_grad_(False)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        return attention(q, k, v, predictor(q, k, None, None, s.spec), context, s.spec, s.sparse, s.precision)
+
+    return attend
+
+
 def decide(s: Shape) -> str:
     """What a chooser that knows nothing takes."""
     with patch.object(remembered, "place", return_value=None):
-        return Chooser().choose(s).taken
+        return Chooser().choose(s, sparse(s)).taken
 
 
 def row(s: Shape, rounds: int) -> Row:
     first = decide(s)
-    found = interleaved(candidates.make(s), rounds=rounds)
+    found = interleaved(candidates.make(s, sparse(s)), rounds=rounds)
     second = decide(s)
     best = min(found, key=lambda path: found[path].median)
     ms = {path: found[path].median if path in found else None for path in ("cpu", "dense-cpu", "sdpa")}

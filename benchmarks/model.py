@@ -75,7 +75,7 @@ class Forced:
     def __init__(self, path: str) -> None:
         self.choice = Choice(path, {path: 1.0}, 0, "forced")
 
-    def choose(self, shape: Shape) -> Choice:
+    def choose(self, shape: Shape, sparse: object) -> Choice:
         return self.choice
 
 

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from sparsify.nn import hosts, projection
 from sparsify.nn.attention import GraftedAttention, SparseAttention, Sparsity
 from sparsify.nn.merging import rounds
-from sparsify.nn.predictor import HeadLowrankPredictor, TokenLowrankPredictor
+from sparsify.nn.predictor import HeadLowrankPredictor, Predictor, TokenLowrankPredictor
 from sparsify.nn.token_models import token_blocks
 from sparsify.nn.tokens import TokenState
-from sparsify.ops.tails import LLOYD_STEPS
+from sparsify.ops.tails import LLOYD_STEPS, known
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,13 @@ def attention(module: GraftedAttention, N: int, patches: int | None = None) -> d
     return {"pairs": pairs, "predictor": predictor, "tail": _tail(s, H, N, P, d, features, patches)}
 
 
-def _predictor(p: HeadLowrankPredictor | TokenLowrankPredictor, H: int, N: int, P: int, d: int) -> tuple[int, int, int]:
-    """MACs of the scores of every patch query; products shared with a kept logit and features of a key, over all heads."""
+def _predictor(p: Predictor, H: int, N: int, P: int, d: int) -> tuple[int, int, int]:
+    """MACs of the scores of every patch query; products shared with a kept logit and features of a key, over all heads.
+
+    A predictor of another class tells its own.
+    """
+    if not isinstance(p, HeadLowrankPredictor | TokenLowrankPredictor):
+        return p.macs(N, P), p.shared(), p.compared(H, d)
     scores = H * (N - P) * N  # score entries
     if isinstance(p, HeadLowrankPredictor):
         coordinates = sum(p.ranks)
@@ -192,15 +197,15 @@ def _predictor(p: HeadLowrankPredictor | TokenLowrankPredictor, H: int, N: int, 
 
 def _tail(s: Sparsity, H: int, N: int, P: int, d: int, features: int, patches: int | None) -> int:
     """Every patch row meets the mean key and mean value of every cell; `clusters` first finds the cells."""
-    if s.tail == "none":
+    if not s.tail.stands_for_dropped_keys:
         return 0
     n, cells = N - P, 1
-    if s.tail != "mean":
+    if s.tail.name != "mean":
         whole = n if patches is None else patches
-        rows, columns = s.grid if s.grid[0] * s.grid[1] == whole else _other_grid(whole)
-        own = s.cells if patches is None else s.cells_of(N)
-        cells = min(own[0], rows) * min(own[1], columns)
-    search = LLOYD_STEPS * n * cells * features if s.tail == "clusters" else 0
+        grid = s.grid if s.grid[0] * s.grid[1] == whole else _other_grid(whole)
+        asked = s.cells if patches is None else s.cells_of(N)
+        cells = min(asked[0], grid[0]) * min(asked[1], grid[1]) if known(s.tail) else s.tail.count(grid, asked)
+    search = LLOYD_STEPS * n * cells * features if s.tail.name == "clusters" else 0
     return H * n * (cells + P) * 2 * d + search
 
 

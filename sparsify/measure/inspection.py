@@ -21,6 +21,7 @@ from sparsify.nn import attention, execution, graft, hosts, observe, token_model
 from sparsify.nn.attention import GraftedAttention, SparseAttention
 from sparsify.nn.tokens import TokenState
 from sparsify.ops import selection, weights
+from sparsify.ops.selection import Context
 
 OWN, DENSE = "own", "dense"  # the model whose attention is the true one
 
@@ -267,8 +268,9 @@ def _layer(call: _Call, P: int, patches: int, queries: Sequence[int], original: 
         else:
             ranking, spec = ranked
             budget = spec.budget
-            chosen = selection.kept(ranking, mask if head_bias is None else head_bias, spec, place)  # (1, 1, N, N)
-            a = selection.cells(ranking, mask if head_bias is None else head_bias, size, spec, place)
+            context = Context(mask if head_bias is None else head_bias, size, place)
+            chosen = selection.kept(ranking, context, spec)  # (1, 1, N, N)
+            a, _ = selection.cells(ranking, context, spec)
         row_bias = None if head_bias is None else head_bias[:, :, seen]
         weight, tail = weights.weights(q[:, one, seen], k[:, one], chosen[:, :, seen], a, row_bias, size, module.scale)
         each["kept"].append(chosen[0, :, seen])
@@ -294,7 +296,7 @@ def _rankings(
     if not isinstance(module, SparseAttention):
         return [None] * H
     spec = module.spec(q.shape[2], tokens)
-    ranking = module.predictor.ranking(q, k, mask, tokens, module.scale, spec)
+    ranking = module.predictor(q, k, mask, tokens, spec).written(q, k)
     return [(ranking.head(h), spec) for h in range(H)]
 
 

@@ -88,16 +88,27 @@ def count(model: nn.Module, image: tuple[int, int, int], attention: list[str]) -
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         operators = {name: Counter(found) for name, found in analysis.by_module_and_operator().items()}
+    predictors = [f"{name}.predictor" for name in sparse_modules(model)]
+    for name in predictors:
+        _take_out(operators, name)
     blocks = token_blocks(model)
     for name, block in blocks.items():
         _give_to_submodules(operators, name, block)
     return Counts(
-        total=int(analysis.total()),
+        total=int(operators[""].total()),
         by_module={name: int(found.total()) for name, found in operators.items()},
         attention={name: _parts(model.get_submodule(name), operators[name]) for name in attention},
         stages=int(sum(operators[f"{name}.stage"].total() for name in blocks if f"{name}.stage" in operators)),
-        unsupported=dict(analysis.unsupported_ops()),
+        unsupported=dict(analysis.unsupported_ops() - sum(map(analysis.unsupported_ops, predictors), Counter())),
     )
+
+
+def _take_out(operators: dict[str, Counter[str]], name: str) -> None:
+    """Forget what a predictor computes in PyTorch: the attention op counts it, by `Ranking.macs`."""
+    own = operators[name].copy()
+    parts = name.split(".")
+    for i in range(len(parts) + 1):
+        operators[".".join(parts[:i])].subtract(own)
 
 
 def _give_to_submodules(operators: dict[str, Counter[str]], name: str, block: nn.Module) -> None:

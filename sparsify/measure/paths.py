@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.nn.attention import GraftedAttention, SparseAttention, attention_modules
+from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention, attention_modules
 from sparsify.nn.tokens import TokenState
 from sparsify.ops import backends
 
@@ -42,31 +42,28 @@ def _watch(module: GraftedAttention, entries: dict[str, Entry], name: str) -> No
     attend = module.attend
 
     def watched(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: TokenState | None) -> Tensor:
-        entries[name] = (
-            _sparse(module, q, mask, tokens) if isinstance(module, SparseAttention) else _dense(module, q, mask)
-        )
+        if isinstance(module, SparseAttention):
+            entries[name] = _sparse(module, q, mask, tokens)
+        elif isinstance(module, DenseAttention):
+            entries[name] = _dense(module, q, mask)
         return attend(q, k, v, mask, tokens)
 
     vars(module)["attend"] = watched
 
 
 def _sparse(module: SparseAttention, q: Tensor, mask: Tensor | None, tokens: TokenState | None) -> Entry:
-    e = module.execution
-    sparse = backends.resolve(e.backend, q, mask)
-    shape = module.call(q, mask, sparse, module.spec(q.shape[2], tokens))
-    if tokens is not None:
-        shape = shape._replace(merged=tokens.size is not None, placed=tokens.place is not None)
-    if e.dense_fallback and e.choose:
-        choice = e.choose.choose(shape)
-        return _entry(shape.as_dict(), choice.taken, choice.reason) | {"ms": dict(choice.ms)}
-    return _entry(shape.as_dict(), sparse, "no dense fallback for this model")
+    spec = module.spec(q.shape[2], tokens)
+    taken, choice = module.path(q, mask, tokens, spec)
+    shape = module.shape(q, mask, backends.resolve(module.execution.backend, q, mask), spec, tokens).as_dict()
+    if choice is None:
+        return _entry(shape, taken, "no dense fallback for this model")
+    return _entry(shape, taken, choice.reason) | {"ms": dict(choice.ms)}
 
 
-def _dense(module: GraftedAttention, q: Tensor, mask: Tensor | None) -> Entry:
+def _dense(module: DenseAttention, q: Tensor, mask: Tensor | None) -> Entry:
     B, H, N, d = q.shape
-    path = "dense-cpu" if backends.resolve(module.execution.backend, q, mask) == "cpu" else "sdpa"
     shape = {"batch": B, "heads": H, "tokens": N, "head_dim": d, "dtype": str(q.dtype).removeprefix("torch.")}
-    return _entry(shape, path, "dense by its configuration")
+    return _entry(shape, module.path(q, mask), "dense by its configuration")
 
 
 def _entry(shape: Entry, path: str, reason: str) -> Entry:

@@ -7,24 +7,46 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sparsify.config import grid_of, growth
 from sparsify.nn import projection
-from sparsify.nn.predictor import HeadLowrankPredictor, TokenLowrankPredictor
+from sparsify.nn.predictor import Predictor
 from sparsify.nn.tokens import TokenState
 from sparsify.ops import attention, auto, backends, tails
+from sparsify.ops.auto import Choice, Chooser
+from sparsify.ops.selection import Context, cells_of
 from sparsify.ops.spec import Shape, Spec, budget
 
-if TYPE_CHECKING:
-    pass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from sparsify.ops.auto import Chooser
+@dataclass(frozen=True)
+class Execution:
+    """How an attention module computes; plain configuration, no part of the model's file or state dict.
+
+    Attributes:
+        backend: auto, cpu or reference (`sparsify.ops.backends`); auto is cpu where the kernels are available.
+        precision: input, or bf16: float32 tensors with bfloat16 storage of q, k, v inside the kernels.
+        dense_fallback: dense attention may be computed instead of the sparse form where `choose` measured it faster;
+            never in training, nor where a gradient is needed, nor once the model or a copy of it has been in train mode
+            (`Chooser.withdraw`). For models whose weights are the dense original's.
+        choose: measures and remembers; None: no dense fallback.
+    """
+
+    backend: str = "auto"
+    precision: str = "input"
+    dense_fallback: bool = False
+    choose: Chooser | None = None
+
+
+class Path(NamedTuple):
+    """What computes a call: cpu, reference or one of `auto.DENSE`; and the decision that it rests on, if one was made."""
+
+    taken: str
+    choice: Choice | None
 
 
 @dataclass(frozen=True)
@@ -33,7 +55,7 @@ class Sparsity:
 
     keep: float
     prefix: int
-    tail: str
+    tail: tails.Tail
     grid: tuple[int, int]
     cells: tuple[int, int]
     tile: tuple[int, ...] = ()  # empty: one key set for each query
@@ -169,10 +191,14 @@ class DenseAttention(GraftedAttention):
         """[B, H, N, d] x 3 -> [B, N, H*d]."""
         self._refuse_dropout()
         size = None if tokens is None else tokens.size
-        runs_here = not backends.needs_grad(q, k, v) and (backends.eager(q) or backends.compiling())
-        if runs_here and backends.resolve(self.execution.backend, q, mask) == "cpu":
-            return attention.dense("dense-cpu", q, k, v, None, self.scale, self.execution.precision, size)
-        return attention.dense("sdpa", q, k, v, mask, self.scale, "input", size)
+        path = "sdpa" if backends.needs_grad(q, k, v) else self.path(q, mask)
+        return attention.dense(path, q, k, v, mask, self.scale, self.execution.precision, size)
+
+    def path(self, q: Tensor, mask: Tensor | None) -> str:
+        """What computes a call without gradients, one of `auto.DENSE`: our kernel where it is available, else torch's."""
+        runs_here = backends.eager(q) or backends.compiling()
+        kernel = runs_here and backends.resolve(self.execution.backend, q, mask) == "cpu"
+        return "dense-cpu" if kernel else "sdpa"
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}"
@@ -192,7 +218,7 @@ class SparseAttention(GraftedAttention):
     def __init__(
         self,
         host: nn.Module,
-        predictor: HeadLowrankPredictor | TokenLowrankPredictor,
+        predictor: Predictor,
         sparsity: Sparsity,
         rotary: bool = False,
     ) -> None:
@@ -212,46 +238,97 @@ class SparseAttention(GraftedAttention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: TokenState | None) -> Tensor:
         """[B, H, N, d] x 3 -> [B, N, H*d], by the path that `execution` leads to."""
         self._refuse_dropout()
-        e, predictor, spec = self.execution, self.predictor, self.spec(q.shape[2], tokens)
-        size, place = (None, None) if tokens is None else (tokens.size, tokens.place)
+        spec = self.spec(q.shape[2], tokens)
         trains = backends.needs_grad(q, k, v)
-        needs_grad = trains or backends.needs_grad(*predictor.parameters())
         if trains:
-            path = backends.training(e.backend, q, mask)
-        else:  # a predictor that learns alone gets no gradient of its choice, and the reference says so
-            path = "reference" if needs_grad else backends.resolve(e.backend, q, mask)
-        may_be_dense = e.dense_fallback and e.choose and not needs_grad and not self.training and backends.eager(q)
-        if may_be_dense and e.choose and not e.choose.withdrawn:
-            shape = self.call(q, mask, path, spec)._replace(merged=size is not None, placed=place is not None)
-            path = e.choose.choose(shape).taken
+            path = backends.training(self.execution.backend, q, mask)
+        elif backends.needs_grad(*self.predictor.parameters()):
+            path = (
+                "reference"  # a predictor that learns alone gets no gradient of its choice, and the reference says so
+            )
+        else:
+            path = self.path(q, mask, tokens, spec).taken
         if path in auto.DENSE:
-            return attention.dense(path, q, k, v, mask, self.scale, e.precision, size)
-        return predictor.attend(q, k, v, mask, tokens, self.scale, spec, path, e.precision)
+            size = None if tokens is None else tokens.size
+            return attention.dense(path, q, k, v, mask, self.scale, self.execution.precision, size)
+        return self.sparse(q, k, v, mask, tokens, spec, path)
+
+    def sparse(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        tokens: TokenState | None,
+        spec: Spec,
+        backend: str,
+    ) -> Tensor:
+        """The sparse form: the predictor ranks the keys, the op attends to the b highest and to the tail.
+
+        [B, H, N, d] x 3 -> [B, N, H*d]; backend: cpu, masked or reference.
+        """
+        size, place = (None, None) if tokens is None else (tokens.size, tokens.place)
+        ranking, context = self.predictor(q, k, mask, tokens, spec), Context(mask, size, place)
+        if not tails.known(self.sparsity.tail):
+            cell, count = cells_of(self.sparsity.tail, ranking.written(q, k), context, spec)
+            context = context._replace(cell=cell)
+            spec = spec._replace(tail=tails.ASSIGNED, cells=(1, count - min(spec.prefix, q.shape[2])))
+        return attention.attention(q, k, v, ranking, context, spec, backend, self.execution.precision)
+
+    def path(self, q: Tensor, mask: Tensor | None, tokens: TokenState | None, spec: Spec) -> Path:
+        """What computes a call without gradients: the sparse form, or dense attention where it may stand in and was
+        measured faster."""
+        e = self.execution
+        path = backends.resolve(e.backend, q, mask)
+        may_be_dense = e.dense_fallback and e.choose is not None and not self.training and backends.eager(q)
+        if not may_be_dense or e.choose is None or e.choose.withdrawn:
+            return Path(path, None)
+        choice = e.choose.choose(self.shape(q, mask, path, spec, tokens), partial(self._timed, spec=spec, backend=path))
+        return Path(choice.taken, choice)
+
+    def _timed(self, q: Tensor, k: Tensor, v: Tensor, context: Context, spec: Spec, backend: str) -> Tensor:
+        """The sparse form as `auto` times it: merged tokens are looked up as if they had been removed."""
+        tokens = None
+        if context.size is not None or context.place is not None:
+            tokens = TokenState(spec.grid[0] * spec.grid[1], context.size, context.place)
+        return self.sparse(q, k, v, context.mask, tokens, spec, backend)
 
     def spec(self, N: int, tokens: TokenState | None = None) -> Spec:
-        """The constants of a call with N tokens; cells are fewer where tokens have left."""
+        """The constants of a call with N tokens; cells are fewer where tokens were removed."""
         if tokens is None or tokens.place is None:
             return self.spec_of(self.sparsity, N, False)
         spec = self.spec_of(self.sparsity, N, True)  # places are on the grid of this image, which may have another size
         return spec._replace(grid=tails.patch_grid(tokens.patches, self.sparsity.grid))
 
-    def spec_of(self, s: Sparsity, N: int, left: bool) -> Spec:
-        """The same for other constants; `left`: tokens have left before."""
-        cells = s.cells_of(N) if left else s.cells
-        return self.predictor.spec(self.scale, budget(s.keep, N), (s.prefix, s.tail, s.grid, cells, s.tile))
+    def spec_of(self, s: Sparsity, N: int, reduced: bool) -> Spec:
+        """The same for other constants; `reduced`: tokens were removed in an earlier block."""
+        cells = s.cells_of(N) if reduced else s.cells
+        return Spec(budget(s.keep, N), s.prefix, s.tail.name, s.grid, cells, s.tile, self.scale)
 
-    def call(self, q: Tensor, mask: Tensor | None, sparse: str, spec: Spec) -> Shape:
-        """What decides how long the call takes: the key of `auto.Chooser`."""
+    def shape(self, q: Tensor, mask: Tensor | None, sparse: str, spec: Spec, tokens: TokenState | None = None) -> Shape:
+        """What decides how long a call takes: the key of `auto.Chooser`. sparse: what computes the sparse form."""
         B, H, N, d = q.shape
-        threads, masked = torch.get_num_threads(), mask is not None
+        size, place = (None, None) if tokens is None else (tokens.size, tokens.place)
         return Shape(
-            B, H, N, d, q.dtype, q.device.type, threads, masked, self.execution.precision, sparse,
-            self.predictor.kind(), spec,
-        )  # fmt: skip
+            batch=B,
+            heads=H,
+            tokens=N,
+            head_dim=d,
+            dtype=q.dtype,
+            device=q.device.type,
+            threads=torch.get_num_threads(),
+            masked=mask is not None,
+            precision=self.execution.precision,
+            sparse=sparse,
+            kind=self.predictor.kind(),
+            spec=spec,
+            merged=size is not None,
+            placed=place is not None,
+        )
 
     def extra_repr(self) -> str:
         s = self.sparsity
-        return f"keep={s.keep:g}, tail={s.tail}, cells={s.cells[0]}x{s.cells[1]}, heads={self.num_heads}"
+        return f"keep={s.keep:g}, tail={s.tail.name}, cells={s.cells[0]}x{s.cells[1]}, heads={self.num_heads}"
 
 
 def sparse_modules(model: nn.Module) -> dict[str, SparseAttention]:
@@ -262,22 +339,3 @@ def sparse_modules(model: nn.Module) -> dict[str, SparseAttention]:
 def attention_modules(model: nn.Module) -> dict[str, GraftedAttention]:
     """The grafted attention modules of a model, sparse and dense, by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, GraftedAttention)}
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How an attention module computes; plain configuration, no part of the model's file or state dict.
-
-    Attributes:
-        backend: auto, cpu or reference (`sparsify.ops.backends`); auto is cpu where the kernels are available.
-        precision: input, or bf16: float32 tensors with bfloat16 storage of q, k, v inside the kernels.
-        dense_fallback: dense attention may be computed instead of the sparse form where `choose` measured it faster;
-            never in training, nor where a gradient is needed, nor once the model or a copy of it has been in train mode
-            (`Chooser.withdraw`). For models whose weights are the dense original's.
-        choose: measures and remembers; None: no dense fallback.
-    """
-
-    backend: str = "auto"
-    precision: str = "input"
-    dense_fallback: bool = False
-    choose: Chooser | None = None

@@ -22,13 +22,12 @@ from sparsify.nn.attention import (
     sparse_modules,
 )
 from sparsify.nn.hosts import check, num_prefix_tokens, num_tokens, patch_grid, rotary, set_image_size, shape
-from sparsify.nn.predictor import HeadLowrankPredictor, TokenLowrankPredictor
-from sparsify.ops import reference
+from sparsify.nn.predictor import HeadLowrankPredictor, Predictor, TokenLowrankPredictor
+from sparsify.ops.selection import rank_mask
+from sparsify.ops.tails import TAILS
 
 if TYPE_CHECKING:
     from sparsify.config import SparsityConfig
-
-Predictor = HeadLowrankPredictor | TokenLowrankPredictor
 
 
 def graft(model: nn.Module, config: SparsityConfig, predictors: Sequence[Predictor | None] | None = None) -> nn.Module:
@@ -80,7 +79,7 @@ def reduce(model: nn.Module, config: SparsityConfig) -> None:
             attention.importance = weight.new_zeros(projection.channels(attention) + 1)
     if config.tokens is None:
         return
-    follow = config.tokens.way == "merge" and config.predictor == "token-lowrank"
+    follow = config.tokens.way == "merge" and any(m.predictor.follows_merging for m in sparse_modules(model).values())
     token_models.install(model, config.tokens.way, config.tokens.shares(depth), follow)
 
 
@@ -154,7 +153,8 @@ def _grafted(
     if keep is None or predictor is None:
         return DenseAttention(host, rotary(model)).train(host.training)
     tile = config.tile if config.granularity == "tile" else ()
-    sparsity = Sparsity(keep, num_prefix_tokens(model), config.tail, patch_grid(model), config.cells_of(block), tile)
+    tail, prefix, cells = TAILS[config.tail], num_prefix_tokens(model), config.cells_of(block)
+    sparsity = Sparsity(keep, prefix, tail, patch_grid(model), cells, tile)
     return SparseAttention(host, predictor, sparsity, rotary(model)).train(host.training)
 
 
@@ -175,7 +175,7 @@ def set_basis(host: nn.Module, predictor: HeadLowrankPredictor, t_q: torch.Tenso
     if predictor.a_q is None or predictor.a_k is None:
         projection.fold(host, t_q, t_k)
     else:
-        used = reference.rank_mask(predictor.ranks, predictor.a_q)  # (H, 1, r)
+        used = rank_mask(predictor.ranks, predictor.a_q)  # (H, 1, r)
         predictor.a_q.copy_(t_q[..., : used.shape[-1]] * used)
         predictor.a_k.copy_(t_k[..., : used.shape[-1]] * used)
 
@@ -221,8 +221,7 @@ def resize(model: nn.Module, img_size: int) -> None:
         rows, cols = module.sparsity.cells
         cells = (rows, cols) if old == new else grid_of(rows * cols * growth(num_tokens(model)) / growth(tokens))
         module.sparsity = dataclasses.replace(module.sparsity, grid=new, cells=cells)
-        if isinstance(module.predictor, TokenLowrankPredictor):
-            module.predictor.resample(old, new)
+        module.predictor.resample(old, new)
 
 
 def foldable(module: GraftedAttention) -> bool:

@@ -62,7 +62,7 @@ class Chooser:
 
     def __init__(
         self,
-        make: Callable[[Shape], Mapping[str, Callable[[], object]]] = candidates.make,
+        make: Callable[[Shape, candidates.Sparse], Mapping[str, Callable[[], object]]] = candidates.make,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._make, self._clock = make, clock
@@ -80,11 +80,14 @@ class Chooser:
         """No dense attention from now on: the weights of the model, or of a copy that shares this, may have changed."""
         self._withdrawn = True
 
-    def choose(self, shape: Shape) -> Choice:
-        """The decision of a shape; the first call of a new one measures for about `BUDGET_S` seconds."""
-        return self._known.get(shape) or self._decide(shape)
+    def choose(self, shape: Shape, sparse: candidates.Sparse) -> Choice:
+        """The decision of a shape; the first call of a new one measures for about `BUDGET_S` seconds.
 
-    def _decide(self, shape: Shape) -> Choice:
+        sparse: what computes the sparse form.
+        """
+        return self._known.get(shape) or self._decide(shape, sparse)
+
+    def _decide(self, shape: Shape, sparse: candidates.Sparse) -> Choice:
         with self._lock:
             if shape in self._known:  # another thread was first
                 return self._known[shape]
@@ -95,7 +98,7 @@ class Chooser:
             choice = _parse(remembered.read(path).get(shape.text()), shape)
             if choice is None:
                 with torch.inference_mode(), torch.autocast(shape.device, enabled=False):
-                    choice = decide(*race(self._make(shape), self._clock, _wait(shape.device)))
+                    choice = decide(*race(self._make(shape, sparse), self._clock, _wait(shape.device)))
                 remembered.add(path, machine, shape.text(), asdict(choice))
             self._known[shape] = choice
             return choice

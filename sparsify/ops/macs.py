@@ -20,6 +20,8 @@ from math import prod
 from typing import Any
 
 from sparsify.ops import tails
+from sparsify.ops.attention import TENSORS
+from sparsify.ops.spec import Spec
 
 PARTS = ("kept", "prefix", "predictor", "tail")
 
@@ -29,80 +31,44 @@ def dense_macs(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> int:
     return prod(q[:-2]) * q[-2] * k[-2] * (q[-1] + v[-1])
 
 
-def head_lowrank_macs(
-    shape: Sequence[int], ranks: Sequence[int], folded: bool, budget: int, prefix: int, tail: str, grid: Sequence[int],
-    cells: Sequence[int], placed: bool = False,
-) -> Counter[str]:  # fmt: skip
-    """MACs of one `head_lowrank_attention` by part.
-
-    Folded, the score is the first r products of q.k, so a kept logit needs only the other d - r.
+def sparse_macs(
+    shape: Sequence[int], predictor: int, shared: int, features: int, spec: Spec, placed: bool = False
+) -> Counter[str]:
+    """MACs of one `sparse_attention` by part.
 
     Args:
         shape: [B, H, N, d] of q.
-        ranks: r of each head.
-        folded: the projections are part of `qkv`; else they are computed here.
-        budget, prefix, tail, grid, cells: see `Spec`.
+        predictor: of one image (`Ranking.macs`).
+        shared: products of a score that its logit needs too, summed over the heads: where the predictor is folded into q and
+            k, the first r of d products are done.
+        features: size of what `clusters` compares of a key, summed over the heads.
+        spec: the call's constants.
         placed: patch tokens have places of their own on the grid, so that its cells stay as they are.
     """
     B, H, N, d = shape
-    P = min(prefix, N)
-    n, R = N - P, sum(ranks)
-    macs = Counter(
-        prefix=H * P * N * 2 * d,
-        predictor=n * N * R + (0 if folded else 2 * N * d * R),
-        kept=n * budget * (H * 2 * d - (R if folded else 0)),
-        tail=_tail(H, n, P, d, R, tail, grid, cells, placed),
-    )
-    return Counter({part: B * count for part, count in macs.items()})
-
-
-def token_lowrank_macs(
-    shape: Sequence[int], rank: int, channels: int | None, coef_topk: int, budget: int, prefix: int, tail: str,
-    grid: Sequence[int], cells: Sequence[int], placed: bool = False,
-) -> Counter[str]:  # fmt: skip
-    """MACs of one `token_lowrank_attention` by part.
-
-    No credit is taken for zeros of W_up, nor for coefficients below a threshold (their number varies by image); a fixed
-    top-k of the coefficients is credited.
-
-    Args:
-        shape: [B, H, N, d] of q.
-        rank: r, rows of W_down.
-        channels: c of the channel reduction; None for none (c = d).
-        coef_topk: coefficients kept in each row; 0 keeps all.
-        budget, prefix, tail, grid, cells: see `Spec`.
-        placed: as for `head_lowrank_macs`.
-    """
-    B, H, N, d = shape
-    P = min(prefix, N)
+    P = min(spec.prefix, N)
     n = N - P
-    c = d if channels is None else channels
-    kappa = coef_topk if 0 < coef_topk < rank else rank
-    reduction = 0 if channels is None else 2 * H * N * d * c  # q W_q' and k W_k'
-    down = H * N * c * rank  # W_down k'
-    coefficients = H * n * c * rank  # q' K_down'
-    up = H * n * N * kappa  # A~_down W_up
     macs = Counter(
         prefix=H * P * N * 2 * d,
-        predictor=reduction + down + coefficients + up,
-        kept=H * n * budget * 2 * d,
-        tail=_tail(H, n, P, d, H * d, tail, grid, cells, placed),
+        predictor=predictor,
+        kept=n * spec.budget * (H * 2 * d - shared),
+        tail=_tail(shape, features, spec, placed),
     )
     return Counter({part: B * count for part, count in macs.items()})
 
 
-def _tail(
-    H: int, n: int, P: int, d: int, features: int, tail: str, grid: Sequence[int], cells: Sequence[int], placed: bool
-) -> int:  # fmt: skip
-    """Logits and values of M cells and P prefix keys for each patch row; `clusters`: distances to M centres too.
-
-    features: size of the keys that `clusters` compares, summed over the heads.
-    """
-    if tail == "none":
+def _tail(shape: Sequence[int], features: int, spec: Spec, placed: bool) -> int:
+    """Logits and values of M cells and P prefix keys for each patch row; `clusters`: distances to M centres too."""
+    _, H, N, d = shape
+    P = min(spec.prefix, N)
+    n, grid = N - P, (spec.grid[0], spec.grid[1])
+    if spec.tail == tails.ASSIGNED:
+        M = spec.cells[0] * spec.cells[1]
+    elif tails.TAILS[spec.tail].stands_for_dropped_keys:
+        M = tails.TAILS[spec.tail].count(grid if placed else tails.patch_grid(n, grid), (spec.cells[0], spec.cells[1]))
+    else:
         return 0
-    own = (grid[0], grid[1])
-    M = tails.cell_count(tail, P, own if placed else tails.patch_grid(n, own), (cells[0], cells[1]))
-    assignments = tails.LLOYD_STEPS * n * M * features if tail == "clusters" else 0
+    assignments = tails.LLOYD_STEPS * n * M * features if spec.tail == "clusters" else 0
     return H * n * (M + P) * 2 * d + assignments
 
 
@@ -111,24 +77,13 @@ def _dense_handle(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     return Counter(scaled_dot_product_attention=dense_macs(*(v.type().sizes() for v in inputs[:3])))
 
 
-def _head_handle(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    a_q = inputs[3]
-    ranks, _, budget, prefix, tail, grid, cells, _ = (_constant(v) for v in inputs[8:16])
-    return head_lowrank_macs(
-        inputs[0].type().sizes(), ranks, not a_q.isCompleteTensor(), budget, prefix, tail, grid, cells,
-        inputs[7].isCompleteTensor(),
-    )  # fmt: skip
-
-
-def _token_handle(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    w_down, w_q = inputs[3], inputs[5]
-    channels = w_q.type().sizes()[0] if w_q.isCompleteTensor() else None
-    coef_topk, _, budget, prefix, tail, grid, cells, _ = (_constant(v) for v in inputs[14:22])
-    rank = w_down.type().sizes()[-2]
-    placed = inputs[11].isCompleteTensor()
-    return token_lowrank_macs(
-        inputs[0].type().sizes(), rank, channels, coef_topk, budget, prefix, tail, grid, cells, placed
-    )
+def _sparse_handle(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    q, _, _, row, _, features, _, _, _, place, _ = inputs[:TENSORS]
+    _, ranks, predictor, *spec, _, _ = (_constant(v) for v in inputs[TENSORS:])
+    shape, products = q.type().sizes(), sum(ranks)
+    compared = shape[1] * features.type().sizes()[-1] if features.isCompleteTensor() else products
+    shared = 0 if row.isCompleteTensor() else products
+    return sparse_macs(shape, predictor, shared, compared, Spec(*spec), place.isCompleteTensor())
 
 
 def _constant(value: Any) -> Any:
@@ -149,6 +104,5 @@ def _constant(value: Any) -> Any:
 
 HANDLES = {
     "aten::scaled_dot_product_attention": _dense_handle,
-    "sparsify::head_lowrank_attention": _head_handle,
-    "sparsify::token_lowrank_attention": _token_handle,
+    "sparsify::sparse_attention": _sparse_handle,
 }

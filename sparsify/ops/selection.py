@@ -1,16 +1,85 @@
-"""Which keys each query keeps: the scores of a ranking, tiles, masks, and the b highest of a row."""
+"""Which keys each query keeps: a predictor's ranking, masks and sizes, tiles, and the b highest scores of a row.
+
+Every implementation in PyTorch chooses here (`reference`, `masked`, `weights`); the C++ kernels are tested against it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsify.ops import selection, tails
+from sparsify.ops import tails
 from sparsify.ops.spec import Spec
 
 HIDDEN = -1e4  # what is added to the logit of a key that may not be attended to is this or lower: e^HIDDEN is 0
+
+
+class Context(NamedTuple):
+    """What is known of the keys beside k and v.
+
+    Attributes:
+        mask: bool (True: may attend) or additive, broadcastable to [B, H, N, N]; None: none. Keys that it hides (`HIDDEN`
+            or lower is added) are neither kept nor in the tail; where it hides nothing it is a bias of the logits.
+        size: tokens that each key stands for, float [B, N], above 0; None: 1 each.
+        place: patch of `Spec.grid` that each patch token stands on, int64 [B, N - P]; None: the grid in order.
+        cell: cell of every key, int64 [B, H, N], prefix keys first (`tails.ASSIGNED`); None: `Spec.tail` assigns them.
+    """
+
+    mask: Tensor | None = None
+    size: Tensor | None = None
+    place: Tensor | None = None
+    cell: Tensor | None = None
+
+
+class Ranking(NamedTuple):
+    """What a predictor makes of queries and keys: the product row @ col' ranks the keys.
+
+    Attributes:
+        row: [B, H, N, r]; None: the first ranks[h] coordinates of q and k are the rows and columns.
+        col: [B, H, N, r], or [B or 1, H or 1, N, r].
+        features: of the keys, compared by the `clusters` tail, [B, H, N, *]; None: those of col.
+        shift: added to the scores of every row, [B, N]; None: nothing.
+        ranked: factor of an additive mask in the scores; 0: only what the mask hides counts there.
+        ranks: coordinates of each head, 1 <= r; columns of row and col past a head's own are 0.
+        macs: multiply-accumulates of the predictor for one image, all scores included.
+    """
+
+    row: Tensor | None
+    col: Tensor | None
+    features: Tensor | None
+    shift: Tensor | None
+    ranked: float
+    ranks: tuple[int, ...]
+    macs: int = 0
+
+    def written(self, q: Tensor, k: Tensor) -> Ranking:
+        """The same with row, col [B or 1, H or 1, N, r] and features written out; q, k: [B, H, N, d]."""
+        row, col = self.row, self.col
+        if row is None or col is None:
+            row, col = q[..., : max(self.ranks)], k[..., : max(self.ranks)] * rank_mask(self.ranks, k)
+        if col.dim() == 3:
+            col = col.unsqueeze(0)
+        return self._replace(row=row, col=col, features=col if self.features is None else self.features)
+
+    def to(self, dtype: torch.dtype) -> Ranking:
+        """The same with tensors of that dtype."""
+        row, col, features, shift = (None if t is None else t.to(dtype) for t in self[:4])
+        return self._replace(row=row, col=col, features=features, shift=shift)
+
+    def head(self, h: int) -> Ranking:
+        """One head of a written ranking, counted from 0."""
+        one = slice(h, h + 1)
+        row, col, features = (t if t is None or t.shape[1] == 1 else t[:, one] for t in self[:3])
+        return self._replace(row=row, col=col, features=features, ranks=self.ranks[one])
+
+
+def rank_mask(ranks: Sequence[int], like: Tensor) -> Tensor:
+    """1 for the first ranks[h] coordinates of head h, else 0: [H, 1, max(ranks)], dtype and device of `like`."""
+    r = torch.tensor(tuple(ranks), device=like.device)[:, None, None]  # (H, 1, 1)
+    return (torch.arange(max(ranks), device=like.device) < r).to(like.dtype)
 
 
 def top_b(scores: Tensor, b: int) -> Tensor:
@@ -26,10 +95,10 @@ def top_b(scores: Tensor, b: int) -> Tensor:
     s = scores.detach().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     threshold = s.topk(b, dim=-1).values[..., -1:]  # (..., 1)
     kept = s >= threshold
-    if not torch.compiler.is_compiling() and bool(
-        (kept.sum(-1) == b).all()
-    ):  # no ties at the threshold: the usual case
-        return kept
+    if not torch.compiler.is_compiling():
+        without_ties = bool((kept.sum(-1) == b).all())  # the usual case
+        if without_ties:
+            return kept
     above, tie = s > threshold, s == threshold
     free = b - above.sum(-1, keepdim=True)  # (..., 1)
     return above | (tie & (tie.cumsum(-1) <= free))
@@ -68,77 +137,94 @@ def pool_tiles(scores: Tensor, grid: tuple[int, int], tile: tuple[int, int], pla
     return pooled.scatter_reduce(2, t, z, "amax").gather(2, t)
 
 
-def alive(mask: Tensor, q: Tensor) -> Tensor:
-    """1 for keys that some query may attend to, else 0: [B, H, N], dtype of q."""
-    B, H, N, _ = q.shape
-    return (_bias(mask, q.dtype) > HIDDEN).expand(B, H, N, N).any(-2).to(q.dtype)
-
-
-def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as it is added to the logits: -inf where a bool mask hides a key; the shape stays."""
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
     return mask.to(dtype)
 
 
-class Ranking(NamedTuple):
-    """What a predictor makes of queries and keys.
-
-    Attributes:
-        row, col: their product row @ col' ranks the keys; [B, H, N, r] each, or [B or 1, H or 1, N, r] (col).
-        features: of the keys, which `clusters` compares, [B, H, N, *].
-        shift: added to the scores of every row, [B, N]; None: nothing.
-        ranked: factor of the mask in the scores; 0: only what it hides counts there.
-    """
-
-    row: Tensor
-    col: Tensor
-    features: Tensor
-    shift: Tensor | None
-    ranked: float
-
-    def head(self, h: int) -> Ranking:
-        """The same of one head, counted from 0."""
-        col = self.col if self.col.shape[1] == 1 else self.col[:, h : h + 1]
-        return Ranking(self.row[:, h : h + 1], col, self.features[:, h : h + 1], self.shift, self.ranked)
+def alive(mask: Tensor, q: Tensor) -> Tensor:
+    """1 for keys that some query may attend to, else 0: [B, H, N], dtype of q."""
+    B, H, N, _ = q.shape
+    return (additive(mask, q.dtype) > HIDDEN).expand(B, H, N, N).any(-2).to(q.dtype)
 
 
-def kept(ranking: Ranking, mask: Tensor | None, spec: Spec, place: Tensor | None) -> Tensor:
-    """The keys that each row keeps: bool [B, H, N, N], all of them for the prefix rows.
-
-    mask, place: as `reference.attend` takes them.
-    """
-    scores = ranking.row @ ranking.col.mT  # (B, H, N, N)
-    B, H, N, _ = scores.shape
-    P = min(spec.prefix, N)
-    if ranking.shift is not None:
-        scores = scores + ranking.shift.to(scores.dtype)[:, None, None]
-    if mask is not None:
-        bias = selection._bias(mask, scores.dtype)
-        scores = scores + torch.where(bias > selection.HIDDEN, bias * ranking.ranked, bias)
-    if P == N:
-        return torch.ones_like(scores, dtype=torch.bool)
-    patch = scores[:, :, P:]
-    if spec.tile:
-        patch = selection.pool_tiles(patch, _grid(spec, N - P, place), (spec.tile[0], spec.tile[1]), place)
-    return torch.nn.functional.pad(selection.top_b(patch, spec.budget), (0, 0, P, 0), value=True)
-
-
-def cells(
-    ranking: Ranking, mask: Tensor | None, size: Tensor | None, spec: Spec, place: Tensor | None
-) -> Tensor | None:
-    """The tail's cell of every key, int64 [B, H, N]; None: no tail. size [B, N]: as `reference.attend` takes it."""
-    if spec.tail == "none":
-        return None
-    f = ranking.features
-    B, H, N, _ = f.shape
-    weight = None if mask is None else selection.alive(mask, f)
-    if size is not None:
-        own = size.to(f.dtype)[:, None].expand(B, H, N)
-        weight = own if weight is None else weight * own
-    P = min(spec.prefix, N)
-    return tails.assign(spec.tail, f, weight, P, _grid(spec, N - P, place), (spec.cells[0], spec.cells[1]), place)
-
-
-def _grid(spec: Spec, n: int, place: Tensor | None) -> tuple[int, int]:
+def grid_of(spec: Spec, n: int, place: Tensor | None) -> tuple[int, int]:
+    """Rows and columns of the grid on which n patch tokens stand: `spec.grid` where they have places of their own."""
     grid = (spec.grid[0], spec.grid[1])
     return grid if place is not None else tails.patch_grid(n, grid)
+
+
+def selector(ranking: Ranking, context: Context, spec: Spec) -> Callable[[slice], Tensor]:
+    """The choice of keys: a function from a slice of the query rows to the keys that they keep.
+
+    Args:
+        ranking: written out (`Ranking.written`).
+
+    Returns:
+        rows -> bool [B, H, rows, N]: b keys of each patch row, all keys of the P prefix rows.
+    """
+    row, col = ranking.row, ranking.col
+    assert row is not None and col is not None
+    N = row.shape[2]
+    P = min(spec.prefix, N)
+    added = _added(ranking, context, row)  # ([B or 1, H or 1,] N or 1, N) or None
+    if spec.tile and P < N:
+        scores = _plus(row @ col.mT, added)[:, :, P:]
+        pooled = pool_tiles(scores, grid_of(spec, N - P, context.place), (spec.tile[0], spec.tile[1]), context.place)
+        whole = torch.nn.functional.pad(top_b(pooled, spec.budget), (0, 0, P, 0), value=True)
+        return lambda rows: whole[:, :, rows]
+
+    def of_rows(rows: slice) -> Tensor:
+        scores = row[:, :, rows] @ col.mT
+        bias = added if added is None or added.shape[-2] == 1 else added[..., rows, :]
+        prefix = torch.arange(N, device=row.device)[rows] < P  # (rows)
+        return top_b(_plus(scores, bias), spec.budget) | prefix[:, None]
+
+    return of_rows
+
+
+def kept(ranking: Ranking, context: Context, spec: Spec) -> Tensor:
+    """The keys that all rows keep: bool [B, H, N, N]; see `selector`."""
+    return selector(ranking, context, spec)(slice(None))
+
+
+def cells(ranking: Ranking, context: Context, spec: Spec) -> tuple[Tensor | None, int]:
+    """The tail's cell of every key, int64 [B, H, N], and how many cells there are, the P prefix keys' included.
+
+    None and 0 where there is no tail. ranking: written out.
+    """
+    if context.cell is not None:
+        return context.cell, min(spec.prefix, context.cell.shape[2]) + spec.cells[0] * spec.cells[1]
+    tail = tails.TAILS[spec.tail]
+    return cells_of(tail, ranking, context, spec) if tail.stands_for_dropped_keys else (None, 0)
+
+
+def cells_of(tail: tails.Tail, ranking: Ranking, context: Context, spec: Spec) -> tuple[Tensor, int]:
+    """`cells` of any tail."""
+    features = ranking.features
+    assert features is not None
+    B, H, N, _ = features.shape
+    P = min(spec.prefix, N)
+    grid, shape = grid_of(spec, N - P, context.place), (spec.cells[0], spec.cells[1])
+    weight = None if context.mask is None else alive(context.mask, features)  # (B, H, N)
+    if context.size is not None:
+        size = context.size.to(features.dtype)[:, None].expand(B, H, N)
+        weight = size if weight is None else weight * size
+    return tail.assign(features, weight, P, grid, shape, context.place), P + tail.count(grid, shape)
+
+
+def _added(ranking: Ranking, context: Context, like: Tensor) -> Tensor | None:
+    """What mask and sizes add to the scores."""
+    added = None
+    if context.mask is not None:
+        bias = additive(context.mask, like.dtype)
+        added = torch.where(bias > HIDDEN, bias * ranking.ranked, bias)
+    if ranking.shift is not None:
+        added = ranking.shift.to(like.dtype)[:, None, None] + (0 if added is None else added)
+    return added
+
+
+def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias

@@ -6,11 +6,12 @@ every key of the cell that the row dropped, with the cell's mean value. With S t
     out_i = ( sum_{j in S} e^{s_ij} v_j + sum_c m_ic e^{q_i.kbar_c} vbar_c )
           / ( sum_{j in S} e^{s_ij}     + sum_c m_ic e^{q_i.kbar_c} )          m_ic = dropped keys of row i in cell c
 
-Every prefix key is a cell of its own. The patch keys are one cell (`mean`), the cells of a coarse grid over the patch
-grid (`cells`), or clusters of similar keys, found for each image and head (`clusters`). kbar_c and vbar_c are the means
-over the whole cell, kept keys included: measured better than over the dropped keys alone (`docs/design.md`). A key that
-stands for several tokens (its size z_j, after merging) counts z_j times in means and m_ic, and z_j e^{s_ij} stands for
-e^{s_ij}.
+Every prefix key is a cell of its own; a `Tail` assigns the patch keys. kbar_c and vbar_c are the means over the whole cell,
+kept keys included: measured better than over the dropped keys alone (`docs/design.md`). A key that stands for several tokens
+(its size z_j, after merging) counts z_j times in means and m_ic, and z_j e^{s_ij} stands for e^{s_ij}.
+
+A new tail is a new subclass of `Tail`, handed to an attention as `Sparsity.tail`. The kernels know those of `TAILS`; another
+one assigns its cells in PyTorch, and the reference computes.
 """
 
 from __future__ import annotations
@@ -19,9 +20,113 @@ import torch
 from torch import Tensor
 
 LLOYD_STEPS = 2  # assignments from the grid start; see docs/design.md, 'The tail', for 1, 2 and 3
+ASSIGNED = "assigned"  # the tail of a call whose cells are given (`selection.Context.cell`)
+
+Grid = tuple[int, int]
 
 
-def grid_cells(grid: tuple[int, int], cells: tuple[int, int], device: torch.device | None = None) -> Tensor:
+class Tail:
+    """A partition of the patch keys into cells.
+
+    Attributes:
+        name: in configurations and messages.
+        stands_for_dropped_keys: False: there is no tail, dropped keys are lost.
+    """
+
+    name: str
+    stands_for_dropped_keys = True
+
+    def count(self, grid: Grid, cells: Grid) -> int:
+        """M, cells of the patch keys alone.
+
+        Args:
+            grid: rows and columns of patches.
+            cells: rows and columns of cells that the configuration asks for.
+        """
+        raise NotImplementedError
+
+    def cell(self, features: Tensor, weight: Tensor | None, grid: Grid, cells: Grid, place: Tensor | None) -> Tensor:
+        """Cell of every patch key: int64 [B, H, n], values 0..M-1. Arguments as `assign`, of the n patch keys alone."""
+        raise NotImplementedError
+
+    def assign(
+        self, features: Tensor, weight: Tensor | None, prefix: int, grid: Grid, cells: Grid, place: Tensor | None = None
+    ) -> Tensor:
+        """Cell of every key: each prefix key its own, then those of `cell`.
+
+        Args:
+            features: of the keys, which `clusters` compares, [B, H, N, r], float.
+            weight: of each key in means, [B, H, N]: its size, 0 for keys that no query may attend to; None: 1 each.
+            prefix: P.
+            grid, cells: see `count`.
+            place: patch of `grid` that each of the n patch keys stands on, [B, n]; None: the n of the grid in order.
+
+        Returns:
+            int64 [B, H, N], values 0..P+M-1.
+        """
+        B, H, N, _ = features.shape
+        first = torch.arange(prefix, device=features.device).expand(B, H, prefix)
+        if prefix == N:
+            return first
+        weight = None if weight is None else weight[..., prefix:]
+        return torch.cat([first, self.cell(features[:, :, prefix:], weight, grid, cells, place) + prefix], dim=-1)
+
+
+class NoTail(Tail):
+    """Dropped keys are lost, as in the paper."""
+
+    name = "none"
+    stands_for_dropped_keys = False
+
+    def count(self, grid: Grid, cells: Grid) -> int:
+        return 0
+
+
+class Mean(Tail):
+    """One cell of all patch keys."""
+
+    name = "mean"
+
+    def count(self, grid: Grid, cells: Grid) -> int:
+        return 1
+
+    def cell(self, features: Tensor, weight: Tensor | None, grid: Grid, cells: Grid, place: Tensor | None) -> Tensor:
+        return features.new_zeros(features.shape[:3], dtype=torch.int64)
+
+
+class GridCells(Tail):
+    """The cells of a coarse grid over the patch grid; at most one cell for each patch."""
+
+    name = "cells"
+
+    def count(self, grid: Grid, cells: Grid) -> int:
+        return min(cells[0], grid[0]) * min(cells[1], grid[1])
+
+    def cell(self, features: Tensor, weight: Tensor | None, grid: Grid, cells: Grid, place: Tensor | None) -> Tensor:
+        start = grid_cells(grid, cells, features.device)  # (h*w)
+        return (start if place is None else start[place].unsqueeze(1)).expand(*features.shape[:2], -1)  # (B, H, n)
+
+
+class Clusters(GridCells):
+    """Clusters of similar keys, found for each image and head from the cells of the grid (Lloyd's algorithm)."""
+
+    name = "clusters"
+
+    def cell(self, features: Tensor, weight: Tensor | None, grid: Grid, cells: Grid, place: Tensor | None) -> Tensor:
+        start = super().cell(features, weight, grid, cells, place)
+        return _lloyd(features.detach(), start, self.count(grid, cells), weight)
+
+
+TAILS: dict[str, Tail] = {tail.name: tail for tail in (NoTail(), Mean(), GridCells(), Clusters())}
+"""The tails that the op and its kernels know, by name."""
+
+
+def known(tail: Tail) -> bool:
+    """Whether the op computes this tail; else its cells are given to it (`ASSIGNED`)."""
+    return type(TAILS.get(tail.name)) is type(tail)
+
+
+def grid_cells(grid: Grid, cells: Grid, device: torch.device | None = None) -> Tensor:
     """Cell of each patch, row by row: int64 [h*w], values 0..(rows*cols - 1); at most one cell for each patch."""
     (h, w), rows, cols = grid, min(cells[0], grid[0]), min(cells[1], grid[1])
     y = torch.arange(h, device=device) * rows // h  # (h)
@@ -29,50 +134,12 @@ def grid_cells(grid: tuple[int, int], cells: tuple[int, int], device: torch.devi
     return (y[:, None] * cols + x).flatten()  # (h*w)
 
 
-def patch_grid(n: int, grid: tuple[int, int]) -> tuple[int, int]:
+def patch_grid(n: int, grid: Grid) -> Grid:
     """`grid` if it has n patches; else the square one; else one row of n."""
     if grid[0] * grid[1] == n:
         return grid
     side = round(n**0.5)
     return (side, side) if side * side == n else (1, n)
-
-
-def cell_count(tail: str, prefix: int, grid: tuple[int, int], cells: tuple[int, int]) -> int:
-    """Cells of the patch keys alone (prefix keys come on top): 0 for `none`, 1 for `mean`."""
-    if tail == "none":
-        return 0
-    return 1 if tail == "mean" else min(cells[0], grid[0]) * min(cells[1], grid[1])
-
-
-def assign(
-    tail: str, f: Tensor, weight: Tensor | None, prefix: int, grid: tuple[int, int], cells: tuple[int, int],
-    place: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Cell of every key.
-
-    Args:
-        f: features of the keys that `clusters` compares, [B, H, N, r], float.
-        weight: of each key in the means of `clusters`, [B, H, N]: its size, 0 for keys that no query may attend to;
-            None: 1 each.
-        prefix: P leading keys, each of them its own cell.
-        place: patch of `grid` that each of the n patch keys stands on, [B, n]; None: the n of the grid in order.
-
-    Returns:
-        int64 [B, H, N], values 0..P+M-1.
-    """
-    B, H, N, _ = f.shape
-    own = torch.arange(prefix, device=f.device).expand(B, H, prefix)
-    if prefix == N:
-        return own
-    if tail == "mean":
-        a = f.new_zeros(B, H, N - prefix, dtype=torch.int64)
-    else:
-        start = grid_cells(grid, cells, f.device)  # (h*w)
-        m = min(cells[0], grid[0]) * min(cells[1], grid[1])
-        a = (start if place is None else start[place].unsqueeze(1)).expand(B, H, -1)  # (B, H, n)
-        if tail == "clusters":
-            a = _lloyd(f.detach()[:, :, prefix:], a, m, None if weight is None else weight[..., prefix:])
-    return torch.cat([own, a + prefix], dim=-1)
 
 
 def _lloyd(f: Tensor, a: Tensor, m: int, weight: Tensor | None) -> Tensor:

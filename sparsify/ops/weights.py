@@ -1,8 +1,7 @@
-"""What one sparse attention call keeps, and what weight it gives: written out, for pictures and tests.
+"""The weights that an attention call gives to keys and tail, written out, for pictures and tests.
 
-The ops never write these out. Keys are chosen by the same functions of the same scores (`reference.top_b`,
-`reference.pool_tiles`), and the weights are those of equation 3 of `docs/design.md`; the tests hold both against what the
-ops give for values that are unit vectors.
+No op writes these out. They are those of equation 3 of `docs/design.md`; the tests compare them with what the op gives for
+values that are unit vectors. The keys are those of `selection.kept`.
 """
 
 from __future__ import annotations
@@ -59,4 +58,4 @@ def additive(mask: Tensor | None, like: Tensor, N: int) -> Tensor | None:
     """The mask as it is added to the logits, [B, H, N, N]; B, H and dtype of `like` [B, H, *, *]."""
     if mask is None:
         return None
-    return selection._bias(mask, like.dtype).expand(like.shape[0], like.shape[1], N, N)
+    return selection.additive(mask, like.dtype).expand(like.shape[0], like.shape[1], N, N)

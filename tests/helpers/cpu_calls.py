@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
+from helpers.op_calls import head_ranking, token_ranking
 from sparsify.ops import reference, selection, tails
 from sparsify.ops.cpu import build, kernels
+from sparsify.ops.selection import Context
 from sparsify.ops.spec import Spec
 
 ISA = pytest.mark.parametrize("isa", [1, 2, 3], ids=kernels.ISAS[1:])
@@ -47,7 +49,8 @@ def need(isa):
 
 @dataclass(repr=False)
 class Call:
-    """Arguments of one call of either op: `head` is a_q and a_k; `token` the six tensors of the paper's and coef_scale."""
+    """Arguments of one call: `head` is a_q and a_k; `token` W_down, W_up, the four of the reduction, and scale, top-k and
+    threshold of the coefficients."""
 
     q: Tensor
     k: Tensor
@@ -68,9 +71,23 @@ class Call:
     def _repr_pretty_(self, printer, cycle):  # what hypothesis looks for
         printer.text(repr(self))
 
+    def __post_init__(self):
+        self.spec = self.spec._replace(scale=self.scale)
+
     @property
     def scale(self):
         return self.q.shape[-1] ** -0.5
+
+    @property
+    def context(self):
+        return Context(None, self.size, self.place)
+
+    @property
+    def ranking(self):
+        if self.token:
+            w_down, w_up, *reduce, coef = self.token
+            return token_ranking(self.q, self.k, w_down, w_up, reduce, None, *coef)
+        return head_ranking(self.q, self.k, *self.head, self.size, self.ranks, self.scale)
 
     @property
     def shift(self):
@@ -85,14 +102,7 @@ class Call:
         def op(*arguments):
             return getattr(torch.ops.sparsify_cpu, name).default(*arguments[:-1], isa)
 
-        if self.token:
-            *weights, by = self.token
-            return kernels.token_lowrank(
-                self.q, self.k, self.v, *weights, self.size, self.place, self.scale, by, self.spec, precision, op
-            )  # fmt: skip
-        return kernels.head_lowrank(
-            self.q, self.k, self.v, *self.head, self.size, self.place, self.ranks, self.scale, self.spec, precision, op
-        )  # fmt: skip
+        return kernels.attention(self.q, self.k, self.v, self.ranking, self.context, self.spec, precision, op)
 
     def out(self, isa=0, precision="input"):
         return self.kernel("sparse_attention", isa, precision)
@@ -111,19 +121,15 @@ class Call:
 
     def coordinates(self):
         """The reference's row, col and features of the clusters, as float32."""
-        if self.token:
-            w_down, w_up, *rest, by = self.token
-            weights = (w_down, *rest)
-            coef = reference.token_lowrank_coefficients(self.q.float(), self.k.float(), weights, by, self.spec)
-            return coef, w_up.mT.expand(*self.q.shape[:2], -1, -1), self.k.float()
-        row, col = reference.head_lowrank_scores(self.q, self.k, *self.head, self.ranks)
-        return row.float(), col.float(), col.float()
+        return tuple(t.float() for t in self.ranking.written(self.q, self.k)[:3])
 
     def expected(self):
         """The reference's output [B, H, N, d], as float32."""
         q, k, v = (t.float() for t in (self.q, self.k, self.v))
-        (B, H, N, d), row_col_f = q.shape, self.coordinates()
-        out = reference.attend(q, k, v, *row_col_f, None, self.scale, self.spec, self.size, self.place, self.shift)
+        B, H, N, d = q.shape
+        row, col, features = self.coordinates()
+        ranking = self.ranking._replace(row=row, col=col, features=features)
+        out = reference.attend(q, k, v, ranking, self.context, self.spec)
         return out.view(B, N, H, d).transpose(1, 2)
 
 
@@ -206,20 +212,18 @@ def calls(
     predictor = draw(st.sampled_from(["folded", "unfolded", "token"]))
     if predictor == "token":
         r = draw(st.integers(1, 20))
-        spec = spec._replace(
-            coef_topk=draw(st.sampled_from([0, 0, 2])), coef_threshold=draw(st.sampled_from([0, 0.3, 0.9]))
-        )
+        coef = (0.4, draw(st.sampled_from([0, 0, 2])), draw(st.sampled_from([0, 0.3, 0.9])))
         w_down, w_up = torch.rand(r, N, generator=g), torch.randn(draw(st.sampled_from([1, H])), r, N, generator=g)
         if kind in ("copies", "equal"):
             w_up = w_up[..., which if kind == "copies" else which * 0]
         c = draw(st.sampled_from([0, 3]))
         channels = [torch.randn(*s, generator=g) for s in ((c, d), (c,), (c, d), (c,))] if c else [None] * 4
-        return Call(q, k, v, spec, [r] * H, token=(w_down, w_up, *channels, 0.4), size=size, place=place)
+        return Call(q, k, v, spec, [r] * H, token=(w_down, w_up, *channels, coef), size=size, place=place)
     r = min(d, 40) if predictor == "folded" else 40
     ranks = draw(st.lists(st.integers(1, r), min_size=H, max_size=H))
     if predictor == "folded":
         return Call(q, k, v, spec, ranks, size=size, place=place)
-    a = torch.randn(2, H, d, max(ranks), generator=g) * reference.rank_mask(ranks, q.float())
+    a = torch.randn(2, H, d, max(ranks), generator=g) * selection.rank_mask(ranks, q.float())
     return Call(q, k, v, spec, ranks, head=tuple(a.to(dtype)), size=size, place=place)
 
 

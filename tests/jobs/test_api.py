@@ -45,7 +45,7 @@ def test_load_chooses_how_to_compute_and_evaluate_never_takes_the_dense_way(tmp_
         sparsify.load(path, backend="magic")
 
     seen = []
-    monkeypatch.setattr(Chooser, "choose", lambda self, shape: seen.append(shape) or Choice("sdpa", {}, 0, ""))
+    monkeypatch.setattr(Chooser, "choose", lambda self, shape, sparse: seen.append(shape) or Choice("sdpa", {}, 0, ""))
     x = torch.zeros(1, *model.default_cfg["input_size"])
     with torch.inference_mode():
         dense, chosen = graft.dense_twin(model)(x), model(x)

@@ -49,7 +49,7 @@ def plain(tmp_path_factory):
 def dense_wins(monkeypatch):
     """`backend=auto` finds dense attention faster for every shape; the shapes that were asked about."""
     asked = []
-    monkeypatch.setattr(Chooser, "choose", lambda self, shape: asked.append(shape) or Choice("sdpa", {}, 0, ""))
+    monkeypatch.setattr(Chooser, "choose", lambda self, shape, sparse: asked.append(shape) or Choice("sdpa", {}, 0, ""))
     return asked
 
 

@@ -14,8 +14,9 @@ from sparsify.errors import SparsifyError
 from sparsify.measure import analytic, macs
 from sparsify.measure.profile import profile, verify
 from sparsify.nn import attention, graft
-from sparsify.ops.macs import dense_macs, head_lowrank_macs, token_lowrank_macs
+from sparsify.ops.macs import dense_macs, sparse_macs
 from sparsify.ops.selection import top_b
+from sparsify.ops.spec import Spec
 
 FAMILIES = {
     "deit": ("deit_tiny_patch16_224", {"img_size": 64}),
@@ -101,10 +102,8 @@ def test_folded_whole_model_saves_what_the_mhsa_saves(deit_small):
 @pytest.mark.parametrize("kind", ["token-lowrank", "unfolded", "folded"])
 def test_deit_small_macs_per_kept_key(kind):
     def kept(b: int) -> int:
-        rest = (b, 1, "none", (14, 14), (1, 1))
-        if kind == "token-lowrank":
-            return 12 * token_lowrank_macs((1, 6, 197, 64), 32, None, 8, *rest)["kept"]
-        return 12 * head_lowrank_macs((1, 6, 197, 64), [16] * 6, kind == "folded", *rest)["kept"]
+        spec, shared = Spec(b, 1, "none", (14, 14), (1, 1)), 6 * 16 if kind == "folded" else 0
+        return 12 * sparse_macs((1, 6, 197, 64), 0, shared, 6 * 64, spec)["kept"]
 
     slope = 12 * 6 * 196 * (128 - 16) if kind == "folded" else 1_806_336
     assert [kept(b) - kept(b - 1) for b in (2, 20, 197)] == [slope] * 3
@@ -112,16 +111,15 @@ def test_deit_small_macs_per_kept_key(kind):
 
 def test_paper_table_is_a_line_over_the_budget():
     # Sparsifiner's MHSA of DeiT-S: slope 1.806336 M; 1.816 M of cls rows at b = 0; its predictor is 73.45 M of the rest
-    part = token_lowrank_macs((1, 6, 197, 64), 32, None, 8, 60, 1, "none", (14, 14), (1, 1))
+    part = sparse_macs((1, 6, 197, 64), 0, 0, 6 * 64, Spec(60, 1, "none", (14, 14), (1, 1)))
     assert 12 * (part["kept"] + part["prefix"]) == 1_806_336 * 60 + 12 * 2 * 197 * 384
     assert part["tail"] == 0
 
 
 def test_counts_grow_with_the_batch():
-    one = head_lowrank_macs((1, 2, 5, 4), [2, 2], True, 2, 1, "clusters", (2, 2), (2, 1))
-    assert head_lowrank_macs((3, 2, 5, 4), [2, 2], True, 2, 1, "clusters", (2, 2), (2, 1)) == {
-        k: 3 * v for k, v in one.items()
-    }
+    spec = Spec(2, 1, "clusters", (2, 2), (2, 1))
+    one = sparse_macs((1, 2, 5, 4), 80, 4, 4, spec)
+    assert sparse_macs((3, 2, 5, 4), 80, 4, 4, spec) == {k: 3 * v for k, v in one.items()}
     assert dense_macs((3, 2, 5, 4), (3, 2, 5, 4), (3, 2, 5, 4)) == 3 * 2 * 5 * 5 * 8
 
 

@@ -8,6 +8,7 @@ import torch
 from timm.models.naflexvit import batch_patchify
 
 from helpers.families import FAMILIES, build, images, raise_attention
+from helpers.op_calls import head_lowrank
 from sparsify import profile
 from sparsify.config import SparsityConfig
 from sparsify.errors import UsageError
@@ -17,7 +18,6 @@ from sparsify.models.building import describe
 from sparsify.models.names import Source
 from sparsify.nn import execution, graft, hosts
 from sparsify.nn.attention import Execution, sparse_modules
-from sparsify.ops import attention as ops
 
 NEW = [
     "eva",
@@ -167,9 +167,8 @@ def test_a_bias_that_hides_nothing_is_ranked_and_counted(tail):
     H, N, d, P, b = 2, 10, 4, 1, 3
     q, k, v, bias = torch.randn(4, 1, H, N, max(N, d), generator=torch.Generator().manual_seed(3)).double().unbind(0)
     q, k, v, scale = q[..., :d], k[..., :d], v[..., :d], 0.3
-    found = ops.head_lowrank_attention(
-        q, k, v, None, None, bias, None, None, [d] * H, scale, b, P, tail, [3, 3], [1, 1], []
-    ).unflatten(2, (H, d))
+    spec = (b, P, tail, [3, 3], [1, 1], [])
+    found = head_lowrank(q, k, v, None, None, bias, None, None, [d] * H, scale, spec).unflatten(2, (H, d))
     logits = q @ k.mT * scale + bias
     for h in range(H):
         for i in range(N):

@@ -12,7 +12,7 @@ from sparsify.errors import UnsupportedModel, UsageError
 from sparsify.fit.calibrate.calibrate import calibrate
 from sparsify.nn import attention, graft, hosts
 from sparsify.nn.attention import SparseAttention
-from sparsify.ops import reference
+from sparsify.ops.selection import rank_mask
 
 PREDICTORS = ["head-lowrank", "token-lowrank"]
 
@@ -58,7 +58,7 @@ def test_one_key_less_than_all_is_a_dense_softmax_without_the_lowest_scored_key(
         tokens = dense._pos_embed(dense.patch_embed(images(dense)))  # (B, N, C)
         x = block.norm1(dense.norm_pre(tokens))
         q, k, v = block.attn.qkv_heads(x)  # (B, H, N, d)
-        scores = q @ (k * reference.rank_mask([*block.attn.predictor.ranks, k.shape[-1]], k)[:-1]).mT
+        scores = q @ (k * rank_mask([*block.attn.predictor.ranks, k.shape[-1]], k)[:-1]).mT
         logits = (q @ k.mT) * block.attn.scale
         logits[:, :, P:] = logits[:, :, P:].scatter(-1, scores[:, :, P:].argmin(-1, keepdim=True), -torch.inf)
         expected = block.attn.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))

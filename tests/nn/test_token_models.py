@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import inspect
 import io
 import itertools
 import math
@@ -538,19 +537,19 @@ def test_few_tokens_left_and_few_patches(way, tail):
 
 
 @pytest.mark.parametrize("more", [{}, dict(granularity="tile", tile=(2, 2))])
-@pytest.mark.parametrize("op", ["head_lowrank", "token_lowrank"])
+@pytest.mark.parametrize("predictor", ["head-lowrank", "token-lowrank"])
 @pytest.mark.parametrize("way", WAYS)
-def test_budget_and_cells_follow_the_tokens_present(way, op, more, monkeypatch):
+def test_budget_and_cells_follow_the_tokens_present(way, predictor, more, monkeypatch):
     dense, calls = host("deit", 3), []
-    real = getattr(attention, op)
+    real = attention.attention
 
     def recording(*arguments):
-        named = inspect.signature(real).bind(*arguments).arguments
-        calls.append((named["q"].shape[2], named["size"], named["place"], named["spec"]))
+        q, _, _, _, context, spec, *_ = arguments
+        calls.append((q.shape[2], context.size, context.place, spec))
         return real(*arguments)
 
-    monkeypatch.setattr(attention, op, recording)
-    model = reduced(dense, way, 0.5, keep=0.3, cells=(4, 3), predictor=op.replace("_", "-"), **more)
+    monkeypatch.setattr(attention, "attention", recording)
+    model = reduced(dense, way, 0.5, keep=0.3, cells=(4, 3), predictor=predictor, **more)
     with torch.no_grad():
         model(images(dense))
     fused = way == "evit-fused"
@@ -571,7 +570,7 @@ def test_dense_attention_in_the_place_of_sparse_knows_the_tokens(way):
     class Dense:
         shapes, withdrawn = (), False
 
-        def choose(self, shape):
+        def choose(self, shape, sparse):
             self.shapes += (shape,)
             return SimpleNamespace(taken="sdpa")
 

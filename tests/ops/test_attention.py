@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.op_calls import head_lowrank, head_ranking, token_lowrank, token_ranking
 from sparsify.ops import attention, reference, selection, tails
+from sparsify.ops.selection import Context
 from sparsify.ops.spec import budget
 
 TAILS = ["none", "mean", "cells", "clusters"]
@@ -15,7 +17,7 @@ TAILS = ["none", "mean", "cells", "clusters"]
 
 @st.composite
 def problems(draw):
-    """Small inputs of `head_lowrank_attention`; a third of them with coarse values, so that scores tie."""
+    """Small inputs of the op; a third of them with coarse values, so that scores tie."""
     B, H = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     grid = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
     prefix = draw(st.integers(0, 3))
@@ -33,10 +35,9 @@ def problems(draw):
 
 
 def attend(p, mask=None, a_q=None, a_k=None):
-    return attention.head_lowrank_attention(
-        p["q"], p["k"], p["v"], a_q, a_k, mask, p.get("size"), p.get("place"), p["ranks"], p["q"].shape[-1] ** -0.5,
-        p["budget"], p["prefix"], p["tail"], p["grid"], p["cells"], p["tile"],
-    )  # fmt: skip
+    spec = [p[name] for name in ("budget", "prefix", "tail", "grid", "cells", "tile")]
+    scale = p["q"].shape[-1] ** -0.5
+    return head_lowrank(p["q"], p["k"], p["v"], a_q, a_k, mask, p.get("size"), p.get("place"), p["ranks"], scale, spec)
 
 
 def by_hand(p, mask=None, cell=None):
@@ -48,9 +49,8 @@ def by_hand(p, mask=None, cell=None):
     size = p["size"] if "size" in p else torch.ones(B, N, dtype=q.dtype)
     alive = torch.ones(B, H, N) if mask is None else mask.expand(B, H, N, N).any(-2).double()
     if cell is None and p["tail"] != "none":
-        cell = tails.assign(
-            p["tail"], k * reference.rank_mask([*p["ranks"], d], k)[:-1], alive, P, p["grid"], p["cells"]
-        )
+        features = k * selection.rank_mask([*p["ranks"], d], k)[:-1]
+        cell = tails.TAILS[p["tail"]].assign(features, alive, P, p["grid"], p["cells"])
     for b in range(B):
         for h in range(H):
             for i in range(N):
@@ -106,7 +106,7 @@ def test_budget_one_less_drops_the_lowest_scored_key(p):
         return
     p |= dict(budget=N - 1, tail="none", tile=())
     d, P = p["q"].shape[-1], p["prefix"]
-    scores = p["q"] @ (p["k"] * reference.rank_mask([*p["ranks"], d], p["k"])[:-1]).mT
+    scores = p["q"] @ (p["k"] * selection.rank_mask([*p["ranks"], d], p["k"])[:-1]).mT
     lowest = N - 1 - scores.flip(-1).argmin(-1)  # of equal scores the higher index goes
     logits = (p["q"] @ p["k"].mT) * d**-0.5
     logits[:, :, P:] = logits[:, :, P:].scatter(-1, lowest[:, :, P:, None], -torch.inf)
@@ -152,9 +152,7 @@ def test_a_row_that_may_attend_to_nothing_gives_zero():
     mask = torch.ones(5, 5, dtype=torch.bool)
     mask[3] = False
     for tail in TAILS:
-        out = attention.head_lowrank_attention(
-            q, k, v, None, None, mask, None, None, [2], 0.5, 2, 1, tail, (2, 2), (2, 2), ()
-        )
+        out = head_lowrank(q, k, v, None, None, mask, None, None, [2], 0.5, (2, 1, tail, (2, 2), (2, 2), ()))
         assert out.isfinite().all() and not out[0, 3].any() and out[0, 2].any()
 
 
@@ -168,18 +166,18 @@ def test_a_nan_key_reaches_the_rows_that_see_it_and_not_silently_fewer_keys():
 @pytest.mark.parametrize("tail", TAILS)
 def test_chunks_of_rows_do_not_change_the_result(tail, monkeypatch):
     q, k, v = torch.randn(3, 2, 2, 17, 8, generator=torch.Generator().manual_seed(1))
-    arguments = (None, None, None, None, None, [4, 2], 0.3, 3, 1, tail, (4, 4), (2, 2), (2, 2))
-    whole = attention.head_lowrank_attention(q, k, v, *arguments)
+    arguments = (None, None, None, None, None, [4, 2], 0.3, (3, 1, tail, (4, 4), (2, 2), (2, 2)))
+    whole = head_lowrank(q, k, v, *arguments)
     monkeypatch.setattr(reference, "CHUNK", 100)
-    torch.testing.assert_close(attention.head_lowrank_attention(q, k, v, *arguments), whole)
+    torch.testing.assert_close(head_lowrank(q, k, v, *arguments), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype):
     q, k, v = torch.randn(3, 1, 2, 17, 8, generator=torch.Generator().manual_seed(2)).to(dtype)
-    arguments = (None, None, None, None, None, [4, 2], 0.3, 3, 1, "clusters", (4, 4), (2, 2), ())
-    half = attention.head_lowrank_attention(q, k, v, *arguments)
-    full = attention.head_lowrank_attention(q.float(), k.float(), v.float(), *arguments)
+    arguments = (None, None, None, None, None, [4, 2], 0.3, (3, 1, "clusters", (4, 4), (2, 2), ()))
+    half = head_lowrank(q, k, v, *arguments)
+    full = head_lowrank(q.float(), k.float(), v.float(), *arguments)
     assert half.dtype == dtype and torch.equal(half, full.to(dtype))
 
 
@@ -189,9 +187,8 @@ def test_gradients_are_those_of_the_reference():
     a_q = torch.randn(2, 4, 2, dtype=torch.float64, requires_grad=True)
 
     def f(q, k, v, a_q):
-        return attention.head_lowrank_attention(
-            q, k, v, a_q, a_q, None, None, None, [2, 2], 0.5, 3, 1, "mean", (2, 2), (1, 1), ()
-        )
+        spec = (3, 1, "mean", (2, 2), (1, 1), ())
+        return head_lowrank(q, k, v, a_q, a_q, None, None, None, [2, 2], 0.5, spec)
 
     assert torch.autograd.gradcheck(f, (q, k, v, a_q), atol=1e-6)
 
@@ -209,9 +206,8 @@ def token_inputs(dtype=torch.float64, B=2, H=2, grid=(3, 3), P=1, d=4, r=5, c=No
 @pytest.mark.parametrize("topk,threshold", [(2, 0.0), (0, 0.15), (0, 0.0)])
 def test_token_lowrank_scores_are_the_papers(c, topk, threshold):
     q, k, v, w_down, w_up, *reduce = token_inputs(c=c)
-    out = attention.token_lowrank_attention(
-        q, k, v, w_down, w_up, *reduce, None, None, None, 0.5, 0.4, topk, threshold, 3, 1, "none", (3, 3), (1, 1), ()
-    )
+    spec = (3, 1, "none", (3, 3), (1, 1), ())
+    out = token_lowrank(q, k, v, w_down, w_up, reduce, None, None, None, 0.5, (0.4, topk, threshold), spec)
     w_q, b_q, w_k, b_k = reduce
     small_q, small_k = (q, k) if c is None else (q @ w_q.T + b_q, k @ w_k.T + b_k)
     a_down = ((small_q @ (w_down @ small_k).mT) * 0.4).softmax(-1)  # (B, H, N, r)
@@ -229,14 +225,18 @@ def test_token_lowrank_scores_are_the_papers(c, topk, threshold):
 def test_registered_ops_pass_torch_library_opcheck():
     q, k, v, w_down, w_up, *reduce = token_inputs(torch.float32)
     size, place = torch.rand(2, 10) + 0.5, torch.stack([torch.randperm(9) for _ in range(2)])
-    head = (q, k, v, None, None, None, size, place, [2, 1], 0.5, 3, 1, "clusters", [3, 3], [2, 2], [])
-    token = (
-        q, k, v, w_down, w_up, *reduce, None, size, place, 0.5, 0.4, 2, 0.0, 3, 1, "cells", [3, 3], [2, 2], [2, 2],
-    )  # fmt: skip
-    for op, arguments in ((attention.head_lowrank_attention, head), (attention.token_lowrank_attention, token)):
-        torch.library.opcheck(
-            op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
-        )
+    head = head_ranking(q, k, None, None, size, [2, 1], 0.5)
+    token = token_ranking(q, k, w_down, w_up, reduce, None, 0.4, 2)
+    where = Context(None, size, place)
+    cell = tails.TAILS["cells"].assign(k, None, 1, (3, 3), (2, 2))
+    for ranking, context, constants in (
+        (head, where, ("clusters", [3, 3], [2, 2], [])),
+        (token, where, ("cells", [3, 3], [2, 2], [2, 2])),
+        (head, where._replace(cell=cell), (tails.ASSIGNED, [3, 3], [1, 4], [])),
+    ):
+        arguments = (q, k, v, *ranking[:4], *context, ranking.ranked, list(ranking.ranks), 0, 3, 1, *constants, 0.5)
+        checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+        torch.library.opcheck(attention.sparse_attention, arguments, test_utils=checks)
 
 
 @st.composite
@@ -386,7 +386,7 @@ def test_token_lowrank_sizes_count_in_the_attention_and_not_in_the_ranking(share
     if not shared:  # weights of each image
         w_down, w_up = torch.rand(2, 1, 5, 10, generator=g).double(), torch.randn(2, 2, 5, 10, generator=g).double()
     tail = (3, 1, "none", (3, 3), (1, 1), ())
-    out = attention.token_lowrank_attention(q, k, v, w_down, w_up, *none, None, size, None, 0.5, 0.4, 0, 0.0, *tail)
+    out = token_lowrank(q, k, v, w_down, w_up, none, None, size, None, 0.5, (0.4,), tail)
     scores = ((q @ (w_down @ k).mT) * 0.4).softmax(-1) @ w_up
     kept = scores >= scores.sort(-1, descending=True).values[..., 2:3]
     kept[:, :, 0] = True
@@ -402,17 +402,16 @@ def test_gradients_with_sizes_and_places(tail):
     place = torch.tensor([[5, 0, 3, 2]])
 
     def f(q, k, v, size):
-        return attention.head_lowrank_attention(
-            q, k, v, None, None, None, size, place, [2, 1], 0.5, 2, 1, tail, (2, 3), (2, 2), ()
-        )
+        spec = (2, 1, tail, (2, 3), (2, 2), ())
+        return head_lowrank(q, k, v, None, None, None, size, place, [2, 1], 0.5, spec)
 
     assert torch.autograd.gradcheck(f, (q, k, v, size), atol=1e-6)
 
     w_down, w_up = torch.rand(1, 1, 3, 5, generator=g).double(), torch.rand(1, 2, 3, 5, generator=g).double()
 
     def t(q, k, v, size):
-        arguments = (None, None, None, None, None, size, place, 0.5, 0.5, 2, 0.0, 2, 1, tail, (2, 3), (2, 2), ())
-        return attention.token_lowrank_attention(q, k, v, w_down, w_up, *arguments)
+        arguments = ([None] * 4, None, size, place, 0.5, (0.5, 2), (2, 1, tail, (2, 3), (2, 2), ()))
+        return token_lowrank(q, k, v, w_down, w_up, *arguments)
 
     assert torch.autograd.gradcheck(t, (q, k, v, size), atol=1e-6)
 
@@ -426,7 +425,7 @@ def test_calls_with_sizes_and_places_in_chunks_on_meta_and_compiled(tail, monkey
 
     def f(q, k, v, size, place):
         spec = (3, 1, tail, (4, 4), (2, 2), (2, 2))
-        return attention.head_lowrank_attention(q, k, v, None, None, None, size, place, [4, 2], 0.3, *spec)
+        return head_lowrank(q, k, v, None, None, None, size, place, [4, 2], 0.3, spec)
 
     whole = f(q, k, v, size, place)
     torch.testing.assert_close(torch.compile(f, backend="eager", fullgraph=True)(q, k, v, size, place), whole)
@@ -458,7 +457,7 @@ def test_dense_attention_with_sizes_counts_keys(p, kind):
 
 def test_similar_keys_share_a_cluster():
     f = torch.tensor([0.0, 10.0, 0.1, 10.1, 0.2, 9.9, 0.0, 10.0, 0.1]).view(1, 1, 9, 1)
-    a = tails.assign("clusters", f, None, 0, (3, 3), (1, 2))[0, 0]
+    a = tails.TAILS["clusters"].assign(f, None, 0, (3, 3), (1, 2))[0, 0]
     assert len(set(a[[0, 2, 4, 6, 8]].tolist())) == 1 and len(set(a[[1, 3, 5, 7]].tolist())) == 1
     assert a[0] != a[1]
 

@@ -6,23 +6,26 @@ import itertools
 import json
 import pickle
 import threading
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.op_calls import head_lowrank, head_ranking
 from sparsify.config import SparsityConfig, TokenLowrank
 from sparsify.errors import UsageError
 from sparsify.nn import graft
 from sparsify.nn.attention import Execution
 from sparsify.nn.execution import set_execution, sparse_form
 from sparsify.nn.predictor import HeadLowrankPredictor
-from sparsify.ops import attention as ops
 from sparsify.ops import auto, backends, candidates, remembered
+from sparsify.ops.attention import attention
 from sparsify.ops.auto import Chooser
 from sparsify.ops.cpu import build
 from sparsify.ops.cpu import kernels as cpu
+from sparsify.ops.selection import Context
 from sparsify.ops.spec import Kind, Shape, Spec
 
 SPEC = Spec(5, 1, "clusters", (4, 4), (2, 2))
@@ -40,7 +43,7 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
-    def make(self, shape: Shape):
+    def make(self, shape: Shape, sparse=None):
         self.made += 1
         return {name: lambda name=name: self.run(name) for name in self.ms}
 
@@ -77,7 +80,7 @@ def kernels(monkeypatch):
 
     monkeypatch.setattr(cpu, "available", lambda: None, raising=False)
     monkeypatch.setattr(cpu, "isa", lambda: "avx512", raising=False)
-    for name, value in (("head_lowrank", SPARSE), ("token_lowrank", SPARSE), ("dense", DENSE)):
+    for name, value in (("attention", SPARSE), ("dense", DENSE)):
         monkeypatch.setattr(cpu, name, attention(name, value), raising=False)
     return called
 
@@ -101,7 +104,7 @@ class Always(Chooser):
         super().__init__()
         self.path = path
 
-    def choose(self, shape: Shape) -> auto.Choice:
+    def choose(self, shape: Shape, sparse) -> auto.Choice:
         return auto.Choice(self.path, {self.path: 1.0}, 7, "always")
 
 
@@ -120,7 +123,7 @@ class Always(Chooser):
     ],
 )
 def test_lowest_median_wins_and_the_preferred_of_equals(ms, taken, folder):
-    choice = Clock(**ms).chooser().choose(SHAPE)
+    choice = Clock(**ms).chooser().choose(SHAPE, None)
     assert choice.taken == taken and choice.taken in choice.ms and choice.reason
 
 
@@ -129,7 +132,7 @@ def test_noise_within_the_margin_does_not_turn_the_decision_round(seed, folder):
     draw = torch.Generator().manual_seed(seed)
     noisy = [(2 + 0.04 * torch.rand(11, generator=draw)).tolist() for _ in range(3)]
     clock = Clock(cpu=noisy[0], dense_cpu=noisy[1], sdpa=noisy[2])
-    assert clock.chooser().choose(SHAPE).taken == "cpu"
+    assert clock.chooser().choose(SHAPE, None).taken == "cpu"
 
 
 def test_candidates_take_turns():
@@ -161,13 +164,13 @@ def test_a_clear_race_ends_early_and_a_long_one_after_its_limit():
 def test_a_decision_is_measured_once_and_remembered_on_disk(folder):
     clock = Clock(cpu=[2], sdpa=[1])
     chooser = clock.chooser()
-    first = chooser.choose(SHAPE)
-    assert chooser.choose(SHAPE) is first and clock.made == 1
+    first = chooser.choose(SHAPE, None)
+    assert chooser.choose(SHAPE, None) is first and clock.made == 1
     (file,) = folder.iterdir()
     content = json.loads(file.read_text())
     assert content["machine"]["torch"] == torch.__version__ and list(content["choices"]) == [SHAPE.text()]
     again = Clock(cpu=[1], sdpa=[2])
-    assert again.chooser().choose(SHAPE) == first and again.made == 0
+    assert again.chooser().choose(SHAPE, None) == first and again.made == 0
 
 
 OTHER = {
@@ -184,9 +187,9 @@ def test_every_field_of_the_shape_is_part_of_the_key(folder):
     shapes = [SHAPE, *(SHAPE._replace(**{name: value}) for name, value in OTHER.items())]
     shapes += [SHAPE._replace(kind=k) for k in (Kind("head-folded", 7, 4), Kind("head-folded", 8, 5))]
     for shape in shapes:
-        chooser.choose(shape)
+        chooser.choose(shape, None)
     assert clock.made == len(shapes) == len({shape.text() for shape in shapes})
-    assert Clock(cpu=[1], sdpa=[2]).chooser().choose(shapes[-1]).taken == "sdpa"  # all of them are on disk
+    assert Clock(cpu=[1], sdpa=[2]).chooser().choose(shapes[-1], None).taken == "sdpa"  # all of them are on disk
 
 
 def written(choice: object) -> bytes:
@@ -204,11 +207,11 @@ def written(choice: object) -> bytes:
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_measured_again(content, folder):
-    Clock(cpu=[1], sdpa=[2]).chooser().choose(SHAPE)
+    Clock(cpu=[1], sdpa=[2]).chooser().choose(SHAPE, None)
     (file,) = folder.iterdir()
     file.write_bytes(content)
     clock = Clock(cpu=[2], sdpa=[1])
-    assert clock.chooser().choose(SHAPE).taken == "sdpa" and clock.made == 1
+    assert clock.chooser().choose(SHAPE, None).taken == "sdpa" and clock.made == 1
     assert json.loads(file.read_text())["choices"][SHAPE.text()]["taken"] == "sdpa"
     assert [file] == list(folder.iterdir())
 
@@ -224,22 +227,22 @@ def test_a_cache_that_cannot_be_written_is_no_error(what, tmp_path, folder, monk
         monkeypatch.setattr(remembered.build, "cache_dir", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     clock = Clock(cpu=[2], sdpa=[1])
     chooser = clock.chooser()
-    assert chooser.choose(SHAPE).taken == chooser.choose(SHAPE).taken == "sdpa" and clock.made == 1
+    assert chooser.choose(SHAPE, None).taken == chooser.choose(SHAPE, None).taken == "sdpa" and clock.made == 1
     assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
 
 
 def test_another_machine_or_version_measures_for_itself(folder, monkeypatch):
-    Clock(cpu=[2], sdpa=[1]).chooser().choose(SHAPE)
+    Clock(cpu=[2], sdpa=[1]).chooser().choose(SHAPE, None)
     monkeypatch.setattr(remembered, "device_name", lambda device: "another processor")
-    assert Clock(cpu=[1], sdpa=[2]).chooser().choose(SHAPE).taken == "cpu"
+    assert Clock(cpu=[1], sdpa=[2]).chooser().choose(SHAPE, None).taken == "cpu"
     assert len(list(folder.iterdir())) == 2
 
 
 def test_what_another_process_wrote_meanwhile_stays(folder):
     one, two = Clock(cpu=[1], sdpa=[2]).chooser(), Clock(cpu=[1], sdpa=[2]).chooser()
-    one.choose(SHAPE)
-    two.choose(SHAPE._replace(batch=2))
-    one.choose(SHAPE._replace(batch=3))
+    one.choose(SHAPE, None)
+    two.choose(SHAPE._replace(batch=2), None)
+    one.choose(SHAPE._replace(batch=3), None)
     (file,) = folder.iterdir()
     assert len(json.loads(file.read_text())["choices"]) == 3
 
@@ -250,7 +253,7 @@ def test_threads_measure_a_shape_once(folder):
 
     def ask():
         start.wait()
-        found.append(chooser.choose(SHAPE))
+        found.append(chooser.choose(SHAPE, None))
 
     threads = [threading.Thread(target=ask) for _ in range(8)]
     for thread in threads:
@@ -276,37 +279,34 @@ def test_threads_measure_a_shape_once(folder):
 def test_candidates_are_the_calls_that_the_module_would_make(config, masked):
     module = block(config)
     q = torch.empty(2, 2, 17, 8)
-    shape = module.call(q, q if masked else None, "reference", module.spec(17))
-    runs = candidates.make(shape)
+    shape = module.shape(q, q if masked else None, "reference", module.spec(17))
+    runs = candidates.make(shape, partial(module._timed, spec=shape.spec, backend="reference"))
     assert list(runs) == ["reference", "sdpa"]
     assert all(run().shape == (2, 17, 16) for run in runs.values())
 
 
+def sparse(q, k, v, context):
+    """The sparse form as a module with a folded predictor computes it."""
+    return attention(q, k, v, head_ranking(q, k, None, None, context.size, [4, 4], 0.3), context, SPEC, "cpu")
+
+
 def test_with_kernels_both_of_them_are_candidates(kernels):
-    runs = candidates.make(SHAPE)
+    runs = candidates.make(SHAPE, sparse)
     assert list(runs) == ["cpu", "dense-cpu", "sdpa"]
     assert (
-        (runs["cpu"]() == SPARSE).all()
-        and (runs["dense-cpu"]() == DENSE).all()
-        and kernels == ["head_lowrank", "dense"]
+        (runs["cpu"]() == SPARSE).all() and (runs["dense-cpu"]() == DENSE).all() and kernels == ["attention", "dense"]
     )
 
 
 def test_the_inputs_lie_as_qkv_gives_them_and_measuring_leaves_the_random_numbers_alone(kernels, monkeypatch):
     seen = []
-    monkeypatch.setattr(cpu, "head_lowrank", lambda q, k, v, *rest: seen.extend((q, k, v)))
+    monkeypatch.setattr(cpu, "attention", lambda q, k, v, *rest: seen.extend((q, k, v)))
     state = torch.get_rng_state()
-    candidates.make(SHAPE._replace(dtype=torch.bfloat16))["cpu"]()
+    candidates.make(SHAPE._replace(dtype=torch.bfloat16), sparse)["cpu"]()
     assert torch.equal(torch.get_rng_state(), state)
     for i, t in enumerate(seen):
         assert t.shape == (1, 2, 17, 8) and t.stride()[1:] == (8, 48, 1) and t.dtype == torch.bfloat16
         assert t.storage_offset() == 16 * i
-
-
-@pytest.mark.parametrize("heads,total,largest", [(1, 5, 5), (6, 96, 32), (3, 9, 3), (12, 192, 16)])
-def test_ranks_are_made_up_to_their_sum_and_their_largest(heads, total, largest):
-    ranks = candidates.spread(heads, total, largest)
-    assert len(ranks) == heads and sum(ranks) == total and max(ranks) == largest and min(ranks) >= 1
 
 
 # ---- inside the attention ----
@@ -332,9 +332,7 @@ def test_dense_attention_only_where_it_is_allowed(kernels, folder):
 def test_never_dense_in_training_nor_where_a_gradient_is_needed(path, kernels, folder):
     module, x = block(), torch.randn(2, 17, 16)
     with torch.no_grad():
-        reference = module.requires_grad_(True).predictor.attend(
-            *module.qkv_heads(x), None, None, module.scale, module.spec(17), "reference", "input"
-        )
+        reference = module.requires_grad_(True).sparse(*module.qkv_heads(x), None, None, module.spec(17), "reference")
         module.execution = Execution(dense_fallback=True, choose=Always(path))
         assert (module.train()(x) == SPARSE).all()
     module.execution = Execution("reference", dense_fallback=True, choose=Always(path))
@@ -371,7 +369,7 @@ def test_nothing_is_measured_while_compiling_exporting_or_tracing(kernels, folde
     assert clock.made == 0 and meta.shape == x.shape
     for out in (compiled, traced(x), watched):
         assert (out == SPARSE).all()
-    assert "sparsify.head_lowrank_attention.default" in seen.ops
+    assert "sparsify.sparse_attention.default" in seen.ops
     assert not any("sparsify" in str(node.target) for node in exported.graph.nodes)  # runs without this package
     module.execution = Execution("reference")
     torch.testing.assert_close(exported.module()(x), module(x))
@@ -411,23 +409,22 @@ def test_without_kernels_or_with_a_mask_the_reference_is_the_sparse_form(kernels
 
 def test_kernels_take_float32_and_bfloat16_on_cpu(kernels):
     q = torch.randn(1, 2, 17, 8)
-    arguments = (None, None, None, None, None, (4, 4), 0.3, SPEC, "cpu", "input")
     for dtype, taken in (
         (torch.float32, True), (torch.bfloat16, True), (torch.float16, False), (torch.float64, False)
     ):  # fmt: skip
         kernels.clear()
         x = q.to(dtype)
-        assert bool((ops.head_lowrank(x, x, x, *arguments) == SPARSE).all()) is taken and bool(kernels) is taken
-        op = ops.head_lowrank_attention(x, x, x, *arguments[:7], *SPEC[:6], "cpu", "input")
-        assert bool((op == SPARSE).all()) is taken
+        assert bool((sparse(x, x, x, Context()) == SPARSE).all()) is taken and bool(kernels) is taken
+        out = head_lowrank(x, x, x, None, None, None, None, None, (4, 4), 0.3, SPEC, "cpu")
+        assert bool((out == SPARSE).all()) is taken
 
 
 def test_the_op_has_the_references_gradient_whatever_computed_it(kernels):
     q, k, v = (torch.randn(1, 2, 17, 8, requires_grad=True) for _ in range(3))
-    arguments = (None, None, None, None, None, [4, 4], 0.3, *SPEC[:6])
+    arguments = (None, None, None, None, None, [4, 4], 0.3, SPEC)
     grads = []
     for backend in ("reference", "cpu"):
-        out = ops.head_lowrank_attention(q, k, v, *arguments, backend, "input")
+        out = head_lowrank(q, k, v, *arguments, backend)
         grads.append(torch.autograd.grad(out.sum(), (q, k, v)))
     assert kernels
     torch.testing.assert_close(*grads)

@@ -29,8 +29,8 @@ from helpers.cpu_calls import (
     ranking,
     require_kernels,
 )  # fmt: skip
+from helpers.op_calls import op
 from sparsify.measure.latency import peak_memory
-from sparsify.ops import attention as ops
 from sparsify.ops import selection, tails
 from sparsify.ops.cpu import kernels as cpu
 
@@ -240,7 +240,5 @@ def test_a_budget_of_more_than_all_keys_is_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_registered_op_computes_with_the_kernels(dtype):
     call = plain(dtype=dtype)
-    out = ops.head_lowrank_attention(
-        call.q, call.k, call.v, None, None, None, None, None, call.ranks, call.scale, *call.spec[:6], "cpu", "input"
-    )
+    out = op(call.q, call.k, call.v, call.ranking, call.context, call.spec, "cpu")
     assert torch.equal(out, call.out(torch.ops.sparsify_cpu.best_isa()))

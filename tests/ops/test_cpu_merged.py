@@ -26,6 +26,7 @@ from helpers.cpu_calls import (
     plain,
     require_kernels,
 )
+from helpers.op_calls import op
 from sparsify.ops import attention, selection, tails
 from sparsify.ops.cpu import kernels as cpu
 
@@ -260,10 +261,7 @@ def test_sizes_and_places_of_other_tokens_are_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_registered_ops_compute_with_the_kernels(dtype):
     call = merged(plain(dtype=dtype))
-    out = attention.head_lowrank_attention(
-        call.q, call.k, call.v, None, None, None, call.size, call.place, call.ranks, call.scale, *call.spec[:6], "cpu",
-        "input",
-    )  # fmt: skip
+    out = op(call.q, call.k, call.v, call.ranking, call.context, call.spec, "cpu")
     assert torch.equal(out, call.out(torch.ops.sparsify_cpu.best_isa()))
     assert torch.equal(
         attention.dense("dense-cpu", call.q, call.k, call.v, None, call.scale, "input", call.size),

@@ -10,10 +10,11 @@ from timm.layers import Attention
 from torch.utils.checkpoint import checkpoint
 
 from helpers.cpu_calls import ISA, TAILS, calls, heads, need, oracle, plain, require_kernels
+from helpers.op_calls import head_lowrank, token_lowrank
 from sparsify.nn.attention import Execution, SparseAttention, Sparsity
 from sparsify.nn.predictor import HeadLowrankPredictor
-from sparsify.ops import attention as ops
 from sparsify.ops import backends, masked, reference, tails
+from sparsify.ops.attention import attention as attention_of
 from sparsify.ops.cpu import kernels as cpu
 from sparsify.ops.spec import Spec
 
@@ -38,9 +39,9 @@ def gradients(out, inputs, seed=0):
 def through(function, call, dtype):
     """Output and gradients of `masked.attend` or of the reference on the call's numbers."""
     q, k, v = leaves(call, dtype)
-    row, col, f = (t.to(dtype) for t in call.coordinates())
-    mask = (None,) if function is reference.attend else ()
-    out = function(q, k, v, row, col, f, *mask, call.scale, call.spec, call.size, call.place, call.shift)
+    row, col, features = (t.to(dtype) for t in call.coordinates())
+    ranking = call.ranking._replace(row=row, col=col, features=features)
+    out = function(q, k, v, ranking, call.context, call.spec)
     return out, gradients(out, (q, k, v))
 
 
@@ -49,16 +50,9 @@ def trained(call, precision="input", dtype=torch.float32):
     q, k, v = leaves(call, dtype)
 
     def by(q, k, v, op):
-        if call.token:
-            *weights, scale = call.token
-            return cpu.token_lowrank(
-                q, k, v, *weights, call.size, call.place, call.scale, scale, call.spec, precision, op
-            )  # fmt: skip
-        return cpu.head_lowrank(
-            q, k, v, *call.head, call.size, call.place, call.ranks, call.scale, call.spec, precision, op
-        )  # fmt: skip
+        return cpu.attention(q, k, v, call.ranking, call.context, call.spec, precision, op)
 
-    out = cpu.trained(q, k, v, call.size, call.place, call.scale, call.spec, by)
+    out = cpu.trained(q, k, v, call.context, call.spec, by)
     return out, gradients(out, (q, k, v))
 
 
@@ -212,9 +206,8 @@ def test_a_backward_refuses_keys_and_cells_that_are_not_there(kernels):
 
 def attention(**execution):
     torch.manual_seed(0)
-    sparse = SparseAttention(
-        Attention(64, num_heads=2), HeadLowrankPredictor(32, (8, 8), True), Sparsity(0.2, 1, "clusters", (6, 6), (3, 2))
-    )
+    sparsity = Sparsity(0.2, 1, tails.TAILS["clusters"], (6, 6), (3, 2))
+    sparse = SparseAttention(Attention(64, num_heads=2), HeadLowrankPredictor(32, (8, 8), True), sparsity)
     sparse.execution = Execution(**execution)
     return sparse
 
@@ -260,12 +253,13 @@ def test_token_lowrank_in_training(backend):
     require_kernels()
     g = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(2, 2, 37, 8, generator=g, requires_grad=True) for _ in range(3))
-    weights = torch.rand(5, 37, generator=g), torch.randn(2, 5, 37, generator=g), None, None, None, None
-    spec = Spec(6, 1, "clusters", (6, 6), (3, 2), (), 2)
+    w_down, w_up = torch.rand(5, 37, generator=g), torch.randn(2, 5, 37, generator=g)
+    spec = Spec(6, 1, "clusters", (6, 6), (3, 2))
     size = torch.rand(2, 37, generator=g) + 0.5
 
     def run(backend):
-        out = ops.token_lowrank(q, k, v, *weights, None, size, None, 0.3, 0.4, spec, backend, "input")
+        arguments = (w_down, w_up, [None] * 4, None, size, None, 0.3, (0.4, 2), spec, backend)
+        out = token_lowrank(q, k, v, *arguments, call=attention_of)
         return out, *gradients(out, (q, k, v))
 
     for x, y in zip(run(backend), run("reference"), strict=True):
@@ -277,7 +271,8 @@ def test_masks_sizes_with_gradients_and_those_who_trace_take_the_op(kernels):
     spec = Spec(2, 1, "mean", (2, 2), (1, 1))
 
     def run(mask=None, size=None, backend="cpu"):
-        return ops.head_lowrank(q, k, v, None, None, mask, size, None, (2,), 0.5, spec, backend, "input")
+        arguments = (None, None, mask, size, None, (2,), 0.5, spec, backend)
+        return head_lowrank(q, k, v, *arguments, call=attention_of)
 
     assert "Trained" in run().grad_fn.name() or "Select" in run().grad_fn.name()
     size = torch.ones(1, 5, requires_grad=True)
@@ -293,7 +288,7 @@ def test_masks_sizes_with_gradients_and_those_who_trace_take_the_op(kernels):
 def test_a_second_derivative_is_refused(kernels):
     call = plain()
     q, k, v = leaves(call, torch.float32)
-    out = ops.head_lowrank(q, k, v, None, None, None, None, None, (16, 16), call.scale, call.spec, "cpu", "input")
+    out = attention_of(q, k, v, call.ranking, call.context, call.spec, "cpu")
     (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dq.sum().backward()

@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.families import grafted, images
+from helpers.op_calls import head_lowrank, head_ranking
 from sparsify.nn import execution, observe
 from sparsify.nn.attention import SparseAttention, sparse_modules
-from sparsify.ops import attention, reference, selection, weights
+from sparsify.ops import selection, weights
+from sparsify.ops.selection import Context
 from sparsify.ops.spec import Spec
 
 CASES = {
@@ -61,9 +63,9 @@ def test_keys_and_weights_are_those_of_the_op(case, masked):
         with execution.sparse_form(model, "reference"), torch.inference_mode():
             out = module.attend(q, k, units(q), mask, tokens).view(B, N, H, d).transpose(1, 2)[..., :N]  # (B, H, N, N)
             size, place = (None, None) if tokens is None else (tokens.size, tokens.place)
-            ranking = module.predictor.ranking(q, k, mask, tokens, module.scale, spec)
-            kept = selection.kept(ranking, mask, spec, place)
-            a = selection.cells(ranking, mask, size, spec, place)
+            ranking, context = module.predictor(q, k, mask, tokens, spec).written(q, k), Context(mask, size, place)
+            kept = selection.kept(ranking, context, spec)
+            a, _ = selection.cells(ranking, context, spec)
             bias = weights.additive(mask, q, N)
             weight, tail = weights.weights(q, k, kept, a, bias, size, module.scale)
         assert (kept[:, :, spec.prefix :].sum(-1) == spec.budget).all() and kept[:, :, : spec.prefix].all()
@@ -105,17 +107,15 @@ def test_equal_scores_keep_the_same_keys_as_the_op(data):
         size = torch.randint(1, 3, (2, N), generator=generator).float()
     scale = 0.5
     ranks = [r] * H
-    out = attention.head_lowrank_attention(
-        q, k, torch.eye(N).expand(2, H, N, N), None, None, None, size, None, ranks, scale, b, P, "none", (h, w), (1, 1), tile
-    )  # fmt: skip
-    row, col = reference.head_lowrank_scores(q, k, None, None, ranks)
-    ranking = selection.Ranking(row, col, col, None if size is None else size.log() / scale, 1 / scale)
-    kept = selection.kept(ranking, None, spec, None)
+    values = torch.eye(N).expand(2, H, N, N)
+    out = head_lowrank(q, k, values, None, None, None, size, None, ranks, scale, spec)
+    ranking = head_ranking(q, k, None, None, size, ranks, scale).written(q, k)
+    kept = selection.kept(ranking, Context(), spec)
     assert torch.equal(out.view(2, N, H, N).transpose(1, 2) > 0, kept)
     weight, _ = weights.weights(q, k, kept, None, None, size, scale)
     torch.testing.assert_close(out.view(2, N, H, N).transpose(1, 2), weight)
     for head in range(H):  # one head at a time gives the same
-        assert torch.equal(selection.kept(ranking.head(head), None, spec, None)[:, 0], kept[:, head])
+        assert torch.equal(selection.kept(ranking.head(head), Context(), spec)[:, 0], kept[:, head])
 
 
 def test_all_scores_equal_keep_the_first_keys():
@@ -124,5 +124,5 @@ def test_all_scores_equal_keep_the_first_keys():
         torch.nn.init.zeros_(module.predictor.w_up)
     for module, q, k, mask, tokens in calls(model, images(model)):
         spec = module.spec(q.shape[2], tokens)
-        kept = selection.kept(module.predictor.ranking(q, k, mask, tokens, module.scale, spec), mask, spec, None)
+        kept = selection.kept(module.predictor(q, k, mask, tokens, spec).written(q, k), Context(mask), spec)
         assert (kept[:, :, 1:, : spec.budget]).all() and not (kept[:, :, 1:, spec.budget :]).any()

@@ -29,6 +29,7 @@ from sparsify.nn.observe import observe
 from sparsify.nn.predictor import HeadLowrankPredictor, TokenLowrankPredictor
 from sparsify.ops import attention
 from sparsify.ops.backends import resolve
+from sparsify.ops.selection import Context
 from sparsify.ops.spec import Spec, budget
 
 PROBE_IMAGES = 24  # images that decide the ranks: enough to order the blocks, seconds on two cores
@@ -146,26 +147,13 @@ def _spent_ranks(
         bias, (t_q, t_k) = biases[i], (t.to(q) for t in bases[i])
         dense = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)  # (B, N, H, d)
         q, k = q @ t_q, k @ t_k
-        spec = Spec(budget(keep, q.shape[2]), prefix, config.tail, grid, plans[i].cells, ())
+        spec = Spec(budget(keep, q.shape[2]), prefix, config.tail, grid, plans[i].cells, (), head_dim**-0.5)
         path = resolve(execution.backend, q, bias)
         w = cast(nn.Linear, attentions[i].proj).weight.unflatten(1, (heads, -1))  # (C, H, d)
         gram = torch.einsum("chd,che->hde", w, w)
         for j, r in enumerate(ranks):
-            out = attention.head_lowrank(
-                q,
-                k,
-                v,
-                None,
-                None,
-                bias,
-                None,
-                None,
-                (r,) * heads,
-                head_dim**-0.5,
-                spec,
-                path,
-                execution.precision,
-            )
+            ranking = HeadLowrankPredictor(head_dim, (r,) * heads, True)(q, k, bias, None, spec)
+            out = attention.attention(q, k, v, ranking, Context(bias), spec, path, execution.precision)
             difference = out.view_as(dense) - dense
             squares = torch.einsum("bnhd,hde,bnhe->h", difference, gram.to(difference), difference)
             error[i, :, j] += squares.double().cpu()

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from sparsify.nn.predictor import TokenLowrankPredictor
-from sparsify.ops import reference
-from sparsify.ops.spec import Spec
 from sparsify.ops.tails import grid_cells
 
 RIDGE = 1e-3  # lambda as a share of the mean diagonal of C'C
@@ -50,10 +48,7 @@ class BasisFit:
     def add(self, q: Tensor, k: Tensor, scale: float, prefix: int, bias: Tensor | None = None) -> None:
         """Adds a batch: q, k [B, H, N, d]; bias of the logits, [1, H, N, N]."""
         p = self.predictor
-        topk, threshold = p.knobs["coef_topk"] or 0, p.knobs["coef_threshold"] or 0.0
-        spec = Spec(1, prefix, "none", (1, 1), (1, 1), coef_topk=topk, coef_threshold=threshold)
-        weights = (p.w_down, p.w_q, p.b_q, p.w_k, p.b_k)
-        coef = reference.token_lowrank_coefficients(q, k, weights, p.coef_scale, spec)[:, :, prefix:]  # (B, H, n, r)
+        coef = p.coefficients(q, k)[:, :, prefix:]  # (B, H, n, r)
         logits = (q[:, :, prefix:] @ k.mT) * scale  # (B, H, n, N)
         attention = (logits if bias is None else logits + bias[:, :, prefix:]).softmax(-1)
         self.gram += torch.einsum("bhnr,bhns->hrs", coef, coef).double().cpu()

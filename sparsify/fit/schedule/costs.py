@@ -12,8 +12,7 @@ from torch import nn
 from sparsify.nn import hosts, projection
 from sparsify.nn.attention import GraftedAttention, SparseAttention
 from sparsify.nn.merging import cosines
-from sparsify.nn.predictor import HeadLowrankPredictor
-from sparsify.ops.macs import dense_macs, head_lowrank_macs, token_lowrank_macs
+from sparsify.ops.macs import dense_macs, sparse_macs
 
 Keep = float | None  # None: dense
 Options = Mapping[Keep, tuple[int, int]]
@@ -78,10 +77,8 @@ class MacsCost(BlockCost):
         sparsity = replace(attn.sparsity, keep=keep, cells=self.options[keep])
         n0 = sparsity.grid[0] * sparsity.grid[1]
         spec, p = attn.spec_of(sparsity, N, n < n0), attn.predictor
-        constants = (spec.budget, spec.prefix, spec.tail, spec.grid, spec.cells, True)
-        if isinstance(p, HeadLowrankPredictor):
-            return head_lowrank_macs(shape, p.ranks, p.a_q is None, *constants).total()
-        return token_lowrank_macs(shape, p.rank, p.knobs["channels"], p.knobs["coef_topk"] or 0, *constants).total()
+        features = p.compared(attn.num_heads, attn.head_dim)
+        return sparse_macs(shape, p.macs(N, self.prefix), p.shared(), features, spec, placed=True).total()
 
     def entering(self, n: int) -> float:
         return (n + self.prefix) * (self.norm + self.qkv + _linears(cast(nn.Module, self.attn.proj)))

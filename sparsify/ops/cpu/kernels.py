@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.ops import reference, tails
+from sparsify.ops import tails
 from sparsify.ops.cpu import build
+from sparsify.ops.selection import Context, Ranking, grid_of
 from sparsify.ops.spec import Spec
 
 ISAS = ("none", "avx2", "avx512", "avx512bf16")
@@ -93,50 +94,54 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _call(
-    op: object, q: Tensor, k: Tensor, v: Tensor, row: Tensor, col: Tensor, feature: Tensor | None, size: Tensor | None,
-    shift: Tensor | None, place: Tensor | None, ranks: list[int], scale: float, spec: Spec, precision: str,
-) -> Any:  # fmt: skip
-    N = q.shape[2]
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ranking: Ranking,
+    context: Context,
+    spec: Spec,
+    precision: str = "input",
+    op: object = None,
+) -> Any:
+    """`sparsify::sparse_attention` on the CPU, without a mask: [B, H, N, d] x 3 -> [B, N, H*d].
+
+    op: another op of the library with the same arguments; what it returns is returned.
+    """
+    B, H, N, _ = q.shape
     P = min(spec.prefix, N)
-    grid = (spec.grid[0], spec.grid[1]) if place is not None else tails.patch_grid(N - P, (spec.grid[0], spec.grid[1]))
+    row, col, features, shift = ranking[:4]
+    if row is None or col is None:
+        row, col = q, k
+    elif col.shape[:2] != (B, H):
+        col = col.contiguous().expand(B, H, -1, -1)
+    features = None if features is None or spec.tail != "clusters" else _flat(features)
     op = op or torch.ops.sparsify_cpu.sparse_attention.default
     return op(  # type: ignore[operator]
-        _flat(q), _flat(k), _flat(v), _flat(row), _flat(col), feature, size, shift, place, ranks, scale, spec.budget, P,
-        TAILS[spec.tail], grid, spec.cells[:2], spec.tile, _bf16(q, precision), _load()[0],
-    )  # fmt: skip
-
-
-def head_lowrank(
-    q: Tensor, k: Tensor, v: Tensor, a_q: Tensor | None, a_k: Tensor | None, size: Tensor | None, place: Tensor | None,
-    ranks: list[int], scale: float, spec: Spec, precision: str = "input", op: object = None,
-) -> Tensor:  # fmt: skip
-    """`sparsify::head_lowrank_attention` on the CPU: [B, H, N, d] x 3 -> [B, N, H*d]. `op`: another op of the library."""
-    row, col = (q, k) if a_q is None or a_k is None else (q @ a_q.to(q.dtype), k @ a_k.to(k.dtype))
-    shift = None if size is None else size.log() / scale
-    return _call(op, q, k, v, row, col, None, size, shift, place, ranks, scale, spec, precision)
-
-
-def token_lowrank(
-    q: Tensor, k: Tensor, v: Tensor, w_down: Tensor, w_up: Tensor, w_q: Tensor | None, b_q: Tensor | None,
-    w_k: Tensor | None, b_k: Tensor | None, size: Tensor | None, place: Tensor | None, scale: float, coef_scale: float,
-    spec: Spec, precision: str = "input", op: object = None,
-) -> Tensor:  # fmt: skip
-    """`sparsify::token_lowrank_attention` on the CPU. The coefficients are the reference's: linear in N."""
-    H = q.shape[1]
-    coef = reference.token_lowrank_coefficients(q.float(), k.float(), (w_down, w_q, b_q, w_k, b_k), coef_scale, spec)
-    col = w_up.to(coef.dtype).mT.contiguous().expand(q.shape[0], H, -1, -1)  # (B, H, N, r)
-    feature = _flat(k) if spec.tail == "clusters" else None
-    ranks = [coef.shape[-1]] * H
-    return _call(op, q, k, v, coef, col, feature, size, None, place, ranks, scale, spec, precision)
+        *(_flat(x) for x in (q, k, v, row, col)),
+        features,
+        context.size,
+        shift,
+        context.place,
+        list(ranking.ranks),
+        spec.scale,
+        spec.budget,
+        P,
+        TAILS[spec.tail],
+        grid_of(spec, N - P, context.place),
+        spec.cells,
+        spec.tile,
+        _bf16(q, precision),
+        _load()[0],
+    )
 
 
 class _Trained(torch.autograd.Function):
     """A call of the kernels whose gradients are computed from the keys and cells that it found."""
 
     @staticmethod
-    def forward(q, k, v, size, scale, spec, m, call):  # type: ignore[no-untyped-def]
-        return call(q, k, v, torch.ops.sparsify_cpu.probe_attention.default)
+    def forward(q, k, v, size, spec, m, call):  # type: ignore[no-untyped-def]
+        return call(q, k, v, op=torch.ops.sparsify_cpu.probe_attention.default)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -150,29 +155,25 @@ class _Trained(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
         q, k, v, size, kept, cells = ctx.saved_tensors
-        scale, spec, m = ctx.constants
+        spec, m = ctx.constants
         if grad is None:
-            return (None,) * 8
+            return (None,) * 7
+        grad = _flat(grad.unflatten(-1, (q.shape[1], -1)).transpose(1, 2))
+        tail = TAILS[spec.tail]
         found = torch.ops.sparsify_cpu.sparse_backward.default(
-            _flat(grad.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)), _flat(q), _flat(k), _flat(v), kept, cells, size,
-            scale, spec.prefix, TAILS[spec.tail], m, _load()[0],
-        )  # fmt: skip
-        return *found, None, None, None, None, None
+            grad, _flat(q), _flat(k), _flat(v), kept, cells, size, spec.scale, spec.prefix, tail, m, _load()[0]
+        )
+        return *found, None, None, None, None
 
 
-def trained(
-    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, place: Tensor | None, scale: float, spec: Spec,
-    call: Callable[[Tensor, Tensor, Tensor, object], tuple[Tensor, Tensor, Tensor]],
-) -> Tensor:  # fmt: skip
-    """The output [B, N, H*d] of `call`, `head_lowrank` or `token_lowrank` by q, k, v and op, with gradients for q, k and v.
+def trained(q: Tensor, k: Tensor, v: Tensor, context: Context, spec: Spec, call: Callable[..., Any]) -> Tensor:
+    """The output [B, N, H*d] of `call`, which is `attention` by q, k, v and op, with gradients for q, k and v.
 
     The choice of keys has no gradient. Kept between forward and backward: q, k, v and b + 1 integers a row.
     """
-    grid = (spec.grid[0], spec.grid[1])
-    if place is None:
-        grid = tails.patch_grid(max(0, q.shape[2] - spec.prefix), grid)
-    m = tails.cell_count(spec.tail, spec.prefix, grid, (spec.cells[0], spec.cells[1]))
-    return _Trained.apply(q, k, v, size, scale, spec, m, call)[0]  # type: ignore[no-untyped-call]
+    grid = grid_of(spec, max(0, q.shape[2] - spec.prefix), context.place)
+    m = tails.TAILS[spec.tail].count(grid, spec.cells)
+    return _Trained.apply(q, k, v, context.size, spec, m, call)[0]  # type: ignore[no-untyped-call]
 
 
 def dense(
