@@ -1,41 +1,41 @@
-"""Dense models without their weights: on the meta device, or of zeros; what they are as JSON, and from it again."""
+"""Dense models without their weights, on the meta device or of zeros; their description as JSON, and back."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any, cast
 
 import timm
 import torch
-from timm.models._pretrained import PretrainedCfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from sparsify.errors import BadFile, UnsupportedModel, UsageError, one_line
 from sparsify.models.digits import network
-from sparsify.models.names import Source
+from sparsify.models.names import Source, known_config, tuples
 from sparsify.nn import hosts
 
-_SOURCE_KEYS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")  # where weights came from
+_WEIGHTS_KEYS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")  # where weights came from
 
 
 def skeleton(source: Source, num_classes: int | None = None, img_size: int | None = None) -> nn.Module:
-    """The model on the meta device: shapes and classes, no weights, no memory.
+    """The model on the meta device: modules and shapes, no memory.
 
-    `num_classes` and `img_size` (pixels, square) override the model's own.
+    Args:
+        num_classes: outputs of the head, 0 for features; None: the model's own.
+        img_size: pixels, square; None: the model's own.
 
     Raises:
-        UsageError: an image size that is not a multiple of the patch size.
+        UsageError: a negative number of classes, or an image size that is not a multiple of the patch size.
         UnsupportedModel: timm cannot build it with these arguments.
     """
     if num_classes is not None and num_classes < 0:
         raise UsageError(f"number of classes {num_classes}: 0 (features) or more is expected")
-    args = args_of(source, num_classes, img_size)
+    args = arguments(source, num_classes, img_size)
     config = source.pretrained_cfg or tag(source)
     if img_size is not None:
-        own = _meta(source.architecture, args_of(source, num_classes, None), config)
+        own = _meta(source.architecture, arguments(source, num_classes, None), config)
         if type(own) in hosts.MODELS:
             hosts.check_image_size(own, img_size, img_size, source.asked)
     return _meta(source.architecture, args, config)
@@ -56,7 +56,7 @@ def shallow(architecture: str, **arguments: Any) -> nn.Module:
 
 
 def note(model: nn.Module, source: Source) -> str:
-    """One line on where a loaded model differs from its architecture's default (classes, image size); '' if nowhere."""
+    """One line on classes and image size of a loaded model that are not its architecture's default; '' if both are."""
     default = skeleton(source)
     changes = []
     if model.num_classes != default.num_classes:
@@ -69,40 +69,38 @@ def note(model: nn.Module, source: Source) -> str:
 def describe(model: nn.Module, source: Source) -> dict[str, Any]:
     """JSON-able `architecture`, `model_args` and `pretrained_cfg` (preprocessing, licence, classifier) for `rebuild`.
 
-    Places of weights (URLs, local paths) are left out: they would go stale, or tell about the user's machine.
+    Where weights came from (URLs, local paths) is left out: it would go stale, or tell about the user's machine.
     """
-    kept = {k: v for k, v in cast(dict, model.pretrained_cfg).items() if k not in _SOURCE_KEYS and v is not None}
+    config = {k: v for k, v in cast(dict, model.pretrained_cfg).items() if k not in _WEIGHTS_KEYS and v is not None}
     args = {**source.model_args, "num_classes": model.num_classes, "img_size": hosts.image_size(model)}
-    return json.loads(json.dumps({"architecture": source.architecture, "model_args": args, "pretrained_cfg": kept}))
+    return json.loads(json.dumps({"architecture": source.architecture, "model_args": args, "pretrained_cfg": config}))
 
 
 def rebuild(architecture: str, model_args: dict[str, Any], pretrained_cfg: dict[str, Any]) -> nn.Module:
     """The dense model that `describe` described: CPU, float32, eval mode, every parameter zero; no network.
 
     Raises:
-        BadFile: an architecture that this timm does not have, or arguments it does not take.
+        BadFile: an architecture that this timm does not have, or arguments that it does not take.
     """
     if architecture != network.ARCHITECTURE and not timm.is_model(architecture):
         raise BadFile(f"architecture {architecture} is not in timm {timm.__version__}: a newer timm may have it")
-    known = {field.name for field in dataclasses.fields(PretrainedCfg)} - set(_SOURCE_KEYS)
-    config = {k: tuple(v) if isinstance(v, list) else v for k, v in pretrained_cfg.items() if k in known}
-    args = {k: tuple(v) if isinstance(v, list) else v for k, v in model_args.items()}
+    config = {k: v for k, v in known_config(pretrained_cfg).items() if k not in _WEIGHTS_KEYS}
     try:
-        return settle(materialise(lambda: build(architecture, args, config))).eval()
+        return with_true_config(materialise(lambda: build(architecture, tuples(model_args), config))).eval()
     except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, KeyError) as error:
         raise BadFile(f"{architecture} cannot be built with the arguments in the file: {one_line(error)}") from error
 
 
 def build(architecture: str, args: dict[str, Any], config: dict[str, Any] | str | None) -> nn.Module:
-    """timm's model, or that of `digits`, without its weights; `config`: its `pretrained_cfg`, a tag, or None, timm's own."""
+    """timm's model, or that of `digits`, with random weights; `config`: a `pretrained_cfg`, its tag, or None, timm's own."""
     if architecture != network.ARCHITECTURE:
-        return sized(timm.create_model(architecture, pretrained=False, pretrained_cfg=config, **args), args)
+        return with_image_size(timm.create_model(architecture, pretrained=False, pretrained_cfg=config, **args), args)
     model = VisionTransformer(**args)
     return _with_config(model, config if isinstance(config, dict) else network.DATA_CONFIG)
 
 
-def sized(model: nn.Module, args: dict[str, Any]) -> nn.Module:
-    """The model, with the image size asked for where its constructor takes no notice of it (NaFlexVit)."""
+def with_image_size(model: nn.Module, args: dict[str, Any]) -> nn.Module:
+    """The model with the image size of `args`, in place, where its constructor ignores it (NaFlexVit)."""
     size = args.get("img_size")
     if size is not None and type(model) in hosts.MODELS:
         height, width = (size, size) if isinstance(size, int) else size
@@ -117,10 +115,10 @@ def _with_config(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     return model
 
 
-def args_of(source: Source, num_classes: int | None, img_size: int | None) -> dict[str, Any]:
-    """What builds the model of `source` with these classes and this image size (`skeleton`)."""
-    asked = {"num_classes": num_classes, "img_size": img_size}
-    return {**source.model_args, **{k: v for k, v in asked.items() if v is not None}}
+def arguments(source: Source, num_classes: int | None, img_size: int | None) -> dict[str, Any]:
+    """The arguments that build the model of `source` with these classes and this image size; see `skeleton`."""
+    changes = {"num_classes": num_classes, "img_size": img_size}
+    return {**source.model_args, **{k: v for k, v in changes.items() if v is not None}}
 
 
 def _meta(architecture: str, args: dict[str, Any], config: dict[str, Any] | str | None) -> nn.Module:
@@ -128,24 +126,24 @@ def _meta(architecture: str, args: dict[str, Any], config: dict[str, Any] | str 
         with torch.device("meta"):
             return build(architecture, args, config)
     except Exception as error:  # whatever one of timm's 1,300 constructors does with arguments or the meta device
-        wanted = f"with {args}" if args else "on the meta device"
-        raise UnsupportedModel(f"timm cannot build {architecture} {wanted}: {one_line(error)}") from error
+        how = f"with {args}" if args else "on the meta device"
+        raise UnsupportedModel(f"timm cannot build {architecture} {how}: {one_line(error)}") from error
 
 
 def materialise(build: Callable[[], nn.Module]) -> nn.Module:
-    """The model of `build` on the CPU with all parameters zero; saves the random initialisation (2 s for a ViT-B)."""
+    """The model of `build` on the CPU, all parameters zero: it skips the random initialisation (2 s for a ViT-B)."""
     with torch.device("meta"):
         model = build()
     if any(module._non_persistent_buffers_set for module in model.modules()):
-        return build()  # such buffers are in no checkpoint: they must be computed
+        return build()  # such buffers are not in checkpoints: they must be computed
     model.to_empty(device="cpu")
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data.zero_()
     return model
 
 
-def settle(model: nn.Module) -> nn.Module:
-    """Let `pretrained_cfg`, a copy, tell the model's real number of classes and image size."""
+def with_true_config(model: nn.Module) -> nn.Module:
+    """The model with a `pretrained_cfg`, a copy, that states its real number of classes and image size."""
     config = {k: v for k, v in cast(dict, model.pretrained_cfg).items() if k != "state_dict"}
     size = (3, *hosts.image_size(model))
     if tuple(config.get("input_size") or size) != size:
@@ -156,5 +154,5 @@ def settle(model: nn.Module) -> nn.Module:
 
 
 def tag(source: Source) -> str | None:
-    """Which of timm's weights of the architecture: its configuration is that tag's."""
+    """The tag of timm's weights, by which timm finds the `pretrained_cfg`; None where there is none."""
     return source.pretrained_name.partition(".")[2] or None

@@ -1,4 +1,4 @@
-"""The models that can be converted, by name."""
+"""The names of the models that can be converted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import fnmatch
 
 import timm
 
-from sparsify.errors import UnsupportedModel
+from sparsify.errors import UnsupportedModel, field
 from sparsify.models.building import shallow
 from sparsify.models.names import ALIASES, DIGITS
 from sparsify.nn import hosts
@@ -15,28 +15,29 @@ from sparsify.nn import hosts
 def listing(pattern: str = "") -> list[tuple[str, str]]:
     """Models that can be converted, as (name, note): `digits`, aliases, timm architectures.
 
-    `pattern` is a part of the name, or a shell pattern (`vit_*dinov2*`). Each architecture is really checked, on the
-    meta device and one block deep (its blocks are alike): 292 architectures in 8 s.
+    `pattern` is a part of the name, or a shell pattern (`vit_*dinov2*`). Each architecture is built on the meta device,
+    one block deep (its blocks are alike), and checked: 292 architectures in 8 s. A note may hold marked fields.
     """
-    wanted = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+    pattern = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
     tags: dict[str, list[str]] = {}
     for name in timm.list_pretrained():
         architecture, _, tag = name.partition(".")
         tags.setdefault(architecture, []).append(tag)
     rows = [(DIGITS, "built in: 28 px, 197 tokens, 10 classes; weights and data come with the package")]
     rows += [(alias, f"-> {target}") for alias, target in ALIASES.items()]
-    rows = [row for row in rows if fnmatch.fnmatch(row[0], wanted)]
+    rows = [row for row in rows if fnmatch.fnmatch(row[0], pattern)]
     for architecture in architectures():
-        if fnmatch.fnmatch(architecture, wanted):
+        if fnmatch.fnmatch(architecture, pattern):
             try:
                 hosts.check(shallow(architecture), architecture)
             except UnsupportedModel:
                 continue
             known = tags.get(architecture)
-            rows.append((architecture, f"weights: {', '.join(known)}" if known else "no weights: give --weights FILE"))
+            none = f"no weights: give {field('weights')} FILE"
+            rows.append((architecture, f"weights: {', '.join(known)}" if known else none))
     return rows
 
 
 def architectures() -> list[str]:
-    """timm's names in the modules that hold models that can be converted; a few of them cannot."""
+    """timm's names in the modules of `hosts.MODULES`; a few of them cannot be converted."""
     return sorted({name for module in hosts.MODULES for name in timm.list_models(module=module)})

@@ -35,10 +35,11 @@ from sparsify.nn import graft, hosts
 FORMAT = 1
 JSON_KEYS = ("architecture", "config", "provenance", "report")
 RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "drop_path_rate")  # timm's names; they change no tensor
+_AGAIN = "convert again or fetch it anew"
 
 
 class Header(NamedTuple):
-    """What a file says of itself; mappings are JSON-able."""
+    """What a file says of itself (keys: the module's docstring); mappings are JSON-able."""
 
     architecture: dict[str, Any]
     config: SparsityConfig
@@ -47,17 +48,17 @@ class Header(NamedTuple):
 
     @property
     def backbone_changed(self) -> bool:
-        """Whether the weights are not the dense original's any more; a file that does not say so may have changed."""
+        """Whether the weights may differ from the dense original's: False only where the file says so."""
         return self.provenance.get("backbone_changed") is not False
 
     @property
     def dense_sha256(self) -> str:
-        """`digest_of` the dense model that was converted, at the file's image size; '' where the file does not say."""
+        """`digest_of` the dense model that was converted, at the file's image size; '' where the file does not have it."""
         return str(self.provenance.get("dense_sha256") or "")
 
 
 def save(model: nn.Module, path: Path, header: Header) -> None:
-    """Write `model` atomically: a crash or a full disk leaves an existing file as it was.
+    """Write `model`; a crash or a full disk leaves an existing file unchanged.
 
     Raises:
         BadFile: the file cannot be written.
@@ -82,7 +83,7 @@ def read_header(path: Path) -> Header:
 
 
 def digest_in(path: Path) -> str:
-    """The digest of everything in the file, as the file says it; `load` checks it.
+    """The digest of everything in the file, as the file states it; `load` checks it.
 
     Raises:
         BadFile: see `read_header`.
@@ -98,11 +99,11 @@ def load(
     device: str | torch.device = "cpu",
     rates: Mapping[str, float] | None = None,
 ) -> nn.Module:
-    """The sparse model of a file, in eval mode, float32; no network and no other file is needed.
+    """The sparse model of a file, in eval mode, float32, with nothing else than the file.
 
     Args:
-        img_size: side in pixels, when it is not the file's own; position embeddings and predictors are resampled.
-        rates: dropout and stochastic depth of training (`RATES`), when they are not the architecture's own.
+        img_size: side in pixels, when it is not the file's; position embeddings and predictors are resampled.
+        rates: dropout and stochastic depth of training (`RATES`), when they are not the architecture's defaults.
 
     Returns:
         The timm model with sparse attention; `.to(dtype)` works as usual.
@@ -114,15 +115,15 @@ def load(
     path = Path(path)
     meta = metadata(path)
     header = _parse(path, meta)
-    extra = checked(rates or {})
+    rates = checked(rates or {})
     try:
-        model = rebuild(header, extra)
+        model = rebuild(header, rates)
     except Exception as error:
         raise BadFile(f"{path}: its header does not describe a model: {one_line(error)}") from None
     tensors = _tensors(path)
     _check_tensors(path, model, tensors)
     if _digest({k: v for k, v in meta.items() if k != "sparsify.sha256"}, tensors) != meta["sparsify.sha256"]:
-        raise BadFile(f"{path} was changed after it was written (its digest differs): convert again or fetch it anew")
+        raise BadFile(f"{path} was changed after it was written (its digest differs): {_AGAIN}")
     model.load_state_dict(tensors, assign=False)
     if img_size is not None:
         resize(model, img_size)
@@ -130,7 +131,7 @@ def load(
 
 
 def rebuild(header: Header, rates: Mapping[str, float] | None = None) -> nn.Module:
-    """The sparse model that `header` describes, eval mode, every parameter zero. Errors are the hosts' own."""
+    """The sparse model that `header` describes, in eval mode, every parameter zero. Errors are not translated."""
     host = building.rebuild(
         header.architecture["architecture"],
         {**header.architecture["model_args"], **(rates or {})},
@@ -168,15 +169,15 @@ def resize(model: nn.Module, img_size: int) -> None:
 
 
 def digest_of(model: nn.Module) -> str:
-    """SHA-256 over the state dict of a model: names, dtypes, shapes and bytes. Of the dense model: before anything folds."""
+    """SHA-256 over the state dict of a model: names, dtypes, shapes and bytes. Dense: before anything is folded."""
     return _digest({}, {name: t.detach().cpu() for name, t in model.state_dict().items()})
 
 
 def may_overwrite(path: Path, architecture: Mapping[str, Any], force: bool) -> None:
-    """Raise unless `path` is free, or holds a model of the same architecture, or `force` is set.
+    """Refuse to overwrite a file that is not a model of the same architecture, unless `force` is set.
 
     Raises:
-        BadFile: another file lies there.
+        BadFile: there is another file at `path`.
     """
     if force or not path.exists():
         return
@@ -185,11 +186,13 @@ def may_overwrite(path: Path, architecture: Mapping[str, Any], force: bool) -> N
     except BadFile:
         same = False
     if not same:
-        raise BadFile(f"{path} exists and is not this model: choose another --output or overwrite it with --force")
+        raise BadFile(
+            f"{path} exists and is not this model: choose another {field('output')} or overwrite it with {field('force')}"
+        )
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """The file's metadata as they stand there.
+    """The file's metadata as written.
 
     Raises:
         BadFile: missing, or not safetensors.
@@ -202,7 +205,7 @@ def metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise BadFile(f"{path} is not a whole safetensors file ({one_line(error)}): convert again") from None
+        raise _not_whole(path, error) from None
 
 
 def _parse(path: Path, meta: Mapping[str, str]) -> Header:
@@ -217,14 +220,14 @@ def _parse(path: Path, meta: Mapping[str, str]) -> Header:
         content = {key: json.loads(meta[f"sparsify.{key}"]) for key in JSON_KEYS}
         if not all(isinstance(value, dict) for value in content.values()) or "sparsify.sha256" not in meta:
             raise ValueError
-        if content["config"].get("tokens"):  # older files do not say it
+        if content["config"].get("tokens"):  # older files lack the field
             content["config"]["tokens"].setdefault("importance", "attention")
         content["config"] = validate(SparsityConfig, content["config"], "config")
         return Header(**content)
     except (KeyError, ValueError, TypeError):
-        raise BadFile(f"{path}: its header is damaged: convert again or fetch it anew") from None
+        raise BadFile(f"{path}: its header is damaged: {_AGAIN}") from None
     except UsageError as error:
-        raise BadFile(f"{path}: its header is damaged ({error}): convert again or fetch it anew") from None
+        raise BadFile(f"{path}: its header is damaged ({error}): {_AGAIN}") from None
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -232,19 +235,23 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise BadFile(f"{path} is not a whole safetensors file ({one_line(error)}): convert again") from None
+        raise _not_whole(path, error) from None
+
+
+def _not_whole(path: Path, error: Exception) -> BadFile:
+    return BadFile(f"{path} is not a whole safetensors file ({one_line(error)}): convert again")
 
 
 def _check_tensors(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     expected = {name: t.shape for name, t in model.state_dict().items()}
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
-            raise BadFile(f"{path}: tensor {name} is missing: convert again or fetch it anew")
+            raise BadFile(f"{path}: tensor {name} is missing: {_AGAIN}")
         if name not in expected:
             raise BadFile(f"{path}: tensor {name} does not belong to {type(model).__name__}: convert again")
         if tensors[name].shape != expected[name]:
-            given, wanted = tuple(tensors[name].shape), tuple(expected[name])
-            raise BadFile(f"{path}: tensor {name} has shape {given}, expected {wanted}: convert again")
+            given, shape = tuple(tensors[name].shape), tuple(expected[name])
+            raise BadFile(f"{path}: tensor {name} has shape {given}, expected {shape}: convert again")
 
 
 def _digest(meta: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

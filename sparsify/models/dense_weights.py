@@ -1,4 +1,4 @@
-"""Tensors of a local checkpoint: read without unpickling anything else, unwrapped, held against a model."""
+"""Tensors of a user's own checkpoint: read without unpickling anything else, unwrapped, compared with a model's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import nn
 
-from sparsify.errors import BadFile, one_line
+from sparsify.errors import BadFile, field, one_line
 from sparsify.models.digits import network
 from sparsify.nn import hosts
 
@@ -60,22 +60,24 @@ def _strip(name: str) -> str:
     return name
 
 
-def original_format(architecture: str) -> Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor]]:
+def checkpoint_filter(architecture: str) -> Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor]]:
     """timm's reader of original formats and other image sizes for `architecture`; the identity where it has none."""
     if architecture == network.ARCHITECTURE:
         architecture = "vit_tiny_patch16_224"
-    module = sys.modules[timm.model_entrypoint(architecture).__module__]
-    found = getattr(module, "checkpoint_filter_fn", None)
-    if found is None:
+    name = timm.model_entrypoint(architecture).__module__
+    filter_fn = getattr(sys.modules[name], "checkpoint_filter_fn", None)
+    if filter_fn is None:
         return lambda state, model: state
-    if timm.model_entrypoint(architecture).__module__.endswith(".deit"):
-        return lambda state, model: found(state, model, adapt_layer_scale=True)
-    return found
+    if name.endswith(".deit"):
+        return lambda state, model: filter_fn(state, model, adapt_layer_scale=True)
+    return filter_fn
 
 
 def image_side(state: Mapping[str, torch.Tensor], frame: nn.Module) -> int | None:
-    """Image size (px) that a file's position embedding or position biases were made for; None where it is the model's, not
-    square, or not to be seen (a model that has rotary embeddings alone)."""
+    """Side in pixels of the square images that the position embedding or biases of a file were made for.
+
+    None where that is the size of `frame`, not square, or unknown (a model with rotary embeddings only).
+    """
     pos_embed, grid = state.get("pos_embed"), hosts.patch_grid(frame)
     tables = [t for name, t in state.items() if name.endswith("relative_position_bias_table")]
     if tables:  # (2h - 1)(2w - 1) distances, and three of the cls token
@@ -92,15 +94,27 @@ def image_side(state: Mapping[str, torch.Tensor], frame: nn.Module) -> int | Non
     return side * hosts.stride(frame)[0]
 
 
-def check_keys(state: dict[str, torch.Tensor], model: nn.Module, path: Path, architecture: str, headless: bool) -> None:
-    own = model.state_dict()
-    differ = [k for k, v in own.items() if k in state and state[k].shape != v.shape]
-    shapes = [f"{k} {list(state[k].shape)} (expected {list(own[k].shape)})" for k in differ]
-    parts = [("missing", [k for k in own if k not in state]), ("unexpected", [k for k in state if k not in own])]
-    told = [f"{what} {_some(keys)}" for what, keys in [*parts, ("other shape:", shapes)] if keys]
-    if told:
-        hint = " (no head in the file: --num-classes 0 takes it for features)" if headless else ""
-        raise BadFile(f"{path} does not fit {architecture}: {'; '.join(told)}{hint}")
+def check_fit(state: dict[str, torch.Tensor], model: nn.Module, path: Path, architecture: str, headless: bool) -> None:
+    """Compare names and shapes of the tensors of a file with those of a model.
+
+    Args:
+        headless: the model has a head, the file does not: the message tells how to do without.
+
+    Raises:
+        BadFile: missing or unexpected tensors, or other shapes; three of each are named.
+    """
+    expected = model.state_dict()
+    shapes = [
+        f"{name} {list(state[name].shape)} (expected {list(tensor.shape)})"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    missing, unexpected = [k for k in expected if k not in state], [k for k in state if k not in expected]
+    lists = (("missing", missing), ("unexpected", unexpected), ("other shape:", shapes))
+    parts = [f"{what} {_some(names)}" for what, names in lists if names]
+    if parts:
+        hint = f" (no head in the file: {field('num_classes')} 0 takes it for features)" if headless else ""
+        raise BadFile(f"{path} does not fit {architecture}: {'; '.join(parts)}{hint}")
 
 
 def _some(names: list[str]) -> str:

@@ -1,10 +1,10 @@
-"""The hub: names, downloads and quick failures; without network in a moment and in one line.
+"""Sparse models on the hub: their names, and downloads that fail at once and in one line without network.
 
     hf-hub:ORG/NAME    model.safetensors of that repository, as `sparsify push` puts it there; @REVISION may follow
-    ORG/NAME           the same, where no such file lies here
+    ORG/NAME           the same, unless there is a local file of that name
     local-dir:FOLDER   FOLDER/model.safetensors
 
-Downloads go through huggingface_hub and stay in its cache; without network the cache alone is looked at.
+Downloads go through huggingface_hub and stay in its cache; without network only the cache is read.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from pathlib import Path
 
 from sparsify.errors import BadFile, SparsifyError, UsageError, one_line
 
+ARCHITECTURE = "sparsify_vit"  # of a sparse model, in the config.json of its repository
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 CARD = "README.md"
 SCHEMES = ("hf-hub:", "hf_hub:")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".json", ".yaml")
+CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")  # endings of files with weights
 
 
 def local(name: str | Path) -> Path:
-    """The file that `name` stands for: a path as it is, a hub's name downloaded.
+    """The local file that `name` stands for: the path itself, or what is downloaded from the hub.
 
     Raises:
-        UsageError: a name that cannot be one of a hub.
+        UsageError: not a valid name of the hub.
         SparsifyError: see `fetch`.
     """
     text = str(name)
@@ -41,40 +42,45 @@ def local(name: str | Path) -> Path:
     if text.startswith(SCHEMES):
         return fetch(text.partition(":")[2])
     path = Path(name)
-    if path.exists() or isinstance(name, Path) or not _NAME.fullmatch(text) or text.endswith(_SUFFIXES):
+    if (
+        path.exists()
+        or isinstance(name, Path)
+        or not _NAME.fullmatch(text)
+        or text.endswith((*CHECKPOINTS, ".json", ".yaml"))
+    ):
         return path
     return fetch(text)
 
 
 def split(name: str) -> tuple[str, str | None]:
-    """'ORG/NAME@REVISION' -> ('ORG/NAME', 'REVISION'); the revision is None where there is none.
+    """'ORG/NAME@REVISION' -> ('ORG/NAME', 'REVISION'), 'ORG/NAME' -> ('ORG/NAME', None).
 
     Raises:
         UsageError: not of that form.
     """
     if not _NAME.fullmatch(name):
         raise UsageError(f"'{name}' is no name of a model on the hub: ORG/NAME is expected, or ORG/NAME@REVISION")
-    place, _, revision = name.partition("@")
-    return place, revision or None
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
 
 
 def fetch(name: str, filename: str = WEIGHTS, cache_dir: str | Path | None = None) -> Path:
-    """`filename` of the repository ORG/NAME[@REVISION] in huggingface_hub's cache, downloaded where it is new.
+    """`filename` of the repository ORG/NAME[@REVISION] in huggingface_hub's cache, downloaded if it is not there yet.
 
     Args:
         cache_dir: of huggingface_hub; None: its own (HF_HUB_CACHE).
 
     Raises:
-        UsageError: a name that cannot be one of a hub.
+        UsageError: not a valid name of the hub.
         BadFile: the repository has no such file, or there is no such revision.
         SparsifyError: no such repository, no access to it, no network, or a download that failed.
     """
-    place, revision = split(name)
+    repository, revision = split(name)
     from huggingface_hub import hf_hub_download
 
     try:
         with quick_hub():
-            return Path(hf_hub_download(place, filename, revision=revision, cache_dir=cache_dir))
+            return Path(hf_hub_download(repository, filename, revision=revision, cache_dir=cache_dir))
     except Exception as error:
         raise _download_error(name, filename, error) from error
 
@@ -102,7 +108,7 @@ def _download_error(name: str, filename: str, error: Exception) -> SparsifyError
 
 @contextlib.contextmanager
 def quick_hub() -> Iterator[None]:
-    """Without name service the hub client retries for 50 s (and writes 20 lines): let it look in its cache only."""
+    """Without name service the hub client would retry for 50 s and write 20 lines: inside, it then reads its cache only."""
     import huggingface_hub.constants as constants
 
     log, before = logging.getLogger("huggingface_hub"), constants.HF_HUB_OFFLINE
@@ -117,13 +123,10 @@ def quick_hub() -> Iterator[None]:
 
 
 def reachable(url: str) -> bool:
-    """Whether the host of `url` has an address, or a proxy would ask for it."""
+    """Whether the host of `url` can be resolved, or a proxy is configured that would."""
     if urllib.request.getproxies():
         return True
     try:
         return bool(socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, None))
     except OSError:
         return False
-
-
-ARCHITECTURE = "sparsify_vit"

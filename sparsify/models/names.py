@@ -1,9 +1,10 @@
-"""What a model's name stands for: aliases, timm's names, `digits`, names of the hub, folders. Nothing is built here."""
+"""What the name of a dense model stands for: an alias, timm's names, `digits`, the hub, a folder. Nothing is built here."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import timm
 from timm.models import _hub
 from timm.models._pretrained import PretrainedCfg
 
-from sparsify.errors import BadFile, SparsifyError, UsageError, one_line
+from sparsify.errors import BadFile, SparsifyError, UsageError, field, one_line
 from sparsify.models.digits import network
-from sparsify.models.hub import quick_hub
+from sparsify.models.hub import ARCHITECTURE, CHECKPOINTS, quick_hub
 
 DIGITS = "digits"
 ALIASES = {
@@ -49,14 +50,23 @@ ALIASES = {
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a model name stands for. `note` is '' or one line that says how an alias was resolved."""
+    """Where a dense model comes from.
+
+    Attributes:
+        asked: the name as the user gave it.
+        architecture: timm's, without tag, or `network.ARCHITECTURE`.
+        pretrained_name: of the weights: architecture.tag, hf-hub:..., local-dir:... or digits.
+        model_args: arguments that build the architecture, JSON-able.
+        note: one line on what an alias or a hub's name is, or ''.
+        pretrained_cfg: from the config.json of a hub or folder; None: timm's own.
+    """
 
     asked: str
-    architecture: str  # timm architecture without tag, or `digits.ARCHITECTURE`
-    pretrained_name: str  # what the weights are called: architecture.tag, hf-hub:... , local-dir:... or digits
-    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)  # arguments that build it, JSON-able
+    architecture: str
+    pretrained_name: str
+    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
     note: str = ""
-    pretrained_cfg: dict[str, Any] | None = None  # from a hub's or folder's config.json; None: timm's registry
+    pretrained_cfg: dict[str, Any] | None = None
 
 
 def resolve(name: str) -> Source:
@@ -70,9 +80,9 @@ def resolve(name: str) -> Source:
     """
     if name == DIGITS:
         return Source(name, network.ARCHITECTURE, DIGITS, dict(network.MODEL_ARGS))
-    scheme, _, place = name.partition(":")
-    if scheme in ("hf-hub", "hf_hub", "local-dir") and place:
-        return _resolve_hub(name, scheme.replace("_", "-"), place)
+    scheme, _, location = name.partition(":")
+    if scheme in ("hf-hub", "hf_hub", "local-dir") and location:
+        return _resolve_repository(name, scheme.replace("_", "-"), location)
     target = ALIASES.get(name, name)
     architecture, _, tag = target.partition(".")
     if not timm.is_model(architecture):
@@ -89,39 +99,50 @@ def resolve(name: str) -> Source:
     return Source(name, architecture, target, note=f"{name} -> {target}" if name in ALIASES else "")
 
 
-def _resolve_hub(name: str, scheme: str, place: str) -> Source:
+def _resolve_repository(name: str, scheme: str, location: str) -> Source:
+    """The model of a repository of the hub, or of a folder like one."""
     try:
         if scheme == "local-dir":
-            config, architecture, args = _hub.load_model_config_from_path(place)
+            config, architecture, args = _hub.load_model_config_from_path(location)
         else:
             with quick_hub():
-                config, architecture, args = _hub.load_model_config_from_hf(place)
+                config, architecture, args = _hub.load_model_config_from_hf(location)
     except Exception as error:
         if scheme == "local-dir":
-            raise BadFile(f"{place} is not a model folder (config.json and weights): {one_line(error)}") from error
-        raise SparsifyError(no_download(f"the configuration of {name}", error)) from error
-    if architecture == "sparsify_vit":
+            raise BadFile(f"{location} is not a model folder (config.json and weights): {one_line(error)}") from error
+        raise SparsifyError(not_downloaded(f"the configuration of {name}", error)) from error
+    if architecture == ARCHITECTURE:
         raise BadFile(f"{name} is sparse already: sparsify.load('{name}') loads it, and it is not converted again")
     if not timm.is_model(architecture):
         raise BadFile(f"{name} is a '{architecture}', which is not in timm {timm.__version__}")
-    known = {field.name for field in dataclasses.fields(PretrainedCfg)}
-    config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
-    return Source(name, architecture, f"{scheme}:{place}", dict(args or {}), f"{name} is a {architecture}", config)
+    note = f"{name} is a {architecture}"
+    return Source(name, architecture, f"{scheme}:{location}", dict(args or {}), note, known_config(config))
 
 
-def no_download(what: str, error: BaseException) -> str:
-    """The line that says so, and what to give instead."""
+def known_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a JSON `config` is a field of timm's `PretrainedCfg`."""
+    known = {each.name for each in dataclasses.fields(PretrainedCfg)}
+    return {key: value for key, value in tuples(config).items() if key in known}
+
+
+def tuples(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping read from JSON with tuples, which timm expects, instead of lists."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in tree.items()}
+
+
+def not_downloaded(what: str, error: BaseException) -> str:
+    """The message for a download that failed, with what to give instead."""
     reason = f"{type(error).__name__}: {one_line(error, 120)}"
-    return f"{what} could not be downloaded ({reason}); give --weights FILE, or a folder as local-dir:FOLDER"
+    return f"{what} could not be downloaded ({reason}); give {field('weights')} FILE, or a folder as local-dir:FOLDER"
 
 
 def _unknown(name: str) -> str:
-    path = Path(name)
+    path, weights = Path(name), field("weights")
     if path.is_dir():
         return f"'{name}' is a folder, not a model name: give it as local-dir:{name}"
-    if path.is_file() or path.suffix in (".safetensors", ".pth", ".pt", ".bin", ".ckpt"):
-        return f"'{name}' is a file, not a model name: give the name of its architecture and --weights {name}"
+    if path.is_file() or path.suffix in CHECKPOINTS:
+        return f"'{name}' is a file, not a model name: give the name of its architecture and {weights} {name}"
     if "/" in name or "\\" in name:
-        return f"'{name}' is not a model name: give hf-hub:OWNER/NAME, local-dir:FOLDER, or a name and --weights FILE"
+        return f"'{name}' is not a model name: give hf-hub:OWNER/NAME, local-dir:FOLDER, or a name and {weights} FILE"
     near = difflib.get_close_matches(name, [*ALIASES, DIGITS, *timm.list_models()], n=3, cutoff=0.3)
     return f"unknown model '{name}'; nearest: {', '.join(near) or 'none'} (see 'sparsify models')"

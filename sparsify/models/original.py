@@ -1,22 +1,21 @@
-"""The dense model that a file was made from, when its own weights no longer are that model's (fine-tuned files)."""
+"""The dense model that a file was made from, for a file whose own weights no longer are that model's (fine-tuned)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from sparsify.errors import BadFile
+from sparsify.errors import BadFile, field
 from sparsify.models import building, checkpoint, names, pretrained
-from sparsify.nn.graft import _classes
-
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+from sparsify.models.checkpoint import Header
+from sparsify.models.hub import CHECKPOINTS
 
 
 def load_original(
-    header: checkpoint.Header,
+    header: Header,
     asked: str | Path,
     img_size: int | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -24,7 +23,7 @@ def load_original(
     """The dense model `asked` on the CPU, float32, eval mode, if it is the one that the file of `header` was made from.
 
     Args:
-        asked: a name (`zoo.resolve`), or a checkpoint (.safetensors, .pth) of the file's architecture.
+        asked: a name (`names.resolve`), or a checkpoint (.safetensors, .pth) of the file's architecture.
         img_size: side in pixels, when it is not the file's; position embeddings are resampled after the comparison.
         say: called with a line where the file is too old to tell which model it was made from.
 
@@ -35,42 +34,52 @@ def load_original(
     """
     asked = str(asked)
     file = Path(asked)
-    is_file = file.suffix in SUFFIXES or file.is_file()
-    model = _of_file(header, file) if is_file else _of_name(header, asked)
+    is_file = file.suffix in CHECKPOINTS or file.is_file()
+    model = _from_file(header, file) if is_file else _from_name(header, asked)
     if not header.dense_sha256:
-        say(f"--dense {asked} has the right architecture; whether it is the original, this file does not say")
+        say(f"{field('dense')} {asked} has the right architecture; whether it is the original, this file does not say")
     elif checkpoint.digest_of(model) != header.dense_sha256:
-        raise BadFile(_not_it(header, asked, "its weights differ"))
+        raise _not_the_original(header, asked, "its weights differ")
     if img_size is not None:
         checkpoint.resize(model, img_size)
     return model
 
 
-def missing(header: checkpoint.Header) -> str:
-    """One line: why there are no dense figures of a file whose backbone changed, and what to give."""
+def missing(header: Header) -> str:
+    """One line: why a file whose backbone changed has no dense figures, and what to give for them."""
     known = header.provenance.get("backbone_changed") is True
     why = "this file's weights were fine-tuned" if known else "this file does not say that its weights are unchanged"
     return f"no dense figures: {why}; {_hint(header)} compares with the original"
 
 
-def _of_name(header: checkpoint.Header, asked: str) -> nn.Module:
+def _from_name(header: Header, asked: str) -> nn.Module:
     source = names.resolve(asked)
-    wanted, classes = header.architecture["architecture"], _argument(header, "num_classes")
-    if source.architecture != wanted:
-        raise BadFile(_not_it(header, asked, f"it is a {source.architecture}, the file a {wanted}"))
-    own = _classes(building.skeleton(source))
-    if classes not in (None, 0, own):
-        raise BadFile(_not_it(header, asked, f"it has {own} classes, the file {classes}"))
-    return pretrained.load(source, None, classes, _side(header))
+    architecture, num_classes, side = _built(header)
+    if source.architecture != architecture:
+        raise _not_the_original(header, asked, f"it is a {source.architecture}, the file a {architecture}")
+    classes = int(cast(Any, building.skeleton(source)).num_classes)
+    if num_classes not in (None, 0, classes):
+        raise _not_the_original(header, asked, f"it has {classes} classes, the file {num_classes}")
+    return pretrained.load(source, None, num_classes, side)
 
 
-def _of_file(header: checkpoint.Header, file: Path) -> nn.Module:
+def _from_file(header: Header, file: Path) -> nn.Module:
     if file.suffix == ".safetensors" and file.is_file() and _converted(file):
-        raise BadFile(f"--dense {file}: a model that 'sparsify convert' wrote, not a dense one; give {_hint(header)}")
-    args = {k: tuple(v) if isinstance(v, list) else v for k, v in header.architecture["model_args"].items()}
-    architecture = header.architecture["architecture"]
+        raise BadFile(
+            f"{field('dense')} {file}: a model that 'sparsify convert' wrote, not a dense one; give {_hint(header)}"
+        )
+    architecture, num_classes, side = _built(header)
+    args = names.tuples(header.architecture["model_args"])
     source = names.Source(architecture, architecture, architecture, args)
-    return pretrained.load(source, file, _argument(header, "num_classes"), _side(header))
+    return pretrained.load(source, file, num_classes, side)
+
+
+def _built(header: Header) -> tuple[str, int | None, int | None]:
+    """Architecture, number of classes, and side in pixels of a square image; None: what the weights have."""
+    args = header.architecture["model_args"]
+    size = args.get("img_size")
+    sides = set(size) if isinstance(size, list | tuple) else {size}
+    return header.architecture["architecture"], args.get("num_classes"), sides.pop() if len(sides) == 1 else None
 
 
 def _converted(file: Path) -> bool:
@@ -81,24 +90,14 @@ def _converted(file: Path) -> bool:
     return True
 
 
-def _side(header: checkpoint.Header) -> int | None:
-    """Pixels of a square image; None: what the weights have."""
-    size = _argument(header, "img_size")
-    sides = set(size) if isinstance(size, list | tuple) else {size}
-    return sides.pop() if len(sides) == 1 else None
+def _not_the_original(header: Header, asked: str, why: str) -> BadFile:
+    dense = f"{field('dense')} {asked}"
+    return BadFile(f"{dense} is not the model that this file was made from ({why}); give {_hint(header)}")
 
 
-def _argument(header: checkpoint.Header, name: str) -> Any:
-    return header.architecture["model_args"].get(name)
-
-
-def _not_it(header: checkpoint.Header, asked: str, why: str) -> str:
-    return f"--dense {asked} is not the model that this file was made from ({why}); give {_hint(header)}"
-
-
-def _hint(header: checkpoint.Header) -> str:
-    """The option that names the original, as far as the file tells."""
+def _hint(header: Header) -> str:
+    """The argument that names the original, as far as the file tells."""
     source, weights = header.provenance.get("source"), header.provenance.get("weights")
     if weights:
-        return f"--dense FILE with {weights}, the checkpoint that was converted,"
-    return f"--dense {source or 'NAME|FILE'}"
+        return f"{field('dense')} FILE with {weights}, the checkpoint that was converted,"
+    return f"{field('dense')} {source or 'NAME|FILE'}"

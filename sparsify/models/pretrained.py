@@ -10,12 +10,11 @@ from typing import Any, cast
 import timm
 from torch import nn
 
-from sparsify.errors import BadFile, SparsifyError, UnsupportedModel, UsageError, one_line
-from sparsify.models import building
-from sparsify.models import dense_weights as weights_
+from sparsify.errors import BadFile, SparsifyError, UnsupportedModel, UsageError, field, one_line
+from sparsify.models import building, dense_weights
 from sparsify.models.digits import network
 from sparsify.models.hub import quick_hub
-from sparsify.models.names import DIGITS, Source, no_download
+from sparsify.models.names import DIGITS, Source, not_downloaded
 from sparsify.nn import hosts
 
 
@@ -30,23 +29,23 @@ def load(
         img_size: pixels, square; position embeddings are resampled; None takes what the weights have.
 
     Raises:
-        UsageError: a number of classes that the weights to be downloaded do not have.
+        UsageError: a number of classes that the weights to be downloaded do not have, or an impossible image size.
         BadFile: the file cannot be read, is not a checkpoint, or does not fit the architecture.
         SparsifyError: the weights cannot be downloaded.
     """
     if weights is not None:
         model = _load_file(source, Path(weights), num_classes, img_size)
     else:
-        own = building.skeleton(source).num_classes
-        if num_classes not in (None, 0, own):
+        classes = building.skeleton(source).num_classes
+        if num_classes not in (None, 0, classes):
             raise UsageError(
-                f"the weights of {source.pretrained_name} have {own} classes, not {num_classes}: give --weights FILE "
-                "with a head of that size, or --num-classes 0 for features"
+                f"the weights of {source.pretrained_name} have {classes} classes, not {num_classes}: give "
+                f"{field('weights')} FILE with a head of that size, or {field('num_classes')} 0 for features"
             )
         building.skeleton(source, num_classes, img_size)  # refuses an impossible size before anything is downloaded
         builtin = source.pretrained_name == DIGITS
         model = _load_digits(num_classes, img_size) if builtin else _download(source, num_classes, img_size)
-    return building.settle(model).float().eval()
+    return building.with_true_config(model).float().eval()
 
 
 def _load_digits(num_classes: int | None, img_size: int | None) -> nn.Module:
@@ -59,26 +58,27 @@ def _load_digits(num_classes: int | None, img_size: int | None) -> nn.Module:
 
 
 def _download(source: Source, num_classes: int | None, img_size: int | None) -> nn.Module:
-    args = building.args_of(source, num_classes, img_size)
+    """timm's model with the weights of a hub or a folder."""
+    args = building.arguments(source, num_classes, img_size)
     config = copy.deepcopy(source.pretrained_cfg) or building.tag(source)
     local = source.pretrained_name.startswith("local-dir:")
     try:
         with contextlib.nullcontext() if local else quick_hub():
-            return building.sized(
-                timm.create_model(source.architecture, pretrained=True, pretrained_cfg=config, **args), args
-            )
+            model = timm.create_model(source.architecture, pretrained=True, pretrained_cfg=config, **args)
+            return building.with_image_size(model, args)
     except Exception as error:
         text = one_line(error)
         if "No pretrained weights exist" in text or "Invalid pretrained config" in text:
-            raise UsageError(f"timm has no pretrained weights for {source.asked}: give --weights FILE") from error
+            none = f"timm has no pretrained weights for {source.asked}: give {field('weights')} FILE"
+            raise UsageError(none) from error
         if local or "Error(s) in loading state_dict" in text:
             raise BadFile(f"the weights of {source.pretrained_name} cannot be loaded: {text}") from error
-        raise SparsifyError(no_download(f"the weights of {source.pretrained_name}", error)) from error
+        raise SparsifyError(not_downloaded(f"the weights of {source.pretrained_name}", error)) from error
 
 
 def _load_file(source: Source, path: Path, num_classes: int | None, img_size: int | None) -> nn.Module:
-    """Strict, apart from what can be read off the file: size of the head, and number of patches."""
-    state = weights_.read_checkpoint(path)
+    """A model of the architecture with the weights of a file, which must fit it but for its head and number of patches."""
+    state = dense_weights.read_checkpoint(path)
     frame = building.skeleton(source, num_classes, img_size)
     if type(frame) not in hosts.MODELS:
         raise UnsupportedModel(f"{source.asked}: model class {type(frame).__name__} is not understood")
@@ -87,10 +87,10 @@ def _load_file(source: Source, path: Path, num_classes: int | None, img_size: in
     if stem is not None and stem.ndim == 4 and tuple(stem.shape[2:]) != patch:
         raise BadFile(f"{path} has patches of {stem.shape[2]} px, {source.architecture} of {patch[0]} px")
     if img_size is None:
-        img_size = weights_.image_side(state, frame)
+        img_size = dense_weights.image_side(state, frame)
     frame = building.skeleton(source, num_classes, img_size)
     try:
-        state = weights_.original_format(source.architecture)(state, frame)
+        state = dense_weights.checkpoint_filter(source.architecture)(state, frame)
     except Exception as error:  # the filter meets another architecture's tensors
         raise BadFile(f"{path} does not fit {source.architecture}: {one_line(error)}") from error
     classifier = cast(dict, frame.pretrained_cfg).get("classifier") or "head"
@@ -105,6 +105,6 @@ def _load_file(source: Source, path: Path, num_classes: int | None, img_size: in
     config = copy.deepcopy(source.pretrained_cfg) or building.tag(source)
     args = {**source.model_args, "num_classes": num_classes, "img_size": img_size or hosts.image_size(frame)}
     model = building.materialise(lambda: building.build(source.architecture, args, config))
-    weights_.check_keys(state, model, path, source.architecture, bool(num_classes) and rows is None)
+    dense_weights.check_fit(state, model, path, source.architecture, headless=bool(num_classes) and rows is None)
     model.load_state_dict(state)
     return model

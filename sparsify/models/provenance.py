@@ -1,4 +1,4 @@
-"""The licence of a file's weights, as far as the file tells, in the hub's words and in plain ones."""
+"""Origin and licence of a file's weights, in the hub's words and in plain ones, as far as the file tells."""
 
 from __future__ import annotations
 
@@ -8,27 +8,34 @@ from dataclasses import dataclass
 import timm
 
 from sparsify.errors import SparsifyError
-from sparsify.models import checkpoint, hub, names
+from sparsify.models import hub, names
 from sparsify.models.checkpoint import Header
 
-KNOWN = {
-    "apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-sa-4.0", "cc-by-nc-sa-4.0", "cc0-1.0",
-    "gemma", "openrail", "apple-ascl", "apple-amlr",
-}  # fmt: skip
-"""Those of the hub's identifiers that timm's weights have; any other goes under `other` with its name."""
+_IDENTIFIERS = (
+    "apache-2.0 mit bsd-3-clause cc-by-4.0 cc-by-nc-4.0 cc-by-sa-4.0 cc-by-nc-sa-4.0 cc0-1.0 gemma openrail apple-ascl "
+    "apple-amlr"
+)
+KNOWN = set(_IDENTIFIERS.split())
+"""The hub's identifiers of the licences that timm's weights have."""
 _NON_COMMERCIAL = re.compile(r"(^|[-_ ])nc([-_ ]|$)|non-?commercial|research|amlr", re.IGNORECASE)
+_UNKNOWN = "The licence of these weights is unknown: "
 
 
 @dataclass(frozen=True)
 class Licence:
-    """name: as given, '' where it is unknown; note: what a reader must know of it, one sentence, or ''."""
+    """A licence of weights.
+
+    Attributes:
+        name: as given; '' where it is unknown.
+        note: one sentence that a reader must know, or ''.
+    """
 
     name: str
     note: str
 
     @property
     def identifier(self) -> str:
-        """What the hub calls it: one of its own identifiers, `other` or `unknown`."""
+        """The hub's name for it: one of `KNOWN`, else `other`, or `unknown`."""
         lower = self.name.lower()
         return lower if lower in KNOWN else "other" if self.name else "unknown"
 
@@ -38,32 +45,28 @@ class Licence:
 
 
 def licence_of(header: Header, given: str | None = None) -> Licence:
-    """The licence of the weights in a file: `given` by its owner, else that of the weights that were converted.
+    """The licence of the weights in a file: `given` by their owner, else that of the weights that were converted.
 
-    A checkpoint of the user's own has the licence that its owner gives it: what timm says of the architecture's weights
-    is no answer there.
+    A user's own checkpoint has the licence that its owner gives it: what timm says of the architecture's weights does not
+    apply to it.
     """
     if given:
-        return Licence(given, _warning(Licence(given, "")))
-    own = header.provenance.get("weights")
-    named = header.architecture.get("pretrained_cfg", {}).get("license")
-    if own:
-        return Licence("", "The licence of these weights is unknown: they come from a checkpoint that does not say.")
-    if not named or str(named).lower() == "unknown":
-        return Licence(
-            "", "The licence of these weights is unknown: ask where the original was published before using them."
-        )
-    return Licence(str(named), _warning(Licence(str(named), "")))
+        return _licence(given)
+    if header.provenance.get("weights"):
+        return Licence("", _UNKNOWN + "they come from a checkpoint that does not say.")
+    name = str(header.architecture.get("pretrained_cfg", {}).get("license") or "unknown")
+    if name.lower() == "unknown":
+        return Licence("", _UNKNOWN + "ask where the original was published before using them.")
+    return _licence(name)
 
 
-def _warning(licence: Licence) -> str:
-    if licence.non_commercial:
-        return f"The licence, {licence.name}, forbids or restricts commercial use: read it before using the weights."
-    return ""
+def _licence(name: str) -> Licence:
+    note = f"The licence, {name}, forbids or restricts commercial use: read it before using the weights."
+    return Licence(name, note if Licence(name, "").non_commercial else "")
 
 
-def origin(header: checkpoint.Header) -> tuple[str, str]:
-    """What was converted, in words for the card, and its name on the hub ('' where it has none)."""
+def origin(header: Header) -> tuple[str, str]:
+    """The model that was converted, in Markdown for a model card, and its name on the hub ('' where it has none)."""
     source, architecture = str(header.provenance.get("source") or ""), header.architecture["architecture"]
     if header.provenance.get("weights"):
         return f"`{architecture}` with a checkpoint of its owner's", ""
@@ -79,6 +82,6 @@ def origin(header: checkpoint.Header) -> tuple[str, str]:
         config = timm.get_pretrained_cfg(full)
     except (SparsifyError, RuntimeError):
         return f"`{source}`", ""
-    place = (config.hf_hub_id if config else None) or ""
-    name = f"{place}{full}" if place.endswith("/") else place
+    repository = (config.hf_hub_id if config else None) or ""
+    name = f"{repository}{full}" if repository.endswith("/") else repository
     return (f"[{full}](https://huggingface.co/{name})" if name else f"`{full}`"), name

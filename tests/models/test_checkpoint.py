@@ -145,10 +145,10 @@ def test_another_models_file_is_not_overwritten_without_force(made, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_text("something else")
     architecture = building.describe(pretrained.load(names.resolve("digits")), names.resolve("digits"))
-    with pytest.raises(BadFile, match="--force"):
+    with pytest.raises(BadFile, match="overwrite it with force"):
         checkpoint.may_overwrite(path, architecture, force=False)
     checkpoint.may_overwrite(path, architecture, force=True)
     path.write_bytes(made.path.read_bytes())
     checkpoint.may_overwrite(path, architecture, force=False)  # the same model again
-    with pytest.raises(BadFile, match="--force"):
+    with pytest.raises(BadFile, match="overwrite it with force"):
         checkpoint.may_overwrite(path, {**architecture, "architecture": "deit_tiny_patch16_224"}, force=False)

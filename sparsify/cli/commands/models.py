@@ -8,7 +8,7 @@ import typer
 
 from sparsify.cli import completion
 from sparsify.cli.preflight import preflight
-from sparsify.errors import UsageError
+from sparsify.errors import UsageError, as_options
 
 
 def models(
@@ -33,4 +33,4 @@ def models(
     if not found:
         raise UsageError(f"no model matches '{pattern}': 'sparsify models' lists all")
     for name, note in found:
-        print(f"{name}  {note}".rstrip())
+        print(as_options(f"{name}  {note}").rstrip())

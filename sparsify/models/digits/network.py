@@ -12,14 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
-
 ARCHITECTURE = "vit_digits_patch2_28"
-
-
 WEIGHTS_FILE = "weights.safetensors"
 
-
-# Keyword arguments of timm's VisionTransformer; with timm's own defaults for the rest.
+# Arguments of timm's VisionTransformer that differ from its defaults.
 MODEL_ARGS: dict[str, Any] = {
     "img_size": 28,
     "patch_size": 2,
@@ -31,8 +27,7 @@ MODEL_ARGS: dict[str, Any] = {
     "mlp_ratio": 4.0,
 }
 
-
-# What timm calls a pretrained_cfg: `timm.data.resolve_model_data_config` reads the preprocessing from it.
+# The model's `pretrained_cfg`: `timm.data.resolve_model_data_config` reads the preprocessing from it.
 DATA_CONFIG: dict[str, Any] = {
     "architecture": ARCHITECTURE,
     "num_classes": 10,
@@ -53,8 +48,9 @@ DATA_CONFIG: dict[str, Any] = {
 def build(pretrained: bool = True, folder: Path | None = None) -> VisionTransformer:
     """The model on the CPU, float32, in eval mode: images [B, 3, 28, 28] to logits [B, 10].
 
-    `pretrained` loads the weights (stored as float16); without it they are timm's random initial ones.
-    `folder`: where `weights.safetensors` lies, this package if None.
+    Args:
+        pretrained: load the weights (stored as float16) instead of timm's random initial ones.
+        folder: of `weights.safetensors`; None: this package.
     """
     from safetensors.torch import load
     from timm.models.vision_transformer import VisionTransformer
