@@ -5,10 +5,8 @@ import timm
 
 import sparsify
 from sparsify.errors import UsageError
-from sparsify.jobs import convert
 from sparsify.models import checkpoint
 from sparsify.nn import graft, hosts
-from sparsify.recipe import Recipe
 
 WORDS = "image size 27 is not a multiple of the patch size 2 of "
 
@@ -16,8 +14,7 @@ WORDS = "image size 27 is not a multiple of the patch size 2 of "
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("made") / "digits.safetensors"
-    convert.convert("digits", Recipe().override(calib_images=4, spread_rank=False), path)
-    return path
+    return sparsify.convert("digits", output=path, calib_images=4).path
 
 
 @pytest.mark.parametrize(
