@@ -64,7 +64,7 @@ def sparse(spec: Spec, ranks: tuple[int, ...], N: int, d: int, bf16: bool) -> Bo
         bf16: stored and multiplied as bfloat16.
     """
     n, per_lane = N - spec.prefix, LANES * (2 if bf16 else 1)
-    M = tails.cell_count(spec.tail, spec.prefix, (spec.grid[0], spec.grid[1]), (spec.cells[0], spec.cells[1]))
+    M = tails.TAILS[spec.tail].count((spec.grid[0], spec.grid[1]), (spec.cells[0], spec.cells[1]))
     r = sum(ranks) / len(ranks)
     lists = math.prod(-(-side // tile) for side, tile in zip(spec.grid, spec.tile, strict=True)) if spec.tile else n
     attended = spec.budget + M

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from sparsify.config import grid_of, growth
+from sparsify.config import BlockPlan, SparsityConfig, grid_of, growth
 from sparsify.errors import UsageError
 from sparsify.nn import projection, token_models
 from sparsify.nn.attention import (
@@ -21,17 +21,14 @@ from sparsify.nn.attention import (
     attention_modules,
     sparse_modules,
 )
-from sparsify.nn.hosts import check, num_prefix_tokens, num_tokens, patch_grid, rotary, set_image_size, shape
+from sparsify.nn.hosts import check, geometry, num_prefix_tokens, num_tokens, patch_grid, rotary, set_image_size, shape
 from sparsify.nn.predictor import HeadLowrankPredictor, Predictor, TokenLowrankPredictor
 from sparsify.ops.selection import rank_mask
 from sparsify.ops.tails import TAILS
 
-if TYPE_CHECKING:
-    from sparsify.config import SparsityConfig
-
 
 def graft(model: nn.Module, config: SparsityConfig, predictors: Sequence[Predictor | None] | None = None) -> nn.Module:
-    """Exchange every block's attention for a sparse one (or our dense one), and let tokens leave; in place.
+    """Exchange every block's attention for a sparse one (or our dense one), and install the token stages; in place.
 
     Args:
         predictors: one for each block, None where its attention is dense; None for unfitted ones (`new_predictor`).
@@ -42,10 +39,13 @@ def graft(model: nn.Module, config: SparsityConfig, predictors: Sequence[Predict
     """
     hosts = check(model)
     check_config(model, config)
-    config = config.with_cells(num_tokens(model))
-    for i, (name, host) in enumerate(hosts.items()):
-        predictor = new_predictor(model, host, config, i) if predictors is None else predictors[i]
-        model.set_submodule(name, _grafted(model, host, config, i, predictor))
+    plans = config.resolved(geometry(model, hosts))
+    if predictors is None:
+        predictors = [
+            new_predictor(model, host, config, plan) for host, plan in zip(hosts.values(), plans, strict=True)
+        ]
+    for (name, host), plan, predictor in zip(hosts.items(), plans, predictors, strict=True):
+        model.set_submodule(name, _grafted(model, host, config, plan, predictor))
     if config.tokens is not None:
         reduce(model, config)
     return model
@@ -59,9 +59,9 @@ def check_config(model: nn.Module, config: SparsityConfig) -> None:
 
 
 def reduce(model: nn.Module, config: SparsityConfig) -> None:
-    """Let tokens leave a model whose attention is grafted, as `config.tokens` says; in place. None: all stay.
+    """Install the token stages of `config.tokens` in a model whose attention is grafted, in place. None: no stage.
 
-    A fitted importance that a block has is kept where its stage goes by it; where it has none yet, it is all zeros.
+    A block keeps its fitted importance if its stage uses it; a block that needs one and has none gets zeros.
 
     Raises:
         UsageError: see `Tokens.check`.
@@ -71,8 +71,8 @@ def reduce(model: nn.Module, config: SparsityConfig) -> None:
     depth = len(attentions)
     if config.tokens is not None:
         config.tokens.check(depth, num_prefix_tokens(model))
-    for attention, goes_by_it in zip(attentions, fits_importance(config, depth), strict=True):
-        if not goes_by_it:
+    for attention, is_fitted in zip(attentions, fits_importance(config, depth), strict=True):
+        if not is_fitted:
             attention.importance = None
         elif attention.importance is None:
             weight = projection.weight(attention)
@@ -84,28 +84,28 @@ def reduce(model: nn.Module, config: SparsityConfig) -> None:
 
 
 def fits_importance(config: SparsityConfig, depth: int) -> tuple[bool, ...]:
-    """For each block, whether a stage stands in it that goes by a fitted importance and lets some patch tokens go on."""
+    """For each block, whether it has a stage that uses a fitted importance and keeps some patch tokens."""
     if config.tokens is None or config.tokens.importance != "fitted":
         return (False,) * depth
     return tuple(bool(share) for share in config.tokens.shares(depth))
 
 
 def apply(model: nn.Module, config: SparsityConfig) -> nn.Module:
-    """Other keeps, cells and tokens for a model whose predictors are fitted; in place. Predictors of dense blocks go.
+    """Set other keeps, cells and token stages in a model with fitted predictors, in place; dense blocks lose theirs.
 
     Raises:
         UsageError: `config` does not fit, or a block that is dense is to be sparse.
     """
     token_models.remove(model)
-    config = config.with_cells(num_tokens(model))
-    for i, (name, module) in enumerate(attention_modules(model).items()):
-        keep = config.keep_of(i)
-        if keep is None:
+    attentions = attention_modules(model)
+    plans = config.resolved(geometry(model, attentions))
+    for i, ((name, module), plan) in enumerate(zip(attentions.items(), plans, strict=True)):
+        if plan.keep is None:
             dense = DenseAttention(module).train(module.training)
             dense.execution = module.execution
             model.set_submodule(name, dense)
         elif isinstance(module, SparseAttention):
-            module.sparsity = dataclasses.replace(module.sparsity, keep=keep, cells=config.cells_of(i))
+            module.sparsity = dataclasses.replace(module.sparsity, keep=plan.keep, cells=plan.cells)
         else:
             raise UsageError(f"block {i + 1} has no predictor: its attention is dense and cannot be made sparse here")
     reduce(model, config)
@@ -118,23 +118,24 @@ def applied(model: nn.Module, config: SparsityConfig) -> nn.Module:
     return apply(copy.deepcopy(model, memo=cast(dict, tensors)), config)
 
 
-def new_predictor(model: nn.Module, host: nn.Module, config: SparsityConfig, block: int) -> Predictor | None:
-    """An unfitted predictor for one block, dtype and device of the host; None where the block stays dense.
+def new_predictor(
+    model: nn.Module, host: nn.Module, config: SparsityConfig, plan: BlockPlan, fold: bool | None = None
+) -> Predictor | None:
+    """An unfitted predictor for one block, dtype and device of the host; None where the plan is dense.
 
-    With `config.fold`, head-lowrank is folded where nothing stands between the projection and the product; the projection
-    itself is not touched (`set_basis`).
+    fold: fold head-lowrank where that is exact; None: as `config.fold`. The projection itself is not touched (`set_basis`).
     """
-    if config.keep_of(block) is None:
+    if plan.keep is None:
         return None
     heads, head_dim = projection.heads_of(host), projection.head_dim(host)
-    ranks = config.ranks_of(block, heads)
     predictor: Predictor
     if config.predictor == "head-lowrank":
-        predictor = HeadLowrankPredictor(head_dim, ranks, config.fold and projection.foldable(host, rotary(model)))
+        fold = (config.fold if fold is None else fold) and projection.foldable(host, rotary(model))
+        predictor = HeadLowrankPredictor(head_dim, plan.ranks, fold)
     else:
         knobs = config.token_lowrank.model_dump()
         prefix, tokens = num_prefix_tokens(model), num_tokens(model)
-        predictor = TokenLowrankPredictor(heads, head_dim, tokens, prefix, ranks[0], knobs)
+        predictor = TokenLowrankPredictor(heads, head_dim, tokens, prefix, plan.ranks[0], knobs)
     return predictor.to(projection.weight(host))
 
 
@@ -147,25 +148,24 @@ def draw(model: nn.Module, seed: int) -> nn.Module:
 
 
 def _grafted(
-    model: nn.Module, host: nn.Module, config: SparsityConfig, block: int, predictor: Predictor | None
+    model: nn.Module, host: nn.Module, config: SparsityConfig, plan: BlockPlan, predictor: Predictor | None
 ) -> GraftedAttention:
-    keep = config.keep_of(block)
-    if keep is None or predictor is None:
+    if plan.keep is None or predictor is None:
         return DenseAttention(host, rotary(model)).train(host.training)
     tile = config.tile if config.granularity == "tile" else ()
-    tail, prefix, cells = TAILS[config.tail], num_prefix_tokens(model), config.cells_of(block)
-    sparsity = Sparsity(keep, prefix, tail, patch_grid(model), cells, tile)
+    tail, prefix = TAILS[config.tail], num_prefix_tokens(model)
+    sparsity = Sparsity(plan.keep, prefix, tail, patch_grid(model), plan.cells, tile)
     return SparseAttention(host, predictor, sparsity, rotary(model)).train(host.training)
 
 
 def sparse_block(
-    model: nn.Module, host: nn.Module, config: SparsityConfig, block: int, basis: tuple[torch.Tensor, torch.Tensor]
+    model: nn.Module, host: nn.Module, config: SparsityConfig, plan: BlockPlan, basis: tuple[torch.Tensor, torch.Tensor]
 ) -> SparseAttention:
     """A head-lowrank sparse attention over the host's parameters with a basis of its own, not folded: for trials."""
-    predictor = new_predictor(model, host, config.model_copy(update={"fold": False}), block)
+    predictor = new_predictor(model, host, config, plan, fold=False)
     assert isinstance(predictor, HeadLowrankPredictor)
     set_basis(host, predictor, *basis)
-    return cast(SparseAttention, _grafted(model, host, config, block, predictor))
+    return cast(SparseAttention, _grafted(model, host, config, plan, predictor))
 
 
 @torch.no_grad()

@@ -94,7 +94,7 @@ def test_fitted_predictors_keep_more_attention_mass_than_a_random_choice():
         with torch.inference_mode():
             sq, sk, _ = attn.qkv_heads(h)
             values = torch.nn.functional.pad(one_hot, (0, 27))
-            got = attn.predictor.attend(sq, sk, values, None, None, attn.scale, attn.spec(37), "reference", "input")
+            got = attn.sparse(sq, sk, values, None, None, attn.spec(37), "reference")
         kept = got.reshape(4, 37, 3, 64)[..., :37].transpose(1, 2)[:, :, 1:] > 0
         assert (mass * kept).sum(-1).mean() > 1.2 * 8 / 37
 

@@ -342,7 +342,7 @@ def assert_cells(call, a):
             clear &= (two[..., 1] - two[..., 0] > 1e-5 * x.square().sum(-1).amax(-1, keepdim=True)).all(-1)
             now = distance.argmin(-1)
         assert bool(((a[..., P:] >= P) & (a[..., P:] < P + m)).all())
-    right = tails.assign(spec.tail, f, weight, P, grid, spec.cells, call.place)
+    right = tails.TAILS[spec.tail].assign(f, weight, P, grid, spec.cells, call.place)
     assert torch.equal(a[clear], right[clear]), "another cell"
 
 
@@ -356,7 +356,7 @@ def assert_reference_right(call):
     kept = pad(selection.top_b(s, call.spec.budget), (0, 0, call.P, 0), value=True)
     weight = None if call.size is None else call.size[:, None].expand(f.shape[:3])
     tail = "mean" if call.spec.tail == "none" else call.spec.tail
-    right, logit, _ = oracle(call, kept, tails.assign(tail, f, weight, call.P, grid, cells, call.place))
+    right, logit, _ = oracle(call, kept, tails.TAILS[tail].assign(f, weight, call.P, grid, cells, call.place))
     assert_near(call.expected(), right, largest(call.v) * (2e-5 + 4e-7 * logit))
 
 

@@ -101,7 +101,7 @@ def test_nan_and_infinity_stay_where_they_matter(isa, data, seed):
     harmed = sum(t.isnan().flatten(2).sum(-1) for t in keys)[..., None] > 0  # (B, H, 1)
     harmed = harmed | ~call.q.isfinite().all(-1) | ~expected.isfinite().all(-1)  # (B, H, N)
     if call.spec.tail == "clusters":  # other cells: `assert_cells` says where they may be
-        own = tails.assign("clusters", call.coordinates()[2], None, call.P, *grids(call))
+        own = tails.TAILS["clusters"].assign(call.coordinates()[2], None, call.P, *grids(call))
         harmed |= (own != a).any(-1, keepdim=True)
     if call.spec.budget < call.q.shape[2]:  # rounding decides which key is kept
         s, near, _ = ranking(call)

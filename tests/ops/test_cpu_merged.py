@@ -81,7 +81,7 @@ def test_the_op_is_the_reference_where_scores_differ(isa, data):
     same = (selection.top_b(s, call.spec.budget) == kept[:, :, call.P :]).all(-1).all(-1)  # (B, H)
     if call.spec.tail == "clusters":
         weight = None if call.size is None else call.size[:, None].expand(f.shape[:3])
-        same &= (tails.assign("clusters", f, weight, call.P, grid, cells, call.place) == a).all(-1)
+        same &= (tails.TAILS["clusters"].assign(f, weight, call.P, grid, cells, call.place) == a).all(-1)
     two = s.sort(-1, descending=True).values[..., call.spec.budget - 1 :][..., :2]
     clear = ((two[..., 0] - two[..., -1]) > 1e-4 * s.abs().amax(-1)).all(-1) | (call.spec.budget == s.shape[-1])
     if call.spec.tail != "clusters":

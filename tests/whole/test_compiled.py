@@ -21,8 +21,10 @@ def sparse(family, predictors, tokens=None):
     model = build(family, depth=len(predictors), **NARROW.get(family, {}))
     config = SparsityConfig(keep=0.3, rank=8, cells=(2, 2), predictor=TOKEN, tokens=tokens)
     made, g = [], torch.Generator().manual_seed(5)
-    for i, (name, host) in enumerate(zip(predictors, hosts.check(model).values(), strict=True)):
-        made.append(graft.new_predictor(model, host, config.model_copy(update={"predictor": name}), i))
+    modules = hosts.check(model)
+    plan = config.resolved(hosts.geometry(model, modules))[0]
+    for name, host in zip(predictors, modules.values(), strict=True):
+        made.append(graft.new_predictor(model, host, config.model_copy(update={"predictor": name}), plan))
         for parameter in made[-1].parameters() if name == TOKEN else ():
             parameter.data.copy_(torch.rand(parameter.shape, generator=g) / parameter.shape[-1])
     return draw_importance(graft.graft(model, config, made)).requires_grad_(False)

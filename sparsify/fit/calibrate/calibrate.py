@@ -83,7 +83,7 @@ def calibrate(
         if config.predictor == "head-lowrank":
             result = _fit_head_lowrank(model, config, plans, batches, progress, execution)
         else:
-            result = _fit_token_lowrank(model, config, batches, progress)
+            result = _fit_token_lowrank(model, config, plans, batches, progress)
         if any(graft.fits_importance(config, len(plans))):
             fit_importance(model, batches, progress)
             graft.reduce(model, result.config)  # removes it again from blocks without a stage
@@ -176,7 +176,7 @@ def _distances(
     distances = [0.0] * len(plans)
     for i, (name, host) in enumerate(hosts.check(model).items()):
         if plans[i].keep is not None:
-            sparse = graft.sparse_block(model, host, config, i, bases[i])
+            sparse = graft.sparse_block(model, host, config, plans[i], bases[i])
             sparse.execution = execution
             twin.set_submodule(name, sparse)
             distances[i] = distance(dense, twin(probe), bool(getattr(model, "num_classes", 0)))
@@ -184,7 +184,9 @@ def _distances(
     return distances
 
 
-def _fit_token_lowrank(model: nn.Module, config: SparsityConfig, batches: Batches, progress: Progress) -> Calibration:
+def _fit_token_lowrank(
+    model: nn.Module, config: SparsityConfig, plans: Plans, batches: Batches, progress: Progress
+) -> Calibration:
     attentions = list(hosts.check(model).values())
     _, heads, head_dim = hosts.shape(hosts.check(model))
     prefix, grid = hosts.num_prefix_tokens(model), hosts.patch_grid(model)
@@ -193,7 +195,7 @@ def _fit_token_lowrank(model: nn.Module, config: SparsityConfig, batches: Batche
     biases = [hosts.position_bias(model, host) for host in attentions]
     if moments:
         observe(model, _counted(batches(), "moments", progress), lambda i, q, k, v: moments[i].add(q, k, prefix))
-    predictors = [graft.new_predictor(model, host, config, i) for i, host in enumerate(attentions)]
+    predictors = [graft.new_predictor(model, host, config, plan) for host, plan in zip(attentions, plans, strict=True)]
     for i, predictor in enumerate(predictors):
         if not isinstance(predictor, TokenLowrankPredictor):
             continue
