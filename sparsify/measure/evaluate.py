@@ -22,6 +22,7 @@ from sparsify.errors import BadData, SparsifyError
 from sparsify.images import datasets, sharing
 from sparsify.images.loaders import LabelledBatches, Stream
 from sparsify.measure.accuracy import Evaluation, Features, Logits
+from sparsify.measure.figures import count_parameters
 from sparsify.nn import graft, hosts
 from sparsify.nn.attention import Execution, attention_modules
 from sparsify.nn.execution import check_execution, sparse_form
@@ -104,7 +105,7 @@ def evaluate_images(
     return replace(
         result,
         model=name,
-        param_count=sum(p.numel() for p in model.parameters()),
+        param_count=count_parameters(model),
         img_size=int(config["input_size"][-1]),
         crop_pct=float(config["crop_pct"]),
         interpolation=config["interpolation"],

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
+from torch import nn
+
 from sparsify.errors import SparsifyError
 from sparsify.measure.latency import Timing
 
@@ -187,6 +189,11 @@ class Profile:
             choices=tuple(tree.get("choices") or ()),
             paper=tree.get("paper"),
         )
+
+
+def count_parameters(module: nn.Module) -> int:
+    """What `param_count` says."""
+    return sum(p.numel() for p in module.parameters())
 
 
 def _timing(tree: Mapping[str, Any], name: str) -> Timing | None:

@@ -36,6 +36,10 @@ class Timing:
         """Images per second at the median."""
         return 1000 * batch_size / self.median
 
+    def overlaps(self, other: Timing) -> bool:
+        """Whether the spreads, p10 to p90, have times in common."""
+        return self.p10 <= other.p90 and other.p10 <= self.p90
+
 
 def interleaved(
     candidates: Mapping[str, Callable[[], object]],

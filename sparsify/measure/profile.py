@@ -12,7 +12,7 @@ from torch import nn
 from sparsify.errors import SparsifyError, UsageError
 from sparsify.measure import analytic, latency, macs, paper, paths
 from sparsify.measure.conditions import PROFILE, conditions
-from sparsify.measure.figures import Measured, PaperMacs, Profile
+from sparsify.measure.figures import Measured, PaperMacs, Profile, count_parameters
 from sparsify.nn import graft, hosts
 from sparsify.nn.attention import Execution, attention_modules
 from sparsify.nn.execution import check_execution, set_execution
@@ -111,8 +111,8 @@ def profile(
         stage_macs=sparse_counts.stages,
         tokens=expected.tokens,
         unsupported={**(dense_counts.unsupported if dense_counts else {}), **sparse_counts.unsupported},
-        param_count=_params(sparse),
-        param_count_dense=None if beside is None else _params(beside),
+        param_count=count_parameters(sparse),
+        param_count_dense=None if beside is None else count_parameters(beside),
         measured=measured,
         backend=backend,
         conditions=circumstances,
@@ -217,7 +217,3 @@ def _measure(models: Mapping[str, nn.Module], images: torch.Tensor, repeats: int
     memory = [latency.peak_memory(models[name], images) if name in models else None for name in ("dense", "sparse")]
     times = latency.interleaved(candidates, rounds=repeats, synchronize=wait)
     return Measured(times.get("dense"), times["sparse"], times["auto"], memory[0], cast(int, memory[1]))
-
-
-def _params(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())

@@ -1,4 +1,4 @@
-"""Accuracy of a sparse model beside the dense one, in words and figures: rows for a table, wherever it is shown.
+"""Accuracy of a sparse model beside the dense one: rows for a table, wherever it is shown, and files of results.
 
 `result` is a mapping: percentages from 0 to 100 under top1, top5, dense_top1, dense_top5, agreement, knn_top1,
 dense_knn_top1; kl in nats; images, images_lost, images_gained, broken as counts; throughput_dense and throughput_sparse in
@@ -15,30 +15,26 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.files import publishable, write_json, write_text
-from sparsify.report.words import NOTHING, Row, change, plain
+from sparsify.report.words import NOTHING, Row, change, mapping, number, plain
 
 HEADING = "Measured, on the same images"
+TIMM_COLUMNS = "model top1 top1_err top5 top5_err param_count img_size crop_pct interpolation".split()
+"""Columns of timm's results files."""
 
 
 def pairs(result: Mapping[str, Any]) -> list[Row]:
     """What, dense, sparse, change."""
     rows: list[Row] = []
-    for label, dense_key, key in (
-        ("top-1, %", "dense_top1", "top1"),
-        ("top-5, %", "dense_top5", "top5"),
-        ("k-nearest-neighbour top-1, %", "dense_knn_top1", "knn_top1"),
-        ("throughput, images/s", "throughput_dense", "throughput_sparse"),
-    ):
-        dense, sparse = result.get(dense_key), result.get(key)
-        if dense is None and sparse is None:
-            continue
-        both = dense is not None and sparse is not None
-        if key.startswith("throughput"):
-            difference = change(dense, sparse) if both else ""  # type: ignore[arg-type]
-            rows.append((label, _number(dense, None), _number(sparse, None), difference))
-        else:
-            difference = f"{sparse - dense:+.2f} points" if both else ""  # type: ignore[operator]
-            rows.append((label, _number(dense, ".2f"), _number(sparse, ".2f"), difference))
+    for label, key in (("top-1, %", "top1"), ("top-5, %", "top5"), ("k-nearest-neighbour top-1, %", "knn_top1")):
+        dense, sparse = result.get(f"dense_{key}"), result.get(key)
+        if dense is not None or sparse is not None:
+            points = "" if dense is None or sparse is None else f"{sparse - dense:+.2f} points"
+            rows.append((label, number(dense, ".2f"), number(sparse, ".2f"), points))
+    dense, sparse = result.get("throughput_dense"), result.get("throughput_sparse")
+    if dense is not None or sparse is not None:
+        figures = [NOTHING if rate is None else plain(rate) for rate in (dense, sparse)]
+        both = "" if dense is None or sparse is None else change(dense, sparse)
+        rows.append(("throughput, images/s", figures[0], figures[1], both))
     return rows
 
 
@@ -62,35 +58,22 @@ def singles(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def conditions(result: Mapping[str, Any]) -> str:
-    """Under what the figures were measured, as far as the results say it."""
-    c = result.get("conditions")
-    c = c if isinstance(c, Mapping) else {}
-    side, crop, way = result.get("img_size"), result.get("crop_pct"), result.get("interpolation")
+    """Conditions of the measurement, as far as the results contain them."""
+    c = mapping(result.get("conditions"))
+    side, crop, interpolation = result.get("img_size"), result.get("crop_pct"), result.get("interpolation")
     words = [f"{result['images']:,} images" + (f" of {publishable(str(c['data']))}" if c.get("data") else "")]
     words += [f"{result['broken']} unreadable ones left out"] if result.get("broken") else []
     words += [f"{side}x{side} pixels"] if side else []
     words += [f"crop {crop:g}"] if isinstance(crop, int | float) and crop else []
-    words += [str(way)] if way else []
+    words += [str(interpolation)] if interpolation else []
     words += [str(c[name]) for name in ("dtype", "device_name") if c.get(name)]
     words += [f"{name} {c[name]}" for name in ("backend", "torch", "timm") if c.get(name)]
     return ", ".join(words)
 
 
 def broken(result: Mapping[str, Any]) -> str:
-    """A warning where images could not be read; '' where all could."""
+    """A warning if some images could not be read, else ''."""
     return f"{result['broken']} broken image(s) left out of every figure above" if result.get("broken") else ""
-
-
-def _number(value: float | None, form: str | None) -> str:
-    if value is None:
-        return NOTHING
-    return plain(value) if form is None else format(value, form)
-
-
-TIMM_COLUMNS = (
-    "model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation",
-)  # fmt: skip
-"""Columns of timm's results files."""
 
 
 def write_results(path: str | Path, result: Mapping[str, Any], conditions: Mapping[str, Any] | None = None) -> None:

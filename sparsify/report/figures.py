@@ -1,4 +1,4 @@
-"""The pictures of `sparsify show` as PNGs: keys of a query, tokens that go on, kept share of the attention."""
+"""The pictures of `sparsify show` as PNGs: keys of a query, remaining tokens, kept share of the attention."""
 
 from __future__ import annotations
 
@@ -13,13 +13,26 @@ import numpy as np
 from sparsify.errors import BadFile, one_line
 from sparsify.files import whole
 from sparsify.measure.inspection import Inspection, Shown
-from sparsify.report import captions, figures, panels
-from sparsify.report.drawing import _figure, _png, _title
+from sparsify.report import captions, drawing, panels
 
 SIDE = 280  # pixels of a panel, about
-INCH = 1.75  # of a panel
-GREYS = "0.35", "0.92"  # words that explain; cells without a number
-SHARES = "viridis"  # of the kept share
+INCH = 1.75  # width of a panel
+INK, EMPTY = "0.35", "0.92"  # greys of explanations, and of cells without a number
+SHARES = "viridis"  # colours of the kept share
+
+
+def draw(shown: Sequence[Shown], progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, bytes]:
+    """PNGs by file name: NAME.keys-1.png and so on by query, NAME.tokens.png if tokens are removed, NAME.mass.png."""
+    made: dict[str, bytes] = {}
+    for i, each in enumerate(shown):
+        progress(i, len(shown))
+        for query in range(len(each.found.queries)):
+            made[f"{each.name}.keys-{query + 1}.png"] = keys(each, query)
+        if each.found.stages:
+            made[f"{each.name}.tokens.png"] = tokens(each)
+        made[f"{each.name}.mass.png"] = mass(each)
+    progress(len(shown), len(shown))
+    return made
 
 
 def keys(shown: Shown, query: int) -> bytes:
@@ -34,7 +47,7 @@ def keys(shown: Shown, query: int) -> bytes:
     legend = textwrap.wrap(_key_legend(found), 33)
     column = INCH * tall + 1.2 + 0.125 * len(legend)
     down = head_room + max((INCH * tall + words_room) * len(shown.layers), column) + 0.1
-    figure = _figure(across, down)
+    figure = drawing.figure(across, down)
 
     def box(x: float, y: float, width: float, height: float) -> Any:
         """Axes by their upper left corner, from that of the figure, in inches."""
@@ -45,25 +58,25 @@ def keys(shown: Shown, query: int) -> bytes:
     def write(x: float, y: float, text: str, size: float, **how: Any) -> None:
         figure.text(x / across, 1 - y / down, text, fontsize=size, parse_math=False, **{"va": "top", **how})
 
-    _title(figure, f"{photo.path.name}: the keys that a patch attends to")
+    drawing.title(figure, f"{photo.path.name}: the keys that a patch attends to")
     for i, block in enumerate(shown.layers):
         layer, y = found.layer(block), head_room + i * (INCH * tall + words_room)
         words = "not computed" if layer is None else f"{layer.tokens} tokens\n{_budget(layer)}"
         middle = y + INCH * tall / 2
         write(side - gap, middle, f"layer {block + 1}", 10, ha="right", va="bottom")
-        write(side - gap, middle + 0.03, words, 7.5, ha="right", color=GREYS[0], linespacing=1.3)
+        write(side - gap, middle + 0.03, words, 7.5, ha="right", color=INK, linespacing=1.3)
         for j, head in enumerate(shown.heads):
             x = side + j * (INCH + gap)
             axes = box(x, y, INCH, INCH * tall)
             if i == 0:
                 axes.set_title(f"head {head + 1}", fontsize=10, pad=5)
             if layer is None:
-                axes.set_facecolor(GREYS[1])
+                axes.set_facecolor(EMPTY)
                 axes.set_axis_on()
                 axes.set_xticks([])
                 axes.set_yticks([])
                 axes.spines[:].set_visible(False)
-                axes.text(0.5, 0.5, "not computed", ha="center", va="center", fontsize=8, color=GREYS[0])
+                axes.text(0.5, 0.5, "not computed", ha="center", va="center", fontsize=8, color=INK)
                 continue
             axes.imshow(panels.keys(photo, found, layer, head, query, scale, cell), aspect="auto")
             elsewhere = captions.panel(found, layer, head, query)
@@ -73,15 +86,15 @@ def keys(shown: Shown, query: int) -> bytes:
     axes.imshow(panels.place(photo, found, cell, (query,)), aspect="auto")
     axes.set_title(f"query {query + 1} of {len(found.queries)}", fontsize=10, pad=5)
     y += INCH * tall
-    write(margin, y + 0.06, captions.where(shown, query), 7.5, color=GREYS[0])
+    write(margin, y + 0.06, captions.where(shown, query), 7.5, color=INK)
     write(margin, y + 0.42, "attention given to a key", 7.5)
     _bar(box(margin, y + 0.6, INCH, 0.11), scale)
-    write(margin, y + 1.02, "\n".join(legend), 7.5, color=GREYS[0], linespacing=1.3)
-    return _png(figure)
+    write(margin, y + 1.02, "\n".join(legend), 7.5, color=INK, linespacing=1.3)
+    return drawing.png(figure)
 
 
 def tokens(shown: Shown) -> bytes:
-    """The tokens behind each stage: a PNG. There must be a stage."""
+    """The tokens after each stage, of which there is at least one: a PNG."""
     found, photo = shown.found, shown.photo
     cell = panels.cell_size(found.grid, SIDE)
     count = 1 + len(found.stages)
@@ -89,8 +102,8 @@ def tokens(shown: Shown) -> bytes:
     rows = math.ceil(count / columns)
     tall = found.grid[0] / found.grid[1]
     side = 2.0
-    figure = _figure((side + 0.12) * columns + 0.2, 0.5 + (side * tall + 0.42) * rows + 0.35)
-    _title(figure, f"{photo.path.name}: tokens that go on")
+    figure = drawing.figure((side + 0.12) * columns + 0.2, 0.5 + (side * tall + 0.42) * rows + 0.35)
+    drawing.title(figure, f"{photo.path.name}: tokens that go on")
     width, height = figure.get_size_inches()
     patches = found.grid[0] * found.grid[1]
     panels_of = [(panels.place(photo, found, cell), "as the model sees it", f"{patches} patches")]
@@ -104,14 +117,14 @@ def tokens(shown: Shown) -> bytes:
         axes.imshow(picture, aspect="auto")
         axes.set_axis_off()
         axes.set_title(title, fontsize=10, pad=3)
-        axes.text(0.5, -0.03, words, ha="center", va="top", fontsize=7.5, color=GREYS[0], transform=axes.transAxes)
+        axes.text(0.5, -0.03, words, ha="center", va="top", fontsize=7.5, color=INK, transform=axes.transAxes)
     legend = "Dark: patches that have left. Outlined, in their mean colour: patches that became one token."
-    figure.text(0.16 / width, 0.1 / height, legend, fontsize=7.5, color=GREYS[0], va="bottom")
-    return _png(figure)
+    figure.text(0.16 / width, 0.1 / height, legend, fontsize=7.5, color=INK, va="bottom")
+    return drawing.png(figure)
 
 
 def mass(shown: Shown) -> bytes:
-    """The kept share of the true attention by layer and head, with the best share that as many keys could hold: a PNG."""
+    """The share of the true attention on the kept keys, and the best share for as many keys, by layer and head: a PNG."""
     from matplotlib import colormaps
 
     found = shown.found
@@ -119,15 +132,15 @@ def mass(shown: Shown) -> bytes:
     across = min(0.85, max(0.44, 3.4 / found.heads))
     down, left, right, top, bottom = 0.4, 1.0, 0.3, 1.0, 0.88
     width, height = max(left + across * found.heads + right, 4.3), top + down * found.depth + bottom
-    figure = _figure(width, height)
-    _title(figure, f"{shown.photo.path.name}: attention kept, %")
+    figure = drawing.figure(width, height)
+    drawing.title(figure, f"{shown.photo.path.name}: attention kept, %")
     axes = figure.add_axes((left / width, bottom / height, across * found.heads / width, down * found.depth / height))
     cells = colormaps[SHARES](np.nan_to_num(value))
-    cells[np.isnan(value) | dense[:, None]] = (*[float(GREYS[1])] * 3, 1)
+    cells[np.isnan(value) | dense[:, None]] = (*[float(EMPTY)] * 3, 1)
     axes.imshow(cells, aspect="auto")
     for i in range(found.depth):
         for j in range(found.heads):
-            ink = GREYS[0] if dense[i] or np.isnan(value[i, j]) else ink_on(cells[i, j, :3])
+            ink = INK if dense[i] or np.isnan(value[i, j]) else ink_on(cells[i, j, :3])
             style: dict[str, Any] = dict(ha="center", va="center_baseline", color=ink)
             if dense[i] or np.isnan(value[i, j]):
                 axes.text(j, i, "–" if np.isnan(value[i, j]) else f"{100 * value[i, j]:.0f}", fontsize=9.5, **style)
@@ -150,12 +163,12 @@ def mass(shown: Shown) -> bytes:
     if np.isnan(value).any():
         lines.insert(1, "–: only the prefix tokens' rows are computed.")
     at = {"x": 0.15 / width, "y": 0.14 / height}
-    figure.text(**at, s="\n".join(lines), fontsize=7.5, color=GREYS[0], va="bottom", linespacing=1.3)
-    return _png(figure)
+    figure.text(**at, s="\n".join(lines), fontsize=7.5, color=INK, va="bottom", linespacing=1.3)
+    return drawing.png(figure)
 
 
 def mass_table(found: Inspection) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Kept and best shares, [depth, H] each, NaN where patch rows are not computed; which layers are dense, bool [depth]."""
+    """Kept and best shares, [depth, H] each, NaN if patch rows are not computed; which layers are dense, bool [depth]."""
     value = np.full((found.depth, found.heads), np.nan)
     best, dense = value.copy(), np.zeros(found.depth, dtype=bool)
     for layer in found.layers:
@@ -195,20 +208,6 @@ def _bar(axes: Any, scale: panels.Scale) -> None:
         text.set_horizontalalignment(how)
     axes.tick_params(length=2, pad=2)
     axes.spines[:].set_visible(False)
-
-
-def draw(shown: Sequence[Shown], progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, bytes]:
-    """File names and PNGs: NAME.keys-1.png and so on for the queries, NAME.tokens.png where tokens leave, NAME.mass.png."""
-    made: dict[str, bytes] = {}
-    for i, each in enumerate(shown):
-        progress(i, len(shown))
-        for query in range(len(each.found.queries)):
-            made[f"{each.name}.keys-{query + 1}.png"] = figures.keys(each, query)
-        if each.found.stages:
-            made[f"{each.name}.tokens.png"] = figures.tokens(each)
-        made[f"{each.name}.mass.png"] = figures.mass(each)
-    progress(len(shown), len(shown))
-    return made
 
 
 def can_write(folder: Path) -> None:

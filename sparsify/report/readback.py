@@ -1,4 +1,4 @@
-"""Results that other commands wrote, read again for the report: profile's and eval's JSON, and a sweep's."""
+"""Results that other commands wrote, read again for a report or a card: profile's and eval's JSON, and a sweep's."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import nn
 
 from sparsify.errors import BadFile, one_line
 from sparsify.files import read_json
-from sparsify.measure.figures import Profile
+from sparsify.measure.figures import Profile, count_parameters
 from sparsify.models.checkpoint import Header, digest_in
+from sparsify.report.words import mapping
 
 
 class SweepFiles(NamedTuple):
@@ -27,11 +28,24 @@ def profile(path: Path) -> Profile:
     Raises:
         BadFile: missing, or something else.
     """
-    tree = read_json(path)
-    try:
-        return Profile.from_dict(tree)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise BadFile(f"{path} is no profile: 'sparsify profile FILE --json {path.name}' writes one") from None
+    found = _profile_in(path)
+    if found is None:
+        raise BadFile(f"{path} is no profile: 'sparsify profile FILE --json {path.name}' writes one")
+    return found
+
+
+def times(path: Path, macs: int, params: int) -> Profile:
+    """What `sparsify profile --json` measured of a model with as many MACs and parameters.
+
+    Raises:
+        BadFile: unreadable, nothing measured, or of another model.
+    """
+    found = _profile_in(path)
+    if found is None or found.measured is None:
+        raise BadFile(f"{path} has no measured times: 'sparsify profile FILE --json NAME.json' writes them")
+    if (found.macs_sparse, found.param_count) != (macs, params):
+        raise BadFile(f"{path} has the times of another model: profile this one")
+    return found
 
 
 def evaluation(path: Path) -> Mapping[str, Any]:
@@ -44,13 +58,29 @@ def evaluation(path: Path) -> Mapping[str, Any]:
     numbers = ("top1", "agreement", "cosine_pooled", "knn_top1")
     figures = [tree.get(name) for name in (*numbers, "images", "kl", "dense_top1", "param_count")]
     right = any(name in tree for name in numbers) and isinstance(tree.get("images"), int)
-    if not right or not all(each is None or _number(each) for each in figures):
+    if not right or not all(each is None or _is_number(each) for each in figures):
         raise BadFile(f"{path} holds no results of eval: 'sparsify eval --results-file {path.stem}.json' writes them")
     return tree
 
 
+def results(path: Path, digest: str) -> Mapping[str, Any]:
+    """What `sparsify eval --results-file` wrote as JSON, with its conditions, of the file with this digest.
+
+    Raises:
+        BadFile: unreadable, without conditions, or of another file.
+    """
+    tree = read_json(path)
+    if not isinstance(tree.get("conditions"), dict) or not tree.get("images"):
+        raise BadFile(
+            f"{path} has no results with their conditions: 'sparsify eval FILE --results-file NAME.json' writes them"
+        )
+    if tree["conditions"].get("file_sha256") != digest:
+        raise BadFile(f"{path} has the results of another file: evaluate this one")
+    return tree
+
+
 def sweep(path: Path) -> SweepFiles:
-    """A sweep's PREFIX.json, or the folder in which one lies, and the picture beside it.
+    """A sweep's PREFIX.json, or the folder that contains one, and the picture beside it.
 
     Raises:
         BadFile: missing, something else, or a folder with none or several of them.
@@ -66,81 +96,55 @@ def sweep(path: Path) -> SweepFiles:
         raise BadFile(f"{picture} cannot be read: {one_line(error)}") from None
 
 
-def check(
-    file: Path, header: Header, model: nn.Module, profile_file: Path | None, profile: Profile | None,
-    evaluation_file: Path | None, evaluation: Mapping[str, Any] | None,
-) -> None:  # fmt: skip
-    """Raise `BadFile` where figures are of another model than that of `file`, as far as digest, parameters and MACs tell."""
-    count = sum(p.numel() for p in model.parameters())
-    if profile is not None:
-        counted = header.report.get("macs_sparse", profile.macs_sparse)
-        own_size = list(profile.conditions["img_size"]) == list(cast(Any, model).patch_embed.img_size)
-        if profile.param_count != count or (own_size and profile.macs_sparse != counted):
-            raise BadFile(f"{profile_file} is the profile of another model than {file}: profile this one")
-    conditions = (evaluation or {}).get("conditions")
-    of = conditions.get("file_sha256") if isinstance(conditions, Mapping) else None
-    if of is not None and of != digest_in(file):
-        raise BadFile(f"{evaluation_file} has the results of another file than {file}: evaluate this one")
-    stated = None if evaluation is None else evaluation.get("param_count")  # millions, as timm has it
-    if stated is not None and abs(stated - round(count / 1e6, 2)) > 0.006:
+def check_profile(path: Path, figures: Profile, file: Path, header: Header, model: nn.Module) -> None:
+    """Raise `BadFile` if parameters or MACs show that the profile at `path` is of another model than that of `file`."""
+    counted = header.report.get("macs_sparse", figures.macs_sparse)
+    own_size = list(figures.conditions["img_size"]) == list(cast(Any, model).patch_embed.img_size)
+    if figures.param_count != count_parameters(model) or (own_size and figures.macs_sparse != counted):
+        raise BadFile(f"{path} is the profile of another model than {file}: profile this one")
+
+
+def check_evaluation(path: Path, figures: Mapping[str, Any], file: Path, model: nn.Module) -> None:
+    """Raise `BadFile` if digest or parameters show that the results at `path` are of another file than `file`."""
+    digest = mapping(figures.get("conditions")).get("file_sha256")
+    if digest is not None and digest != digest_in(file):
+        raise BadFile(f"{path} has the results of another file than {file}: evaluate this one")
+    stated, count = figures.get("param_count"), count_parameters(model) / 1e6  # millions, as timm has it
+    if stated is not None and abs(stated - round(count, 2)) > 0.006:
         raise BadFile(
-            f"{evaluation_file} has results of a model with {stated:g} M parameters, {file} has {count / 1e6:.2f} M: "
-            "evaluate this one"
+            f"{path} has results of a model with {stated:g} M parameters, {file} has {count:.2f} M: evaluate this one"
         )
 
 
+def _profile_in(path: Path) -> Profile | None:
+    tree = read_json(path)
+    try:
+        return Profile.from_dict(tree)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
 def _sweep_in(folder: Path) -> Path:
-    found = [file for file in sorted(folder.glob("*.json")) if _is_sweep(_maybe(file))]
+    found = [file for file in sorted(folder.glob("*.json")) if _is_sweep(_readable(file))]
     if len(found) != 1:
         names = ", ".join(file.name for file in found[:3]) or "none"
         raise BadFile(f"{folder} holds {len(found)} sweeps ({names}): give the JSON file of one")
     return found[0]
 
 
-def _is_sweep(tree: Mapping[str, Any]) -> bool:
-    settings: Any = tree.get("settings")
-    if not isinstance(settings, list) or not settings or not isinstance(tree.get("dense"), Mapping):
-        return False
-    return all(isinstance(s, Mapping) and _number(s.get("macs_share")) and _number(s.get("speed")) for s in settings)
-
-
-def _maybe(path: Path) -> Mapping[str, Any]:
+def _readable(path: Path) -> Mapping[str, Any]:
     try:
         return read_json(path)
     except BadFile:
         return {}
 
 
-def _number(value: Any) -> bool:
+def _is_sweep(tree: Mapping[str, Any]) -> bool:
+    settings: Any = tree.get("settings")
+    if not isinstance(settings, list) or not settings or not isinstance(tree.get("dense"), Mapping):
+        return False
+    return all(_is_number(mapping(s).get("macs_share")) and _is_number(mapping(s).get("speed")) for s in settings)
+
+
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def results(path: Path, digest: str) -> dict[str, Any]:
-    """Results of `sparsify eval` with their conditions, if they are those of the file with this digest.
-
-    Raises:
-        BadFile: unreadable, without conditions, or of another file.
-    """
-    found = read_json(path)
-    conditions = found.get("conditions")
-    if not isinstance(conditions, dict) or not found.get("images"):
-        raise BadFile(
-            f"{path} has no results with their conditions: 'sparsify eval FILE --results-file NAME.json' writes them"
-        )
-    if conditions.get("file_sha256") != digest:
-        raise BadFile(f"{path} has the results of another file: evaluate this one")
-    return found
-
-
-def times(path: Path, macs: int, params: int) -> dict[str, Any]:
-    """Figures of `sparsify profile --json`, if they were measured of a model with as many MACs and parameters.
-
-    Raises:
-        BadFile: unreadable, nothing measured, or of another model.
-    """
-    found = read_json(path)
-    if found.get("latency_ms_sparse") is None:
-        raise BadFile(f"{path} has no measured times: 'sparsify profile FILE --json NAME.json' writes them")
-    if (found.get("macs_sparse"), found.get("param_count")) != (macs, params):
-        raise BadFile(f"{path} has the times of another model: profile this one")
-    return found

@@ -19,15 +19,13 @@ from sparsify.recipe import recipe_yaml
 from sparsify.report import profile, words
 from sparsify.report.published import PUBLISHED_DENSE_TOP1, published
 from sparsify.report.sweep_plot import plot, top1_error
+from sparsify.report.words import number
 
 FORMAT = 1  # of the JSON
 SPEED = (
     "Speed: time of the dense model over that of the setting, round by round; the median, in brackets the 10th and 90th "
     "percentile. The sparse form is timed, without a dense fallback."
 )
-
-
-# words
 
 
 def label(setting: Setting) -> str:
@@ -39,29 +37,26 @@ def quality(e: Evaluation) -> list[tuple[str, str, str]]:
     """Figures of a setting beside dense, those that apply: heading, the dense model's, the setting's."""
     cells: list[tuple[str, str, str]] = []
     if e.top1 is not None:
-        cells.append(("top-1 %", _number(e.dense_top1, ".2f"), _number(e.top1, ".2f")))
+        cells.append(("top-1 %", number(e.dense_top1, ".2f", ""), number(e.top1, ".2f")))
     if e.agreement is not None:
         cells.append(("agree %", "", f"{e.agreement:.2f}"))
-        cells.append(("KL", "", _number(e.kl, ".4f").replace("-0.0000", "0.0000")))  # equal but for rounding
+        cells.append(("KL", "", number(e.kl, ".4f", "").replace("-0.0000", "0.0000")))  # equal but for rounding
     if e.images_lost is not None:
         cells.append(("lost/gained", "", f"{e.images_lost}/{e.images_gained}"))
     if e.cosine_pooled is not None:
         cells.append(("cosine", "", f"{e.cosine_pooled:.4f}"))
-        cells.append(("of patches", "", _number(e.cosine_patch, ".4f")))
+        cells.append(("of patches", "", number(e.cosine_patch, ".4f", "")))
     if e.knn_top1 is not None:
-        cells.append(("kNN top-1 %", _number(e.dense_knn_top1, ".2f"), f"{e.knn_top1:.2f}"))
+        cells.append(("kNN top-1 %", number(e.dense_knn_top1, ".2f", ""), f"{e.knn_top1:.2f}"))
     return cells
 
 
 def conditions(sweep: Sweep) -> str:
     """Where and how the times were measured, in one line."""
     c = sweep.conditions
-    height, width = c["img_size"]
-    threads = "1 thread" if c["threads"] == 1 else f"{c['threads']} threads"
-    place = c["device_name"] if c["device"] == "cpu" else f"{c['device_name']} ({c['device']})"
     return (
-        f"{place}, {threads}, {c['dtype']}, batch {c['batch_size']}, {height}x{width}, all models in turns, "
-        f"{c['runs']} runs, backend {c['backend']}, torch {c['torch']}, timm {c['timm']}, sparsify {c['sparsify']}"
+        f"{words.setup(words.device(c), c)}, {words.rectangle(c['img_size'])}, all models in turns, {c['runs']} runs, "
+        f"backend {c['backend']}, torch {c['torch']}, timm {c['timm']}, sparsify {c['sparsify']}"
     )
 
 
@@ -73,39 +68,19 @@ def seen(sweep: Sweep) -> str:
     return f"{e.images:,} images{labels} of {sweep.images}{broken}; calibrated on {sweep.calibration}"
 
 
-# files
-
-
 def to_markdown(sweep: Sweep, prefix: str, picture: bool) -> str:
     """The sweep as GitHub Markdown; `prefix`: of its files' names."""
-    one, p = sweep.settings[0], sweep.settings[0].profile
-    headings = ["setting", "MACs", "change", "MHSA MACs", "change"]
-    cells = quality(one.evaluation)
-    change = one.evaluation.top1 is not None
-    headings += [name for name, _, _ in cells[:1]] + (["change"] if change else [])
-    headings += [name for name, _, _ in cells[1:]] + ["ms (p10-p90)", "speed"]
-    dense = [cell for _, cell, _ in cells]
-    first = ["dense", words.human(p.dense.macs), "", words.human(p.dense.mhsa_macs), ""]
-    rows = [[*first, *dense[:1], *([""] if change else []), *dense[1:], _ms(sweep.dense), "1"]]
-    for s in sweep.settings:
-        p, own, speed = s.profile, [cell for _, _, cell in quality(s.evaluation)], s.speed
-        rows.append([
-            label(s), words.human(p.macs_sparse), words.change(p.dense.macs, p.macs_sparse),
-            words.human(p.mhsa_macs_sparse), words.change(p.dense.mhsa_macs, p.mhsa_macs_sparse),
-            *own[:1], *([_top1_change(s.evaluation)] if change else []), *own[1:],
-            _ms(s.timing), f"{speed.median:.2f}x ({speed.p10:.2f}-{speed.p90:.2f})",
-        ])  # fmt: skip
-    lines = [f"# Sweep of {sweep.model}", "", *words.markdown_table(tuple(headings), rows), ""]
+    lines = [f"# Sweep of {sweep.model}", "", *_table(sweep), ""]
     lines += [
         "MACs are of one image, and theoretical; MHSA is the attention without its projections. `keep`: sparse attention,",
         "all tokens stay. `target`: a schedule of keeps and tokens was searched for that share of the dense model's MACs.",
         "No setting was trained.",
         "",
         f"Measured on {seen(sweep)}.",
-        *(["Change in top-1: points, with its standard error over the same images."] if change else []),
-        "",
-        f"Timed on {conditions(sweep)}. {SPEED} {profile.NOT_SPEED}",
     ]
+    if sweep.settings[0].evaluation.top1 is not None:
+        lines.append("Change in top-1: points, with its standard error over the same images.")
+    lines += ["", f"Timed on {conditions(sweep)}. {SPEED} {profile.NOT_SPEED}"]
     if warning := profile.uncounted({k: v for s in sweep.settings for k, v in s.profile.unsupported.items()}):
         lines += ["", f"**{warning}**"]
     if sweep.skipped:
@@ -117,10 +92,30 @@ def to_markdown(sweep: Sweep, prefix: str, picture: bool) -> str:
     lines += ["", "## Settings", "", "A setting again, as a model:", ""]
     example = sweep.settings[-1].choice.name
     lines += [f"    {' '.join(sweep.convert)} --recipe {prefix}.recipes/{example}.yaml -o {example}.safetensors", ""]
-    lines += words.markdown_table(("setting", "recipe", "keep of each block", "tokens into each block, and out"), [
+    headings = ("setting", "recipe", "keep of each block", "tokens into each block, and out")
+    rows = [
         (label(s), f"{s.choice.name}.yaml", " ".join(_keeps(s)), " ".join(map(str, _tokens(s)))) for s in sweep.settings
-    ], left=4)  # fmt: skip
-    return "\n".join(lines) + "\n"
+    ]
+    return "\n".join([*lines, *words.markdown_table(headings, rows, left=4)]) + "\n"
+
+
+def _table(sweep: Sweep) -> list[str]:
+    """All settings beside dense; the first figure of `quality` has its change beside it, if that is top-1."""
+    first, *others = quality(sweep.settings[0].evaluation)
+    change = sweep.settings[0].evaluation.top1 is not None
+    headings = ["setting", "MACs", "change", "MHSA MACs", "change", first[0], *["change"] * change]
+    headings += [*(name for name, _, _ in others), "ms (p10-p90)", "speed"]
+    dense = sweep.settings[0].profile.dense
+    row = ["dense", words.human(dense.macs), "", words.human(dense.mhsa_macs), "", first[1], *[""] * change]
+    rows = [[*row, *(cell for _, cell, _ in others), _ms(sweep.dense), "1"]]
+    for s in sweep.settings:
+        p, speed = s.profile, s.speed
+        row = [label(s), words.human(p.macs_sparse), words.change(dense.macs, p.macs_sparse)]
+        row += [words.human(p.mhsa_macs_sparse), words.change(dense.mhsa_macs, p.mhsa_macs_sparse)]
+        figure, *figures = [cell for _, _, cell in quality(s.evaluation)]
+        row += [figure, *[_top1_change(s.evaluation)] * change, *figures]
+        rows.append([*row, _ms(s.timing), f"{speed.median:.2f}x ({speed.p10:.2f}-{speed.p90:.2f})"])
+    return words.markdown_table(headings, rows)
 
 
 def as_dict(sweep: Sweep, prefix: str) -> dict[str, Any]:
@@ -128,38 +123,62 @@ def as_dict(sweep: Sweep, prefix: str) -> dict[str, Any]:
 
     Figures of the evaluation are `sparsify.measure.accuracy.Evaluation`'s, percent from 0 to 100.
     """
-    one = sweep.settings[0]
-    settings = []
-    for s in sweep.settings:
-        p = s.profile
-        figures = s.evaluation.as_dict()
-        for name in ("model", "param_count", "img_size", "crop_pct", "interpolation", "images", "broken"):
-            del figures[name]
-        figures = {k: v for k, v in figures.items() if not k.startswith(("dense_", "throughput_"))}
-        settings.append({
-            "name": s.choice.name, "kind": s.choice.kind, "asked": s.choice.asked,
-            "macs": p.macs_sparse, "macs_share": s.share, "mhsa_macs": p.mhsa_macs_sparse,
-            "mhsa_macs_share": p.mhsa_macs_sparse / p.dense.mhsa_macs, "stage_macs": p.stage_macs, **figures,
-            "top1_change": None if s.evaluation.top1 is None else s.evaluation.top1 - (s.evaluation.dense_top1 or 0),
-            "top1_change_error": top1_error(s.evaluation), "latency_ms": asdict(s.timing),
-            "speed": s.speed.median, "speed_p10": s.speed.p10, "speed_p90": s.speed.p90,
-            "keeps": _keeps(s), "tokens": _tokens(s),
-            "predicted_damage": s.choice.damage,
-            "recipe": f"{prefix}.recipes/{s.choice.name}.yaml", "sparsity": s.choice.config.model_dump(mode="json"),
-        })  # fmt: skip
-    e = one.evaluation
+    one, e = sweep.settings[0], sweep.settings[0].evaluation
     return {
-        "format": FORMAT, "model": sweep.model, "weights": sweep.weights, "architecture": sweep.architecture,
-        "classes": sweep.classes, "data": sweep.images, "labelled": sweep.labelled, "images": e.images,
-        "broken": e.broken, "calibration": sweep.calibration, "seed": one.recipe.seed,
+        "format": FORMAT,
+        "model": sweep.model,
+        "weights": sweep.weights,
+        "architecture": sweep.architecture,
+        "classes": sweep.classes,
+        "data": sweep.images,
+        "labelled": sweep.labelled,
+        "images": e.images,
+        "broken": e.broken,
+        "calibration": sweep.calibration,
+        "seed": one.recipe.seed,
         "dense": {
-            "macs": one.profile.dense.macs, "mhsa_macs": one.profile.dense.mhsa_macs, "top1": e.dense_top1,
-            "top5": e.dense_top5, "knn_top1": e.dense_knn_top1, "latency_ms": asdict(sweep.dense),
+            "macs": one.profile.dense.macs,
+            "mhsa_macs": one.profile.dense.mhsa_macs,
+            "top1": e.dense_top1,
+            "top5": e.dense_top5,
+            "knn_top1": e.dense_knn_top1,
+            "latency_ms": asdict(sweep.dense),
         },
-        "settings": settings, "skipped": dict(sweep.skipped), "conditions": dict(sweep.conditions),
-        "convert": " ".join(sweep.convert), "published": [p._asdict() for p in published(sweep)],
+        "settings": [_setting_dict(s, prefix) for s in sweep.settings],
+        "skipped": dict(sweep.skipped),
+        "conditions": dict(sweep.conditions),
+        "convert": " ".join(sweep.convert),
+        "published": [p._asdict() for p in published(sweep)],
         "seconds": sweep.seconds,
-    }  # fmt: skip
+    }
+
+
+def _setting_dict(s: Setting, prefix: str) -> dict[str, Any]:
+    e, p = s.evaluation, s.profile
+    same = "model param_count img_size crop_pct interpolation images broken".split()  # in all settings
+    figures = {k: v for k, v in e.as_dict().items() if k not in same and not k.startswith(("dense_", "throughput_"))}
+    return {
+        "name": s.choice.name,
+        "kind": s.choice.kind,
+        "asked": s.choice.asked,
+        "macs": p.macs_sparse,
+        "macs_share": s.share,
+        "mhsa_macs": p.mhsa_macs_sparse,
+        "mhsa_macs_share": p.mhsa_macs_sparse / p.dense.mhsa_macs,
+        "stage_macs": p.stage_macs,
+        **figures,
+        "top1_change": None if e.top1 is None else e.top1 - (e.dense_top1 or 0),
+        "top1_change_error": top1_error(e),
+        "latency_ms": asdict(s.timing),
+        "speed": s.speed.median,
+        "speed_p10": s.speed.p10,
+        "speed_p90": s.speed.p90,
+        "keeps": _keeps(s),
+        "tokens": _tokens(s),
+        "predicted_damage": s.choice.damage,
+        "recipe": f"{prefix}.recipes/{s.choice.name}.yaml",
+        "sparsity": s.choice.config.model_dump(mode="json"),
+    }
 
 
 def can_write(prefix: Path) -> None:
@@ -180,9 +199,9 @@ def can_write(prefix: Path) -> None:
 
 
 def write(sweep: Sweep, prefix: Path) -> tuple[list[Path], str]:
-    """Writes PREFIX.md, PREFIX.json, PREFIX.png and PREFIX.recipes; what an earlier sweep left there goes.
+    """Writes PREFIX.md, PREFIX.json, PREFIX.png and PREFIX.recipes in place of those of an earlier sweep.
 
-    All are made beside their places first, so that an error or Ctrl-C leaves the old ones.
+    All are written to a temporary folder first, so that an error or Ctrl-C leaves the old ones.
 
     Returns:
         The files and the folder; and one line where the drawing failed, else ''.
@@ -193,17 +212,17 @@ def write(sweep: Sweep, prefix: Path) -> tuple[list[Path], str]:
     name, note = prefix.name, ""
     try:
         with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=prefix.parent) as made:
-            place = Path(made)
+            folder = Path(made)
             try:
-                plot(sweep, place / "png")
-            except Exception as error:  # figures that took an hour are not lost to a font that is missing
+                plot(sweep, folder / "png")
+            except Exception as error:  # a missing font must not cost figures that took an hour
                 note = f"no picture was drawn: {one_line(error)}"
-                (place / "png").unlink(missing_ok=True)
-            write_text(place / "md", to_markdown(sweep, name, not note))
-            write_json(place / "json", as_dict(sweep, name))
+                (folder / "png").unlink(missing_ok=True)
+            write_text(folder / "md", to_markdown(sweep, name, not note))
+            write_json(folder / "json", as_dict(sweep, name))
             for s in sweep.settings:
-                write_text(place / f"{s.choice.name}.yaml", recipe_yaml(s.recipe))
-            return _move(place, prefix, [s.choice.name for s in sweep.settings]), note
+                write_text(folder / f"{s.choice.name}.yaml", recipe_yaml(s.recipe))
+            return _move(folder, prefix, [s.choice.name for s in sweep.settings]), note
     except OSError as error:
         raise BadFile(f"cannot write {prefix}.md and what goes with it: {one_line(error)}") from error
 
@@ -228,13 +247,13 @@ def _move(made: Path, prefix: Path, names: Sequence[str]) -> list[Path]:
 
 
 def _published_words(sweep: Sweep) -> str:
+    measured = number(sweep.settings[0].evaluation.dense_top1, ".2f", "")
     return (
         "Published, fine-tuned: Sparsifiner (CVPR 2023) and the token pruning it compares with, DeiT-S on ImageNet's "
-        f"50,000 validation images, trained after conversion. The picture places them by what they lose against their own "
-        f"dense model ({PUBLISHED_DENSE_TOP1:g} %), from the dense accuracy measured here "
-        f"({_number(sweep.settings[0].evaluation.dense_top1, '.2f')} %). The paper gives the attention's MACs alone, in its "
-        "own accounting; the share of the whole model is worked out from them: 4.599 G less what the attention saves, and "
-        "for pruned tokens the total that the same formulae give."
+        "50,000 validation images, trained after conversion. The picture places them by what they lose against their own "
+        f"dense model ({PUBLISHED_DENSE_TOP1:g} %), from the dense accuracy measured here ({measured} %). The paper gives "
+        "the attention's MACs alone, in its own accounting; the share of the whole model is worked out from them: 4.599 G "
+        "less what the attention saves, and for pruned tokens the total that the same formulae give."
     )
 
 
@@ -256,8 +275,4 @@ def _top1_change(e: Evaluation) -> str:
 
 
 def _ms(t: Timing) -> str:
-    return f"{words.plain(t.median)} ({words.plain(t.p10)}-{words.plain(t.p90)})"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+    return f"{words.plain(t.median)} ({words.spread(t)})"

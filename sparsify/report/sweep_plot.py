@@ -8,55 +8,51 @@ from typing import Any
 
 from sparsify.measure.accuracy import Evaluation
 from sparsify.measure.sweep import Sweep
-from sparsify.report.drawing import BLUE, GREEN, GREY, ORANGE
-from sparsify.report.published import PUBLISHED_DENSE_TOP1, Point, published
+from sparsify.report import drawing, words
+from sparsify.report.published import PUBLISHED_DENSE_TOP1, PublishedResult, published
+
+SERIES = (
+    ("keep", "sparse attention, all tokens", "o", drawing.BLUE),
+    ("macs", "searched schedule: fewer tokens and keys", "s", drawing.ORANGE),
+)
 
 
 def plot(sweep: Sweep, path: Path) -> None:
-    """Two panels: accuracy (or agreement, or cosine) over MACs left, and over time left; PNG, 1600 pixels wide."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    field, words, dense = _axis(sweep.settings[0].evaluation)
-    figure = Figure(figsize=(8, 4.4), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
+    """Accuracy (or agreement, or cosine) over MACs, and over time, both in percent of dense: PNG, 1600 pixels wide."""
+    field, y_label, dense = _axis(sweep.settings[0].evaluation)
+    figure = drawing.figure(8, 4.4, 200, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for kind, name, marker, colour in (
-        ("keep", "sparse attention, all tokens", "o", BLUE),
-        ("macs", "searched schedule: fewer tokens and keys", "s", ORANGE),
-    ):
-        some = sorted((s for s in sweep.settings if s.choice.kind == kind), key=lambda s: s.share)
-        if not some:
+    for kind, name, marker, colour in SERIES:
+        settings = sorted((s for s in sweep.settings if s.choice.kind == kind), key=lambda s: s.share)
+        if not settings:
             continue
-        y = [getattr(s.evaluation, field) for s in some]
+        macs, times = [100 * s.share for s in settings], [100 / s.speed.median for s in settings]
+        y = [getattr(s.evaluation, field) for s in settings]
         style: dict[str, Any] = dict(marker=marker, markersize=6, linewidth=1.4, color=colour)
-        left.plot([100 * s.share for s in some], y, label=name, **style)
+        left.plot(macs, y, label=name, **style)
         if field == "top1":
-            error = [top1_error(s.evaluation) for s in some]
-            left.errorbar([100 * s.share for s in some], y, yerr=error, ecolor=colour, fmt="none", elinewidth=0.8)
-        x = [100 / s.speed.median for s in some]
-        low, high = [100 / s.speed.p90 for s in some], [100 / s.speed.p10 for s in some]
-        spread = [[m - a for m, a in zip(x, low, strict=True)], [b - m for m, b in zip(x, high, strict=True)]]
-        right.errorbar(x, y, xerr=spread, elinewidth=1, capsize=2.5, **style)
+            error = [top1_error(s.evaluation) for s in settings]
+            left.errorbar(macs, y, yerr=error, ecolor=colour, fmt="none", elinewidth=0.8)
+        below = [x - 100 / s.speed.p90 for x, s in zip(times, settings, strict=True)]
+        above = [100 / s.speed.p10 - x for x, s in zip(times, settings, strict=True)]
+        right.errorbar(times, y, xerr=[below, above], elinewidth=1, capsize=2.5, **style)
     for axes in (left, right):
         axes.plot([100], [dense], marker="*", markersize=13, color="black", linestyle="none", label="dense", zorder=5)
     if points := published(sweep):
         _draw_published(left, points, dense)
     left.set_xlabel("MACs left, % of dense (theoretical)", fontsize=10)
     right.set_xlabel("time left, % of dense (measured, p10 to p90)", fontsize=10)
-    left.set_ylabel(words, fontsize=10)
+    left.set_ylabel(y_label, fontsize=10)
     for axes in (left, right):
+        drawing.tidy(axes)
         axes.grid(alpha=0.3, linewidth=0.6)
-        axes.tick_params(labelsize=9)
         axes.axvline(100, color="0.6", linestyle=":", linewidth=1, zorder=0)
         axes.margins(0.07, 0.09)
         axes.ticklabel_format(useOffset=False)
-        axes.spines[["top", "right"]].set_visible(False)
     c = sweep.conditions
-    threads = "1 thread" if c["threads"] == 1 else f"{c['threads']} threads"
     figure.suptitle(
         f"{sweep.model} at {c['img_size'][0]} px, not trained: {sweep.settings[0].evaluation.images:,} images; "
-        f"{threads}, {c['dtype']}, batch {c['batch_size']}",
+        f"{words.threads(c['threads'])}, {c['dtype']}, batch {c['batch_size']}",
         fontsize=10.5,
     )
     handles, labels = left.get_legend_handles_labels()
@@ -64,21 +60,16 @@ def plot(sweep: Sweep, path: Path) -> None:
     figure.savefig(path, format="png")
 
 
-def _draw_published(axes: Any, points: Sequence[Point], dense: float) -> None:
+def _draw_published(axes: Any, points: Sequence[PublishedResult], dense: float) -> None:
     """Placed by what they lose against their own dense model, which is the same on ImageNet's validation set."""
-    for name, marker, colour, some in (
-        (
-            "published, fine-tuned: Sparsifiner, loss against its dense",
-            "^",
-            GREEN,
-            [p for p in points if p.token_keep == 1],
-        ),
-        ("published, fine-tuned: pruned tokens, likewise", "v", GREY, [p for p in points if p.token_keep < 1]),
+    pruned = [p for p in points if p.token_keep < 1]
+    for name, marker, colour, group in (
+        ("Sparsifiner, loss against its dense", "^", drawing.GREEN, [p for p in points if p.token_keep == 1]),
+        ("pruned tokens, likewise", "v", drawing.GREY, pruned),
     ):
-        axes.plot(
-            [100 * p.macs_share for p in some], [dense + p.top1 - PUBLISHED_DENSE_TOP1 for p in some], marker=marker,
-            markersize=5.5, linestyle="none", markerfacecolor="none", color=colour, label=name,
-        )  # fmt: skip
+        style = dict(marker=marker, markersize=5.5, linestyle="none", markerfacecolor="none", color=colour)
+        x, y = [100 * p.macs_share for p in group], [dense + p.top1 - PUBLISHED_DENSE_TOP1 for p in group]
+        axes.plot(x, y, label=f"published, fine-tuned: {name}", **style)
 
 
 def top1_error(e: Evaluation) -> float | None:

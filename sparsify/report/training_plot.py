@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsify.files import whole
-from sparsify.report.drawing import BLUE, GREEN, ORANGE
+from sparsify.report import drawing
+from sparsify.report.drawing import BLUE, GREEN, ORANGE, PURPLE
 
-PURPLE = "#CC79A7"  # of the same palette
 SHADES = ("0.92", "0.84")  # of the stages, in turns
 POINTS = 2000  # of a line: more are drawn as least and largest of each bin
 WIDE = 20.0  # largest over smallest from which an axis is logarithmic
@@ -21,16 +21,16 @@ WIDE = 20.0  # largest over smallest from which an axis is logarithmic
 Row = Mapping[str, Any]
 
 
-class Score(NamedTuple):
-    """A column of validation.csv as a line."""
+class Curve(NamedTuple):
+    """A column of validation.csv that is drawn as a line."""
 
     field: str
     name: str
     colour: str
 
 
-PERCENT = (Score("top1", "top-1", GREEN), Score("agreement", "agreement", BLUE))
-KL = (Score("kl", "KL", PURPLE),)
+PERCENT = (Curve("top1", "top-1", GREEN), Curve("agreement", "agreement", BLUE))
+KL = (Curve("kl", "KL", PURPLE),)
 
 
 class Span(NamedTuple):
@@ -51,17 +51,13 @@ def draw(steps: Sequence[Row], scores: Sequence[Row], target: Path, stages: Sequ
     Raises:
         BadFile: `target` cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if not steps and not scores:
         return
     spans = _spans([*steps, *scores], stages)
     percent, kl = _present(scores, PERCENT), _present(scores, KL)
     heights = [(0.22, True), (2.6, bool(steps)), (0.8, bool(steps)), (2.0, bool(percent)), (1.2, bool(kl))]
     shown = [height for height, there in heights if there]
-    figure = Figure(figsize=(9, 0.9 + 1.05 * sum(shown)), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = drawing.figure(9, 0.9 + 1.05 * sum(shown), 200, layout="constrained")
     panels = list(figure.subplots(len(shown), 1, sharex=True, height_ratios=shown, squeeze=False)[:, 0])
     short = _names(panels[0], spans)
     rest = iter(panels[1:])
@@ -76,8 +72,7 @@ def draw(steps: Sequence[Row], scores: Sequence[Row], target: Path, stages: Sequ
         for i, span in enumerate(spans):
             axes.axvspan(span.begin, span.end, color=SHADES[i % 2], alpha=0.45, linewidth=0, zorder=0)
         axes.grid(alpha=0.35, linewidth=0.6)
-        axes.tick_params(labelsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
+        drawing.tidy(axes)
         axes.margins(y=0.12)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="upper left", bbox_to_anchor=(1.005, 1.02), fontsize=8.5, frameon=False)
@@ -105,7 +100,7 @@ def _spans(rows: Sequence[Row], names: Sequence[str]) -> list[Span]:
     return spans or [Span(0, "start", 0, 1)]
 
 
-def _present(rows: Sequence[Row], scores: Sequence[Score]) -> list[Score]:
+def _present(rows: Sequence[Row], scores: Sequence[Curve]) -> list[Curve]:
     return [s for s in scores if any(row[s.field] is not None for row in rows)]
 
 
@@ -162,7 +157,7 @@ def _rate(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_ylabel("learning\nrate", fontsize=10)
 
 
-def _scores(axes: Any, rows: Sequence[Row], scores: Sequence[Score], words: str) -> None:
+def _scores(axes: Any, rows: Sequence[Row], scores: Sequence[Curve], words: str) -> None:
     """A line for each score, filled marks for the weights, hollow for their running mean; dashed: the start; star: best."""
     kinds: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("current", "", {"marker": "o"}),
@@ -188,7 +183,7 @@ def _scores(axes: Any, rows: Sequence[Row], scores: Sequence[Score], words: str)
     axes.set_ylabel(words, fontsize=10)
 
 
-def _points(rows: Sequence[Row], score: Score) -> list[tuple[int, float]]:
+def _points(rows: Sequence[Row], score: Curve) -> list[tuple[int, float]]:
     return [(r["step"], r[score.field]) for r in rows if r[score.field] is not None and math.isfinite(r[score.field])]
 
 

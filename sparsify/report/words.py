@@ -1,20 +1,15 @@
-"""Numbers as words: counts, times, memory, changes; rows of tables."""
+"""Figures as words: counts, times, memory, changes, conditions; tables in Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-
-def markdown_table(headings: tuple[str, ...], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """A Markdown table; all but the first `left` columns are aligned to the right."""
-    rule = ["---" if i < left else "---:" for i in range(len(headings))]
-    return [f"| {' | '.join(cells)} |" for cells in (headings, tuple(rule), *rows)]
-
+from sparsify.measure.latency import Timing
 
 Row = tuple[str, str, str, str]  # what, dense, sparse, change
-
-
-NOTHING = "–"  # a figure that there is not
+HEADINGS = ("", "dense", "sparse", "change")
+NOTHING = "–"  # in the place of a missing figure
 
 
 def human(count: float) -> str:
@@ -37,10 +32,20 @@ def memory(size: float) -> str:
     return text.replace(" k", " kB").replace(" M", " MB").replace(" G", " GB") if " " in text else f"{text} B"
 
 
+def number(value: Any, form: str, missing: str = NOTHING) -> str:
+    """A number in a format of Python's; `missing` for None and anything else that is no number."""
+    return format(value, form) if isinstance(value, int | float) else missing
+
+
+def spread(timing: Timing | None) -> str:
+    """'9.12-11.3': 10th to 90th percentile, ms."""
+    return NOTHING if timing is None else f"{plain(timing.p10)}-{plain(timing.p90)}"
+
+
 def change(dense: float | None, sparse: float) -> str:
     """Relative change from dense to sparse: '-70.1 %'; a change too small for that keeps its sign: '-0.04 %'.
 
-    A dash where there is no dense figure, '' where it is 0.
+    A dash if there is no dense figure, '' if it is 0.
     """
     if dense is None:
         return NOTHING
@@ -50,3 +55,36 @@ def change(dense: float | None, sparse: float) -> str:
     if percent == 0:
         return "0 %"
     return f"{percent:+.1f} %" if abs(percent) >= 0.1 else f"{percent:+.2g} %"
+
+
+def rectangle(sides: Sequence[int]) -> str:
+    """(14, 14) -> '14x14'."""
+    return "x".join(map(str, sides))
+
+
+def threads(count: int) -> str:
+    """'1 thread' or '8 threads'."""
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
+def device(conditions: Mapping[str, Any]) -> str:
+    """The device's name, and torch's word for it unless it is the CPU."""
+    name = str(conditions["device_name"])
+    return name if conditions["device"] == "cpu" else f"{name} ({conditions['device']})"
+
+
+def setup(where: str, conditions: Mapping[str, Any]) -> str:
+    """The device `where`, threads, dtype and batch size of a measurement."""
+    c = conditions
+    return f"{where}, {threads(c['threads'])}, {c['dtype']}, batch {c['batch_size']}"
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """`value` from a file if it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Lines of a Markdown table; all but the first `left` columns are aligned to the right."""
+    rule = ["---" if i < left else "---:" for i in range(len(headings))]
+    return [f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows)]

@@ -66,7 +66,10 @@ def report(
     swept = None if sweep is None else readback.sweep(sweep)
     figures = None if profile is None else readback.profile(profile)
     header, model = checkpoint.read_header(file), checkpoint.load(file)
-    readback.check(file, header, model, profile, figures, eval_file, evaluation)
+    if profile is not None and figures is not None:
+        readback.check_profile(profile, figures, file, header, model)
+    if eval_file is not None and evaluation is not None:
+        readback.check_evaluation(eval_file, evaluation, file, model)
     beside = original.load_original(header, dense, None, say) if dense else None
     with Reporter(quiet) as reporter:
         shown = show.look(
