@@ -6,7 +6,7 @@
     python benchmarks/families.py eva beit     the comparison for these modules of timm
 
 The models are random, one block deep and 64 channels wide on a grid of 4x4 patches, with attention made uneven
-(`tests/support.py`).
+(`tests/timm_names.py`).
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from helpers import support  # noqa: E402
+from helpers import timm_names  # noqa: E402
 from sparsify.errors import UnsupportedModel  # noqa: E402
 from sparsify.nn import hosts  # noqa: E402
 
 
 def main() -> int:
     if "--write" in sys.argv:
-        (ROOT / "docs" / "families.md").write_text(support.table())
+        (ROOT / "docs" / "families.md").write_text(timm_names.table())
         return 0
-    modules = [name for name in sys.argv[1:] if name in support.names()] or list(support.names())
+    modules = [name for name in sys.argv[1:] if name in timm_names.names()] or list(timm_names.names())
     start, worst, equal, refused, failed = time.perf_counter(), (0.0, ""), 0, 0, []
     for module in modules:
-        names = support.names()[module]
+        names = timm_names.names()[module]
         for name in names:
-            if isinstance(support.frame(name), str):
+            if isinstance(timm_names.frame(name), str):
                 refused += 1
                 continue
-            dense = support.small(name)
+            dense = timm_names.small(name)
             try:
-                found = max(support.difference(dense, predictor) for predictor in ("head-lowrank", "token-lowrank"))
-                assert found <= support.TOLERANCE and support.reaches_the_output(dense), found
+                found = max(timm_names.difference(dense, predictor) for predictor in ("head-lowrank", "token-lowrank"))
+                assert found <= timm_names.TOLERANCE and timm_names.reaches_the_output(dense), found
             except Exception as error:
                 failed.append(f"{name}: {error!r}")
                 continue
@@ -49,7 +49,7 @@ def main() -> int:
         print(f"{module}: {len(names)} names, {time.perf_counter() - start:.0f} s", flush=True)
     print(f"{equal} equal dense at keep=1 (worst {worst[0]:.1e}, {worst[1]}), {refused} refused, {len(failed)} failed")
     print(*failed, sep="\n")
-    strange = others() if len(modules) == len(support.names()) else []
+    strange = others() if len(modules) == len(timm_names.names()) else []
     print(*strange, sep="\n")
     return 1 if failed or strange else 0
 
@@ -58,7 +58,7 @@ def others() -> list[str]:
     """Names that are not refused as they should be: whole models of the six modules that are not what their first block
     is, and models of other modules that are understood. Built on the meta device."""
     found, refused, unbuilt = [], 0, 0
-    own = {name for names in support.names().values() for name in names}
+    own = {name for names in timm_names.names().values() for name in names}
     for name in timm.list_models():
         try:
             with torch.device("meta"):
@@ -73,7 +73,7 @@ def others() -> list[str]:
             converts, refused = False, refused + 1
             if name not in str(error) or "\n" in str(error):
                 found.append(f"{name}: refused, but not by name: {error}")
-        if converts != (name in own and isinstance(support.frame(name), nn.Module)):
+        if converts != (name in own and isinstance(timm_names.frame(name), nn.Module)):
             found.append(f"{name}: whole model {'converts' if converts else 'is refused'}, unlike what the page says")
     print(
         f"{refused} of timm's names refused by name, {unbuilt} not to be built on the meta device, {len(found)} strange"

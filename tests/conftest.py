@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import tune
+from helpers import small_runs
 from sparsify.cli.app import main
 from sparsify.fit.finetune.validation import ValidationScore, Validator
 from sparsify.jobs.convert import Conversion
@@ -75,11 +75,11 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Conversion:
-    """`tune.CHOSEN` from its first step to its last, whose weights are written."""
+    """`small_runs.CHOSEN` from its first step to its last, whose weights are written."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ValidationScore, "better_than", lambda self, other: True)
-        return tune.convert(folder / "m.safetensors", tune.CHOSEN)
+        return small_runs.convert(folder / "m.safetensors", small_runs.CHOSEN)
 
 
 @pytest.fixture

@@ -1,1 +1,9 @@
-"""Accuracy, MACs, time, and one image inside the model. May import images, models, nn, ops and roots."""
+"""Accuracy, MACs, time, and one image inside the model. May import images, nn, ops and the roots.
+
+evaluate, accuracy      the sparse model beside the dense one on labelled images; the figures
+profile, figures        MACs and time of both; the figures
+macs, analytic, paper   MACs counted by fvcore, by formulas, and as the paper counts them
+latency, paths          timing; which path `auto` takes for each block
+inspection              queries, selected keys and remaining tokens of one image
+conditions, sweep       what a result was measured on; the rows of a sweep
+"""

@@ -1,1 +1,9 @@
-"""Inside a sparse model: predictor, sparse attention, and the adapters that graft them into a timm host."""
+"""Sparse attention inside timm's models. May import ops and config.
+
+hosts, projection       which models are supported, and what is read from them and their attention
+graft, folding          exchanges a host's attention modules; folds predictors into their weights
+attention, predictor    the sparse attention module; what ranks its keys
+execution               which path computes it
+tokens, merging, importance, token_blocks, token_models    removal of tokens: state, methods, blocks, whole models
+observe                 queries and keys of each block, for fits and losses
+"""

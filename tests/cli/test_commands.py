@@ -10,8 +10,8 @@ import timm
 from PIL import Image
 from safetensors.torch import save_file
 
-from helpers.folders import class_folders
-from helpers.said import the_error
+from helpers.error_lines import the_error
+from helpers.image_folders import class_folders
 from sparsify.cli.app import main
 from sparsify.measure import latency
 from sparsify.ops import backends

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from helpers import tune
-from helpers.said import the_error
-from helpers.tune import ATTENTION, recipe
+from helpers import small_runs
+from helpers.error_lines import the_error
+from helpers.small_runs import ATTENTION, recipe
 from sparsify import api
 from sparsify.fit.finetune import loop
 from sparsify.fit.finetune import run as runs
@@ -42,7 +42,7 @@ def equal(a, b):
 
 
 def close(run, other, relative=1e-5):
-    for row, same in zip(tune.losses(run), tune.losses(other), strict=True):
+    for row, same in zip(small_runs.losses(run), small_runs.losses(other), strict=True):
         assert row == pytest.approx(same, rel=relative)
 
 
@@ -52,23 +52,23 @@ def close(run, other, relative=1e-5):
 def test_the_weights_that_judged_best_are_in_the_file(tmp_path, scores, monkeypatch):
     scores += [1.0, 0.8, 0.2, 0.5]  # start, then after each of three stages
     weights = spied(monkeypatch, "run", student_of)
-    made = tune.convert(tmp_path / "m.safetensors", recipe(*[{"steps": 1}] * 3))
+    made = small_runs.convert(tmp_path / "m.safetensors", recipe(*[{"steps": 1}] * 3))
     assert made.tuning.changed and made.tuning.best.kl == 0.2 and made.tuning.steps == 3
-    assert equal(tune.tensors(made.path), weights[1]) and equal(made.model.state_dict(), weights[1])
+    assert equal(small_runs.tensors(made.path), weights[1]) and equal(made.model.state_dict(), weights[1])
     assert not equal(weights[1], weights[2])
     finetuned = made.header.provenance["finetuned"]
     assert (finetuned["kept"], finetuned["start"]["kl"], finetuned["best"]["kl"]) == ("fine-tuned", 1.0, 0.2)
-    assert [row["best"] for row in tune.validations(made.run)] == ["1", "1", "1", "0"]
+    assert [row["best"] for row in small_runs.validations(made.run)] == ["1", "1", "1", "0"]
 
 
 @pytest.mark.parametrize("later", [1.0, 1.5, float("nan")])
 def test_the_calibrated_model_is_kept_where_nothing_was_better(tmp_path, scores, later):
     said = []
-    calibrated = tune.convert(tmp_path / "c.safetensors", recipe())  # no stages
+    calibrated = small_runs.convert(tmp_path / "c.safetensors", recipe())  # no stages
     scores += [1.0, later]
-    made = tune.convert(tmp_path / "m.safetensors", recipe({"steps": 2}), say=said.append)
+    made = small_runs.convert(tmp_path / "m.safetensors", recipe({"steps": 2}), say=said.append)
     assert not made.tuning.changed and not made.header.backbone_changed
-    assert equal(tune.tensors(made.path), tune.tensors(calibrated.path))
+    assert equal(small_runs.tensors(made.path), small_runs.tensors(calibrated.path))
     assert made.header.config == calibrated.header.config
     assert made.header.provenance["finetuned"]["kept"] == "calibrated"
     assert said[-1].startswith("kept the calibrated model")
@@ -92,12 +92,14 @@ def test_a_learning_rate_beyond_all_reason_leaves_the_best_and_one_line(run, tmp
     assert "not finite" in err and "m.safetensors has the best weights" in err and "wrote m.safetensors" in out
     header = checkpoint.read_header(tmp_path / "m.safetensors")
     assert header.provenance["finetuned"]["kept"] == "calibrated" and header.provenance["finetuned"]["stopped"]
-    assert all(t.isfinite().all() for t in tune.tensors(tmp_path / "m.safetensors").values())
+    assert all(t.isfinite().all() for t in small_runs.tensors(tmp_path / "m.safetensors").values())
     assert api.load(tmp_path / "m.safetensors")(torch.zeros(1, 3, 28, 28)).isfinite().all()
 
 
 def test_a_large_learning_rate_ends_with_the_calibrated_model(tmp_path):
-    made = tune.convert(tmp_path / "m.safetensors", recipe({"steps": 2, "optimiser": {"lr": 10.0}, "schedule": {}}))
+    made = small_runs.convert(
+        tmp_path / "m.safetensors", recipe({"steps": 2, "optimiser": {"lr": 10.0}, "schedule": {}})
+    )
     assert not made.tuning.changed and made.tuning.best == made.tuning.start
 
 
@@ -110,7 +112,7 @@ def test_a_stop_between_keeps_the_model_its_own_share_of_keys(tmp_path, monkeypa
     monkeypatch.setattr(
         loop.RunStatus, "of", lambda start, resume: loop.RunStatus(*[ValidationScore(9.0, 1.0, None, 24)] * 2)
     )
-    made = tune.convert(tmp_path / "m.safetensors", recipe(stage, repair={"images": 16}))
+    made = small_runs.convert(tmp_path / "m.safetensors", recipe(stage, repair={"images": 16}))
     assert made.tuning.stopped and made.tuning.changed
     assert {module.sparsity.keep for module in attention.sparse_modules(made.model).values()} == {0.1}
 
@@ -132,7 +134,9 @@ def test_the_share_of_keys_is_annealed_to_the_models_own(tmp_path, monkeypatch):
     monkeypatch.setattr(loop.Validator, "__call__", judge)
     keeps = {"sparsity": {"keep": (0.1, 0.2, "dense", 1.0)}}
     first = {"steps": 4, "keep": {"start": 0.6, "until": 0.5}}
-    made = tune.convert(tmp_path / "m.safetensors", recipe(first, {"steps": 1}, {"steps": 1, "keep": 0.5}, **keeps))
+    made = small_runs.convert(
+        tmp_path / "m.safetensors", recipe(first, {"steps": 1}, {"steps": 1, "keep": 0.5}, **keeps)
+    )
     expected = [[0.6, 0.6, 1.0], [0.35, 0.4, 1.0], [0.1, 0.2, 1.0], [0.1, 0.2, 1.0], [0.1, 0.2, 1.0], [0.5] * 3]
     assert [pytest.approx(row) for row in expected] == seen
     assert judged == [{0.1, 0.2, 1.0}] * 4
@@ -151,24 +155,24 @@ def test_the_running_mean_is_what_is_judged_and_kept(tmp_path, scores, monkeypat
         return whole(student, *arguments)
 
     monkeypatch.setattr(tuning, "finetune", finetune)
-    made = tune.convert(tmp_path / "m.safetensors", recipe(stage))
-    kept = tune.tensors(made.path)
+    made = small_runs.convert(tmp_path / "m.safetensors", recipe(stage))
+    kept = small_runs.tensors(made.path)
     for name, mean in start.items():
         for each in weights:
             mean = 0.9 * mean + 0.1 * each[name]
         assert torch.allclose(kept[name], mean, atol=1e-6), name
     assert not torch.allclose(kept["head.weight"], weights[-1]["head.weight"], atol=1e-4)
-    assert [row["weights"] for row in tune.validations(made.run)] == ["start", "ema"]
+    assert [row["weights"] for row in small_runs.validations(made.run)] == ["start", "ema"]
 
 
 def test_learning_rates_are_timms_by_step(tmp_path):
     stage = {"steps": 6, "schedule": {"warmup_share": 0.5, "min_lr": 1e-6}, "optimiser": {"lr": 1e-3}}
-    made = tune.convert(tmp_path / "m.safetensors", recipe(stage))
+    made = small_runs.convert(tmp_path / "m.safetensors", recipe(stage))
     from timm.scheduler.cosine_lr import CosineLRScheduler
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     scheduler = CosineLRScheduler(optimizer, 6, lr_min=1e-6, warmup_t=3, warmup_lr_init=0.0, t_in_epochs=False)
-    for step, row in enumerate(tune.losses(made.run)):
+    for step, row in enumerate(small_runs.losses(made.run)):
         scheduler.step_update(step)
         assert row["lr"] == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
 
@@ -182,7 +186,7 @@ def test_the_papers_stages_move_the_predictors_and_then_the_backbone(tmp_path, m
     targets = spied(
         monkeypatch, "_step", lambda s, found: {n: t.clone() for n, t in s.teacher.model.state_dict().items()}
     )
-    made = tune.convert(tmp_path / "m.safetensors", chosen)
+    made = small_runs.convert(tmp_path / "m.safetensors", chosen)
     start, (one, two) = network.build().state_dict(), ends
     predictors = {name for name in one if ".predictor." in name}
     assert len(predictors) == 4 * 6 and one.keys() - predictors == start.keys()
@@ -193,7 +197,7 @@ def test_the_papers_stages_move_the_predictors_and_then_the_backbone(tmp_path, m
     drawn = graft.draw(graft.graft(network.build(), chosen.sparsity), 0).state_dict()
     moved = {name for name in predictors if not torch.equal(one[name], drawn[name])}
     assert moved == {name for name in predictors if not name.endswith("b_k")} or moved == predictors
-    first, last = tune.metrics(made.run)[0], tune.metrics(made.run)[-1]
+    first, last = small_runs.metrics(made.run)[0], small_runs.metrics(made.run)[-1]
     assert first["attention"] and not first["logits"] and last["classification"] and not last["attention"]
 
 
@@ -201,7 +205,7 @@ def test_the_papers_stages_move_the_predictors_and_then_the_backbone(tmp_path, m
 def test_attention_is_the_dense_models_where_the_backbone_has_moved(tmp_path, monkeypatch, repair):
     asked = spied(monkeypatch, "_step", lambda s, found: s.teacher.pairs)
     alone = {"steps": 1, "train": "predictors", "attention": "dense", "losses": {**ATTENTION, "logits": 0, "tokens": 0}}
-    tune.convert(tmp_path / "m.safetensors", recipe(alone, {"steps": 1}, alone, repair=repair))
+    small_runs.convert(tmp_path / "m.safetensors", recipe(alone, {"steps": 1}, alone, repair=repair))
     assert asked == [repair is not None, False, True]  # else the student's own is the same, and costs nothing
 
 
@@ -210,8 +214,8 @@ def test_attention_is_the_dense_models_where_the_backbone_has_moved(tmp_path, mo
 
 def test_what_the_teacher_said_may_come_from_disk(tmp_path, monkeypatch):
     stage = {"steps": 4, "losses": {"classification": 1.0, "logits": 1.0, "tokens": 0.5}}
-    tune.convert(tmp_path / "a.safetensors", recipe(stage))
-    tune.convert(tmp_path / "b.safetensors", recipe({**stage, "cache_teacher": True}))
+    small_runs.convert(tmp_path / "a.safetensors", recipe(stage))
+    small_runs.convert(tmp_path / "b.safetensors", recipe({**stage, "cache_teacher": True}))
     close(tmp_path / "a.run", tmp_path / "b.run")
     assert not list((tmp_path / "b.run").glob("teacher-*"))
 
@@ -223,7 +227,7 @@ def test_an_epoch_from_the_cache_asks_the_teacher_for_nothing(tmp_path, monkeypa
     for i in range(20):
         scans.dataset("test")[i][0].save(tmp_path / "set" / f"{i}.png")
     chosen = recipe({"steps": None, "epochs": 3, "cache_teacher": True}, hold_back=0.2)
-    made = tune.convert(tmp_path / "m.safetensors", chosen, images=str(tmp_path / "set"))
+    made = small_runs.convert(tmp_path / "m.safetensors", chosen, images=str(tmp_path / "set"))
     assert asked == [8, 8] and made.tuning.steps == 6  # 16 images to learn from, seen three times
 
 
@@ -231,7 +235,7 @@ def test_an_epoch_from_the_cache_asks_the_teacher_for_nothing(tmp_path, monkeypa
 def test_recomputing_blocks_changes_nothing(tmp_path, losses):
     for name, recompute in (("a", False), ("b", True)):
         stage = {"train": "all", "losses": losses, "grad_checkpointing": recompute}
-        made = tune.convert(tmp_path / f"{name}.safetensors", recipe(stage))
+        made = small_runs.convert(tmp_path / f"{name}.safetensors", recipe(stage))
         assert not made.model.grad_checkpointing
     close(tmp_path / "a.run", tmp_path / "b.run")
 
@@ -240,7 +244,7 @@ def test_images_computed_together_change_nothing(tmp_path):
     losses = {"classification": 1.0, "logits": 1.0, "tokens": 0.5, "features": 1.0, **ATTENTION}
     chosen = recipe({"train": "all", "losses": losses}, {"train": "all", "losses": {"attention": 0.01}})
     for micro in (2, 8):
-        tune.convert(tmp_path / f"{micro}.safetensors", chosen, micro_batch=micro)
+        small_runs.convert(tmp_path / f"{micro}.safetensors", chosen, micro_batch=micro)
     close(tmp_path / "2.run", tmp_path / "8.run", 1e-4)
 
 
@@ -256,8 +260,10 @@ def test_validation_between_the_epochs_where_val_is_given(tmp_path):
         for val in (None, "digits")
     ]
     assert found == [[0, 7], [1, 7]]
-    made = tune.convert(tmp_path / "m.safetensors", recipe({"steps": 4, "batch_size": 500, "validate_every": None}))
-    first, _ = tune.validations(made.run)  # before the first step, and after the second epoch
+    made = small_runs.convert(
+        tmp_path / "m.safetensors", recipe({"steps": 4, "batch_size": 500, "validate_every": None})
+    )
+    first, _ = small_runs.validations(made.run)  # before the first step, and after the second epoch
     assert first["weights"] == "start"
 
 

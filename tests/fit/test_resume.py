@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from helpers import tune
-from helpers.tune import CHOSEN, recipe
+from helpers import small_runs
+from helpers.small_runs import CHOSEN, recipe
 from sparsify import processes
 from sparsify.errors import BadFile, Interrupted, UsageError
 from sparsify.fit.calibrate.repair import repair
@@ -46,21 +46,21 @@ def test_a_run_that_is_stopped_before_its_first_step_goes_on(monkeypatch, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(Interrupts, "__enter__", lambda self: setattr(self, "requested", True) or self)
         assert "before the first step" in interrupted(output)
-    same(undisturbed, tune.convert(output, CHOSEN, resume=True))
+    same(undisturbed, small_runs.convert(output, CHOSEN, resume=True))
 
 
 def interrupted(output, chosen=CHOSEN, **more):
     with pytest.raises(Interrupted) as caught:
-        tune.convert(output, chosen, **more)
+        small_runs.convert(output, chosen, **more)
     assert caught.value.exit_code == 130 and processes.agreed(caught.value)
     return caught.value.for_command_line()
 
 
 def same(made, other):
-    one, two = tune.tensors(made.path), tune.tensors(other.path)
+    one, two = small_runs.tensors(made.path), small_runs.tensors(other.path)
     assert one.keys() == two.keys() and all(torch.equal(t, two[name]) for name, t in one.items())
-    assert tune.metrics(made.run) == tune.metrics(other.run)
-    assert tune.validations(made.run) == tune.validations(other.run)
+    assert small_runs.metrics(made.run) == small_runs.metrics(other.run)
+    assert small_runs.validations(made.run) == small_runs.validations(other.run)
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 5])
@@ -70,8 +70,8 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(undisturbed, tmp_path
         stop_after(patch, step)
         message = interrupted(output)
     assert f"after {step} of 6 steps" in message and "--resume" in message and "\n" not in message
-    assert not output.exists() and [row["step"] for row in tune.metrics(tmp_path / "m.run")][-1] == str(step)
-    made = tune.convert(output, CHOSEN, resume=True, say=said.append)
+    assert not output.exists() and [row["step"] for row in small_runs.metrics(tmp_path / "m.run")][-1] == str(step)
+    made = small_runs.convert(output, CHOSEN, resume=True, say=said.append)
     assert any(line.startswith("resuming") and f"after {step} steps" in line for line in said)
     same(made, undisturbed)
     assert made.tuning.start == undisturbed.tuning.start and made.tuning.best == undisturbed.tuning.best
@@ -83,7 +83,7 @@ def test_a_run_may_be_stopped_again_and_again(undisturbed, tmp_path, monkeypatch
         stop_after(patch, 2)
         assert "after 2 of" in interrupted(output)
         assert "after 4 of" in interrupted(output, resume=True)
-    same(tune.convert(output, CHOSEN, resume=True), undisturbed)
+    same(small_runs.convert(output, CHOSEN, resume=True), undisturbed)
 
 
 def test_rows_of_steps_that_were_not_saved_are_written_anew(undisturbed, tmp_path, monkeypatch):
@@ -99,9 +99,9 @@ def test_rows_of_steps_that_were_not_saved_are_written_anew(undisturbed, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(loop.StageRun, "_step", crash)
         with pytest.raises(RuntimeError, match="power cut"):
-            tune.convert(output, CHOSEN)
-    assert len(tune.metrics(tmp_path / "m.run")) == 4
-    same(tune.convert(output, CHOSEN, resume=True), undisturbed)
+            small_runs.convert(output, CHOSEN)
+    assert len(small_runs.metrics(tmp_path / "m.run")) == 4
+    same(small_runs.convert(output, CHOSEN, resume=True), undisturbed)
 
 
 def test_a_run_without_a_saved_state_goes_on_from_its_calibrated_model(undisturbed, tmp_path, monkeypatch):
@@ -109,9 +109,9 @@ def test_a_run_without_a_saved_state_goes_on_from_its_calibrated_model(undisturb
     with monkeypatch.context() as patch:
         patch.setattr(loop.StageRun, "_step", lambda *a: (_ for _ in ()).throw(RuntimeError("power cut")))
         with pytest.raises(RuntimeError, match="power cut"):
-            tune.convert(output, CHOSEN)
+            small_runs.convert(output, CHOSEN)
     monkeypatch.setattr("sparsify.jobs.dense.calibrate", None)  # not again
-    same(tune.convert(output, CHOSEN, resume=True, say=said.append), undisturbed)
+    same(small_runs.convert(output, CHOSEN, resume=True, say=said.append), undisturbed)
     assert any("no state was saved yet" in line for line in said)
 
 
@@ -169,9 +169,9 @@ def test_another_run_is_not_resumed(unfinished, tmp_path):
         "val was": {"val": "digits"},
     }.items():
         with pytest.raises(UsageError) as caught:
-            tune.convert(unfinished, how.pop("chosen", recipe({})), resume=True, **how)
+            small_runs.convert(unfinished, how.pop("chosen", recipe({})), resume=True, **how)
         assert field in str(caught.value) and "\n" not in str(caught.value) and caught.value.exit_code == 2
-    assert tune.convert(unfinished, recipe({}), resume=True).tuning.steps == 3  # it was not harmed
+    assert small_runs.convert(unfinished, recipe({}), resume=True).tuning.steps == 3  # it was not harmed
 
 
 def test_an_unfinished_run_is_not_thrown_away_unasked(unfinished, tmp_path, monkeypatch):
@@ -179,24 +179,24 @@ def test_an_unfinished_run_is_not_thrown_away_unasked(unfinished, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr("sparsify.jobs.dense.calibrate", None)  # refused before
         with pytest.raises(BadFile) as caught:
-            tune.convert(unfinished, recipe({"steps": 1}))
+            small_runs.convert(unfinished, recipe({"steps": 1}))
     for word in ("m.run holds an unfinished run", "--resume", "--force", "--output"):
         assert word in caught.value.for_command_line()
     assert (unfinished.with_name("m.run") / "state.safetensors").read_bytes() == before
-    made = tune.convert(unfinished, recipe({"steps": 1}), force=True)
+    made = small_runs.convert(unfinished, recipe({"steps": 1}), force=True)
     assert made.tuning.steps == 1 and not RunFolder(made.run).unfinished
 
 
 def test_with_nothing_to_resume_a_run_begins(tmp_path):
     said = []
-    made = tune.convert(tmp_path / "m.safetensors", recipe({"steps": 1}), resume=True, say=said.append)
+    made = small_runs.convert(tmp_path / "m.safetensors", recipe({"steps": 1}), resume=True, say=said.append)
     assert made.tuning.steps == 1 and any("nothing to resume" in line and "anew" in line for line in said)
-    again = tune.convert(tmp_path / "m.safetensors", recipe({"steps": 1}), resume=True, say=said.append)
+    again = small_runs.convert(tmp_path / "m.safetensors", recipe({"steps": 1}), resume=True, say=said.append)
     assert again.tuning.steps == 1  # a finished run is nothing to resume
 
 
 def test_a_damaged_state_is_one_line(unfinished):
     (unfinished.with_name("m.run") / "state.safetensors").write_bytes(b"half")
     with pytest.raises(BadFile, match="is no saved run") as caught:
-        tune.convert(unfinished, recipe({}), resume=True)
+        small_runs.convert(unfinished, recipe({}), resume=True)
     assert caught.value.for_command_line().endswith("--force")

@@ -1,1 +1,1 @@
-"""What several test modules share."""
+"""What several test modules and benchmarks share; test modules never import each other."""

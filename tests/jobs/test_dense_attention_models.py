@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 import sparsify
+from helpers.error_lines import the_error
 from helpers.families import images
-from helpers.said import the_error
 from sparsify.errors import BadFile, UsageError
 from sparsify.images import datasets
 from sparsify.measure import latency, profile

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.error_lines import the_error
 from helpers.families import FAMILIES, build, draw_importance, images
-from helpers.said import the_error
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import BadFile, SparsifyError, UsageError
 from sparsify.jobs.export import onnx_file

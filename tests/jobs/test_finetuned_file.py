@@ -5,8 +5,8 @@ import json
 import torch
 from safetensors.torch import load_file
 
-from helpers import tune
-from helpers.tune import ATTENTION, recipe
+from helpers import small_runs
+from helpers.small_runs import ATTENTION, recipe
 from sparsify.images.digits import scans
 from sparsify.jobs import convert as convert_job
 from sparsify.jobs import dense
@@ -25,8 +25,8 @@ def test_learned_predictors_are_folded_into_the_file(tmp_path, scores, monkeypat
     fold = tuning.fold
     monkeypatch.setattr(tuning, "fold", lambda model: trained.append(answers(model)) or fold(model))
     stage = {"train": "all", "losses": {"logits": 1.0, **ATTENTION}, "optimiser": {"lr": 1e-2}, "schedule": {}}
-    made = tune.convert(tmp_path / "m.safetensors", recipe(stage, sparsity={"rank": ((9, 3),) * 4}))
-    assert made.header.config.fold and not any("predictor" in name for name in tune.tensors(made.path))
+    made = small_runs.convert(tmp_path / "m.safetensors", recipe(stage, sparsity={"rank": ((9, 3),) * 4}))
+    assert made.header.config.fold and not any("predictor" in name for name in small_runs.tensors(made.path))
     assert not torch.allclose(trained[0], answers(network.build()), atol=0.1)
     for model in (made.model, checkpoint.load(made.path)):
         assert torch.allclose(answers(model), trained[0], atol=1e-3 * float(trained[0].abs().max()))
@@ -47,16 +47,16 @@ def image_of(i):
 def test_predictors_that_cannot_be_folded_stay_in_the_file(tmp_path, scores):
     scores += [1.0, 0.5]
     stage = {"train": "predictors", "losses": ATTENTION, "ema": 0.5, "optimiser": {"lr": 1e-2}, "schedule": {}}
-    made = tune.convert(tmp_path / "m.safetensors", recipe(stage))  # a mean of bases is no basis
+    made = small_runs.convert(tmp_path / "m.safetensors", recipe(stage))  # a mean of bases is no basis
     assert not made.header.config.fold
-    assert sum("predictor" in name for name in tune.tensors(made.path)) == 8
+    assert sum("predictor" in name for name in small_runs.tensors(made.path)) == 8
     assert torch.equal(answers(checkpoint.load(made.path)), answers(made.model))
 
 
 def test_the_header_tells_what_was_done(tmp_path, scores, monkeypatch):
     scores += [1.0, 0.5]
     chosen = recipe({})
-    made = tune.convert(tmp_path / "m.safetensors", chosen)
+    made = small_runs.convert(tmp_path / "m.safetensors", chosen)
     header = checkpoint.read_header(made.path)
     about = header.provenance
     assert header.backbone_changed and header.dense_sha256 == checkpoint.digest_of(network.build())
@@ -65,16 +65,18 @@ def test_the_header_tells_what_was_done(tmp_path, scores, monkeypatch):
     assert (tuned["steps"], tuned["stopped"], tuned["precision"], tuned["processes"]) == (3, "", "float32", 1)
     assert tuned["images"] == 1188 and tuned["start"]["images"] == 24 and "12 images of digits" in tuned["judged_on"]
     scores[:] = [1.0, 0.5]
-    alone = tune.convert(tmp_path / "p.safetensors", recipe({"train": "predictors", "losses": ATTENTION, "steps": 1}))
+    alone = small_runs.convert(
+        tmp_path / "p.safetensors", recipe({"train": "predictors", "losses": ATTENTION, "steps": 1})
+    )
     assert alone.tuning.changed and not checkpoint.read_header(alone.path).backbone_changed
     scores[:] = [1.0, 0.5]
-    fitted = tune.convert(tmp_path / "r.safetensors", recipe(repair={"images": 16}))
+    fitted = small_runs.convert(tmp_path / "r.safetensors", recipe(repair={"images": 16}))
     assert fitted.tuning.changed and fitted.tuning.steps == 0 and fitted.header.backbone_changed
-    assert [row["weights"] for row in tune.validations(fitted.run)] == ["start", "repaired"]
+    assert [row["weights"] for row in small_runs.validations(fitted.run)] == ["start", "repaired"]
 
 
 def test_the_folder_of_a_run_has_what_is_documented(tmp_path):
-    made = tune.convert(tmp_path / "m.safetensors", recipe({"cache_teacher": True}), picture=True, save_minutes=0)
+    made = small_runs.convert(tmp_path / "m.safetensors", recipe({"cache_teacher": True}), picture=True, save_minutes=0)
     found = sorted(path.name for path in made.run.iterdir())
     assert made.run == tmp_path / "m.run"
     assert found == [
@@ -85,9 +87,9 @@ def test_the_folder_of_a_run_has_what_is_documented(tmp_path):
     assert load_recipe(str(made.run / "recipe.yaml")) == recipe({"cache_teacher": True})
     assert json.loads((made.run / "run.json").read_text())["dense"] == made.header.dense_sha256
     assert (made.run / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert [row["step"] for row in tune.metrics(made.run)] == ["1", "2", "3"]
-    again = tune.convert(tmp_path / "m.safetensors", recipe({"steps": 1}))  # a finished run needs no --force
-    assert [row["step"] for row in tune.metrics(again.run)] == ["1"]
+    assert [row["step"] for row in small_runs.metrics(made.run)] == ["1", "2", "3"]
+    again = small_runs.convert(tmp_path / "m.safetensors", recipe({"steps": 1}))  # a finished run needs no --force
+    assert [row["step"] for row in small_runs.metrics(again.run)] == ["1"]
 
 
 def test_options_of_the_command_reach_the_run(run, tmp_path):

@@ -12,8 +12,8 @@ import yaml
 import sparsify
 import sparsify.registry
 from helpers.families import images
-from helpers.folders import class_folders
 from helpers.hubserver import READS, WRITES, Hub
+from helpers.image_folders import class_folders
 from sparsify.errors import BadFile, SparsifyError, UsageError
 from sparsify.jobs import push
 from sparsify.jobs.convert import OutputOptions, convert

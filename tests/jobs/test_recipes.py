@@ -7,9 +7,9 @@ import timm
 import yaml
 from safetensors.torch import save_file
 
-from helpers import tune
-from helpers.folders import class_folders
-from helpers.said import the_error
+from helpers import small_runs
+from helpers.error_lines import the_error
+from helpers.image_folders import class_folders
 from sparsify.errors import UsageError
 from sparsify.jobs import dense
 from sparsify.models import pretrained
@@ -155,7 +155,7 @@ def refused(run, tmp_path, code, *words, how=()):
 
 
 def written(tmp_path, stage=None, **changes):
-    tree = tune.recipe({}).model_dump(mode="json") | changes
+    tree = small_runs.recipe({}).model_dump(mode="json") | changes
     tree["stages"][0] |= stage or {}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(tree))
     return ["--recipe", "own.yaml", "--data", "digits"]
@@ -266,12 +266,12 @@ def test_images_that_do_not_fit_are_one_line(run, tmp_path):
 
 
 def test_classes_cannot_be_learned_without_a_head(tmp_path, monkeypatch):
-    chosen = tune.recipe({"losses": {"classification": 1.0}})
+    chosen = small_runs.recipe({"losses": {"classification": 1.0}})
     model = network.build()
     model.reset_classifier(0)
     monkeypatch.setattr(pretrained, "load", lambda *a: model)
     with pytest.raises(UsageError, match="classification needs a model with classes") as caught:
-        tune.convert(tmp_path / "m.safetensors", chosen)
+        small_runs.convert(tmp_path / "m.safetensors", chosen)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from helpers.families import grafted, images
-from helpers.folders import class_folders
+from helpers.image_folders import class_folders
 from sparsify.cli.app import main
 from sparsify.images.photograph import Line, Photograph
 from sparsify.jobs import show

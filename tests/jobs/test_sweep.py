@@ -15,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
-from helpers.said import the_error
+from helpers.error_lines import the_error
 from sparsify.cli.app import main
 from sparsify.images import datasets
 from sparsify.images.digits import scans

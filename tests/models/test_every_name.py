@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from helpers import support
+from helpers import timm_names
 from sparsify.errors import UnsupportedModel
 from sparsify.nn import hosts
 
@@ -19,11 +19,11 @@ CURRENT = f"timm {timm.__version__} " in PAGE.read_text()
 def test_the_page_is_what_timm_builds():
     if not CURRENT:
         pytest.skip("docs/families.md is of another timm")
-    assert support.table() == PAGE.read_text(), "run `make families`"
+    assert timm_names.table() == PAGE.read_text(), "run `make families`"
 
 
 def test_nearly_everything_that_attends_plainly_converts():
-    frames = {name: support.frame(name) for listed in support.names().values() for name in listed}
+    frames = {name: timm_names.frame(name) for listed in timm_names.names().values() for name in listed}
     refused = {name: frame for name, frame in frames.items() if isinstance(frame, str)}
     plain = [name for name, reason in refused.items() if "Parallel" not in reason and "Diff" not in reason]
     assert len(frames) > 200 and len(plain) <= 0.05 * (len(frames) - len(refused) + len(plain))
@@ -32,16 +32,16 @@ def test_nearly_everything_that_attends_plainly_converts():
 def test_one_model_of_each_structure_equals_dense_at_keep_one():
     """The attention reaches the output: without it the test would show nothing."""
     kinds = defaultdict(list)
-    for listed in support.names().values():
+    for listed in timm_names.names().values():
         for name in listed:
-            if isinstance(frame := support.frame(name), nn.Module):
-                kinds[support.structure(frame)].append(name)
+            if isinstance(frame := timm_names.frame(name), nn.Module):
+                kinds[timm_names.structure(frame)].append(name)
     assert len(kinds) > 40
     for number, each in enumerate(kinds.values()):
-        dense = support.small(each[0])
+        dense = timm_names.small(each[0])
         predictor = ("head-lowrank", "token-lowrank")[number % 2]
-        assert support.difference(dense, predictor) <= support.TOLERANCE, each[0]
-        assert support.reaches_the_output(dense), each[0]
+        assert timm_names.difference(dense, predictor) <= timm_names.TOLERANCE, each[0]
+        assert timm_names.reaches_the_output(dense), each[0]
 
 
 @pytest.mark.parametrize(

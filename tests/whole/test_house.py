@@ -1,6 +1,12 @@
-"""The house of `docs/design.md`: what each package may import, and that no arrow goes up or in a circle."""
+"""The structure of `docs/design.md`: what each package may import and load, and where things lie."""
 
+import ast
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
+
+import pytest
 
 from helpers import house
 
@@ -24,3 +30,61 @@ def test_the_table_itself_has_no_arrow_up():
     order = list(house.MAY_IMPORT)
     for name in order[:-2]:  # `__main__` and the face stand below and look up
         assert all(order.index(target) > order.index(name) for target in house.MAY_IMPORT[name])
+
+
+# ---- files ----
+
+
+def test_files_of_packages_hold_a_docstring_and_nothing_else():
+    for path in (ROOT / "sparsify").rglob("__init__.py"):
+        if path.parent.name == "sparsify":  # the public names, resolved at first use
+            continue
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+        assert ast.get_docstring(tree) and len(tree.body) == 1, path
+        assert len(text.splitlines()) <= 15, path
+
+
+def test_every_package_is_installed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    sources = [path for ending in ("*.py", "*.cpp", "*.h") for path in (ROOT / "sparsify").rglob(ending)]
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in sources if "__pycache__" not in path.parts}
+    assert set(settings["packages"]) == folders | {"sparsify.recipes"}
+    assert settings["package-dir"]["sparsify.recipes"] == "recipes"
+
+
+def test_tests_lie_in_the_folder_of_their_package_and_import_no_other_test():
+    tests = sorted((ROOT / "tests").rglob("test_*.py"))
+    assert {path.parent.name for path in tests} <= set(house.MAY_IMPORT) - {""} | {"whole"}
+    others = {path.stem for path in tests} | {path.parent.name for path in tests} | {"tests", "conftest"}
+    for path in tests:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0 and not others & set((node.module or "").split(".")[:1]), path
+            elif isinstance(node, ast.Import):
+                assert not others & {alias.name.split(".")[0] for alias in node.names}, path
+
+
+# ---- what an import loads ----
+
+HEAVY = "torch timm fvcore matplotlib jinja2 tensorboard accelerate onnx torchvision sklearn".split()
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("sparsify", HEAVY),
+        ("sparsify.cli.app", HEAVY),
+        ("sparsify.processes", HEAVY),
+        ("sparsify.recipe", HEAVY),
+        ("sparsify.files", HEAVY[1:]),
+        ("sparsify.models.hub", HEAVY),
+        ("sparsify.report.words", HEAVY),
+        ("sparsify.ops.reference", HEAVY[1:]),
+        ("sparsify.api", "matplotlib jinja2 tensorboard onnx sklearn".split()),
+    ],
+)
+def test_an_import_loads_no_more_than_it_needs(module, heavy):
+    code = f"import sys, {module}; print(*[name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.split() == [], done.stdout + done.stderr

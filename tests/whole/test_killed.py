@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 
-from helpers import tune
-from helpers.tune import CHOSEN, recipe
+from helpers import small_runs
+from helpers.small_runs import CHOSEN, recipe
 from sparsify.fit.finetune import saved_state
 from sparsify.fit.finetune.interrupts import Interrupts
 from sparsify.recipe import recipe_yaml
@@ -84,7 +84,7 @@ def test_the_command_ends_with_130_and_one_line(tmp_path, asked):
     assert lines[0].startswith("error: interrupted after ") and "--resume" in lines[0]
     assert (
         saved_state.load(tmp_path / "m.run" / "state.safetensors").facts["done"]
-        == len(tune.metrics(tmp_path / "m.run"))
+        == len(small_runs.metrics(tmp_path / "m.run"))
         >= 2
     )
 
@@ -102,7 +102,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(undisturbed, tmp_path):
             break
     out, err = launched(tmp_path, "--resume").communicate(timeout=120)
     assert "wrote m.safetensors" in out, err
-    found, expected = tune.tensors(tmp_path / "m.safetensors"), tune.tensors(undisturbed.path)
+    found, expected = small_runs.tensors(tmp_path / "m.safetensors"), small_runs.tensors(undisturbed.path)
     assert found.keys() == expected.keys() and all(torch.equal(t, expected[name]) for name, t in found.items())
-    assert tune.metrics(tmp_path / "m.run") == tune.metrics(undisturbed.run)
+    assert small_runs.metrics(tmp_path / "m.run") == small_runs.metrics(undisturbed.run)
     assert not [path.name for path in (tmp_path / "m.run").iterdir() if path.name.startswith(".")]

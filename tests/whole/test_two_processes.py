@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from helpers import tune
+from helpers import small_runs
 
 COMMON = [
     "precision=float32", "hold_back=0.01", "calib_images=8", "sparsity.spread_rank=false",
@@ -35,12 +35,12 @@ def test_two_processes_learn_what_one_learns(run, tmp_path, recipe):
     assert code == 0, err
     two = launched(tmp_path, *arguments(recipe, "two"))
     assert two.returncode == 0, two.stderr
-    rows, others = tune.losses(tmp_path / "one.run"), tune.losses(tmp_path / "two.run")
-    assert len(rows) == len(others) == 3 * len({row["stage"] for row in tune.metrics(tmp_path / "one.run")})
+    rows, others = small_runs.losses(tmp_path / "one.run"), small_runs.losses(tmp_path / "two.run")
+    assert len(rows) == len(others) == 3 * len({row["stage"] for row in small_runs.metrics(tmp_path / "one.run")})
     for row, other in zip(rows, others, strict=True):
         first = row == rows[0]  # afterwards Adam has made 1e-7 of a small gradient a step of the learning rate
         assert other == pytest.approx(row, rel=1e-6 if first else 1e-4, abs=1e-7)
-    for row, other in zip(*(tune.validations(tmp_path / f"{name}.run") for name in ("one", "two")), strict=True):
+    for row, other in zip(*(small_runs.validations(tmp_path / f"{name}.run") for name in ("one", "two")), strict=True):
         assert float(other["kl"]) == pytest.approx(float(row["kl"]), rel=1e-3, abs=1e-6)
         assert (other["images"], other["agreement"], other["weights"]) == (
             row["images"],

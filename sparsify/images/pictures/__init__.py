@@ -1,1 +1,1 @@
-"""The built-in calibration pictures."""
+"""The built-in calibration images: crops and collages of seven free photographs (NOTICE.md)."""

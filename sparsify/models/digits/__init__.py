@@ -1,1 +1,1 @@
-"""The built-in `digits` model: a small timm ViT with 197 tokens, so that the tool runs offline."""
+"""The built-in `digits` model (`network`): a small timm ViT with 197 tokens, so that the tool runs offline."""

@@ -1,1 +1,1 @@
-"""The C++ kernels: build, load, call."""
+"""The C++ kernels: `build` compiles those of this processor once, `kernels` calls them; sources in `src/`."""

@@ -1,4 +1,4 @@
-"""What a command said on stderr, read by tests."""
+"""The error line on a command's stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fine-tuning in small, on the built-in digits: seconds."""
+"""Fine-tuning runs of seconds on the built-in digits: recipes, the conversion, and readers of what a run wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of small pictures."""
+"""Folders of small images, by class."""
 
 from collections.abc import Iterable
 from pathlib import Path
