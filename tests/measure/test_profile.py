@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import sparsify
+from helpers.families import build
 from sparsify.cli import tables
 from sparsify.cli.app import main
 from sparsify.config import SparsityConfig, TokenLowrank, Tokens
@@ -486,3 +487,10 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
         write_text(path, "new")
     assert path.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_papers_predictor_with_sparse_coefficients_is_counted_on_meta_tensors():
+    config = SparsityConfig(predictor="token-lowrank", rank=12, keep=0.3)  # 8 of 12 coefficients
+    model = graft.graft(build("deit", depth=1), config)
+    n, N, H, d = 36, 37, 3, 64
+    assert profile(model, measure=False).predictor_macs == H * (N * d * 12 + n * d * 12 + n * N * 8)

@@ -1,0 +1,122 @@
+"""The speed of this checkout against another one's, in one interleaved run: `make bench-against OLD=DIR`.
+
+    python benchmarks/against.py --old DIR [--rounds 40] [--threads 2]
+
+Each checkout gets a process of its own, which loads the same file of a DeiT-Small (converted by this one, random weights).
+The two take turns call by call; what is told is the median of the ratio new / old, and its quartiles. Timed are whole
+models at 224 pixels, batch 1, in float32 and bfloat16, one sparse attention call at 197 tokens, `import sparsify` and
+`sparsify --help`. DIR needs nothing but its source; both run under this Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from harness import conditions, start
+
+import sparsify
+
+ROOT = Path(__file__).resolve().parents[1]
+CALLS = {"model, float32": 1, "model, bfloat16": 1, "attention, float32": 20, "attention, bfloat16": 20}
+PROGRAMS = {"import sparsify": ["-c", "import sparsify"], "sparsify --help": ["-m", "sparsify", "--help"]}
+WORKER = """
+import sys, time, torch, sparsify
+torch.set_num_threads(int(sys.argv[2]))
+x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+runs = {}
+with torch.inference_mode():
+    for dtype in (torch.float32, torch.bfloat16):
+        model = sparsify.load(sys.argv[1], backend="cpu").to(dtype)
+        attention, name = model.blocks[5].attn, str(dtype).removeprefix("torch.")
+        q, k, v = attention.qkv_heads(torch.randn(1, 197, 384, generator=torch.Generator().manual_seed(1)).to(dtype))
+        runs["model, " + name] = lambda model=model, x=x.to(dtype): model(x)
+        runs["attention, " + name] = lambda a=attention, q=q, k=k, v=v: a.attend(q, k, v, None, None)
+    for run in runs.values():
+        for _ in range(5):
+            run()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        name, _, count = line.strip().rpartition(" ")
+        begin = time.perf_counter()
+        for _ in range(int(count)):
+            runs[name]()
+        print(time.perf_counter() - begin, flush=True)
+"""
+
+
+class Worker:
+    """A checkout's process, which times what it is asked for."""
+
+    def __init__(self, root: Path, file: Path, threads: int) -> None:
+        command = [sys.executable, "-W", "ignore", "-c", WORKER, str(file), str(threads)]
+        pipe, environment = subprocess.PIPE, os.environ | {"PYTHONPATH": str(root)}
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=root, env=environment)
+        assert self.read() == "ready"
+
+    def read(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def time(self, name: str) -> float:
+        """Seconds of `CALLS[name]` calls."""
+        assert self.process.stdin is not None
+        print(f"{name} {CALLS[name]}", file=self.process.stdin, flush=True)
+        return float(self.read())
+
+
+def program(root: Path, arguments: list[str]) -> float:
+    """Seconds of a Python program with the package of a checkout."""
+    begin = time.perf_counter()
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    subprocess.run([sys.executable, *arguments], cwd=root, env=environment, stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - begin
+
+
+def ratios(old: list[float], new: list[float]) -> str:
+    """Median of new / old by round, with its quartiles."""
+    found = [n / o for o, n in zip(old, new, strict=True)]
+    low, middle, high = statistics.quantiles(found, n=4)
+    return f"{middle:.4f} | {low:.4f} to {high:.4f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--old", type=Path, required=True, help="the other checkout")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    start(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        import timm
+        from safetensors.torch import save_file
+
+        weights, file = Path(folder) / "dense.safetensors", Path(folder) / "model.safetensors"
+        save_file(timm.create_model("deit_small_patch16_224").state_dict(), weights)
+        sparsify.convert("deit_small", keep=0.1, weights=weights, output=file)
+        workers = [Worker(root, file, arguments.threads) for root in (arguments.old.resolve(), ROOT)]
+        print(f"{conditions(arguments)}\n\n| | new / old, median | quartiles |\n|---|---|---|")
+        for name in CALLS:
+            times: list[list[float]] = [[], []]
+            for i in range(arguments.rounds):
+                for j in (0, 1) if i % 2 else (1, 0):
+                    times[j].append(workers[j].time(name))
+            print(f"| {name} | {ratios(*times)} |", flush=True)
+        for worker in workers:
+            worker.process.kill()
+        for name, words in PROGRAMS.items():
+            times = [[], []]
+            for i in range(max(7, arguments.rounds // 4)):
+                for j in (0, 1) if i % 2 else (1, 0):
+                    times[j].append(program((arguments.old.resolve(), ROOT)[j], words))
+            print(f"| {name} | {ratios(*times)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
