@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sparsify.config import BlockPlan, SparsityConfig
 from sparsify.fit.calibrate import token_importance
 from sparsify.fit.calibrate.head_lowrank import Moments
-from sparsify.fit.calibrate.ranks import allocate, candidates
+from sparsify.fit.calibrate.ranks import candidates, spend
 from sparsify.fit.calibrate.token_lowrank import BasisFit, pooling
 from sparsify.measure.accuracy import distance
 from sparsify.nn import graft, hosts, projection
@@ -113,8 +113,13 @@ def _fit_head_lowrank(
     bases = [m.basis()[:2] for m in moments]
     if spends_ranks(config):
         probe = torch.cat(list(first_images(batches(), PROBE_IMAGES)))
-        ranks = _spent_ranks(model, config, plans, bases, probe, progress, execution)
-        config = config.model_copy(update={"rank": ranks})
+        images = _counted(probe.split(8), "ranks", progress, len(probe))
+        mean_rank = cast(int, config.rank)
+        ranks = candidates(mean_rank, hosts.shape(hosts.check(model))[2])
+        errors = _head_errors(model, config, bases, ranks, images, execution)
+        distances = _distances(model, config, plans, bases, probe, execution)
+        sparse = [i for i, plan in enumerate(plans) if plan.keep is not None]
+        config = config.model_copy(update={"rank": spend(errors, distances, ranks, mean_rank, sparse)})
     graft.graft(model, config)
     for (t_q, t_k), module in zip(bases, attention_modules(model).values(), strict=True):
         if isinstance(module, SparseAttention):
@@ -122,25 +127,23 @@ def _fit_head_lowrank(
     return Calibration(model, config, seen)
 
 
-def _spent_ranks(
+def _head_errors(
     model: nn.Module,
     config: SparsityConfig,
-    plans: Plans,
     bases: Bases,
-    probe: Tensor,
-    progress: Progress,
+    ranks: list[int],
+    images: Iterable[Tensor],
     execution: Execution,
-) -> tuple[tuple[int, ...], ...]:
-    """One rank for each head of each block, their mean over the sparse blocks at most config.rank."""
+) -> Tensor:
+    """Squared difference of each head's output after `proj` from the dense one at each rank: [depth, H, len(ranks)]."""
     attentions = list(hosts.check(model).values())
     depth, heads, head_dim = hosts.shape(hosts.check(model))
-    mean_rank = cast(int, config.rank)
+    plans = config.resolved(hosts.geometry(model, hosts.check(model)))
     prefix, grid = hosts.num_prefix_tokens(model), hosts.patch_grid(model)
-    ranks = candidates(mean_rank, head_dim)
     error = torch.zeros(depth, heads, len(ranks), dtype=torch.float64)
     biases = [hosts.position_bias(model, host) for host in attentions]
 
-    def add_errors(i: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def add(i: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         keep = plans[i].keep
         if keep is None:
             return
@@ -158,14 +161,8 @@ def _spent_ranks(
             squares = torch.einsum("bnhd,hde,bnhe->h", difference, gram.to(difference), difference)
             error[i, :, j] += squares.double().cpu()
 
-    observe(model, _counted(probe.split(8), "ranks", progress, len(probe)), add_errors)
-    moved = _distances(model, config, plans, bases, probe, execution)
-    weights = [m / max(float(e), 1e-12) for m, e in zip(moved, error[:, :, ranks.index(mean_rank)].sum(1), strict=True)]
-    error = error * torch.tensor(weights, dtype=torch.float64)[:, None, None]
-    sparse = [i for i, plan in enumerate(plans) if plan.keep is not None]
-    spent = allocate(error[sparse].flatten(0, 1), ranks, mean_rank)
-    by_block = {i: tuple(spent[j * heads : (j + 1) * heads]) for j, i in enumerate(sparse)}
-    return tuple(by_block.get(i, (mean_rank,) * heads) for i in range(depth))
+    observe(model, images, add)
+    return error
 
 
 def _distances(
@@ -196,16 +193,14 @@ def _fit_token_lowrank(
     if moments:
         observe(model, _counted(batches(), "moments", progress), lambda i, q, k, v: moments[i].add(q, k, prefix))
     predictors = [graft.new_predictor(model, host, config, plan) for host, plan in zip(attentions, plans, strict=True)]
-    for i, predictor in enumerate(predictors):
-        if not isinstance(predictor, TokenLowrankPredictor):
-            continue
+    fits = {i: BasisFit(p, heads) for i, p in enumerate(predictors) if isinstance(p, TokenLowrankPredictor)}
+    for i, predictor in ((i, fit.predictor) for i, fit in fits.items()):
         predictor.w_down.copy_(pooling(predictor.rank, prefix, grid))
         if moments:
             t_q, t_k = moments[i].over_heads().basis()[:2]
             assert predictor.w_q is not None and predictor.w_k is not None
             predictor.w_q.copy_(t_q[0, :, :channels].T)
             predictor.w_k.copy_(t_k[0, :, :channels].T)
-    fits = {i: BasisFit(p, heads) for i, p in enumerate(predictors) if isinstance(p, TokenLowrankPredictor)}
 
     def add(i: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         if i in fits:

@@ -8,6 +8,9 @@ divided by the block's error at the same rank. Weighted errors add up over heads
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import islice
+
 import torch
 from torch import Tensor
 
@@ -19,6 +22,24 @@ def candidates(rank: int, head_dim: int) -> list[int]:
     low, high = max(STEP, rank // 2 // STEP * STEP), min(head_dim, 4 * rank)
     ranks = {r for r in (low, 12, 16, 20, 24, 32, 48, 64, 96, 128) if low <= r <= high}
     return sorted(ranks | {min(head_dim, rank)})
+
+
+def spend(
+    error: Tensor, distances: Sequence[float], ranks: list[int], mean_rank: int, sparse: Sequence[int]
+) -> tuple[tuple[int, ...], ...]:
+    """One rank for each head of each block, their mean over the heads of the sparse blocks at most `mean_rank`.
+
+    Args:
+        error: [depth, H, len(ranks)], of each head at each candidate.
+        distances: KL divergence of the model's output when that block alone is sparse.
+        sparse: numbers of the sparse blocks; heads of the others have `mean_rank`.
+    """
+    depth, heads, _ = error.shape
+    at_mean = error[:, :, ranks.index(mean_rank)].sum(1)
+    weights = [d / max(float(e), 1e-12) for d, e in zip(distances, at_mean, strict=True)]
+    error = error * torch.tensor(weights, dtype=torch.float64)[:, None, None]
+    chosen = iter(allocate(error[sparse].flatten(0, 1), ranks, mean_rank))
+    return tuple(tuple(islice(chosen, heads)) if i in sparse else (mean_rank,) * heads for i in range(depth))
 
 
 def allocate(error: Tensor, ranks: list[int], mean_rank: int) -> tuple[int, ...]:

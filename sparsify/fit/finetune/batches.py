@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from timm.data.mixup import mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sparsify import processes
 from sparsify.errors import BadData, UsageError
 from sparsify.images.datasets import train_transform, transform
 from sparsify.images.loaders import Items, StreamPart, drawn, drawn_number, ignore_interrupt, read
@@ -49,8 +50,8 @@ class BatchSettings:
     micro_batch: int
     num_classes: int | None
     workers: int = 0
-    world: int = 1
-    rank: int = 0
+    world: int = field(default_factory=processes.world)
+    rank: int = field(default_factory=processes.rank)
 
 
 class Batch(NamedTuple):
@@ -118,7 +119,7 @@ class Batches:
                     f"batch of {batch_size} is larger than the {len(source):,} images of {name}: choose a smaller batch, "
                     "or add images"
                 )
-        self._maker = _Maker(settings)
+        self._maker = _Maker(settings, source)
         self._broken: dict[int, str] = {}
 
     @property
@@ -153,7 +154,7 @@ class Batches:
 
     def _from_items(self, items: Items, step: int) -> Generator[_Made, None, None]:
         loader = DataLoader(
-            _MicroBatches(items, self._maker),
+            self._maker,
             batch_size=None,
             sampler=self._requests(len(items), step),
             num_workers=self.settings.workers,
@@ -211,14 +212,13 @@ class Batches:
             skip %= seen
 
 
-class _Maker:
+class _Maker(Dataset):
     """Images -> micro-batch. Pickled for spawned workers, so it and what it is made of stand at the top level."""
 
-    def __init__(self, settings: BatchSettings) -> None:
-        self.settings, augmentation = settings, settings.augmentation
-        plain = augmentation.form == "eval"
+    def __init__(self, settings: BatchSettings, source: Items | StreamPart) -> None:
+        self.settings, self.source, augmentation = settings, source, settings.augmentation
         config = settings.preprocessing
-        self.transform = transform(config) if plain else train_transform(augmentation, config)
+        self.transform = transform(config) if augmentation.form == "eval" else train_transform(augmentation, config)
         self.mixup = None
         if augmentation.mixes:
             self.mixup = Mixup(
@@ -257,17 +257,12 @@ class _Maker:
             y = mixup_target(y, classes, smoothing=s.augmentation.smoothing)
         return _Made(Batch(x, None if classes is None else y, torch.tensor(indices)), [])
 
-
-class _MicroBatches(Dataset):
-    def __init__(self, items: Items, maker: _Maker) -> None:
-        self.items, self.maker = items, maker
-
     def __getitem__(self, request: _Request) -> _Made:
-        images, labels, indices = [], [], []
+        items, images, labels, indices = cast(Items, self.source), [], [], []
         broken: dict[int, str] = {}
         for requested in request.indices:
-            for index in (*range(requested, len(self.items)), *range(requested)):
-                result = read(self.items, index)
+            for index in (*range(requested, len(items)), *range(requested)):
+                result = read(items, index)
                 if not isinstance(result, str):
                     break
                 broken[index] = result
@@ -276,10 +271,10 @@ class _MicroBatches(Dataset):
                 error = f": none of the {len(broken):,} images can be read, as {first}"
                 return _Made(None, list(broken.items()), error)
             # a replacement is augmented as the broken image would have been: no copy of itself in this epoch
-            images.append(self.maker.augmented(result[0], request.epoch, requested))
+            images.append(self.augmented(result[0], request.epoch, requested))
             labels.append(result[1])
             indices.append(index)
-        made = self.maker.made(images, labels, indices, request.step, request.micro)
+        made = self.made(images, labels, indices, request.step, request.micro)
         return made._replace(broken=list(broken.items()))
 
 

@@ -61,15 +61,9 @@ class RunContext:
         best = self.status.update_best(score, model)
         if self.log is not None:
             self.log.write_validation(self.status.row(epoch, score, weights, best))
-        when = f"after {epoch:.3g} epochs of stage {self.status.stage + 1}"
-        when = "least squares" if weights == "repaired" else when
+        repaired = weights == "repaired"
+        when = "least squares" if repaired else f"after {epoch:.3g} epochs of stage {self.status.stage + 1}"
         self.options.listener.say(f"{when}: {score.words()}{' (best so far)' if best else ''}")
-
-    def interrupted(self, message: str) -> Interrupted:
-        """The error that ends the run in all processes, of which one prints it (`processes.agreed`)."""
-        error = Interrupted(message)
-        vars(error)["agreed"] = True
-        return error
 
 
 class StageRun:
@@ -126,7 +120,7 @@ class StageRun:
                 self.student.train()
                 losses = self._step(objective, optimizer, next(batches))
             if not _finite(losses):
-                self.keep_schedule.reset()
+                self.keep_schedule.set_step(None)
                 return (
                     f"stage '{self.stage.name}' stopped at step {step + 1}: its loss is not finite "
                     "(lower optimiser.lr, or set optimiser.clip_grad)"
@@ -136,9 +130,13 @@ class StageRun:
             epoch = (step + 1) / self.steps_per_epoch
             self._report(losses, images / max(1e-9, time.monotonic() - start), epoch)
             if step + 1 == steps or (validate_every and (step + 1) % validate_every == 0):
-                self._validate(epoch)
+                if self.ema is not None:
+                    self.context.validate(self.ema.module, epoch, "ema")
+                else:
+                    self.keep_schedule.set_step(None)
+                    self.context.validate(self.student, epoch, "current")
             self._save_or_stop()
-        self.keep_schedule.reset()
+        self.keep_schedule.set_step(None)
         return ""
 
     def _step(self, objective: Forward, optimizer: Any, micro_batches: list[Batch]) -> dict[str, float]:
@@ -179,14 +177,6 @@ class StageRun:
         note = training_note(loss, lr, images_per_s)
         self.context.options.listener.progress(label, self.status.step, self.planned.steps, note)
 
-    def _validate(self, epoch: float) -> None:
-        """Validates the running mean of the weights where there is one, else the weights."""
-        if self.ema is not None:
-            self.context.validate(self.ema.module, epoch, "ema")
-        else:
-            self.keep_schedule.reset()
-            self.context.validate(self.student, epoch, "current")
-
     def _save_or_stop(self) -> None:
         accelerator, options = self.context.accelerator, self.context.options
         stop = self.context.interrupts.requested
@@ -198,9 +188,10 @@ class StageRun:
             self._save()
         if stop:
             processes.barrier()  # a launcher ends all processes where one has ended: the state is on the disk first
-            raise self.context.interrupted(
-                f"interrupted after {self.status.done} of {self.plan.steps} steps; the state is saved in "
-                f"{options.folder}: the same command with {field('resume')} goes on"
+            steps = sum(planned.steps for planned in self.plan.stages)
+            raise interrupted(
+                f"interrupted after {self.status.done} of {steps} steps; the state is saved in {options.folder}: "
+                f"the same command with {field('resume')} goes on"
             )
 
     def _save(self) -> None:
@@ -220,6 +211,13 @@ class StageRun:
         }
         saved_state.save(RunFolder(self.context.options.folder).state, SavedState(tensors, facts))
         status.saved_at = time.monotonic()
+
+
+def interrupted(message: str) -> Interrupted:
+    """The error that ends the run in all processes, of which one prints it (`processes.agreed`)."""
+    error = Interrupted(message)
+    vars(error)["agreed"] = True
+    return error
 
 
 def _finite(losses: dict[str, float]) -> bool:

@@ -75,22 +75,20 @@ class Objective(nn.Module):
         student, tokens = _outputs(self.dense or self.student, x, weights, weights.pairs)
         terms: dict[str, Tensor] = {}
         if weights.classification:
-            error = losses.classification(cast(Tensor, student.logits), cast(Tensor, y))
-            terms["classification"] = weights.classification * error
+            terms["classification"] = losses.classification(cast(Tensor, student.logits), cast(Tensor, y))
         if weights.logits:
-            error = self._logits(cast(Tensor, teacher.logits), cast(Tensor, student.logits))
-            terms["logits"] = weights.logits * error
+            terms["logits"] = self._logits(cast(Tensor, teacher.logits), cast(Tensor, student.logits))
         if weights.tokens:
-            error = losses.tokens(cast(Tensor, teacher.patch), cast(Tensor, student.patch), _present(tokens))
-            terms["tokens"] = weights.tokens * error
+            present = _present(tokens)
+            terms["tokens"] = losses.tokens(cast(Tensor, teacher.patch), cast(Tensor, student.patch), present)
         if weights.features:
-            terms["features"] = weights.features * self._features(teacher, student)
+            terms["features"] = self._features(teacher, student)
         if weights.pairs:
             with torch.autocast(x.device.type, enabled=False):  # small differences of large sums: float32
                 terms |= self._attention(teacher, student)
         if weights.basis_l1:
-            terms["basis_l1"] = weights.basis_l1 * self._basis_l1()
-        return terms
+            terms["basis_l1"] = self._basis_l1()
+        return {name: getattr(weights, name) * term for name, term in terms.items()}
 
     def _logits(self, teacher: Tensor, student: Tensor) -> Tensor:
         if getattr(self.student, "num_classes", 0):
@@ -103,7 +101,7 @@ class Objective(nn.Module):
         return torch.stack([losses.features(t, s, present, prefix) for (t, _), (s, present) in blocks]).mean()
 
     def _attention(self, teacher: Outputs, student: Outputs) -> dict[str, Tensor]:
-        """The weighted losses of the predictors' attention, means over the sparse blocks."""
+        """The losses `attention` and `mass` of the predictors, means over the sparse blocks."""
         weights = self.stage.losses
         modules = list(attention.attention_modules(self.student).values())
         form = Reconstruction(weights.coefficients == "all", weights.basis == "raw")
@@ -123,9 +121,9 @@ class Objective(nn.Module):
                 lost.append(losses.lost_mass(estimate, true, budget(keep, true.shape[-1])))
         terms = {}
         if errors:
-            terms["attention"] = weights.attention * losses.over_blocks(errors, weights.attention_blocks)
+            terms["attention"] = losses.over_blocks(errors, weights.attention_blocks)
         if lost:
-            terms["mass"] = weights.mass * torch.stack(lost).mean()
+            terms["mass"] = torch.stack(lost).mean()
         return terms
 
     def _basis_l1(self) -> Tensor:

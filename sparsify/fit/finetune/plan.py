@@ -8,7 +8,6 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from sparsify import processes
 from sparsify.config import SparsityConfig
 from sparsify.errors import UsageError, field
 from sparsify.files import publishable
@@ -84,11 +83,6 @@ class Plan:
     folds_again: bool
     identity: dict[str, Any]
 
-    @property
-    def steps(self) -> int:
-        """Optimiser steps of all stages."""
-        return sum(planned.steps for planned in self.stages)
-
 
 def make_plan(model: nn.Module, recipe: Recipe, data: TrainingData, compute: Compute, dense_sha256: str) -> Plan:
     """The run of `recipe` on `data` for the dense `model`; of `compute` device, micro_batch and workers count.
@@ -121,8 +115,6 @@ def make_plan(model: nn.Module, recipe: Recipe, data: TrainingData, compute: Com
             micro_batch=compute.micro_batch,
             num_classes=classes if stage.losses.classification else None,
             workers=compute.workers,
-            world=processes.world(),
-            rank=processes.rank(),
         )
         batches = Batches(images.learn, settings, data.images)
         trainable.make_optimiser(model, stage)  # refused now, not after the calibration
@@ -130,6 +122,8 @@ def make_plan(model: nn.Module, recipe: Recipe, data: TrainingData, compute: Com
         count = 0 if images.stream else len(cast(Items, images.learn))
         every = stage.validate_every or (0 if data.val is None else 1)
         stages.append(PlannedStage(stage, batches, steps, count, every))
+    identity = {"recipe": recipe.model_dump(mode="json"), "data": images.digest, "dense": dense_sha256}
+    identity |= {"val": data.val or "", "precision": precision}
     head_lowrank = recipe.sparsity.predictor == "head-lowrank"
     unfolds = head_lowrank and any(stage.moves_predictors and stage.losses.pairs for stage in recipe.stages)
     return Plan(
@@ -142,13 +136,7 @@ def make_plan(model: nn.Module, recipe: Recipe, data: TrainingData, compute: Com
         repair=_repair_images(model, recipe, images, data, preprocessing, compute.workers),
         unfolds=unfolds,
         folds_again=unfolds and recipe.sparsity.fold,
-        identity={
-            "recipe": recipe.model_dump(mode="json"),
-            "data": images.digest,
-            "dense": dense_sha256,
-            "val": data.val or "",
-            "precision": precision,
-        },
+        identity=identity,
     )
 
 

@@ -14,7 +14,7 @@ from sparsify.fit.calibrate.repair import repair
 from sparsify.fit.finetune import devices, trainable
 from sparsify.fit.finetune.interrupts import Interrupts
 from sparsify.fit.finetune.log import TrainingLog
-from sparsify.fit.finetune.loop import RunContext, StageRun
+from sparsify.fit.finetune.loop import RunContext, StageRun, interrupted
 from sparsify.fit.finetune.plan import Plan
 from sparsify.fit.finetune.run_status import RunOptions, RunResult, RunStatus
 from sparsify.fit.finetune.saved_state import SavedState
@@ -76,9 +76,8 @@ def _repair(context: RunContext) -> None:
 
     def report(step: str, done: int, total: int) -> None:
         if context.interrupts.requested:
-            raise context.interrupted(
-                f"interrupted before the first step: {field('resume')} goes on from what is in {options.folder}"
-            )
+            goes_on = f"{field('resume')} goes on from what is in {options.folder}"
+            raise interrupted(f"interrupted before the first step: {goes_on}")
         options.listener.progress(step, done, total, "blocks")
 
     student.eval()

@@ -13,8 +13,6 @@ from sparsify.fit.finetune.saved_state import SavedState
 from sparsify.fit.finetune.validation import ValidationScore
 from sparsify.processes import Listener
 
-Weights = dict[str, Tensor]
-
 
 @dataclass(frozen=True)
 class RunResult:
@@ -62,7 +60,7 @@ class RunStatus:
 
     start: ValidationScore
     best: ValidationScore
-    best_weights: Weights | None = None
+    best_weights: dict[str, Tensor] | None = None
     stage: int = 0
     step: int = 0
     done: int = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ class CachedTeacher:
     def __init__(self, teacher: Teacher, images: int, folder: Path) -> None:
         self.teacher, self.images, self.folder = teacher, images, folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.present = self._file("there", lambda: np.zeros(images, bool))
+        self.present = self._file("there", (), bool)
         self.rows: dict[str, np.memmap] = {}
         weights = {"logits": teacher.losses.logits, "patch": teacher.losses.tokens}
         self.names = [name for name, weight in weights.items() if weight]
@@ -50,13 +49,13 @@ class CachedTeacher:
 
     def _rows(self, name: str, shape: tuple[int, ...] = ()) -> np.memmap:
         if name not in self.rows:
-            self.rows[name] = self._file(name, lambda: np.zeros((self.images, *shape), np.float32))
+            self.rows[name] = self._file(name, shape, np.float32)
         return self.rows[name]
 
-    def _file(self, name: str, empty: Callable[[], np.ndarray]) -> np.memmap:
+    def _file(self, name: str, shape: tuple[int, ...], dtype: type) -> np.memmap:
+        """The file of one output, made with zeros where it is missing; a row has that shape."""
         path = self.folder / f"{processes.rank()}-{name}.npy"
         if not path.exists():
-            first = empty()
             with whole(path) as temporary:
-                open_memmap(temporary, "w+", first.dtype, first.shape).flush()
+                open_memmap(temporary, "w+", dtype, (self.images, *shape)).flush()
         return open_memmap(path, "r+")

@@ -85,7 +85,7 @@ def steps_of(stage: Stage, steps_per_epoch: int | None) -> int:
 
 def set_drop_path(model: nn.Module, rate: float) -> None:
     """Stochastic depth, rising linearly from 0 to `rate` over the blocks, in place; 0 removes it."""
-    blocks = list(cast(Any, model).blocks)
+    blocks = cast(Any, model).blocks
     for i, block in enumerate(blocks):
         share = rate * i / max(1, len(blocks) - 1)
         for name in ("drop_path1", "drop_path2"):
@@ -101,18 +101,14 @@ class KeepSchedule:
         self.targets = [module.sparsity.keep for module in self.modules]
         self.keep, self.steps = stage.keep, steps
 
-    def set_step(self, step: int) -> None:
-        """Sets the keeps for a step, counted from 0."""
-        if self.keep is None:
-            return
+    def set_step(self, step: int | None) -> None:
+        """Sets the keeps for a step, counted from 0; None: the model's own."""
         for module, target in zip(self.modules, self.targets, strict=True):
-            keep = self.keep
-            if isinstance(keep, Anneal):
-                remaining = max(0.0, 1 - step / max(1.0, keep.until * self.steps))
-                keep = target + (max(target, keep.start) - target) * remaining
+            if step is None or self.keep is None:
+                keep = target
+            elif isinstance(self.keep, Anneal):
+                remaining = max(0.0, 1 - step / max(1.0, self.keep.until * self.steps))
+                keep = target + (max(target, self.keep.start) - target) * remaining
+            else:
+                keep = self.keep
             module.sparsity = dataclasses.replace(module.sparsity, keep=keep)
-
-    def reset(self) -> None:
-        """Sets the model's own keeps."""
-        for module, target in zip(self.modules, self.targets, strict=True):
-            module.sparsity = dataclasses.replace(module.sparsity, keep=target)

@@ -61,7 +61,7 @@ class _Sums:
     logits: Logits = field(default_factory=Logits)
     error: float = 0.0  # relative squared error of the output
     images: int = 0
-    labelled: int = 0
+    labelled: bool = False
 
 
 class Validator:
@@ -92,20 +92,19 @@ class Validator:
                     sums.logits.add(teacher, student, y)
                 sums.error += len(x) * float(losses.pooled(teacher, student))
                 sums.images += len(x)
-                sums.labelled += int((y >= 0).sum())
+                sums.labelled |= bool((y >= 0).any())
         model.train(training)
         return _score(processes.gather(sums))
 
 
 def _score(parts: list[_Sums]) -> ValidationScore:
     """The score over the images of all processes."""
-    logits = parts[0].logits
+    images, logits = sum(part.images for part in parts), parts[0].logits
     for part in parts[1:]:
         logits.merge(part.logits)
-    images = sum(part.images for part in parts)
     if not logits.compared:
         return ValidationScore(sum(part.error for part in parts) / max(1, images), None, None, images)
     result = logits.result(images)
     assert result.kl is not None
-    labelled = any(part.labelled for part in parts)
-    return ValidationScore(result.kl, result.agreement, result.top1 if labelled else None, images)
+    top1 = result.top1 if any(part.labelled for part in parts) else None
+    return ValidationScore(result.kl, result.agreement, top1, images)

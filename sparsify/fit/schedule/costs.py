@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import nn
@@ -19,28 +19,23 @@ Options = Mapping[Keep, tuple[int, int]]
 """Keeps that a block may have, and the grid of cells for each (unused where dense)."""
 
 
-class BlockCost:
+class BlockCost(Protocol):
     """Cost of one block for one image, by its parts."""
 
     def attention(self, keep: Keep, n: int) -> float:
         """QK', AV, predictor and tail of n patch tokens."""
-        raise NotImplementedError
 
     def entering(self, n: int) -> float:
         """Norm, qkv and projection of n patch tokens."""
-        raise NotImplementedError
 
     def leaving(self, n: int) -> float:
         """Norm and MLP of n patch tokens: those left after the stage."""
-        raise NotImplementedError
 
     def stage(self, n: int, m: int) -> float:
         """Selecting m of n patch tokens."""
-        raise NotImplementedError
 
     def last(self, n: int) -> float:
         """Norm, projections and attention where n patch tokens enter and only the prefix is left after the stage."""
-        raise NotImplementedError
 
     def whole(self, keep: Keep, n: int, m: int) -> float:
         """The block with n patch tokens in and m out."""

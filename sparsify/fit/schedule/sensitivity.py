@@ -94,33 +94,28 @@ def measure(
         images: batches [B, C, H, W].
     """
     with _dense_with_stages(model, way) as (host, blocks, sparse):
-        depth = len(blocks)
-        may_end_empty = host.reads_prefix
-        shares, empty = (1.0, *SHARES), 0.0
+        depth, shares = len(blocks), (1.0, *SHARES, 0.0)
         tokens, keeps = np.zeros((depth, len(shares))), np.zeros((depth, len(options)))
         done = patches = 0
         for x in (part for batch in images for part in batch.split(CHUNK)):
             states, dense, patches = _dense_pass(host, blocks, x)
             for i, block in enumerate(blocks):
                 for j, share in enumerate(shares[1:], 1):
-                    block.stage = TokenStage(way, share, host.num_prefix_tokens)
-                    tokens[i, j] += len(x) * _damage(host, blocks[i:], states[i], dense)
-                    block.stage = None
+                    if share or (host.reads_prefix and i == depth - 1):
+                        block.stage = TokenStage(way, share, host.num_prefix_tokens)
+                        tokens[i, j] += len(x) * _damage(host, blocks[i:], states[i], dense)
+                        block.stage = None
                 for j, (keep, cells) in enumerate(options.items()):
                     if keep is not None and i in sparse:
                         before, attn, sparsity = block.attn, sparse[i], sparse[i].sparsity
                         block.attn, attn.sparsity = attn, replace(sparsity, keep=keep, cells=cells)
                         keeps[i, j] += len(x) * _damage(host, blocks[i:], states[i], dense)
                         block.attn, attn.sparsity = before, sparsity
-            if may_end_empty:
-                blocks[-1].stage = TokenStage(way, 0.0, host.num_prefix_tokens)
-                empty += len(x) * _damage(host, blocks[-1:], states[-1], dense)
-                blocks[-1].stage = None
             done += len(x)
             progress(done)
-    keeps[[i for i in range(depth) if i not in sparse]] = 0
-    n = max(done, 1)
-    return Sensitivity(patches, shares, tokens / n, empty / n if may_end_empty else None, tuple(options), keeps / n)
+        tokens, keeps = tokens / max(done, 1), keeps / max(done, 1)
+        empty = float(tokens[-1, -1]) if host.reads_prefix else None
+    return Sensitivity(patches, shares[:-1], tokens[:, :-1], empty, tuple(options), keeps)
 
 
 @contextmanager
