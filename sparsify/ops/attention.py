@@ -10,10 +10,9 @@ It has the kernels of `cpu/` (`backends.py` says where), the differentiable refe
 it), a fake kernel (shapes for torch.compile and torch.export) and a MACs formula (`macs.py`). Selection breaks ties by the
 lower key index in every backend.
 
-`attention` is what models call: the op, or, where nobody traces, the kernel itself, which saves the 10 to 20 us that
-torch.library takes for each call and has gradients of its own (`cpu.kernels.trained`), or `masked.py`. Under `torch.export`
-it is the reference inline, so that an exported program holds PyTorch's own operators only and runs where this package is
-not installed.
+Models call `attention`: the op, or, without a tracer, the kernel itself (torch.library takes 10 to 20 us for a call), the
+kernel with gradients of its own (`cpu.kernels.trained`), or `masked.py`. Under `torch.export` it is the reference inline: an
+exported program holds PyTorch's own operators only and runs where this package is not installed.
 """
 
 from __future__ import annotations

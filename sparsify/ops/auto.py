@@ -3,9 +3,9 @@
     cpu         sparse, the kernels of `cpu/`            dense-cpu   dense attention, our own tile kernel
     reference   sparse, in PyTorch                       sdpa        dense attention, torch's
 
-Where dense attention may stand in for the sparse form (`Execution.dense_fallback`), the candidates of a shape run in turns
-on random tensors, and the lowest median is taken. Of candidates within `MARGIN` of it the first of `PREFERENCE` is, so
-that noise does not turn a decision round. Decisions are kept in the `Chooser` and on disk (`remembered.py`).
+Where dense attention may replace the sparse form (`Execution.dense_fallback`), the candidates of a shape run in turns on
+random tensors, and the lowest median wins. Among candidates within `MARGIN` of it the first of `PREFERENCE` wins, so that
+noise does not change a decision. Decisions are kept in the `Chooser` and on disk (`remembered.py`).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ DENSE = ("dense-cpu", "sdpa")
 
 MARGIN = 1.03  # medians this close count as equal
 MIN_ROUNDS = 7
-BUDGET_S = 0.3  # of one shape, where MIN_ROUNDS fit in
-LIMIT_S = 2.0  # of one shape, where they do not: at least FIRST_ROUNDS even then
+BUDGET_S = 0.3  # for one shape, if MIN_ROUNDS fit into it
+LIMIT_S = 2.0  # for one shape whose MIN_ROUNDS do not; FIRST_ROUNDS run in any case
 FIRST_ROUNDS = 3
-SURE_ROUNDS = 15  # from here on, quartiles that do not touch end a race
-HOPELESS = 2.0  # times the leader's median, at best: out of the race
+SURE_ROUNDS = 15  # after these, a race ends once the quartiles do not overlap
+HOPELESS = 2.0  # a candidate whose best time is this many times the leader's median drops out
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class Chooser:
 
     @property
     def withdrawn(self) -> bool:
-        """Whether dense attention may not stand in any more; see `withdraw`."""
+        """Whether dense attention is no longer allowed; see `withdraw`."""
         return self._withdrawn
 
     def withdraw(self) -> None:
-        """No dense attention from now on: the weights of the model, or of a copy that shares this, may have changed."""
+        """Allow no dense attention from now on: weights of the model, or of a copy that shares this, may have changed."""
         self._withdrawn = True
 
     def choose(self, shape: Shape, sparse: candidates.Sparse) -> Choice:
@@ -120,10 +120,9 @@ def _again(withdrawn: bool) -> Chooser:
 def race(
     runs: Mapping[str, Callable[[], object]], clock: Callable[[], float], wait: Callable[[], None] = lambda: None
 ) -> tuple[dict[str, float], int]:
-    """Time candidates in turns, forwards and backwards, after a warm-up: median of each in ms, and rounds run.
+    """Time candidates in turns, in alternating order, after a warm-up: median of each in ms, and rounds run.
 
-    It ends when nothing more is to be learnt: when all others are `HOPELESS`, when the leader is clear after
-    `SURE_ROUNDS`, or when the time is up.
+    The race ends when all others are `HOPELESS`, when the leader is clear after `SURE_ROUNDS`, or when the time is up.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in [*runs.values(), *runs.values()]:

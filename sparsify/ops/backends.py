@@ -1,9 +1,9 @@
 """What computes the sparse form: the CPU kernels of `cpu/` where they can run, else the reference in PyTorch.
 
-    user's word     auto: the kernels where they are available, else the reference; cpu; reference
+    backend         auto: the kernels where they are available, else the reference; cpu; reference
     precision       input: computed and stored in the dtype of the inputs; bf16: float32 models store q, k, v in bfloat16
 
-What is measured, and whether dense attention is taken instead, is `auto.py`'s; nothing here measures.
+Nothing here measures: `auto.py` decides whether dense attention is used instead.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def resolve(backend: str, q: Tensor, mask: Tensor | None = None) -> str:
 
 
 def training(backend: str, q: Tensor, mask: Tensor | None = None) -> str:
-    """'cpu', 'masked' or 'reference': what computes a call of which gradients are asked.
+    """'cpu', 'masked' or 'reference': what computes a call whose gradients are needed.
 
-    'reference' if that is the user's word, with a mask, and where somebody traces; it keeps nothing of N x N for the
-    backward, which 'masked' does, and so takes the longest sequences.
+    'reference' if the user asked for it, with a mask, and under a tracer. It stores nothing of size N x N for the backward,
+    as 'masked' does, so it also computes the longest sequences.
     """
     if backend == "reference" or mask is not None or not eager(q):
         return "reference"
@@ -65,7 +65,7 @@ def training(backend: str, q: Tensor, mask: Tensor | None = None) -> str:
 
 
 def describe(backend: str, precision: str, device: torch.device, dtype: torch.dtype, biased: bool = False) -> str:
-    """What `backend` comes to, for people: 'cpu (avx512bf16)', 'reference', 'reference (no compiler found)'."""
+    """What `backend` resolves to, in words: 'cpu (avx512bf16)', 'reference', 'reference (no compiler found)'."""
     if backend == "reference":
         return "reference"
     reason = unavailable(device, dtype, biased)
@@ -76,30 +76,27 @@ def describe(backend: str, precision: str, device: torch.device, dtype: torch.dt
 
 
 def note(backend: str, device: torch.device, dtype: torch.dtype, biased: bool = False) -> str:
-    """One line for people where the kernels were hoped for and cannot be used; '' where there is nothing to say."""
+    """One line if the user would expect the kernels and they cannot be used; else ''."""
     reason = None if backend == "reference" else unavailable(device, dtype, biased)
     return "" if reason is None else f"sparse attention is computed by the slow PyTorch reference: {reason}"
 
 
 def eager(q: Tensor) -> bool:
-    """Whether a call with these queries computes now: no compiling, exporting, tracing, no fake or meta tensor, no
-    dispatch mode that wants to see every op."""
+    """Whether a call with these queries computes now: no compiler, exporter or tracer, no fake or meta tensor, no dispatch
+    mode that has to see every op."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
         return False
-    return type(q) in _PLAIN and not q.is_meta
+    return type(q) in (Tensor, torch.nn.Parameter) and not q.is_meta
 
 
 def compiling() -> bool:
-    """Whether torch.compile looks on, whose programs run here: kernels that have a fake implementation can be in them."""
+    """Whether torch.compile traces; its programs run here, so they may call kernels that have a fake implementation."""
     return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether a gradient will be asked of these inputs."""
+    """Whether any of these inputs needs a gradient."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def device_name(device: torch.device) -> str:

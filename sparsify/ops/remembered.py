@@ -2,8 +2,8 @@
 
     cache_dir()/auto/<hash>.json      {"machine": what the hash is of, "choices": {shape: choice}}
 
-Nothing here is an error: a file that is missing, damaged or cannot be written means that shapes are measured again. The
-folder can be deleted at any time.
+Nothing here raises: if a file is missing, damaged or cannot be written, shapes are measured again. The folder can be deleted
+at any time.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The C++ kernels as Python functions: whether they can be used here, and calls that match the ops' references.
+"""The C++ kernels as Python functions: whether they can be used here, and calls that match the reference.
 
-Built on first use (`build.py`); after that every call is one torch op on torch's own threads. Float32 tensors are computed
-in float32 with the keys of the reference; with `precision="bf16"` (and for bfloat16 tensors) queries, keys and values are
+They are built at first use (`build.py`); then a call is one torch op on torch's own threads. Float32 tensors are computed in
+float32 and keep the keys of the reference. With `precision="bf16"` (and for bfloat16 tensors) queries, keys and values are
 stored as bfloat16, products accumulate in float32, and predictor scores are rounded to bfloat16, so that keys whose scores
-differ by less than that may change places. Without bfloat16 instructions bfloat16 tensors are computed in float32.
+differ by less may change places. Without bfloat16 instructions bfloat16 tensors are computed in float32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MOST_TOKENS, LARGEST_HEAD = 1 << 15, 1024
 
 
 def available() -> str | None:
-    """None where the kernels can be used (they are built now if they were not); else the reason, in one line."""
+    """None if the kernels can be used (they are built now if need be); else the reason, in one line."""
     return _load()[1]
 
 
@@ -40,7 +40,7 @@ def isa() -> str:
 
 
 def supports(q: Tensor, mask: Tensor | None) -> bool:
-    """Whether a call on this tensor [B, H, N, d] can be computed by the kernels, which `available` told are there."""
+    """Whether the kernels, if they are `available`, can compute a call with queries q [B, H, N, d]."""
     return (
         q.device.type == "cpu"
         and q.dtype in (torch.float32, torch.bfloat16)
@@ -53,7 +53,7 @@ def supports(q: Tensor, mask: Tensor | None) -> bool:
 
 @cache
 def _load() -> tuple[int, str | None]:
-    """Level of the instruction set (index into `ISAS`) and why there is none, which is also said once, as a warning."""
+    """Level of the instruction set (index into `ISAS`), and why there is none; that is also a warning, once."""
     level, reason = _find()
     if reason:
         line = f"sparse attention is computed by the slow PyTorch reference: {reason}"
@@ -63,7 +63,7 @@ def _load() -> tuple[int, str | None]:
 
 @torch.compiler.assume_constant_result
 def _level() -> int:
-    """The level that calls pass on; under torch.compile a constant of the program."""
+    """The level, which torch.compile takes as a constant of the program."""
     return _load()[0]
 
 
@@ -116,24 +116,12 @@ def attention(
     elif col.shape[:2] != (B, H):
         col = col.contiguous().expand(B, H, -1, -1)
     features = None if features is None or spec.tail != "clusters" else _flat(features)
-    op = op or torch.ops.sparsify_cpu.sparse_attention.default
-    return op(  # type: ignore[operator]
-        *(_flat(x) for x in (q, k, v, row, col)),
-        features,
-        context.size,
-        shift,
-        context.place,
-        list(ranking.ranks),
-        spec.scale,
-        spec.budget,
-        P,
-        TAILS[spec.tail],
-        grid_of(spec, N - P, context.place),
-        spec.cells,
-        spec.tile,
-        _bf16(q, precision),
-        _load()[0],
-    )
+    grid = grid_of(spec, N - P, context.place)
+    tail, stored = TAILS[spec.tail], _bf16(q, precision)
+    constants = (spec.scale, spec.budget, P, tail, grid, spec.cells, spec.tile, stored, _load()[0])
+    tensors = (_flat(q), _flat(k), _flat(v), _flat(row), _flat(col), features, context.size, shift, context.place)
+    call: Any = op or torch.ops.sparsify_cpu.sparse_attention.default
+    return call(*tensors, ranking.ranks, *constants)
 
 
 class _Trained(torch.autograd.Function):
