@@ -1,6 +1,6 @@
-"""Images that least squares are fitted to: each as the model sees it, then random crops of them until there are enough.
+"""Images for least squares: each as the model sees it, then random crops of them until there are enough.
 
-A few hundred images have things in common by chance, and a linear map learns them; of crops it learns fewer.
+A few hundred images have features in common by chance, which a linear map would learn; with crops it learns fewer.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from sparsify.images.datasets import train_transform, transform
 from sparsify.images.loaders import Items, drawn, read
 from sparsify.recipe import Augmentation
 
-CROP = Augmentation(scale=(0.5, 1.0))  # at least half of the picture, flipped or not
+CROP = Augmentation(scale=(0.5, 1.0))  # at least half of the image, flipped or not
 
 
 class WithCrops(Dataset):
-    """`n` images as (tensor, label), or the name and reason of one that cannot be read.
+    """`n` images as (tensor, label), or name and reason (text) of an image that cannot be read.
 
-    What is cut out depends on the seed, the image and how often it has come before.
+    The crop depends on the seed, the image and how often it came before.
 
     Args:
-        items: images by number; the first n where there are more.
-        config: the model's preprocessing (`data.data_config`).
+        items: the first n are used where there are more.
+        config: the model's preprocessing (`datasets.data_config`).
     """
 
     def __init__(self, items: Items, n: int, config: dict[str, Any], seed: int) -> None:
@@ -35,11 +35,12 @@ class WithCrops(Dataset):
         return self.n
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
-        turn, place = divmod(index, len(self.items))
-        found = read(self.items, place)
-        if isinstance(found, str):
-            return found
+        turn, number = divmod(index, len(self.items))
+        item = read(self.items, number)
+        if isinstance(item, str):
+            return item
+        image, label = item
         if turn == 0:
-            return self.whole(found[0]), found[1]
-        with drawn(self.seed, "crop", turn, place):
-            return self.crop(found[0]), found[1]
+            return self.whole(image), label
+        with drawn(self.seed, "crop", turn, number):
+            return self.crop(image), label

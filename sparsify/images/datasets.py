@@ -1,7 +1,7 @@
 """Folders, archives and data sets -> batches, through timm's readers and the model's own preprocessing.
 
-Two kinds of loader: `ImageBatches` yields images (calibration), `LabelledBatches` yields images and labels (eval). Both
-are deterministic, can be iterated again, and count the images that could not be read instead of replacing them.
+`unlabelled` gives images (calibration), `labelled` images and labels (eval). Both loaders are deterministic, can be iterated
+again, and count the images that could not be read.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TRAIN = ("train", "training")
 def data_config(model: nn.Module, img_size: int | None = None) -> dict[str, Any]:
     """The model's preprocessing: input_size (C, H, W), mean, std, interpolation, crop_pct (0 to 1), crop_mode.
 
-    The size is the model's own; `img_size` (pixels, square) overrides it.
+    `img_size` (pixels, square) replaces the model's own size.
     """
     config = resolve_model_data_config(model)
     config["input_size"] = (config["input_size"][0], *hosts.image_size(model))
@@ -58,7 +58,7 @@ def transform(config: dict[str, Any]) -> Transform:
 
 
 def train_transform(augmentation: Augmentation, config: dict[str, Any]) -> Transform:
-    """timm's training transform: as `transform`, but drawn from the global random numbers of Python, numpy and torch.
+    """timm's training transform: as `transform`, with the global random numbers of Python, numpy and torch.
 
     Raises:
         UsageError: timm knows no such `auto_augment` or `interpolation`.
@@ -96,7 +96,7 @@ def unlabelled(
     strict: bool = False,
     split: str = "train",
 ) -> ImageBatches:
-    """Up to `n` images, labels ignored: drawn without replacement for `seed`, in random order.
+    """Up to `n` images without labels, drawn without replacement by `seed`, in random order.
 
     Args:
         path: folder (images at any depth), .tar, timm data set (`hfds/...`), or `digits` (its train split).
@@ -106,9 +106,9 @@ def unlabelled(
     """
     images = all_images(path, split)
     if isinstance(images, IterableDataset):
-        return ImageBatches(Stream(images, transform, n), batch_size, 0, strict, place=str(path))
+        return ImageBatches(Stream(images, transform, n), batch_size, 0, strict, name=str(path))
     some = Part(images, draw(len(images), n, seed))
-    return ImageBatches(Decoded(some, transform), batch_size, workers, strict, place=str(path))
+    return ImageBatches(Decoded(some, transform), batch_size, workers, strict, name=str(path))
 
 
 def labelled(
@@ -120,15 +120,15 @@ def labelled(
     strict: bool = False,
     split: str = "validation",
 ) -> LabelledBatches:
-    """Images with labels, for a model of `num_classes` outputs (0 or None: features only, classes are just counted).
+    """Images with labels for a model of `num_classes` outputs (0 or None: features only; classes are only counted).
 
     Args:
         path: ImageNet root with `val/`, the val folder, any folder of class folders, a .tar of them, a timm data set
             (`hfds/NAME`, `torch/NAME:ROOT`, ...), `digits` (test split) or `digits:train`.
         split: of timm data sets.
 
-    Folders named by wnid (n01440764) are mapped to the model's class index by wnid, however many are there, when the
-    model has as many classes as an ImageNet set; others are counted in timm's (natural) order of their names.
+    If the model has as many classes as an ImageNet set, folders named by wnid (n01440764), however many, have the class
+    index of their wnid. Other folders are numbered in timm's (natural) order of their names.
 
     Raises:
         BadData: nothing there, no class folders, or another number of classes than the model's.
@@ -136,22 +136,22 @@ def labelled(
     spec = str(path)
     images, note = class_images(path, num_classes, split, "test", VAL)
     if isinstance(images, IterableDataset):
-        return LabelledBatches(Stream(images, transform), batch_size, 0, strict, place=spec, num_classes=num_classes)
+        return LabelledBatches(Stream(images, transform), batch_size, 0, strict, name=spec, num_classes=num_classes)
     return LabelledBatches(Decoded(images, transform), batch_size, workers, strict, note, spec, num_classes)
 
 
 def builtin_calibration(
     model_is_digits: bool, n: int, seed: int, transform: Transform, batch_size: int = 32, workers: int = 0
 ) -> ImageBatches:
-    """Calibration images for a user who gives none: train digits for the built-in `digits`, else built-in pictures."""
+    """Calibration images where the user gives none: train digits for the `digits` model, else the built-in images."""
     if model_is_digits:
         return unlabelled("digits:train", n, seed, transform, batch_size, workers)
     pictures = Mapped(CalibrationImages(n, seed))
-    return ImageBatches(Decoded(pictures, transform), batch_size, workers, place="built-in pictures")
+    return ImageBatches(Decoded(pictures, transform), batch_size, workers, name="built-in pictures")
 
 
 def all_images(path: str | Path, split: str) -> Items | IterableDataset:
-    """All images of `path` (as `unlabelled` takes it) in the listed order, whatever their labels.
+    """All images of `path` (see `unlabelled`) in the listed order.
 
     Raises:
         BadData: nothing there, or no images.
@@ -168,9 +168,11 @@ def all_images(path: str | Path, split: str) -> Items | IterableDataset:
 def class_images(
     path: str | Path, num_classes: int | None, split: str, digits_split: str, folders: Sequence[str]
 ) -> tuple[Items | IterableDataset, str]:
-    """The images of `path` (as `labelled` takes it) with the model's labels, in the listed order; one line for the user.
+    """The images of `path` (see `labelled`) with the model's labels, in the listed order, and one line for the user.
 
-    `digits_split` is what `digits` stands for; the first of `folders` that lies in `path` is taken in its place.
+    Args:
+        digits_split: the split that `digits` stands for.
+        folders: names of folders; the first that lies in `path` is used instead of it.
 
     Raises:
         BadData: nothing there, no class folders, or another number of classes than the model's.
@@ -189,7 +191,7 @@ def class_images(
 
 
 def draw(total: int, n: int, seed: int) -> list[int]:
-    """`n` of `total`, in random order: the first images, which decide the ranks, stand for all classes, not for names."""
+    """`n` indices of `total`, in random order, so that the first images, which decide the ranks, are of many classes."""
     return random.Random(seed).sample(range(total), min(n, total))
 
 
@@ -215,7 +217,7 @@ def _reader(path: Path) -> Any:
     try:
         reader = create_dataset("", root=str(path), search_split=False, **extra).reader
         if hasattr(reader, "cache_tarfiles"):
-            reader.cache_tarfiles = False  # an open archive has one position, also for the workers that inherit it
+            reader.cache_tarfiles = False  # workers would inherit an open archive with one shared position
         return reader
     except Exception as error:
         if path.is_dir():
@@ -225,11 +227,12 @@ def _reader(path: Path) -> Any:
 
 
 def split_folder(path: Path, names: Sequence[str]) -> Path:
-    """The first folder in `path` with one of `names`; `path` where there is none."""
+    """The first of the folders `names` that lies in `path`; `path` where there is none."""
     return next((path / name for name in names if (path / name).is_dir()), path)
 
 
 def _folder_items(path: Path, num_classes: int | None) -> tuple[Reader, str]:
+    """The images of class folders with the model's labels, and one line for the user."""
     reader = _reader(path)
     names: dict[str, int] = getattr(reader, "class_to_idx", None) or reader.class_name_to_idx
     labels = [int(t) for t in (reader.targets if hasattr(reader, "targets") else [t for _, t in reader.samples])]
@@ -254,23 +257,23 @@ def _folder_items(path: Path, num_classes: int | None) -> tuple[Reader, str]:
         notes.append(f"{len(names)} of {num_classes:,} {subset} classes, mapped by wnid")
     else:
         _same_count(str(path), len(names), num_classes)
-        classes = {index: place for place, index in enumerate(sorted(names.values()))}  # timm's order, without loose
+        classes = {index: label for label, index in enumerate(sorted(names.values()))}  # timm's order, without loose
     keep = [i for i, label in enumerate(labels) if label != loose]
     return Reader(reader, keep, classes), "; ".join(notes)
 
 
-def _same_count(place: str, found: int, num_classes: int | None) -> None:
-    if num_classes and found != num_classes:
-        raise BadData(f"{place} has {found:,} classes, but the model has {num_classes:,}")
+def _same_count(name: str, classes: int, num_classes: int | None) -> None:
+    if num_classes and classes != num_classes:
+        raise BadData(f"{name} has {classes:,} classes, but the model has {num_classes:,}")
 
 
 def is_prefixed(spec: str) -> bool:
-    """Whether `spec` is a timm data set, `hfds/NAME` and the like, and no folder of that name."""
+    """Whether `spec` is a timm data set (`hfds/NAME`, ...) and not a folder of that name."""
     return spec.partition("/")[0].lower() in PREFIXES and "/" in spec and not Path(spec).exists()
 
 
 def _of(dataset: Any) -> Items | IterableDataset:
-    """timm's own data sets replace a broken image by the next, so their reader is used; torchvision's as they are."""
+    """timm's own data sets replace a broken image by the next, so only their reader is used; torchvision's as they are."""
     if isinstance(dataset, IterableDataset):
         return dataset
     return Reader(dataset.reader, range(len(dataset.reader))) if hasattr(dataset, "reader") else Mapped(dataset)

@@ -1,12 +1,12 @@
-"""Images by index or as a stream -> batches in a fixed order; broken images are left out and counted, never replaced."""
+"""Images by index or as a stream -> batches in a fixed order; unreadable images are left out and counted, not replaced."""
 
 from __future__ import annotations
 
 import hashlib
 import random
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from itertools import islice
 from typing import Any, Protocol, cast
 
@@ -22,7 +22,7 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 class Items(Protocol):
-    """Images by index: an open file, a path or a PIL image; the label, -1 where there is none; a name for messages."""
+    """Images by index: an open file, a path or a PIL image, with its label (-1: none), and its name for messages."""
 
     def __len__(self) -> int: ...
 
@@ -32,7 +32,7 @@ class Items(Protocol):
 
 
 class Reader:
-    """timm's folder, tar and hub readers; `indices` picks images, `classes` maps their class index to the model's."""
+    """Images at `indices` of timm's folder, tar and hub readers; `classes` maps their class index to the model's."""
 
     def __init__(self, reader: Any, indices: Sequence[int], classes: dict[int, int] | None = None) -> None:
         self.reader, self.indices, self.classes = reader, indices, classes
@@ -70,7 +70,7 @@ class Mapped:
 
 
 class Part:
-    """Some of `items`, in the order of `indices`; without `labels` each label is -1."""
+    """The images of `items` at `indices`, in that order; without `labels` each label is -1."""
 
     def __init__(self, items: Items, indices: Sequence[int], labels: bool = True) -> None:
         self.items, self.indices, self.labels = items, indices, labels
@@ -87,7 +87,7 @@ class Part:
 
 
 class StreamPart:
-    """(PIL image, label) `start` to `stop` (left out; None: the end) of each pass over `source`; labels as in `Part`."""
+    """Images `start` up to `stop` (None: the end) of each pass over `source`, as (PIL image, label); labels as in `Part`."""
 
     def __init__(self, source: Iterable, start: int = 0, stop: int | None = None, labels: bool = True) -> None:
         self.source, self.start, self.stop, self.labels = source, start, stop, labels
@@ -98,7 +98,7 @@ class StreamPart:
 
 
 def read(items: Items, index: int) -> tuple[Image.Image, int] | str:
-    """RGB image and label, or the name and reason of an image that cannot be read."""
+    """RGB image and label, or name and reason (text) of an image that cannot be read."""
     try:
         file, label = items.fetch(index)
         image = file if isinstance(file, Image.Image) else Image.open(file)
@@ -108,7 +108,7 @@ def read(items: Items, index: int) -> tuple[Image.Image, int] | str:
 
 
 class Decoded(Dataset):
-    """(tensor, label), or the name and reason of an image that cannot be read."""
+    """(tensor, label), or name and reason (text) of an image that cannot be read."""
 
     def __init__(self, items: Items, transform: Transform) -> None:
         self.items, self.transform = items, transform
@@ -117,12 +117,12 @@ class Decoded(Dataset):
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
-        found = read(self.items, index)
-        return found if isinstance(found, str) else (self.transform(found[0]), found[1])
+        item = read(self.items, index)
+        return item if isinstance(item, str) else (self.transform(item[0]), item[1])
 
 
 class Stream(IterableDataset):
-    """timm's iterable data sets (tfds, wds, hfids), which decode by themselves; at most `limit` images."""
+    """At most `limit` images of timm's iterable data sets (tfds, wds, hfids), which decode them themselves."""
 
     def __init__(self, source: Iterable, transform: Transform, limit: int | None = None) -> None:
         self.source, self.transform, self.limit = source, transform, limit
@@ -138,9 +138,12 @@ class _Loader:
     """Batches in a fixed order. After an iteration `broken` counts the images left out, `first_broken` names one.
 
     Attributes:
-        total: images that will be tried; None for streams.
+        strict: raise at the first unreadable image instead of leaving it out.
         note: one line for the user (what was left out or mapped), or ''.
-        part: of what several processes read (`sparsify.images.sharing`): it may hold nothing.
+        name: of the images, for messages.
+        num_classes: outputs of the model; None: not known.
+        part: one process's part of the images (`sparsify.images.sharing`), which may be empty.
+        total: images that will be read; None for streams.
     """
 
     def __init__(
@@ -150,13 +153,12 @@ class _Loader:
         workers: int = 0,
         strict: bool = False,
         note: str = "",
-        place: str = "",
+        name: str = "",
         num_classes: int | None = None,
         part: bool = False,
     ) -> None:
-        self.part = part
         self.dataset, self.batch_size, self.workers, self.strict = dataset, batch_size, workers, strict
-        self.note, self.place, self.num_classes = note, place, num_classes
+        self.note, self.name, self.num_classes, self.part = note, name, num_classes, part
         self.total = None if isinstance(dataset, IterableDataset) else len(cast(Any, dataset))
         self.broken = 0
         self.first_broken = ""
@@ -170,23 +172,18 @@ class _Loader:
             collate_fn=_collate,
             worker_init_fn=ignore_interrupt if self.workers else None,
         )
-        batches = iter(loader)
-        try:
+        with closing(batches_of(loader)) as batches:
             for images, labels, failures in batches:
                 self.broken += len(failures)
                 self.first_broken = self.first_broken or next(iter(failures), "")
                 if failures and self.strict:
-                    raise BadData(f"{self.place}: cannot read {failures[0]}")
+                    raise BadData(f"{self.name}: cannot read {failures[0]}")
                 good += len(labels)
                 if len(labels):
                     yield images, labels
-        finally:  # also on Ctrl-C and where the caller stops early: ends the workers now, not at the next collection
-            shutdown = getattr(batches, "_shutdown_workers", None)
-            if shutdown is not None:
-                shutdown()
         if not good and not self.part:
             first = f"; the first: {self.first_broken}" if self.first_broken else ""
-            raise BadData(f"{self.place}: none of the {self.broken} images could be read{first}")
+            raise BadData(f"{self.name}: none of the {self.broken} images could be read{first}")
 
 
 class ImageBatches(_Loader):
@@ -215,10 +212,28 @@ class LabelledBatches(_Loader):
         for images, labels in self._batches():
             low, high = int(labels.min()), int(labels.max())
             if low < 0:
-                raise BadData(f"{self.place} has images without labels")
+                raise BadData(f"{self.name} has images without labels")
             if self.num_classes and high >= self.num_classes:
-                raise BadData(f"{self.place} has a label {high}, but the model has {self.num_classes:,} classes")
+                raise BadData(f"{self.name} has a label {high}, but the model has {self.num_classes:,} classes")
             yield images, labels
+
+
+def batches_of(loader: DataLoader) -> Generator[Any, None, None]:
+    """The batches of `loader`, whose workers end with this generator: also on Ctrl-C and where the caller stops early."""
+    batches = iter(loader)
+    try:
+        yield from batches
+    finally:
+        shutdown = getattr(batches, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
+
+
+def read_whole(stream: Any) -> None:
+    """Let timm's reader of a stream give every process all images: it would share them out unevenly by itself."""
+    reader = getattr(stream, "reader", None)
+    if hasattr(reader, "dist_num_replicas"):
+        reader.dist_rank, reader.dist_num_replicas = 0, 1
 
 
 def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor, list[str]]:
@@ -229,18 +244,18 @@ def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor, lis
 
 
 def ignore_interrupt(worker: int) -> None:
-    """`worker_init_fn` of a DataLoader: Ctrl-C is for the main process, which ends the workers."""
+    """`worker_init_fn` of a DataLoader: the main process handles Ctrl-C and ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def drawn_number(*parts: object) -> int:
-    """64 bits that depend on `parts`, numbers and text, alone."""
+    """A number of 64 bits that depends only on `parts` (numbers and text)."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
 
 
 @contextmanager
 def drawn(*parts: object) -> Iterator[None]:
-    """Inside, the global random numbers of Python, numpy and torch (CPU) depend on `parts` alone; then go on as before."""
+    """Inside, global random numbers of Python, numpy and torch (CPU) depend only on `parts`; afterwards they continue."""
     number, generator = drawn_number(*parts), torch.default_generator
     states = random.getstate(), np.random.get_state(), generator.get_state()
     try:

@@ -1,4 +1,4 @@
-"""A picture as the model sees it, and where a point of the original lies in that view."""
+"""An image as the model sees it, and where a point of the original lies in that view."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from sparsify.errors import BadData, UsageError, one_line
+from sparsify.errors import BadData, UsageError, field, one_line
 from sparsify.images import datasets
 
 
 class Line(NamedTuple):
-    """Pixel u of the view lies at `start` + `step` u of the original, along one side; counted from the left or top edge."""
+    """Along one side, pixel u of the view lies at `start` + `step` u of the original, from the left or top edge."""
 
     start: float
     step: float
@@ -26,13 +26,13 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Photograph:
-    """A picture, resized and cropped as the model's evaluation transform does it.
+    """An image, resized and cropped by the model's evaluation transform.
 
     Attributes:
         path: its file.
         width, height: of the original, upright, in pixels.
-        x: what the model takes, float32 [C, H, W], normalised.
-        view: the same for people, uint8 [H, W, 3].
+        x: the model's input, float32 [C, H, W], normalised.
+        view: the same for display, uint8 [H, W, 3].
         across, down: where the view's pixels lie in the original.
     """
 
@@ -44,39 +44,31 @@ class Photograph:
     across: Line
     down: Line
 
-    def patch(self, point: Point, grid: tuple[int, int]) -> int:
-        """The patch of `grid` under a point of the original, row by row from the top left.
+    def patch(self, point: ImagePoint, grid: tuple[int, int]) -> int:
+        """The number of the patch of `grid` under a point of the original, row by row from the top left.
 
         Raises:
             UsageError: outside the original, or outside the part of it that the model sees.
         """
         x, y = point.pixels(self.width, self.height)
-        found = []
-        for at, side, line, patches in (
-            (x, self.view.shape[1], self.across, grid[1]),
-            (y, self.view.shape[0], self.down, grid[0]),
-        ):
-            share = (at - line.start) / line.step / side
-            found.append(-1 if not 0 <= share <= 1 else min(patches - 1, int(share * patches)))
+        column = _cell(x, self.across, self.view.shape[1], grid[1])
+        row = _cell(y, self.down, self.view.shape[0], grid[0])
         if not (0 <= x <= self.width and 0 <= y <= self.height):
             raise UsageError(
-                f"--query {point.text}: outside {self.path.name}, which has {self.width}x{self.height} pixels"
+                f"{field('query')} {point.text}: outside {self.path.name}, which has {self.width}x{self.height} pixels"
             )
-        if min(found) < 0:
+        if column is None or row is None:
             left, right = _ends(self.across, self.view.shape[1], self.width)
             top, bottom = _ends(self.down, self.view.shape[0], self.height)
             raise UsageError(
-                f"--query {point.text}: outside the part of {self.path.name} that the model sees, x {left} to {right} and "
-                f"y {top} to {bottom}"
+                f"{field('query')} {point.text}: outside the part of {self.path.name} that the model sees, x {left} to {right} "
+                f"and y {top} to {bottom}"
             )
-        return found[1] * grid[1] + found[0]
+        return row * grid[1] + column
 
 
-class Point(NamedTuple):
-    """A place in a picture: pixels, counted from 0 at the top left, or shares of width and height.
-
-    `text` is what was typed.
-    """
+class ImagePoint(NamedTuple):
+    """A point of an image: pixels, counted from 0 at the top left, or shares of width and height; `text` as typed."""
 
     x: float
     y: float
@@ -84,11 +76,11 @@ class Point(NamedTuple):
     text: str
 
     def pixels(self, width: int, height: int) -> tuple[float, float]:
-        """From the left and top edge of a picture of that size; a whole pixel is meant at its middle."""
+        """Distance from the left and top edge of an image of that size; a whole pixel means its middle."""
         return (self.x * width, self.y * height) if self.shares else (self.x + 0.5, self.y + 0.5)
 
 
-def point(text: str) -> Point:
+def point(text: str) -> ImagePoint:
     """'120,80': pixels; '0.5,0.25', with a decimal point in both and up to 1: shares of width and height.
 
     Raises:
@@ -97,23 +89,23 @@ def point(text: str) -> Point:
     parts = [part.strip() for part in text.split(",")]
     if len(parts) == 2:
         if all(re.fullmatch(r"[0-9]{1,6}", part) for part in parts):
-            return Point(float(parts[0]), float(parts[1]), False, text)
+            return ImagePoint(float(parts[0]), float(parts[1]), False, text)
         if all(re.fullmatch(r"[0-9]?\.[0-9]*", part) and part != "." and float(part) <= 1 for part in parts):
-            return Point(float(parts[0]), float(parts[1]), True, text)
+            return ImagePoint(float(parts[0]), float(parts[1]), True, text)
     raise UsageError(
-        f"--query {text}: X,Y in whole pixels of the image (120,80) or as shares of its sides with a decimal point "
+        f"{field('query')} {text}: X,Y in whole pixels of the image (120,80) or as shares of its sides with a decimal point "
         "(0.5,0.25) is expected"
     )
 
 
 def read(path: Path, config: dict[str, Any]) -> Photograph:
-    """The picture of a file, turned upright as viewers show it (its EXIF orientation).
+    """The image of a file, turned upright (EXIF orientation).
 
     Args:
         config: the model's preprocessing (`sparsify.images.datasets.data_config`).
 
     Raises:
-        BadData: missing, a folder, or no picture.
+        BadData: missing, a folder, or not an image.
     """
     if path.is_dir():
         raise BadData(f"{path} is a folder: give image files, {path}/*.jpg")
@@ -122,7 +114,7 @@ def read(path: Path, config: dict[str, Any]) -> Photograph:
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file).convert("RGB")
-    except Exception as error:  # PIL raises a dozen kinds on damaged files
+    except Exception as error:  # PIL raises a dozen kinds of exception on damaged files
         raise BadData(f"{path} cannot be read as an image: {one_line(error, 100)}") from None
     transform = datasets.transform(config)
     x = transform(image)
@@ -133,33 +125,39 @@ def read(path: Path, config: dict[str, Any]) -> Photograph:
 
 
 def _lines(transform: Callable[[Image.Image], Tensor], width: int, height: int) -> tuple[Line, Line]:
-    """Where the view's pixels lie in an original of that size: read off what the transform makes of a ramp.
+    """Where the view's pixels lie in an original of that size, measured on a ramp.
 
-    Its steps between pictures (resizing, cropping, padding, whatever they are) are applied to a picture whose red and green
-    say where a pixel is, and straight lines are fitted; blue tells the picture from padding.
+    The steps of the transform from image to image (resize, crop, pad) are applied to an image whose red and green hold the
+    position of each pixel; straight lines are fitted to the result. Blue distinguishes the image from padding.
     """
     x = (np.arange(width) + 0.5) / width
     y = (np.arange(height) + 0.5) / height
     ramp = np.full((height, width, 3), 255, dtype=np.uint8)
     ramp[..., 0], ramp[..., 1] = np.rint(255 * x)[None], np.rint(255 * y)[:, None]
-    picture = Image.fromarray(ramp)
+    image = Image.fromarray(ramp)
     for step in getattr(transform, "transforms", ()):
-        made = step(picture)
-        if not isinstance(made, Image.Image):
+        output = step(image)
+        if not isinstance(output, Image.Image):
             break
-        picture = made
-    seen = np.asarray(picture).astype(float)
-    middle = seen[seen.shape[0] // 2], seen[:, seen.shape[1] // 2]
-    return _fit(middle[0][:, 0], middle[0][:, 2], width), _fit(middle[1][:, 1], middle[1][:, 2], height)
+        image = output
+    seen = np.asarray(image).astype(float)
+    row, column = seen[seen.shape[0] // 2], seen[:, seen.shape[1] // 2]  # through the middle
+    return _fit(row[:, 0], row[:, 2], width), _fit(column[:, 1], column[:, 2], height)
+
+
+def _cell(at: float, line: Line, pixels: int, patches: int) -> int | None:
+    """Which of `patches` along a side of the view holds the position `at` of the original; None: outside the view."""
+    share = (at - line.start) / line.step / pixels
+    return min(patches - 1, int(share * patches)) if 0 <= share <= 1 else None
 
 
 def _fit(ramp: np.ndarray, inside: np.ndarray, side: int) -> Line:
-    """The line through what a row of pixels says of its place, 0 to 255 over `side` pixels of the original."""
-    there = (inside > 250) & (ramp > 1) & (ramp < 254)  # resizing bends the ramp at its ends
-    at = np.arange(len(ramp))[there] + 0.5
-    if len(at) < 2 or np.ptp(ramp[there]) == 0:
+    """The line through the positions that a row of pixels holds, 0 to 255 over `side` pixels of the original."""
+    valid = (inside > 250) & (ramp > 1) & (ramp < 254)  # resizing bends the ramp at its ends
+    at = np.arange(len(ramp))[valid] + 0.5
+    if len(at) < 2 or np.ptp(ramp[valid]) == 0:
         return Line(0.0, side / len(ramp))
-    step, start = np.polyfit(at, ramp[there] / 255 * side, 1)
+    step, start = np.polyfit(at, ramp[valid] / 255 * side, 1)
     return Line(float(start), float(step))
 
 

@@ -1,4 +1,4 @@
-"""Images shared out among the processes of one command (`sparsify.processes`): each reads its own."""
+"""Images shared out among the processes of one command (`sparsify.processes`): each reads its own part."""
 
 from __future__ import annotations
 
@@ -9,37 +9,33 @@ from typing import Any, TypeVar
 from torch.utils.data import Subset
 
 from sparsify import processes
-from sparsify.images.loaders import ImageBatches, LabelledBatches, Stream
+from sparsify.images.loaders import ImageBatches, LabelledBatches, Stream, read_whole
 
 L = TypeVar("L", ImageBatches, LabelledBatches)
 
 
 def share(loader: L) -> L:
-    """What this process reads of the images of `loader`: all of them if it is the only one, else every P-th.
+    """The part of `loader` that this process reads: every P-th image of P processes.
 
-    That there is nothing to read in a share is no error: it is for all processes together to say.
+    An empty part is no error: only all processes together know that there is nothing to read.
     """
     if processes.world() == 1:
         return loader
     whole: Any = loader.dataset
     if isinstance(whole, Stream):
-        dataset: Any = Stream(_Every(whole.source), whole.transform)
+        dataset: Any = Stream(_EveryPth(whole.source), whole.transform)
     else:
         dataset = Subset(whole, range(processes.rank(), len(whole), processes.world()))
-    return type(loader)(
-        dataset, loader.batch_size, loader.workers, loader.strict, place=loader.place, num_classes=loader.num_classes,
-        part=True,
-    )  # fmt: skip
+    options: dict[str, Any] = {"strict": loader.strict, "name": loader.name, "num_classes": loader.num_classes}
+    return type(loader)(dataset, loader.batch_size, loader.workers, part=True, **options)
 
 
-class _Every:
-    """Items rank, rank + P, ... of a stream. timm's readers share out themselves, unevenly, unless told not to."""
+class _EveryPth:
+    """Items rank, rank + P, ... of a stream."""
 
     def __init__(self, source: Any) -> None:
         self.source = source
-        reader: Any = getattr(source, "reader", None)
-        if hasattr(reader, "dist_num_replicas"):
-            reader.dist_rank, reader.dist_num_replicas = 0, 1
+        read_whole(source)
 
     def __iter__(self) -> Iterator[Any]:
         return islice(iter(self.source), processes.rank(), None, processes.world())

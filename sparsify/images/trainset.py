@@ -1,4 +1,4 @@
-"""Images to learn from and images held back from them: one place, divided once by a seed (`finetune.batches` reads it)."""
+"""Training images and images held back from them: one data set, divided by a seed (`fit.finetune.batches` reads it)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 
 from sparsify.errors import BadData
 from sparsify.images.datasets import TRAIN, VAL, all_images, class_images, draw, is_digits, is_prefixed, split_folder
-from sparsify.images.loaders import Items, Part, StreamPart
+from sparsify.images.loaders import Items, Part, StreamPart, read_whole
 
 MOST_HELD = 1024
 HELD_OF_UNKNOWN = 256  # images held back from a stream that does not know its length
@@ -20,20 +20,20 @@ HELD_OF_UNKNOWN = 256  # images held back from a stream that does not know its l
 
 @dataclass(frozen=True)
 class TrainSet:
-    """Images of one place, in two parts without a common image.
+    """A data set in two parts without a common image.
 
     Attributes:
-        learn: to learn from, in the listed order.
-        held: held back, in random order; empty for `hold_back` 0. A stream's are the first of each pass.
-        place: as the user named it.
+        learn: training images, in the listed order.
+        held: images held back, in random order; empty for `hold_back` 0. Those of a stream are the first of each pass.
+        name: as the user gave it.
         note: one line for the user (what was left out or mapped), or ''.
-        stream: both parts are a `StreamPart` (wds, tfds, hfids), which has no length and is read from its beginning.
-        digest: SHA-256 (hex) over the names, where they are files, and the number of all images; not over their bytes.
+        stream: both parts are a `StreamPart` (wds, tfds, hfids), without a length and read from the beginning.
+        digest: SHA-256 (hex) over the number of all images and the names of files; not over their bytes.
     """
 
     learn: Items | StreamPart
     held: Items | StreamPart
-    place: str
+    name: str
     note: str
     stream: bool
     digest: str
@@ -45,16 +45,16 @@ def trainset(
     """The images of `path`, divided for `seed`: `hold_back` (0 to below 1) of them, 1 to 1024, are held back.
 
     Args:
-        path: folder, .tar, timm data set (`hfds/NAME`, ...), `digits` (its train split) or `digits:SPLIT`. Of a folder
-            with `train/` (or `training/`) that holds folders, or has a validation folder beside it, that is taken.
-        num_classes: outputs of the model, which the labels must fit; without `labels` not looked at.
-        labels: False: every label is -1, and images of a folder may lie at any depth. True: as `data.labelled`.
+        path: folder, .tar, timm data set (`hfds/NAME`, ...), `digits` (its train split) or `digits:SPLIT`. In a folder,
+            `train/` (or `training/`) is used if it holds folders or has a validation folder beside it.
+        num_classes: outputs of the model, which the labels must fit; ignored without `labels`.
+        labels: False: every label is -1, and images of a folder may lie at any depth. True: as `datasets.labelled`.
         split: of timm data sets.
 
     A stream holds back its first images: `hold_back` of them where its length is known, else 256.
 
     Raises:
-        BadData: nothing there, no images, fewer than two images with `hold_back` above 0; as `data.labelled`.
+        BadData: nothing there, no images, fewer than two images with `hold_back` above 0; as `datasets.labelled`.
     """
     spec, note = str(path), ""
     plain = not is_digits(spec) and not is_prefixed(spec)
@@ -77,10 +77,8 @@ def trainset(
 
 
 def _of_stream(images: Any, labels: bool, hold_back: float, spec: str, split: str) -> TrainSet:
-    """timm's readers give each process of a distributed run other images; here each reads all and takes its share."""
-    reader = getattr(images, "reader", None)
-    if reader is not None and hasattr(reader, "dist_num_replicas"):
-        reader.dist_rank, reader.dist_num_replicas = 0, 1
+    """Each process reads all images and takes its own part of each batch."""
+    read_whole(images)
     try:
         total = len(images)
     except TypeError:
@@ -91,28 +89,29 @@ def _of_stream(images: Any, labels: bool, hold_back: float, spec: str, split: st
 
 
 def _train_folder(path: Path) -> Path:
-    """The train folder in a data set's root; a class may be called `train` too, so one of images alone is none."""
+    """The train folder of a data set; a folder that holds only images, alone, is a class called `train`."""
     folder = split_folder(path, TRAIN)
     if folder == path or split_folder(path, (*VAL, "test")) != path:
         return folder
     return folder if any(inside.is_dir() for inside in folder.iterdir()) else path
 
 
-def _held(total: int, hold_back: float, place: str) -> int:
+def _held(total: int, hold_back: float, name: str) -> int:
+    """Number of images to hold back."""
     if not total:
-        raise BadData(f"{place} holds no images")
+        raise BadData(f"{name} holds no images")
     if not hold_back:
         return 0
     if total < 2:
         raise BadData(
-            f"{place} holds 1 image: at least 2 are expected, one to learn from and one to hold back; add images, or set "
+            f"{name} holds 1 image: at least 2 are expected, one to learn from and one to hold back; add images, or set "
             "hold_back to 0"
         )
     return min(MOST_HELD, max(1, round(hold_back * total)), total - 1)
 
 
 def _source(spec: str, split: str, plain: bool) -> tuple[str, ...]:
-    """What tells data sets without file names apart. A folder may be moved: its own name does not count."""
+    """What identifies a data set without file names. A folder may be moved: its own name does not count."""
     if is_digits(spec):
         return ("digits", spec.partition(":")[2] or "train")
     return () if plain else (spec, split)

@@ -263,7 +263,7 @@ def images_of(
         drawn = sorted(random.Random(seed).sample(range(cast(int, every.total)), limit))
         dataset = Subset(every.dataset, drawn)
     return LabelledBatches(
-        dataset, EVAL_BATCH, every.workers, note=every.note, place=images, num_classes=every.num_classes
+        dataset, EVAL_BATCH, every.workers, note=every.note, name=images, num_classes=every.num_classes
     ), True
 
 

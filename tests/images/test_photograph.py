@@ -37,7 +37,7 @@ def test_a_mark_is_found_where_the_transform_puts_it(mode, size, sides, tmp_path
     point = photograph.point(f"{x},{y}")
     row, column = divmod(photo.patch(point, grid), grid[1])
     assert abs(centre[0] - 8 * (column + 0.5)) <= 4.5 and abs(centre[1] - 8 * (row + 0.5)) <= 4.5
-    shares = photograph.Point((x + 0.5) / w, (y + 0.5) / h, True, "")
+    shares = photograph.ImagePoint((x + 0.5) / w, (y + 0.5) / h, True, "")
     assert photo.patch(shares, grid) == photo.patch(point, grid)
 
 

@@ -113,7 +113,7 @@ def test_of_an_imagenet_root_the_train_folder_is_taken_and_told(tmp_path, name, 
             flat(tmp_path / part / c, count)
     found = trainset(tmp_path, 2, wanted, 0, 0)
     assert len(found.learn) == 6 and found.note == f"the images of {tmp_path / name}"
-    assert found.place == str(tmp_path)
+    assert found.name == str(tmp_path)
     assert found.digest == trainset(tmp_path / name, 2, wanted, 0, 0).digest
 
 

@@ -116,7 +116,7 @@ def labels(loader):
 
 
 def test_shares_are_every_third_item(second_of_three):
-    share = sharing.share(LabelledBatches(Pictures(8), 2, place="here"))
+    share = sharing.share(LabelledBatches(Pictures(8), 2, name="here"))
     assert labels(share) == [1, 4, 7] and share.total == 3
     assert labels(sharing.share(LabelledBatches(Pictures(1), 2))) == []  # nothing for this one is no error
 

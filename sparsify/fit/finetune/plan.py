@@ -173,10 +173,10 @@ def _repair_images(
     n = recipe.repair.images
     if images.stream:
         dataset: Any = Stream(cast(Any, images.learn), datasets.transform(preprocessing), n)
-        return recipe.repair, ImageBatches(dataset, BATCH, 0, place=data.images)
+        return recipe.repair, ImageBatches(dataset, BATCH, 0, name=data.images)
     learn = cast(Items, images.learn)
     dataset = WithCrops(Part(learn, datasets.draw(len(learn), n, recipe.seed)), n, preprocessing, recipe.seed)
-    return recipe.repair, ImageBatches(dataset, BATCH, workers, place=data.images)
+    return recipe.repair, ImageBatches(dataset, BATCH, workers, name=data.images)
 
 
 def _validation_images(
@@ -193,4 +193,4 @@ def _validation_images(
     else:
         dataset = Decoded(cast(Items, images.held), transform)
         described = f"{len(dataset)} images of {publishable(data.images)} that nothing learns from"
-    return share(ImageBatches(dataset, BATCH, workers, place=data.images)).pairs, described
+    return share(ImageBatches(dataset, BATCH, workers, name=data.images)).pairs, described

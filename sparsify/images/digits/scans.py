@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-
 DATA_FILE = "data.safetensors"
-
-
 SPLITS = ("train", "test")  # the index of a name is its code in the data file
 
 

@@ -1,9 +1,9 @@
-"""The built-in calibration pictures, used where the user gives no images: crops of seven free photographs and collages.
+"""The built-in calibration images, used where the user gives none: crops and collages of seven free photographs.
 
-Calibration needs second moments of queries and keys, not labels: what matters is that the pictures together show the
-textures, edges, objects and backgrounds of photographs.  A few photographs alone repeat themselves; so part of the
-pictures are 'dead leaves' collages (overlapping discs with power-law radii, the model of natural images of Lee, Mumford
-and Huang 2001) whose leaves are cut from the photographs.  Credits and licences: NOTICE.md in this folder.
+Calibration needs second moments of queries and keys, no labels: the images together must show the textures, edges, objects
+and backgrounds of photographs. Crops of seven photographs repeat themselves, so half of the images are 'dead leaves'
+collages (overlapping discs with power-law radii, the model of natural images of Lee, Mumford and Huang 2001) cut from the
+photographs. Credits and licences: NOTICE.md in this folder.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "china", "coffee", "flower", "raccoon", "rocket")
 SIDE = 288  # pixels, both sides of every picture
-LEAF_SHARE = 0.5  # share of collages; the measured trade is in the docstring of `CalibrationImages`
+LEAF_SHARE = 0.5  # share of collages; measured in the docstring of `CalibrationImages`
 
 
 class CalibrationImages(Sequence[Image.Image]):
-    """`n` RGB pictures of `SIDE` x `SIDE` pixels, each made when it is asked for.
+    """`n` RGB images of `SIDE` x `SIDE` pixels, each made when it is read.
 
-    Picture i depends on `seed` and i alone, so a longer list begins with the shorter one.
+    Image i depends only on `seed` and i, so a longer list begins with the shorter one.
 
-    Why half collages: DeiT-Tiny at keep 0.1, moments of 128 pictures, judged on 200 other photographs (agreement with
+    Why half collages: DeiT-Tiny at keep 0.1, calibrated on 128 images, evaluated on 200 other photographs (agreement with
     the dense model in %, standard error 1.6; KL). Photographs of ImageNet's classes, two sets: 94.0, 0.0138 and 94.5,
-    0.0135. Built in, seeds 0, 1, 2: half collages 94.0, 95.0, 94.5 and 0.0143, 0.0144, 0.0150; crops alone 95.0, 95.0,
-    94.5 and 0.0147, 0.0142, 0.0149; collages alone (seed 0) 94.0, 0.0151. The mix does not matter much; half keeps
-    both kinds. More pictures bring nothing (256: 0.0146), 32 do nearly as well (0.0144).
+    0.0135. Built in, seeds 0, 1, 2: half collages 94.0, 95.0, 94.5 and 0.0143, 0.0144, 0.0150; crops only 95.0, 95.0,
+    94.5 and 0.0147, 0.0142, 0.0149; collages only (seed 0) 94.0, 0.0151. The mix hardly matters; half keeps both. More
+    images bring nothing (256: 0.0146), 32 do nearly as well (0.0144).
     """
 
     def __init__(self, n: int, seed: int = 0, leaf_share: float = LEAF_SHARE) -> None:
@@ -60,7 +60,7 @@ class CalibrationImages(Sequence[Image.Image]):
 
 
 def calibration_images(n: int, seed: int = 0) -> CalibrationImages:
-    """`n` built-in RGB pictures, the same ones for the same `seed`."""
+    """`n` built-in images, the same ones for the same `seed`."""
     return CalibrationImages(n, seed)
 
 
@@ -78,15 +78,15 @@ def _crop(name: str, draw: random.Random, side: int, scale: tuple[float, float])
     width = min(photo.width, round(math.sqrt(area * aspect)))
     height = min(photo.height, round(math.sqrt(area / aspect)))
     left, top = draw.randint(0, photo.width - width), draw.randint(0, photo.height - height)
-    picture = photo.resize((side, side), Image.Resampling.BICUBIC, (left, top, left + width, top + height))
+    image = photo.resize((side, side), Image.Resampling.BICUBIC, (left, top, left + width, top + height))
     if draw.random() < 0.5:
-        picture = ImageOps.mirror(picture)
-    picture = ImageEnhance.Brightness(picture).enhance(draw.uniform(0.7, 1.3))
-    return ImageEnhance.Color(picture).enhance(draw.uniform(0.5, 1.4))
+        image = ImageOps.mirror(image)
+    image = ImageEnhance.Brightness(image).enhance(draw.uniform(0.7, 1.3))
+    return ImageEnhance.Color(image).enhance(draw.uniform(0.5, 1.4))
 
 
 def _collage(draw: random.Random) -> Image.Image:
-    """Discs cut from photographs, dropped one on another over a photograph; radii r with density ~ r^-3."""
+    """Discs cut from photographs, one over another on a crop of a photograph; radii r with density ~ r^-3."""
     picture = _crop(draw.choice(PHOTOGRAPHS), draw, SIDE, (0.05, 0.6))
     smallest, largest = SIDE / 16, SIDE / 2.2
     for _ in range(draw.randint(3, 24)):
