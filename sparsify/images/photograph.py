@@ -61,8 +61,8 @@ class Photograph:
             left, right = _ends(self.across, self.view.shape[1], self.width)
             top, bottom = _ends(self.down, self.view.shape[0], self.height)
             raise UsageError(
-                f"{field('query')} {point.text}: outside the part of {self.path.name} that the model sees, x {left} to {right} "
-                f"and y {top} to {bottom}"
+                f"{field('query')} {point.text}: outside the part of {self.path.name} that the model sees, "
+                f"x {left} to {right} and y {top} to {bottom}"
             )
         return row * grid[1] + column
 

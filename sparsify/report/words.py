@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sparsify.measure.latency import Timing
+if TYPE_CHECKING:
+    from sparsify.measure.latency import Timing
 
 Row = tuple[str, str, str, str]  # what, dense, sparse, change
 HEADINGS = ("", "dense", "sparse", "change")

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from sparsify import processes
 from sparsify.errors import BadData, UsageError
 from sparsify.images.datasets import train_transform, transform
-from sparsify.images.loaders import Items, StreamPart, drawn, drawn_number, ignore_interrupt, read
+from sparsify.images.loaders import Items, StreamPart, batches_of, drawn, drawn_number, ignore_interrupt, read
 from sparsify.recipe import Augmentation
 
 ATTEMPTS = 4  # draws of an augmentation: Pillow 13 refuses one in 300 of timm's rand-m9 (posterize to 0 bits)
@@ -162,13 +162,7 @@ class Batches:
             worker_init_fn=ignore_interrupt if self.settings.workers else None,
             generator=torch.Generator(),  # else it draws from the global one
         )
-        made = iter(loader)
-        try:
-            yield from made
-        finally:  # ends the workers now, not at the next garbage collection
-            shutdown = getattr(made, "_shutdown_workers", None)
-            if shutdown is not None:
-                shutdown()
+        return batches_of(loader)
 
     def _requests(self, total: int, step: int) -> Iterator[_Request]:
         """The micro-batches of this process, of `total` images, from `step` on, without end."""
