@@ -151,12 +151,10 @@ TokenKeep = Annotated[
     ),
 ]
 TokenStages = Annotated[
-    str | None,
-    option("BLOCKS", "Blocks, counted from 1, after whose attention tokens are removed.", KEPT, "4,7,10"),
+    str | None, option("BLOCKS", "Blocks, counted from 1, after whose attention tokens are removed.", KEPT, "4,7,10")
 ]
 TokenWay = Annotated[
-    str | None,
-    option("WAY", "How tokens are removed: merge, evit or evit-fused.", KEPT, "merge", completion.WAYS),
+    str | None, option("WAY", "How tokens are removed: merge, evit or evit-fused.", KEPT, "merge", completion.WAYS)
 ]
 TokenImportance = Annotated[
     str | None,
@@ -173,8 +171,7 @@ TargetMacs = Annotated[
     option("SHARE", "Choose keep and tokens of every block for this fraction of the dense model's MACs.", KEPT, "none"),
 ]
 TargetLatency = Annotated[
-    float | None,
-    option("SHARE", "The same for this fraction of its time, on this machine at batch 1.", KEPT, "none"),
+    float | None, option("SHARE", "The same for this fraction of its time, on this machine at batch 1.", KEPT, "none")
 ]
 Output = Annotated[Path, option("FILE", "File to write.", FILES, names=("--output", "-o"))]
 Force = Annotated[bool, flag("--force", "Overwrite another model's file.", FILES)]
@@ -225,8 +222,7 @@ Tail = Annotated[
     ),
 ]
 Cells = Annotated[
-    str | None,
-    option("RxC", "Grid of cells of the tail, rows x columns.", FORM, "by tokens and keep: 4x3 of 197"),
+    str | None, option("RxC", "Grid of cells of the tail, rows x columns.", FORM, "by tokens and keep: 4x3 of 197")
 ]
 Granularity = Annotated[
     str | None,
@@ -274,14 +270,12 @@ SweepImageNet = Annotated[
     str | None, option("DIR", "The same: ImageNet root with val/, or its val folder; labels are required.")
 ]
 CalibData = Annotated[
-    str | None,
-    option("DATA", "Folder or data set to calibrate on; labels are not used.", default="built-in pictures"),
+    str | None, option("DATA", "Folder or data set to calibrate on; labels are not used.", default="built-in pictures")
 ]
 Targets = Annotated[str, option("SHARES", "Fractions of the dense model's MACs to search a schedule for; or none.")]
 Keeps = Annotated[str, option("SHARES", "Fractions of keys to measure sparse attention at, all tokens; or none.")]
 SweepOutput = Annotated[
-    Path,
-    option("PREFIX", "Start of the names of .md, .json, .png and the folder .recipes.", names=("--output", "-o")),
+    Path, option("PREFIX", "Start of the names of .md, .json, .png and the folder .recipes.", names=("--output", "-o"))
 ]
 Limit = Annotated[int | None, option("N", "Images to measure on, drawn by --seed.", default="all", min=1)]
 SweepCalibImages = Annotated[int | None, option("N", "Images to calibrate on.", default="128", min=1)]

@@ -78,9 +78,12 @@ class Reporter:
                 Left(table_column=words),
             )
             self.bar = Progress(
-                *columns, console=self.console, transient=True, speed_estimate_period=WINDOW,
+                *columns,
+                console=self.console,
+                transient=True,
+                speed_estimate_period=WINDOW,
                 redirect_stdout=sys.stdout.isatty(),  # lines that go to a file are left alone
-            )  # fmt: skip
+            )
             self.bar.start()
         return self
 

@@ -1,6 +1,6 @@
-"""The job behind `sparsify push`: a converted file, described, into a repository of the hub or into a folder.
+"""The job behind `sparsify push`: a converted file and its model card into a repository of the hub, or into a folder.
 
-Everything is read, verified and described before anything is sent; one commit holds all of it.
+Everything is read, verified and described before anything is sent. One commit holds all files.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsify.errors import BadFile, SparsifyError, UsageError, one_line
-from sparsify.files import whole
-from sparsify.measure import profile as profiles
+from sparsify.errors import BadFile, SparsifyError, UsageError, field, one_line
+from sparsify.files import whole, write_text
+from sparsify.measure.profile import profile
 from sparsify.models import checkpoint, hub, provenance
 from sparsify.models.hub import ARCHITECTURE
 from sparsify.models.provenance import licence_of
@@ -24,6 +24,7 @@ from sparsify.report import readback
 from sparsify.report.card import Facts, card
 from sparsify.version import __version__
 
+_LOCAL = re.compile(r"(?<![\w/.])(?:/[\w.+-]+){2,}|[A-Za-z]:\\\\\\\\[\w.+-]+|~/[\w./-]+")  # in JSON
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".onnx", ".h5", ".msgpack", ".gguf")
 
 
@@ -33,9 +34,9 @@ class Package:
 
     Attributes:
         repo: ORG/NAME.
-        file: the converted file, goes there as model.safetensors.
+        file: the converted file, which becomes model.safetensors.
         config, card: text of config.json and README.md.
-        notes: what the person who pushes should know, lines.
+        notes: lines for the person who pushes.
     """
 
     repo: str
@@ -47,7 +48,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where it is: page of the repository, commit, and the name that `load` takes."""
+    """URL of the repository, its new commit, and the name that `load` takes."""
 
     url: str
     commit: str
@@ -67,32 +68,32 @@ def package(
         UsageError: `repo` is not ORG/NAME.
         BadFile: a file that is no converted model, or figures that are not this model's.
     """
-    place, revision = hub.split(repo)
+    name, revision = hub.split(repo)
     if revision:
-        raise UsageError(f"{repo}: give the revision with --revision")
-    header, model = checkpoint.read_header(file), checkpoint.load(file)
-    digest = checkpoint.digest_in(file)
-    profile = profiles.profile(model, dense=graft.dense_twin(model), measure=False)
+        raise UsageError(f"{repo}: give the revision with {field('revision')}")
+    header, model, digest = checkpoint.read_header(file), checkpoint.load(file), checkpoint.digest_in(file)
+    figures = profile(model, dense=graft.dense_twin(model), measure=False)
     known = licence_of(header, licence)
     original, base = provenance.origin(header)
     results = None if evaluation is None else readback.results(evaluation, digest)
-    measured = None if timing is None else readback.times(timing, profile.macs_sparse, profile.param_count)
-    facts = Facts(place, header, profile, known, original, base, results, measured)
+    measured = None if timing is None else readback.times(timing, figures.macs_sparse, figures.param_count)
+    facts = Facts(name, header, figures, known, original, base, results, measured)
     notes = [known.note] if known.note else []
-    if found := _places(header):
-        notes.append(f"the file's header names a folder of this machine ({found}): whoever downloads it can read that")
-    return Package(place, file, _config(header, digest, known.name), card(facts), tuple(notes))
+    if folder := _local_folder(header):
+        notes.append(f"the file's header names a folder of this machine ({folder}): whoever downloads it can read that")
+    return Package(name, file, _config(header, digest, known.name), card(facts), tuple(notes))
 
 
 def write(made: Package, folder: Path, force: bool = False) -> None:
-    """The three files into `folder`, which timm reads as local-dir: (after `import sparsify.registry`).
+    """Writes the three files into `folder`, which timm reads as local-dir: (after `import sparsify.registry`).
 
     Raises:
-        BadFile: such files lie there already, or it cannot be written.
+        BadFile: such files exist there already, or the folder cannot be written.
     """
-    taken = [name for name in (hub.WEIGHTS, hub.CONFIG, hub.CARD) if (folder / name).exists()]
-    if taken and not force:
-        raise BadFile(f"{folder} has {', '.join(taken)} already: choose another folder, or overwrite with --force")
+    existing = [name for name in (hub.WEIGHTS, hub.CONFIG, hub.CARD) if (folder / name).exists()]
+    if existing and not force:
+        names, option = ", ".join(existing), field("force")
+        raise BadFile(f"{folder} has {names} already: choose another folder, or overwrite with {option}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -101,8 +102,7 @@ def write(made: Package, folder: Path, force: bool = False) -> None:
         with whole(folder / hub.WEIGHTS) as temporary:
             shutil.copyfile(made.file, temporary)
     for name, text in ((hub.CONFIG, made.config), (hub.CARD, made.card)):
-        with whole(folder / name) as temporary:
-            Path(temporary).write_text(text, encoding="utf-8", newline="\n")
+        write_text(folder / name, text)
 
 
 def push(
@@ -113,14 +113,14 @@ def push(
     force: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Pushed:
-    """Makes the repository where there is none, and sends the three files in one commit.
+    """Creates the repository if there is none, and sends the three files in one commit.
 
     The token is huggingface_hub's: HF_TOKEN, or what `hf auth login` stored. It is neither shown nor written.
 
     Args:
-        private: of a new repository; one that exists must be private already.
-        revision: branch, made where there is none; None: main.
-        force: also where the repository holds another model.
+        private: create a private repository; an existing one must be private already.
+        revision: branch, created if there is none; None: main.
+        force: also replace another model.
 
     Raises:
         SparsifyError: no token, no network, no right to write, another model there: one line each; nothing was sent then.
@@ -157,7 +157,7 @@ def push(
 
 
 def _may_push(api: Any, made: Package, private: bool, revision: str | None, force: bool) -> None:
-    """Raise where the repository exists and is public though `private` is asked for, or holds another model."""
+    """Raise if the repository is public although `private` is asked for, or holds another model."""
     from huggingface_hub import errors
 
     try:
@@ -166,7 +166,7 @@ def _may_push(api: Any, made: Package, private: bool, revision: str | None, forc
         return
     if private and not info.private:
         raise SparsifyError(
-            f"{made.repo} exists and is public: make it private on its page first, or leave --private out"
+            f"{made.repo} exists and is public: make it private on its page first, or leave {field('private')} out"
         )
     try:
         files = api.list_repo_files(made.repo, revision=revision)
@@ -178,9 +178,8 @@ def _may_push(api: Any, made: Package, private: bool, revision: str | None, forc
     there = _described(made.repo, revision) if hub.CONFIG in files else None
     if there is None or there != _identity(json.loads(made.config)):
         what = "a file that 'sparsify push' did not write" if there is None else f"a sparse {there[0]}"
-        raise SparsifyError(
-            f"{made.repo} holds another model ({what}): choose another name, or replace it with --force"
-        )
+        replaced = f"replace it with {field('force')}"
+        raise SparsifyError(f"{made.repo} holds another model ({what}): choose another name, or {replaced}")
 
 
 def _described(repo: str, revision: str | None) -> tuple[str, int] | None:
@@ -192,7 +191,7 @@ def _described(repo: str, revision: str | None) -> tuple[str, int] | None:
 
 
 def _identity(config: Any) -> tuple[str, int] | None:
-    """Architecture that was converted and number of classes of a config.json of ours; None: another's."""
+    """Converted architecture and number of classes in a config.json; None: sparsify did not write it."""
     if not isinstance(config, dict) or config.get("architecture") != ARCHITECTURE:
         return None
     own = config.get("sparsify")
@@ -219,7 +218,7 @@ def _push_error(repo: str, error: Exception, token: str) -> SparsifyError:
 
 
 def _config(header: checkpoint.Header, digest: str, licence: str) -> str:
-    """config.json as timm has it, but of an architecture that only `sparsify.registry` knows."""
+    """config.json in timm's form, of an architecture that only `sparsify.registry` knows."""
     classes = int(header.architecture["model_args"].get("num_classes") or 0)
     own = {k: v for k, v in header.architecture["pretrained_cfg"].items() if k not in ("architecture", "license")}
     if licence:
@@ -238,8 +237,7 @@ def _config(header: checkpoint.Header, digest: str, licence: str) -> str:
     return json.dumps(tree, indent=2) + "\n"
 
 
-def _places(header: checkpoint.Header) -> str:
-    """The first folder of a machine that the header names; '' where there is none."""
-    text = json.dumps(header.provenance)
-    found = re.search(r"(?<![\w/.])(?:/[\w.+-]+){2,}|[A-Za-z]:\\\\\\\\[\w.+-]+|~/[\w./-]+", text)
-    return found.group(0) if found else ""
+def _local_folder(header: checkpoint.Header) -> str:
+    """The first path of a local folder in the header; '' if there is none."""
+    match = re.search(_LOCAL, json.dumps(header.provenance))
+    return match.group(0) if match else ""

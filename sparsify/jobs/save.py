@@ -1,4 +1,4 @@
-"""A model that `load` gave and an ordinary training loop changed: back into a file that `load` reads."""
+"""A model that `load` returned and a training loop changed: back into a file that `load` reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsify.config import SparsityConfig
 from sparsify.errors import UsageError, one_line
-from sparsify.measure import profile
+from sparsify.measure.profile import profile
 from sparsify.models import building, checkpoint
 from sparsify.models.names import Source
 from sparsify.nn import attention, execution, hosts
@@ -27,18 +27,18 @@ Header = checkpoint.Header
 
 
 def save(model: nn.Module, path: Path, like: Path, force: bool = False) -> Header:
-    """Writes `model` to `path`, described as the file `like` describes the model that it was, with what has changed since.
+    """Writes `model` to `path`, with the header of `like` and what has changed since.
 
-    Number of classes, image size, pooling and preprocessing (`pretrained_cfg`) are the model's own. What is written is a
-    model rebuilt from the new header with the weights of `model`; it must compute what `model` computes.
+    Number of classes, image size, pooling and preprocessing (`pretrained_cfg`) are the model's own. Written is a model
+    rebuilt from the new header with the weights of `model`; it must compute what `model` computes.
 
     Args:
-        model: sparse; wrappers (DistributedDataParallel, ModelEmaV3, torch.compile) are taken off. It is not changed.
+        model: sparse; wrappers (DistributedDataParallel, ModelEmaV3, torch.compile) are removed. It is not changed.
         like: the file that `model` was loaded from.
         force: overwrite a file that holds another model.
 
     Returns:
-        What the file says of itself: `backbone_changed` unless every tensor outside the predictors is that of `like`.
+        The new header: `backbone_changed` unless every tensor outside the predictors is that of `like`.
 
     Raises:
         UsageError: a model that is not sparse, or that a file cannot describe (other modules than those of `like`).
@@ -61,7 +61,7 @@ def save(model: nn.Module, path: Path, like: Path, force: bool = False) -> Heade
         )
     described = described._replace(provenance=_provenance(header, like, state, described))
     if described.architecture["model_args"] != header.architecture["model_args"]:
-        figures = profile.profile(fresh, measure=False).as_dict()
+        figures = profile(fresh, measure=False).as_dict()
         described = described._replace(report={k: v for k, v in figures.items() if k in header.report})
     checkpoint.may_overwrite(path, described.architecture, force)
     checkpoint.save(fresh, path, described)
@@ -69,7 +69,7 @@ def save(model: nn.Module, path: Path, like: Path, force: bool = False) -> Heade
 
 
 def _plain(host: nn.Module) -> dict[str, Tensor]:
-    """The state dict on the CPU, floating point numbers as float32."""
+    """The state dict on the CPU, floating-point tensors as float32."""
     state = {}
     for name, tensor in host.state_dict().items():
         if type(tensor) not in (Tensor, nn.Parameter):
@@ -80,15 +80,13 @@ def _plain(host: nn.Module) -> dict[str, Tensor]:
 
 
 def _described(host: nn.Module, header: Header) -> Header:
-    """`header` with what `host` says of itself now."""
+    """`header` with the architecture and cells that `host` has now."""
     architecture, args = header.architecture["architecture"], dict(header.architecture["model_args"])
     before = checkpoint.rebuild(header)
     model = cast(Any, host)
     if getattr(model, "global_pool", None) != getattr(before, "global_pool", None):
         args["global_pool"] = model.global_pool
-        if hasattr(
-            model, "fc_norm"
-        ):  # timm decides by the pooling where the last norm stands: here it stays where it was
+        if hasattr(model, "fc_norm"):  # timm places the last norm by the pooling: here it stays where it was
             args["fc_norm"] = not isinstance(model.fc_norm, nn.Identity)
     described = building.describe(host, Source(architecture, architecture, architecture, args))
     config = described["pretrained_cfg"]
@@ -101,7 +99,7 @@ def _described(host: nn.Module, header: Header) -> Header:
 
 
 def _config(host: nn.Module, config: SparsityConfig) -> SparsityConfig:
-    """The configuration with the cells of the modules: they grow with the image (`graft.resize`)."""
+    """The configuration with the cells of the modules, which grow with the image (`graft.resize`)."""
     modules = list(attention.attention_modules(host).values())
     known = config.with_cells(hosts.num_tokens(host))
     own = [getattr(m, "sparsity", None) for m in modules]
@@ -113,7 +111,7 @@ def _config(host: nn.Module, config: SparsityConfig) -> SparsityConfig:
 
 @torch.inference_mode()
 def _same_outputs(host: nn.Module, fresh: nn.Module) -> bool:
-    """Whether both give the same for random images, on the CPU, in float32, eval mode, sparse."""
+    """Whether both give the same outputs for random images, on the CPU, in float32, eval mode, sparse."""
     twin = copy.deepcopy(host).to("cpu", torch.float32).eval()
     height, width = cast(Any, host).patch_embed.img_size
     x = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
@@ -124,7 +122,7 @@ def _same_outputs(host: nn.Module, fresh: nn.Module) -> bool:
 
 
 def _provenance(header: Header, like: Path, state: dict[str, Tensor], described: Header) -> dict[str, Any]:
-    """That of `header`, with a note of what happened since; nothing of the machine."""
+    """That of `header`, with a note of what happened since; nothing about the machine."""
     with safe_open(like, framework="pt") as file:
         names = [name for name in file.keys() if not _of_predictor(name)]  # noqa: SIM118
         same = set(names) == {n for n in state if not _of_predictor(n)} and all(

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from torch import nn
 
-from sparsify.errors import UsageError
+from sparsify.errors import UsageError, field
 from sparsify.images import datasets, photograph
 from sparsify.images.photograph import Point
 from sparsify.measure.inspection import Shown, check_sparse, inspect
 from sparsify.nn import attention, graft, hosts
 
-MOST_LAYERS, MOST_HEADS = 4, 6  # drawn where nobody says which
+MOST_LAYERS, MOST_HEADS = 4, 6  # drawn by default
 
 
 def look(
@@ -26,18 +26,18 @@ def look(
     dense: nn.Module | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Shown]:
-    """What a sparse model does with each image.
+    """Looks at what a sparse model does with each image.
 
     Args:
-        points: queries, in each image; none: `sparsify.measure.inspection.default_queries`.
-        layers, heads: counted from 1 and separated by commas, or all; None: at most `MOST_LAYERS` of those with sparse
-            attention (of all, where there are none), `MOST_HEADS` heads, evenly spaced.
+        points: queries in each image; none: `sparsify.measure.inspection.default_queries`.
+        layers, heads: numbers from 1 separated by commas, or all; None: evenly spaced, at most `MOST_LAYERS` of the layers
+            with sparse attention (of all, if none has) and `MOST_HEADS` heads.
         dense: see `sparsify.measure.inspection.inspect`.
-        progress: called with images done and in all.
+        progress: called with images done and their total.
 
     Raises:
         BadData: an image that cannot be read.
-        UsageError: a point outside an image, a layer or head that there is not, a dense model that does not fit.
+        UsageError: a point outside an image, a layer or head that does not exist, a dense model that does not fit.
         SparsifyError: not a sparse model.
     """
     check_sparse(model)
@@ -46,9 +46,9 @@ def look(
     modules = list(attention.attention_modules(model).values())
     sparse = [i for i, name in enumerate(attention.attention_modules(model)) if name in attention.sparse_modules(model)]
     some = sparse or list(range(len(modules)))
-    blocks = _chosen(layers, "--layer", "layers", len(modules), [some[i] for i in spread(len(some), MOST_LAYERS)])
+    blocks = _chosen(layers, "layer", len(modules), [some[i] for i in spread(len(some), MOST_LAYERS)])
     count = modules[0].num_heads
-    drawn = _chosen(heads, "--head", "heads", count, spread(count, MOST_HEADS))
+    drawn = _chosen(heads, "head", count, spread(count, MOST_HEADS))
     config, grid = datasets.data_config(model), hosts.patch_grid(model)
     photos = [photograph.read(path, config) for path in images]
     asked = [tuple(dict.fromkeys(photo.patch(point, grid) for point in points)) for photo in photos]
@@ -69,28 +69,25 @@ def spread(n: int, most: int) -> list[int]:
 
 
 def unique(names: Sequence[str]) -> list[str]:
-    """The names, with -2, -3, ... where they would meet; case does not tell files apart everywhere."""
-    taken: set[str] = set()
-    found = []
+    """The names, with -2, -3, ... where two are the same but for case, which some file systems do not tell apart."""
+    chosen: dict[str, str] = {}
     for name in names:
         new, number = name, 1
-        while new.lower() in taken:
+        while new.lower() in chosen:
             number += 1
             new = f"{name}-{number}"
-        taken.add(new.lower())
-        found.append(new)
-    return found
+        chosen[new.lower()] = new
+    return list(chosen.values())
 
 
-def _chosen(text: str | None, option: str, what: str, count: int, default: Sequence[int]) -> tuple[int, ...]:
-    """'1,12' or 'all' -> numbers from 0, each once, in order."""
+def _chosen(text: str | None, option: str, count: int, default: Sequence[int]) -> tuple[int, ...]:
+    """'1,12' or 'all' -> indices from 0, each once, in order."""
     if text is None:
         return tuple(default)
     if text.strip() == "all":
         return tuple(range(count))
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdecimal() and 1 <= int(part) <= count for part in parts):
-        raise UsageError(
-            f"{option} {text}: numbers from 1 to {count} separated by commas, or all, are expected ({what})"
-        )
+        expected = f"numbers from 1 to {count} separated by commas, or all, are expected ({option}s)"
+        raise UsageError(f"{field(option)} {text}: {expected}")
     return tuple(sorted({int(part) - 1 for part in parts}))

@@ -22,7 +22,11 @@ from sparsify.recipe import Recipe, load_recipe, recipe_yaml
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A sparse model before any training, its configuration, and the recipe that gives it again."""
+    """A sparse model before any training.
+
+    Attributes:
+        recipe: reproduces it; words: which images were used; images: how many.
+    """
 
     model: nn.Module
     config: SparsityConfig
@@ -36,9 +40,8 @@ class Tuned:
     """What fine-tuning made.
 
     Attributes:
-        model: on the CPU, eval mode: fine-tuned, or the calibrated one where that was better.
-        config: of `model`.
-        start: what was calibrated.
+        model: the fine-tuned model, or the calibrated one if that is better; CPU, eval mode. `config` is its own.
+        start: the calibrated model.
     """
 
     model: nn.Module
@@ -48,19 +51,23 @@ class Tuned:
     plan: Plan
 
     def provenance(self) -> dict[str, Any]:
-        """What the file's header says of it."""
+        """What the file's header says of the fine-tuning."""
         changed = self.outcome.changed
         backbone = self.plan.repair is not None or any(p.stage.moves_backbone for p in self.plan.stages)
         return {
             "backbone_changed": changed and backbone,
             "finetuned": {
                 "kept": "fine-tuned" if changed else "calibrated",
-                "judged_on": self.plan.validated_on, "start": self.outcome.start.as_dict(),
+                "judged_on": self.plan.validated_on,
+                "start": self.outcome.start.as_dict(),
                 "best": self.outcome.best.as_dict(),
-                "steps": self.outcome.steps, "stopped": self.outcome.stopped, "precision": self.plan.precision,
-                "processes": processes.world(), "images": max((p.images for p in self.plan.stages), default=0),
+                "steps": self.outcome.steps,
+                "stopped": self.outcome.stopped,
+                "precision": self.plan.precision,
+                "processes": processes.world(),
+                "images": max((p.images for p in self.plan.stages), default=0),
             },
-        }  # fmt: skip
+        }
 
 
 def tune(
@@ -73,21 +80,21 @@ def tune(
     resume: bool,
     force: bool,
 ) -> Tuned:
-    """Calibrates `dense` (in place) or takes up an interrupted run, trains, and gives back what is better.
+    """Calibrates `dense` (in place) or resumes an interrupted run, trains, and returns the better model.
 
     Args:
         calibrated: calibrates `dense`.
-        header: what a file of the calibrated model says of itself.
+        header: of a file of the calibrated model.
         resume, force: see `RunFolder.open`.
 
     Raises:
         SparsifyError: see `RunFolder` and `finetune`.
     """
     teacher = copy.deepcopy(dense)
-    with processes.agree():  # nobody begins before all have looked
+    with processes.agree():  # no process writes before all have looked
         begun, state = run.open(plan.identity, resume, force, how.listener.say)
     if begun:
-        start = _taken_up(run)
+        start = _resumed(run)
     else:
         start = calibrated()
         if processes.main():
@@ -109,7 +116,7 @@ def tune(
 
 
 def verdict(outcome: RunResult, plan: Plan) -> str:
-    """Which was kept, and by how much it is better."""
+    """Which model was kept, and both scores."""
     start, best = outcome.start, outcome.best
     where = f"on {plan.validated_on} ({start.images})"
     if not outcome.changed:
@@ -124,7 +131,7 @@ def _announced(plan: Plan) -> str:
     return f"fine-tuning ({plan.precision}): {stages}; judged on {plan.validated_on}{note}"
 
 
-def _taken_up(run: RunFolder) -> Calibrated:
+def _resumed(run: RunFolder) -> Calibrated:
     header = checkpoint.read_header(run.start)
     images = int(header.provenance["calibration"]["images"])
     return Calibrated(checkpoint.load(run.start), header.config, load_recipe(str(run.recipe)), "as before", images)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from sparsify.cli import options
 from sparsify.cli.preflight import preflight
 from sparsify.errors import SparsifyError
 
 
 def build_kernels(
-    force: Annotated[bool, typer.Option("--force", help="Compile again, also what failed before.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the compiler's commands and all it said.")] = False,
+    force: Annotated[bool, options.flag("--force", "Compile again, also what failed before.")] = False,
+    verbose: Annotated[bool, options.flag("--verbose", "Show the compiler's commands and all its output.")] = False,
 ) -> None:
     """Compile the CPU kernels now instead of at their first use.
 

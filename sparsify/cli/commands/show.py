@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,50 +11,25 @@ import typer
 from sparsify.cli import options
 from sparsify.cli.preflight import preflight
 
-Layers = Annotated[
-    str | None,
-    typer.Option(
-        "--layer",
-        metavar="N,N,...",
-        help="Layers to draw keys of, counted from 1; or all.",
-        show_default="4 of those with sparse attention",
-    ),
-]
-Heads = Annotated[
-    str | None,
-    typer.Option("--head", metavar="N,N,...", help="Heads, counted from 1; or all.", show_default="at most 6"),
-]
-Queries = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--query",
-        metavar="X,Y",
-        help="Patch whose keys are drawn: whole pixels of the image (120,80), or shares of its sides with a point "
-        "(0.5,0.25). May be given again.",
-        show_default="the middle, and near the top left corner",
-    ),
-]
 DenseOf = Annotated[
     str | None,
-    typer.Option(
-        "--dense",
-        metavar="NAME|FILE",
-        help="Dense original: the kept share is of its attention.",
-        show_default="of the sparse model's own",
+    options.option(
+        "NAME|FILE",
+        "Dense original: the kept share is of its attention.",
+        default="of the sparse model's own",
+        names=("--dense",),
     ),
 ]
 
 
 def show(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="File that 'convert' wrote.")],
+    file: options.LocalModel,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
-    query: Queries = None,
-    layer: Layers = None,
-    head: Heads = None,
+    query: options.Queries = None,
+    layer: options.Layers = None,
+    head: options.Heads = None,
     dense: DenseOf = None,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for the PNGs.")] = Path(
-        "show"
-    ),
+    output: Annotated[Path, options.option("FOLDER", "Folder for the PNGs.", names=("--output", "-o"))] = Path("show"),
     img_size: options.ImgSize = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -65,25 +41,22 @@ def show(
     preflight()
     from sparsify.cli.progress import Reporter
     from sparsify.images import photograph
-    from sparsify.jobs import show as showing
+    from sparsify.jobs.show import look
     from sparsify.measure.inspection import DENSE, OWN, REFERENCES
-    from sparsify.models import checkpoint, original
+    from sparsify.models.opened import opened
     from sparsify.report import captions, figures
 
     say = options.say(quiet)
     figures.can_write(output)
     points = [photograph.point(text) for text in query or []]
-    header, model = checkpoint.read_header(file), checkpoint.load(file, img_size)
-    beside = original.load_original(header, dense, img_size, say) if dense else None
+    one = opened(file, dense, img_size, say)
     with Reporter(quiet) as reporter:
-        shown = showing.look(
-            model, images, points, layers=layer, heads=head, dense=beside,
-            progress=lambda done, total: reporter.update("look", done, total),
-        )  # fmt: skip
-        files = figures.draw(shown, lambda done, total: reporter.update("draw", done, total))
+        progress = partial(reporter.update, "look")
+        shown = look(one.model, images, points, layers=layer, heads=head, dense=one.dense, progress=progress)
+        files = figures.draw(shown, partial(reporter.update, "draw"))
     paths = figures.write(files, output)
     if not quiet:
-        print(f"true attention: {REFERENCES[OWN if beside is None else DENSE]}")
+        print(f"true attention: {REFERENCES[OWN if one.dense is None else DENSE]}")
         for each in shown:
             print(f"{each.photo.path.name}: {captions.mass(each.found)}.")
     if not shown[0].found.stages:

@@ -1,4 +1,4 @@
-"""What an exported program says of itself: the header of the file that it was made from, and how to feed it.
+"""Metadata of an exported program: the header of the file that it was made from, and how to feed it.
 
 Beside the keys of `sparsify.models.checkpoint` (but `format`, which is safetensors' own):
 
@@ -47,7 +47,7 @@ def metadata(model: nn.Module, format: str, batch_size: int | None) -> dict[str,
 
 
 def _labels(model: nn.Module) -> list[str]:
-    """Names of the classes, if the checkpoint came with as many as there are logits."""
+    """Names of the classes, if the checkpoint has as many as there are logits."""
     pretrained: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     names = pretrained.get("label_names")
     known = isinstance(names, list | tuple) and len(names) == getattr(model, "num_classes", 0)

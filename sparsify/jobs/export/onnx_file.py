@@ -1,7 +1,7 @@
 """Programs as ONNX, by torch's exporter; the metadata are the file's `metadata_props`.
 
-Ties: ONNX's TopK gives equal values by the lower index, ascending and descending, which is what a stable sort does. The
-selection of keys does not rest on it (`reference.top_b`), the choice of tokens does.
+Ties: ONNX's TopK orders equal values by the lower index, ascending and descending, as a stable sort does. The selection of
+keys does not depend on that (`ops.selection.top_b`), the choice of tokens does.
 """
 
 from __future__ import annotations
@@ -16,38 +16,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.errors import SparsifyError
+from sparsify.errors import SparsifyError, field
 from sparsify.jobs.export.metadata import INPUT
 
-MOST_BYTES = 2_000_000_000  # of a protobuf file, a little below the 2 GiB that it can hold
+MOST_BYTES = 2_000_000_000  # a little below the 2 GiB that a protobuf file can hold
 UNCHECKED = "not checked: onnxruntime is not installed (pip install 'sparsify-vit[export]')"
 
 
-def check() -> None:
-    """Raise unless ONNX files can be written here.
-
-    Raises:
-        SparsifyError: a package is missing.
-    """
+def check_packages() -> None:
+    """Raise `SparsifyError` if a package is missing that writes ONNX files."""
     for name in ("onnx", "onnxscript"):
         try:
             importlib.import_module(name)
         except ImportError:
-            raise SparsifyError(f"--format onnx needs {name}: pip install 'sparsify-vit[export]'") from None
+            raise SparsifyError(f"{field('format')} onnx needs {name}: pip install 'sparsify-vit[export]'") from None
 
 
 def check_size(nbytes: int) -> None:
-    """Raise where the weights do not fit into one ONNX file.
-
-    Raises:
-        SparsifyError: they do not.
-    """
+    """Raise `SparsifyError` if weights of that size do not fit into one ONNX file."""
     if nbytes > MOST_BYTES:
-        raise SparsifyError(f"weights of {nbytes / 1e9:.1f} GB: an ONNX file holds 2 GB; --format pt2 holds any number")
+        size, other = f"{nbytes / 1e9:.1f} GB", f"{field('format')} pt2"
+        raise SparsifyError(f"weights of {size}: an ONNX file holds 2 GB; {other} holds any number")
 
 
 def write(program: torch.export.ExportedProgram, path: str, described: Mapping[str, str], output: str) -> None:
-    """The program with all its weights, into `path`; its answer is called `output`."""
+    """Writes the program with all its weights to `path`; `output`: name of its result."""
     dynamic = any(isinstance(size, torch.SymInt) for size in _images(program).shape)
     with _quiet():
         made: Any = torch.onnx.export(
@@ -64,7 +57,7 @@ def write(program: torch.export.ExportedProgram, path: str, described: Mapping[s
 
 
 def runner(path: str) -> Callable[[Tensor], Tensor] | None:
-    """The program of a file: images [B, C, H, W] -> answers; None where onnxruntime is not installed."""
+    """The program of a file: images [B, C, H, W] -> outputs; None if onnxruntime is not installed."""
     try:
         import onnxruntime
     except ImportError:
@@ -93,7 +86,7 @@ def _stable_sort() -> Callable[..., Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's and onnxscript's remarks on their own affairs stay unsaid; errors are raised all the same."""
+    """Suppresses the warnings and log lines of torch's exporter and onnxscript; errors are raised as ever."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

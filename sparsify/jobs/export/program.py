@@ -1,7 +1,7 @@
 """The job behind `sparsify export`: a converted file in, an ONNX or PyTorch (.pt2) program of the sparse form out.
 
-What is exported is the plain PyTorch reference of `sparsify.ops`, operator by operator: it runs without this package and
-without the CPU kernels. The answers of a program are compared with the model's before it takes its place.
+The program holds the plain PyTorch reference of `sparsify.ops`, operator by operator: it runs without this package and
+without the CPU kernels. Its outputs are compared with the model's before the file is written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsify.errors import BadFile, SparsifyError, UsageError, one_line
+from sparsify.errors import BadFile, SparsifyError, UsageError, field, one_line
 from sparsify.files import whole
 from sparsify.images import datasets
 from sparsify.jobs.export import onnx_file, pt2_file
@@ -26,19 +26,19 @@ from sparsify.models.digits import network
 from sparsify.nn import execution
 
 FORMATS = {"onnx": onnx_file, "pt2": pt2_file}
-TOLERANCE = 1e-3  # difference of an answer that is pointed out
-WRONG = 1e-2  # difference, as a share of the largest number in the model's answers, that no rounding explains
-PICTURES = 8  # that program and model are compared on
+TOLERANCE = 1e-3  # difference of an output that is reported
+WRONG = 1e-2  # difference, as a share of the model's largest output, that no rounding explains
+PICTURES = 8  # on which program and model are compared
 
 
 class Checked(NamedTuple):
-    """How a program's answers compare with the model's own.
+    """How a program's outputs compare with the model's.
 
     Attributes:
-        median, most: of the pictures' largest differences.
-        apart: of how many pictures the answers differ by more than `TOLERANCE`.
-        pictures: how many were compared.
-        largest: largest number in the model's answers.
+        median, most: of each picture's largest difference.
+        apart: number of pictures that differ by more than `TOLERANCE`.
+        pictures: number of pictures compared.
+        largest: the model's largest output.
     """
 
     median: float
@@ -49,13 +49,9 @@ class Checked(NamedTuple):
 
     def words(self) -> str:
         """One line for people."""
-        line = (
-            f"checked against the model on {self.pictures} pictures: answers up to {self.largest:.3g} differ by at most"
-        )
-        line += f" {self.most:.1e}, in the median by {self.median:.1e}"
-        return line + (
-            f"; by more than {TOLERANCE:g} on {self.apart}: near ties (docs/export.md)" if self.apart else ""
-        )
+        checked = f"checked against the model on {self.pictures} pictures: answers up to {self.largest:.3g} differ"
+        ties = f"; by more than {TOLERANCE:g} on {self.apart}: near ties (docs/export.md)" if self.apart else ""
+        return f"{checked} by at most {self.most:.1e}, in the median by {self.median:.1e}{ties}"
 
 
 @dataclass(frozen=True)
@@ -64,10 +60,10 @@ class Exported:
 
     Attributes:
         path, format: the file.
-        batch: images of a call; None: any number.
+        batch: fixed batch size; None: any.
         bytes: size of the file.
-        checked: how its answers compare with the model's; None: nothing on this machine runs it.
-        seconds: wall time of the whole.
+        checked: how its outputs compare with the model's; None: nothing on this machine runs it.
+        seconds: wall time.
     """
 
     path: Path
@@ -92,47 +88,46 @@ def export(
 
     Args:
         format: onnx or pt2.
-        output: a name that ends in .onnx or .pt2; None: the file's own with that ending.
-        batch_size: images of a call; None: any number.
-        img_size: side in pixels, when it is not the file's.
+        output: a name that ends in .onnx or .pt2; None: that of `file` with that ending.
+        batch_size: fixed batch size; None: any.
+        img_size: side in pixels; None: the file's.
         force: overwrite an existing output.
 
     Raises:
         UsageError: an unknown format, another ending, or an image size that the architecture cannot take.
         BadFile: a file that cannot be read or written, or an output that exists.
-        SparsifyError: a package that is not installed, a model that the format cannot hold, or a program that answers
-            differently; nothing is written then.
+        SparsifyError: a package that is not installed, a model that the format cannot hold, or a program whose outputs
+            differ; nothing is written then.
     """
     start, file = time.perf_counter(), Path(file)
     if format not in FORMATS:
-        raise UsageError(f"--format {format}: expected one of {', '.join(FORMATS)}")
+        raise UsageError(f"{field('format')} {format}: expected one of {', '.join(FORMATS)}")
     path = file.with_suffix(f".{format}") if output is None else Path(output)
     if path.suffix != f".{format}":
-        raise UsageError(f"--output {path}: a name that ends in .{format} is expected")
+        raise UsageError(f"{field('output')} {path}: a name that ends in .{format} is expected")
     if path.exists() and not force:
-        raise BadFile(f"{path} exists: choose another --output or overwrite it with --force")
-    kind = FORMATS[format]
-    kind.check()
+        raise BadFile(f"{path} exists: choose another {field('output')} or overwrite it with {field('force')}")
+    writer = FORMATS[format]
+    writer.check_packages()
     header = checkpoint.read_header(file)
     model = checkpoint.load(file, img_size).requires_grad_(False)
-    kind.check_size(sum(t.nbytes for t in model.state_dict().values()))
+    writer.check_size(sum(t.nbytes for t in model.state_dict().values()))
     described = checkpoint.metadata(file) | metadata(model, format, batch_size)
     described.pop("format", None)  # safetensors' own
     program = trace(model, batch_size)
     with whole(path) as temporary:
         say(f"writing {path}")
         try:
-            kind.write(program, temporary, described, output_name(model))
-            run = kind.runner(temporary)
+            writer.write(program, temporary, described, output_name(model))
+            run = writer.runner(temporary)
         except (SparsifyError, OSError):
             raise
         except Exception as error:
             raise SparsifyError(f"{file} cannot be written as {format}: {one_line(error)}") from error
-        checked = (
-            None if run is None else compare(model, run, shown(model, header.architecture["architecture"]), batch_size)
-        )
-    took = time.perf_counter() - start
-    return Exported(path, format, batch_size, path.stat().st_size, checked, took)
+        checked = None
+        if run is not None:
+            checked = compare(model, run, _pictures(model, header.architecture["architecture"]), batch_size)
+    return Exported(path, format, batch_size, path.stat().st_size, checked, time.perf_counter() - start)
 
 
 def trace(model: nn.Module, batch_size: int | None) -> torch.export.ExportedProgram:
@@ -153,8 +148,8 @@ def trace(model: nn.Module, batch_size: int | None) -> torch.export.ExportedProg
         raise SparsifyError(f"torch.export cannot follow {type(model).__name__}: {one_line(error)}") from error
 
 
-def shown(model: nn.Module, architecture: str) -> Tensor:
-    """Pictures that program and model are compared on, as the model wants them; noise for unusual channels."""
+def _pictures(model: nn.Module, architecture: str) -> Tensor:
+    """Pictures [8, C, H, W] to compare program and model on, preprocessed; noise where C is unusual."""
     config, is_digits = datasets.data_config(model), architecture == network.ARCHITECTURE
     if config["input_size"][0] != 3 and not is_digits:
         return torch.randn(PICTURES, *config["input_size"], generator=torch.Generator().manual_seed(0))
@@ -162,24 +157,23 @@ def shown(model: nn.Module, architecture: str) -> Tensor:
 
 
 def compare(model: nn.Module, run: Callable[[Tensor], Tensor], pictures: Tensor, batch_size: int | None) -> Checked:
-    """The answers of program and model to `pictures`.
+    """Compares the outputs of program and model for `pictures`.
 
-    Some may differ a little: where two keys, cells or tokens score the same to rounding, another order of summation takes
-    the other one, as it does between two backends of the model itself.
+    Some pictures may differ a little: where two keys, cells or tokens score the same to rounding, another order of
+    summation selects the other one, as it does between two backends of the model itself.
 
     Raises:
-        SparsifyError: half of them or more differ by more than that can explain.
+        SparsifyError: half of the pictures or more differ by more than that can explain.
     """
     count = len(pictures)
     differences, largest = [], 0.0
     with torch.inference_mode(), execution.sparse_form(model):
         for batch in _batches(pictures, batch_size):
-            expected, found = model(batch), run(batch)
-            if found.shape != expected.shape:
-                raise SparsifyError(
-                    f"the program answers {tuple(found.shape)} instead of {tuple(expected.shape)}; nothing written"
-                )
-            differences += (found - expected).abs().flatten(1).amax(1).tolist()
+            expected, outputs = model(batch), run(batch)
+            if outputs.shape != expected.shape:
+                shapes = f"{tuple(outputs.shape)} instead of {tuple(expected.shape)}"
+                raise SparsifyError(f"the program answers {shapes}; nothing written")
+            differences += (outputs - expected).abs().flatten(1).amax(1).tolist()
             largest = max(largest, expected.abs().max().item())
     differences = differences[:count]
     limit = max(TOLERANCE, WRONG * largest)
@@ -194,7 +188,7 @@ def compare(model: nn.Module, run: Callable[[Tensor], Tensor], pictures: Tensor,
 
 
 def _batches(pictures: Tensor, batch_size: int | None) -> list[Tensor]:
-    """`pictures` in batches that the program takes: of its size, the last filled up; of 1 and the rest where any will do."""
+    """`pictures` in batches of the program's size, the last one filled up; for any size, one picture and the rest."""
     if batch_size is None:
         return [pictures[:1], pictures[1:]]
     filled = torch.cat([pictures, pictures[:1].expand(-len(pictures) % batch_size, -1, -1, -1)])

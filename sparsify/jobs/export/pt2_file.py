@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 
 
-def check() -> None:
-    """Nothing but torch is needed."""
+def check_packages() -> None:
+    """Nothing: only torch is needed."""
 
 
 def check_size(nbytes: int) -> None:
-    """Any size fits."""
+    """Nothing: any size fits."""
 
 
 def write(program: torch.export.ExportedProgram, path: str, described: Mapping[str, str], output: str) -> None:
-    """The program with all its weights, into `path`; answers have no names there."""
+    """Writes the program with all its weights to `path`; outputs have no names there."""
     with open(path, "wb") as file:
         torch.export.save(program, file, extra_files=dict(described))
 
 
 def runner(path: str) -> Callable[[Tensor], Tensor]:
-    """The program of a file: images [B, C, H, W] -> answers."""
+    """The program of a file: images [B, C, H, W] -> outputs."""
     with open(path, "rb") as file:
         return torch.export.load(file).module()
