@@ -156,7 +156,7 @@ def test_a_wrong_program_leaves_the_old_file(run, tmp_path, monkeypatch):
     path, _ = converted(tmp_path, "deit")
     monkeypatch.setattr(exporting, "trace", lambda *_: None)
     writes = SimpleNamespace(
-        check=lambda: None,
+        check_packages=lambda: None,
         check_size=lambda size: None,
         write=lambda *_: None,
         runner=lambda path: lambda x: x[:, 0, 0],
