@@ -231,7 +231,7 @@ def batches_of(loader: DataLoader) -> Generator[Any, None, None]:
 
 def read_whole(stream: Any) -> None:
     """Let timm's reader of a stream give every process all images: it would share them out unevenly by itself."""
-    reader = getattr(stream, "reader", None)
+    reader: Any = getattr(stream, "reader", None)
     if hasattr(reader, "dist_num_replicas"):
         reader.dist_rank, reader.dist_num_replicas = 0, 1
 

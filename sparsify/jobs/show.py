@@ -9,7 +9,7 @@ from torch import nn
 
 from sparsify.errors import UsageError, field
 from sparsify.images import datasets, photograph
-from sparsify.images.photograph import Point
+from sparsify.images.photograph import ImagePoint
 from sparsify.measure.inspection import Shown, check_sparse, inspect
 from sparsify.nn import attention, graft, hosts
 
@@ -19,7 +19,7 @@ MOST_LAYERS, MOST_HEADS = 4, 6  # drawn by default
 def look(
     model: nn.Module,
     images: Sequence[Path],
-    points: Sequence[Point] = (),
+    points: Sequence[ImagePoint] = (),
     *,
     layers: str | None = None,
     heads: str | None = None,
