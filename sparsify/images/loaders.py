@@ -218,6 +218,13 @@ class LabelledBatches(_Loader):
             yield images, labels
 
 
+class LooseBatches(LabelledBatches):
+    """As `LabelledBatches`; the label is -1 where there is none."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._batches()
+
+
 def batches_of(loader: DataLoader) -> Generator[Any, None, None]:
     """The batches of `loader`, whose workers end with this generator: also on Ctrl-C and where the caller stops early."""
     batches = iter(loader)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,7 @@ from torch.utils.data import Subset
 from sparsify import processes
 from sparsify.errors import BadData, SparsifyError
 from sparsify.images import datasets, sharing
-from sparsify.images.loaders import LabelledBatches, Stream
+from sparsify.images.loaders import Decoded, Items, LabelledBatches, LooseBatches, Part, Stream
 from sparsify.measure.accuracy import Evaluation, Features, Logits
 from sparsify.measure.figures import count_parameters
 from sparsify.nn import graft, hosts
@@ -248,12 +248,14 @@ def _timed(model: nn.Module, x: Tensor, classifier: bool) -> tuple[Any, float]:
 
 def images_of(
     model: nn.Module, images: str, must_be_labelled: bool, limit: int | None, seed: int, workers: int
-) -> tuple[LabelledBatches | _Unlabelled, bool]:
+) -> tuple[LabelledBatches, bool]:
     """The images to evaluate `model` on, `limit` of them drawn by `seed`, and whether they have labels."""
     transform, classes = datasets.transform(datasets.data_config(model)), int(getattr(model, "num_classes", 0))
-    if not must_be_labelled and _is_flat(Path(images)):
-        most = limit or len(list(Path(images).iterdir()))
-        return _Unlabelled(datasets.unlabelled(images, most, seed, transform, EVAL_BATCH, workers)), False
+    folder = Path(images)
+    if not must_be_labelled and folder.is_dir() and not any(child.is_dir() for child in folder.iterdir()):
+        items = cast(Items, datasets.all_images(images, "train"))  # files alone: nothing could name a class
+        some = Part(items, datasets.draw(len(items), limit or len(items), seed), labels=False)
+        return LooseBatches(Decoded(some, transform), EVAL_BATCH, workers, name=images), False
     every = datasets.labelled(images, classes, transform, EVAL_BATCH, workers)
     if limit is None or (every.total is not None and every.total <= limit):
         return every, True
@@ -262,31 +264,4 @@ def images_of(
     else:  # drawn, in their order: the first images of a folder are those of its first classes
         drawn = sorted(random.Random(seed).sample(range(cast(int, every.total)), limit))
         dataset = Subset(every.dataset, drawn)
-    return LabelledBatches(
-        dataset, EVAL_BATCH, every.workers, note=every.note, name=images, num_classes=every.num_classes
-    ), True
-
-
-def _is_flat(path: Path) -> bool:
-    """Whether `path` is a folder of files alone: nothing that could name a class."""
-    return path.is_dir() and not any(child.is_dir() for child in path.iterdir())
-
-
-class _Unlabelled:
-    """Images without labels as batches of images and the label -1; attributes as `LabelledBatches`."""
-
-    note = ""
-
-    def __init__(self, images: Any) -> None:
-        self.images, self.total = images, images.total
-
-    @property
-    def broken(self) -> int:
-        return int(self.images.broken)
-
-    @property
-    def first_broken(self) -> str:
-        return str(self.images.first_broken)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((x, torch.full((len(x),), -1)) for x in self.images)
+    return LabelledBatches(dataset, EVAL_BATCH, every.workers, False, every.note, images, every.num_classes), True

@@ -22,23 +22,16 @@ from sparsify.nn.attention import SparseAttention, sparse_modules
 from sparsify.nn.token_models import token_blocks
 from sparsify.ops.macs import HANDLES, PARTS
 
-ELEMENTWISE = frozenset({
-    "aten::add", "aten::add_", "aten::sub", "aten::rsub", "aten::mul", "aten::mul_", "aten::div", "aten::div_",
-    "aten::neg", "aten::pow", "aten::square", "aten::sqrt", "aten::rsqrt", "aten::exp", "aten::log", "aten::mean",
-    "aten::sum", "aten::amax", "aten::ceil", "aten::where", "aten::softmax", "aten::sigmoid", "aten::sigmoid_",
-    "aten::tanh", "aten::gelu", "aten::gelu_", "aten::silu", "aten::silu_", "aten::mish", "aten::relu6",
-    "aten::hardtanh", "aten::hardtanh_", "aten::hardswish", "aten::hardswish_", "aten::leaky_relu", "aten::elu",
-    "aten::softplus", "aten::max_pool2d", "aten::masked_fill_", "aten::pad", "aten::clone", "aten::alias",
-    "aten::lift_fresh", "aten::repeat", "aten::expand_as", "aten::view_as", "aten::reshape_as", "aten::mT",
-    "aten::ones_like", "aten::new_ones", "aten::lt", "aten::ge", "aten::clamp_min", "aten::linalg_vector_norm",
-    "aten::sort", "aten::argsort", "aten::gather", "aten::scatter", "aten::scatter_add",
-    "aten::embedding_bag", "aten::searchsorted", "aten::masked_fill", "aten::sin", "aten::cos", "aten::meshgrid",
-    "aten::ne", "aten::repeat_interleave", "aten::_upsample_bicubic2d_aa", "aten::upsample_bicubic2d",
-    "aten::_upsample_bilinear2d_aa", "aten::index", "aten::index_select", "aten::stack", "aten::avg_pool2d",
-})  # fmt: skip
-"""Ops of sums, activations, comparison, sorting and copies, and those that make position embeddings: 0 MACs, as in fvcore's
-convention. Any other op that has no
-handle is reported in `Counts.unsupported`."""
+ELEMENTWISE = """
+    add add_ sub rsub mul mul_ div div_ neg pow square sqrt rsqrt exp log mean sum amax ceil where softmax sigmoid
+    sigmoid_ tanh gelu gelu_ silu silu_ mish relu6 hardtanh hardtanh_ hardswish hardswish_ leaky_relu elu softplus
+    max_pool2d masked_fill_ pad clone alias lift_fresh repeat expand_as view_as reshape_as mT ones_like new_ones lt
+    ge clamp_min linalg_vector_norm sort argsort gather scatter scatter_add embedding_bag searchsorted masked_fill
+    sin cos meshgrid ne repeat_interleave _upsample_bicubic2d_aa upsample_bicubic2d _upsample_bilinear2d_aa index
+    index_select stack avg_pool2d
+""".split()
+"""Ops of aten for sums, activations, comparisons, sorting, copies and position embeddings: 0 MACs, as in fvcore's
+convention. Any other op without a handle is reported in `Counts.unsupported`."""
 
 DENSE_OPS = ("scaled_dot_product_attention", "matmul")  # matmul: timm with TIMM_FUSED_ATTN=0
 
@@ -83,7 +76,7 @@ def count(model: nn.Module, image: tuple[int, int, int], attention: list[str]) -
     parameter = next(model.parameters())
     analysis = FlopCountAnalysis(model, torch.zeros(1, *image, device=parameter.device, dtype=parameter.dtype))
     analysis.set_op_handle(**HANDLES, **{"aten::rms_norm": norm_flop_counter(2)})  # as fvcore counts layer_norm
-    analysis.set_op_handle(**dict.fromkeys(ELEMENTWISE))
+    analysis.set_op_handle(**{f"aten::{op}": None for op in ELEMENTWISE})
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -171,17 +171,11 @@ def _sweep(sweep: SweepFiles) -> dict[str, Any]:
         for each in tree["settings"]
     ]
     c = mapping(tree.get("conditions"))
-    timed = [
-        str(c.get("device_name", "")),
-        words.threads(c["threads"]) if c.get("threads") else "",
-        str(c.get("dtype", "")),
-        f"batch {c['batch_size']}" if c.get("batch_size") else "",
-        f"{c['runs']} runs in turns" if c.get("runs") else "",
-    ]
+    timed = [str(c.get("device_name", "")), words.threads(c["threads"]) if c.get("threads") else ""]
+    timed += [str(c.get("dtype", "")), f"batch {c['batch_size']}" if c.get("batch_size") else ""]
+    timed += [f"{c['runs']} runs in turns" if c.get("runs") else ""]
     return {
-        "model": tree.get("model", ""),
-        "images": tree.get("images", ""),
-        "data": _without_folders(tree.get("data", "")),
+        "of": f"{tree.get('model', '')} over {tree.get('images', '')} images of {_without_folders(tree.get('data', ''))}",
         "rows": rows,
         "dense_top1": number(mapping(tree["dense"]).get("top1"), ".2f"),
         "timed": ", ".join(part for part in timed if part),

@@ -124,61 +124,34 @@ def as_dict(sweep: Sweep, prefix: str) -> dict[str, Any]:
     Figures of the evaluation are `sparsify.measure.accuracy.Evaluation`'s, percent from 0 to 100.
     """
     one, e = sweep.settings[0], sweep.settings[0].evaluation
-    return {
+    tree: dict[str, Any] = {
         "format": FORMAT,
         "model": sweep.model,
         "weights": sweep.weights,
         "architecture": sweep.architecture,
-        "classes": sweep.classes,
-        "data": sweep.images,
-        "labelled": sweep.labelled,
-        "images": e.images,
-        "broken": e.broken,
-        "calibration": sweep.calibration,
-        "seed": one.recipe.seed,
-        "dense": {
-            "macs": one.profile.dense.macs,
-            "mhsa_macs": one.profile.dense.mhsa_macs,
-            "top1": e.dense_top1,
-            "top5": e.dense_top5,
-            "knn_top1": e.dense_knn_top1,
-            "latency_ms": asdict(sweep.dense),
-        },
-        "settings": [_setting_dict(s, prefix) for s in sweep.settings],
-        "skipped": dict(sweep.skipped),
-        "conditions": dict(sweep.conditions),
-        "convert": " ".join(sweep.convert),
-        "published": [p._asdict() for p in published(sweep)],
-        "seconds": sweep.seconds,
     }
+    tree |= {"classes": sweep.classes, "data": sweep.images, "labelled": sweep.labelled, "images": e.images}
+    tree |= {"broken": e.broken, "calibration": sweep.calibration, "seed": one.recipe.seed}
+    dense: dict[str, Any] = {"macs": one.profile.dense.macs, "mhsa_macs": one.profile.dense.mhsa_macs}
+    dense |= {"top1": e.dense_top1, "top5": e.dense_top5, "knn_top1": e.dense_knn_top1}
+    tree |= {"dense": dense | {"latency_ms": asdict(sweep.dense)}}
+    tree |= {"settings": [_setting_dict(s, prefix) for s in sweep.settings], "skipped": dict(sweep.skipped)}
+    tree |= {"conditions": dict(sweep.conditions), "convert": " ".join(sweep.convert)}
+    return tree | {"published": [p._asdict() for p in published(sweep)], "seconds": sweep.seconds}
 
 
 def _setting_dict(s: Setting, prefix: str) -> dict[str, Any]:
-    e, p = s.evaluation, s.profile
+    e, p, c = s.evaluation, s.profile, s.choice
+    tree: dict[str, Any] = {"name": c.name, "kind": c.kind, "asked": c.asked}
+    tree |= {"macs": p.macs_sparse, "macs_share": s.share, "mhsa_macs": p.mhsa_macs_sparse}
+    tree |= {"mhsa_macs_share": p.mhsa_macs_sparse / p.dense.mhsa_macs, "stage_macs": p.stage_macs}
     same = "model param_count img_size crop_pct interpolation images broken".split()  # in all settings
-    figures = {k: v for k, v in e.as_dict().items() if k not in same and not k.startswith(("dense_", "throughput_"))}
-    return {
-        "name": s.choice.name,
-        "kind": s.choice.kind,
-        "asked": s.choice.asked,
-        "macs": p.macs_sparse,
-        "macs_share": s.share,
-        "mhsa_macs": p.mhsa_macs_sparse,
-        "mhsa_macs_share": p.mhsa_macs_sparse / p.dense.mhsa_macs,
-        "stage_macs": p.stage_macs,
-        **figures,
-        "top1_change": None if e.top1 is None else e.top1 - (e.dense_top1 or 0),
-        "top1_change_error": top1_error(e),
-        "latency_ms": asdict(s.timing),
-        "speed": s.speed.median,
-        "speed_p10": s.speed.p10,
-        "speed_p90": s.speed.p90,
-        "keeps": _keeps(s),
-        "tokens": _tokens(s),
-        "predicted_damage": s.choice.damage,
-        "recipe": f"{prefix}.recipes/{s.choice.name}.yaml",
-        "sparsity": s.choice.config.model_dump(mode="json"),
-    }
+    tree |= {k: v for k, v in e.as_dict().items() if k not in same and not k.startswith(("dense_", "throughput_"))}
+    tree["top1_change"] = None if e.top1 is None else e.top1 - (e.dense_top1 or 0)
+    tree |= {"top1_change_error": top1_error(e), "latency_ms": asdict(s.timing)}
+    tree |= {"speed": s.speed.median, "speed_p10": s.speed.p10, "speed_p90": s.speed.p90}
+    tree |= {"keeps": _keeps(s), "tokens": _tokens(s), "predicted_damage": c.damage}
+    return tree | {"recipe": f"{prefix}.recipes/{c.name}.yaml", "sparsity": c.config.model_dump(mode="json")}
 
 
 def can_write(prefix: Path) -> None:
