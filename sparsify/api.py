@@ -15,12 +15,13 @@ from sparsify.errors import UsageError, as_arguments
 from sparsify.jobs.convert import Conversion, ImageSources, OutputOptions
 from sparsify.jobs.convert import convert as convert_job
 from sparsify.jobs.dense import DenseRequest
-from sparsify.jobs.export import program
 from sparsify.jobs.export.program import Exported
+from sparsify.jobs.export.program import export as export_job
 from sparsify.jobs.save import save as save_job
 from sparsify.measure.accuracy import Evaluation
 from sparsify.measure.evaluate import evaluate_images, own_compute
 from sparsify.measure.figures import Profile
+from sparsify.measure.latency import Budget
 from sparsify.measure.profile import profile as profile_model
 from sparsify.models import checkpoint, hub
 from sparsify.models.opened import opened
@@ -89,15 +90,6 @@ class ComputeOptions(TypedDict, total=False):
     dtype: str | torch.dtype
     backend: str | None
     kernel_precision: str | None
-
-
-class ExportOptions(TypedDict, total=False):
-    """Keywords of `export`."""
-
-    batch_size: int | None
-    img_size: int | None
-    force: bool
-    say: Say
 
 
 class ProfileOptions(ComputeOptions, total=False):
@@ -237,19 +229,20 @@ def save(model: nn.Module, path: str | Path, *, like: str | Path, force: bool = 
 
 
 def export(
-    path: str | Path, format: str = "onnx", output: str | Path | None = None, **options: Unpack[ExportOptions]
+    path: str | Path,
+    format: str = "onnx",
+    output: str | Path | None = None,
+    *,
+    batch_size: int | None = 1,
+    img_size: int | None = None,
+    force: bool = False,
+    say: Say | None = None,
 ) -> Exported:
     """Write the model of a file as a program that runs without this package, ONNX or torch.export's; docs/export.md.
 
-    Args:
-        options: see `sparsify.jobs.export.program.export` (batch_size, img_size, force, say).
-
-    Raises:
-        SparsifyError: see `sparsify.jobs.export.program.export`.
+    Arguments and errors are those of `sparsify.jobs.export.program.export`; `say` is called with a line now and then.
     """
-    if "say" in options:
-        options["say"] = _in_python(options["say"])
-    return program.export(path, format, output, **options)
+    return export_job(path, format, output, batch_size=batch_size, img_size=img_size, force=force, say=_in_python(say))
 
 
 def profile(model: ModelOrFile, *, dense: ModelOrFile | None = None, **options: Unpack[ProfileOptions]) -> Profile:
@@ -260,13 +253,16 @@ def profile(model: ModelOrFile, *, dense: ModelOrFile | None = None, **options: 
             model's own weights without sparsity, or, for a file whose backbone was changed, no dense figures (None). Of a
             module nobody knows whether its weights were changed: say backbone_changed=True or give `dense`.
         batch_size, device, dtype, backend, kernel_precision: of the measurement (`sparsify.processes.Compute`).
-        img_size, backbone_changed, measure, repeats, budget_s, count_as: see `sparsify.measure.profile.profile`.
+        budget_s: about how many seconds to measure for, all models together (10), unless `repeats` says how many rounds.
+        img_size, backbone_changed, measure, repeats, count_as: see `sparsify.measure.profile.profile`.
 
     Raises:
         SparsifyError: see `sparsify.measure.profile.profile` and `sparsify.models.original.load_original`.
     """
     sparse, original, changed = _opened(model, dense)
     compute, rest = _split(Compute(), options, ProfileOptions)
+    if (seconds := rest.pop("budget_s", None)) is not None and rest.get("repeats") is None:
+        rest["repeats"] = Budget(seconds)
     return profile_model(sparse, dense=original, compute=compute, **{"backbone_changed": changed, **rest})
 
 

@@ -1,1 +1,9 @@
-"""One module for each job that ends in a file or a repository."""
+"""One module for each job that ends in a file or a repository. May import everything but cli and api.
+
+convert, tune    a name to a calibrated, maybe fine-tuned file; its training half
+sweep            one model at several keeps and targets
+dense            the way to a dense model and its calibration, for convert and sweep
+save, push       a model trained further back into a file; a file into a repository of the hub
+show             what a model does with images
+export           a file as an ONNX or PyTorch program
+"""

@@ -19,6 +19,13 @@ MIN_ROUNDS = 5
 
 
 @dataclass(frozen=True)
+class Budget:
+    """Seconds of measuring, all candidates together; at least `MIN_ROUNDS` rounds."""
+
+    seconds: float = BUDGET_S
+
+
+@dataclass(frozen=True)
 class Timing:
     """Wall-clock times of one candidate, in ms per batch.
 

@@ -31,7 +31,7 @@ def profile(
     backbone_changed: bool = False,
     measure: bool = True,
     compute: Compute = Compute(),
-    repeats: int | None = None,
+    repeats: int | latency.Budget | None = None,
     count_as: str = "product",
 ) -> Profile:
     """Count and, unless `measure=False`, measure a sparse model beside its dense original. Both models are left as they are.
@@ -46,7 +46,7 @@ def profile(
             dense twin.
         compute: of the measurement; batch_size: images per measured batch (1), MACs are always per image; workers and
             micro_batch have no effect.
-        repeats: rounds to time; None: as many as fit in `latency.BUDGET_S` seconds, at least 5.
+        repeats: rounds to time, or as many as fit in a budget; None: `latency.Budget()`.
         count_as: one of `ACCOUNTINGS`; paper: also MHSA by the authors' accounting (`sparsify.measure.paper`).
 
     Example:
@@ -122,11 +122,11 @@ def profile(
     )
 
 
-def _check(compute: Compute, repeats: int | None, count_as: str) -> None:
+def _check(compute: Compute, repeats: int | latency.Budget | None, count_as: str) -> None:
     """Raise `UsageError` where an option cannot be understood, or the device cannot be used."""
     if compute.batch_size is not None and compute.batch_size < 1:
         raise UsageError(f"batch size {compute.batch_size}: expected 1 or more")
-    if repeats is not None and repeats < 1:
+    if isinstance(repeats, int) and repeats < 1:
         raise UsageError(f"repeats {repeats}: expected 1 or more")
     _ = compute.torch_dtype  # refuses an unknown one
     try:
@@ -211,9 +211,10 @@ def _measured_models(
     return models if beside is None else {"dense": beside, **models}
 
 
-def _measure(models: Mapping[str, nn.Module], images: torch.Tensor, repeats: int | None) -> Measured:
+def _measure(models: Mapping[str, nn.Module], images: torch.Tensor, repeats: int | latency.Budget | None) -> Measured:
     candidates: dict[str, Callable[[], object]] = {name: partial(model, images) for name, model in models.items()}
     wait = partial(torch.cuda.synchronize, images.device) if images.device.type == "cuda" else lambda: None
     memory = [latency.peak_memory(models[name], images) if name in models else None for name in ("dense", "sparse")]
-    times = latency.interleaved(candidates, rounds=repeats, synchronize=wait)
+    rounds, budget = (repeats, latency.Budget()) if isinstance(repeats, int) else (None, repeats or latency.Budget())
+    times = latency.interleaved(candidates, rounds=rounds, budget_s=budget.seconds, synchronize=wait)
     return Measured(times.get("dense"), times["sparse"], times["auto"], memory[0], cast(int, memory[1]))

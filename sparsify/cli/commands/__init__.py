@@ -1,1 +1,1 @@
-"""One module for each command of the command line. torch and timm are imported inside the functions only."""
+"""One module for each command: parse, call one job, render. torch and timm are imported inside the functions only."""
