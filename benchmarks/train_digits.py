@@ -162,18 +162,18 @@ def main() -> None:
     write_data(args.out)
     config = resolve_data_config(pretrained_cfg=network.DATA_CONFIG)
     eval_transform = create_transform(**config, is_training=False)
-    data = scans.dataset("train", train_transform(), args.out)
+    data = scans.Digits("train", train_transform(), args.out)
     started = time.perf_counter()
     if args.holdout:
         order = np.random.RandomState(SPLIT_SEED).permutation(len(data)).tolist()
         model = train(args, Subset(data, order[args.holdout :])).half().float().eval()
-        held_out = Subset(scans.dataset("train", eval_transform, args.out), order[: args.holdout])
+        held_out = Subset(scans.Digits("train", eval_transform, args.out), order[: args.holdout])
         print(f"held out: {correct(model, held_out)} of {args.holdout} right")
         return
     weights = train(args, data).half().state_dict()
     minutes = (time.perf_counter() - started) / 60
     save_tensors({name: tensor.contiguous() for name, tensor in weights.items()}, args.out / network.WEIGHTS_FILE)
-    test = scans.dataset("test", eval_transform, args.out)
+    test = scans.Digits("test", eval_transform, args.out)
     right = correct(network.build(folder=args.out), test)
     print(f"trained in {minutes:.1f} min; test accuracy {right / len(test):.2%} ({right} of {len(test)})")
 

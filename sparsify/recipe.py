@@ -20,6 +20,8 @@ from sparsify.errors import UsageError, field
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
 
 
 class Losses(Frozen):
@@ -85,13 +87,13 @@ class Optimiser(Frozen):
     """timm's optimiser of that name; as in timm, biases, norms and what the model names have no weight decay."""
 
     name: str = "adamw"
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-4
+    lr: Positive = 2e-4
     weight_decay: Weight = 0.05
     betas: tuple[Share, Share] | None = Field(None, description="null: the optimiser's own, (0.9, 0.999) of adamw")
     eps: Annotated[float, Field(gt=0)] | None = None
     momentum: Share = Field(0.9, description="of sgd and its relatives")
     clip_grad: Annotated[float, Field(gt=0)] | None = Field(None, description="largest norm of the gradient")
-    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    layer_decay: PositiveShare | None = None
 
 
 class Schedule(Frozen):
@@ -130,8 +132,8 @@ class Augmentation(Frozen):
 class Anneal(Frozen):
     """The share of keys kept falls linearly from `start` to the model's own over the first part of a stage."""
 
-    start: Annotated[float, Field(gt=0, le=1)] = 1.0
-    until: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="share of the stage's steps")
+    start: PositiveShare = 1.0
+    until: PositiveShare = Field(0.5, description="share of the stage's steps")
 
 
 class Stage(Frozen):
@@ -146,15 +148,15 @@ class Stage(Frozen):
     attention: Literal["sparse", "dense"] = Field(
         "sparse", description="of the student's forward pass; dense: without sparsity, with all tokens"
     )
-    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    epochs: Positive | None = None
     steps: Count | None = Field(None, description="optimiser steps")
     batch_size: Count = Field(16, description="images of a step, over all processes and micro-batches")
     losses: Losses = Losses()
     optimiser: Optimiser = Optimiser()
     schedule: Schedule = Schedule()
     augmentation: Augmentation = Augmentation()
-    keep: Anneal | Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="share of keys kept in training: a number, or annealed; null: the model's own"
+    keep: Anneal | PositiveShare | None = Field(
+        None, description="share of keys kept in training; null: the model's own"
     )
     drop_path: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="stochastic depth of the last block")
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="decay of the weights' running mean")
@@ -208,11 +210,9 @@ class Repair(Frozen):
 
     images: Count = Field(512, description="to fit to; random crops make up the number where the data has fewer")
     layers: tuple[Literal["attention", "mlp"], ...] = ("attention",)
-    ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        0.3, description="lambda as a share of the mean square of the map's inputs"
-    )
-    prefix_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        3.0, description="of a prefix token's row, which the classifier reads; a patch token's is 1"
+    ridge: Positive = Field(0.3, description="lambda as a share of the mean square of the map's inputs")
+    prefix_weight: Positive = Field(
+        3.0, description="of the row of a prefix token, which the classifier reads; a patch: 1"
     )
 
 

@@ -63,22 +63,17 @@ def train_transform(augmentation: Augmentation, config: dict[str, Any]) -> Trans
     Raises:
         UsageError: timm knows no such `auto_augment` or `interpolation`.
     """
-    jitter: Any = augmentation.color_jitter or None
+    same = ("scale", "ratio", "hflip", "auto_augment")
+    options: dict[str, Any] = {name: getattr(augmentation, name) for name in same}
+    options |= {name: config[name] for name in ("input_size", "mean", "std")}
+    options |= {
+        "color_jitter": augmentation.color_jitter or None,
+        "interpolation": augmentation.interpolation or config["interpolation"],
+        "re_prob": augmentation.erase,
+        "re_mode": "pixel",
+    }
     try:
-        return create_transform(
-            config["input_size"],
-            is_training=True,
-            scale=augmentation.scale,
-            ratio=augmentation.ratio,
-            hflip=augmentation.hflip,
-            color_jitter=jitter,
-            auto_augment=augmentation.auto_augment,
-            interpolation=augmentation.interpolation or config["interpolation"],
-            mean=config["mean"],
-            std=config["std"],
-            re_prob=augmentation.erase,
-            re_mode="pixel",
-        )
+        return create_transform(is_training=True, **options)
     except (AssertionError, KeyError, ValueError) as error:
         raise UsageError(
             f"timm makes no transform with auto_augment {augmentation.auto_augment} and interpolation "
@@ -158,7 +153,7 @@ def all_images(path: str | Path, split: str) -> Items | IterableDataset:
     """
     spec = str(path)
     if is_digits(spec):
-        return Mapped(scans.dataset(_digits_split(spec, "train")))
+        return Mapped(scans.Digits(_digits_split(spec, "train")))
     if is_prefixed(spec):
         return _of(_timm_dataset(spec, split))
     reader = _reader(Path(path))
@@ -180,7 +175,7 @@ def class_images(
     spec = str(path)
     if is_digits(spec):
         _same_count(spec, len(scans.Digits.classes), num_classes)
-        return Mapped(scans.dataset(_digits_split(spec, digits_split))), ""
+        return Mapped(scans.Digits(_digits_split(spec, digits_split))), ""
     if not is_prefixed(spec):
         return _folder_items(split_folder(Path(path), folders), num_classes)
     dataset = _timm_dataset(spec, split)

@@ -37,7 +37,7 @@ EVAL = Augmentation(form="eval")
 
 
 def some_digits(count: int = 26) -> Part:
-    return Part(Mapped(scans.dataset("train")), range(count))
+    return Part(Mapped(scans.Digits("train")), range(count))
 
 
 def batches(

@@ -225,7 +225,7 @@ def test_an_epoch_from_the_cache_asks_the_teacher_for_nothing(tmp_path, monkeypa
     monkeypatch.setattr(loop.Teacher, "__call__", lambda self, x: asked.append(len(x)) or whole(self, x))
     (tmp_path / "set").mkdir()
     for i in range(20):
-        scans.dataset("test")[i][0].save(tmp_path / "set" / f"{i}.png")
+        scans.Digits("test")[i][0].save(tmp_path / "set" / f"{i}.png")
     chosen = recipe({"steps": None, "epochs": 3, "cache_teacher": True}, hold_back=0.2)
     made = small_runs.convert(tmp_path / "m.safetensors", chosen, images=str(tmp_path / "set"))
     assert asked == [8, 8] and made.tuning.steps == 6  # 16 images to learn from, seen three times

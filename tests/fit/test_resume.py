@@ -159,7 +159,7 @@ def test_another_run_is_not_resumed(unfinished, tmp_path):
     from sparsify.images.digits import scans
 
     for i in range(12):
-        scans.dataset("test")[i][0].save(tmp_path / "set" / f"{i}.png")
+        scans.Digits("test")[i][0].save(tmp_path / "set" / f"{i}.png")
     for field, how in {
         "recipe.stages.0.optimiser.lr was 0.0001, is 0.5": {"chosen": recipe({"optimiser": {"lr": 0.5}})},
         "recipe.stages.0.steps was 3, is 4": {"chosen": recipe({"steps": 4})},

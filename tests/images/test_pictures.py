@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparsify.images.pictures import pictures
-from sparsify.images.pictures.pictures import CalibrationImages, calibration_images
+from sparsify.images.pictures.pictures import CalibrationImages
 
 FOLDER = resources.files("sparsify.images.pictures")
 
@@ -24,7 +24,7 @@ def test_every_photograph_is_shipped_small_and_credited():
 
 
 def test_pictures_are_rgb_squares_made_when_asked_for():
-    made = calibration_images(10**6)
+    made = CalibrationImages(10**6)
     assert len(made) == 10**6
     picture = made[999_999]
     assert picture.mode == "RGB" and picture.size == (pictures.SIDE, pictures.SIDE)
@@ -33,14 +33,14 @@ def test_pictures_are_rgb_squares_made_when_asked_for():
 
 
 def test_same_seed_same_pictures_and_a_longer_list_begins_with_the_shorter():
-    short, long = calibration_images(4, 3), calibration_images(12, 3)
+    short, long = CalibrationImages(4, 3), CalibrationImages(12, 3)
     assert [p.tobytes() for p in short] == [p.tobytes() for p in long[:4]]
     assert short[0].tobytes() == short[0].tobytes()
-    assert calibration_images(4, 4)[0].tobytes() != short[0].tobytes()
+    assert CalibrationImages(4, 4)[0].tobytes() != short[0].tobytes()
 
 
 def test_no_two_pictures_are_the_same():
-    assert len({p.tobytes() for p in calibration_images(40)}) == 40
+    assert len({p.tobytes() for p in CalibrationImages(40)}) == 40
 
 
 def test_share_of_collages_is_kept_in_any_range(monkeypatch):
@@ -54,10 +54,10 @@ def test_share_of_collages_is_kept_in_any_range(monkeypatch):
 def test_every_photograph_is_used_by_crops(monkeypatch):
     monkeypatch.setattr(pictures, "_crop", lambda name, *args: name)
     monkeypatch.setattr(pictures, "_collage", lambda draw: "collage")
-    assert set(calibration_images(40)) == {*pictures.PHOTOGRAPHS, "collage"}
+    assert set(CalibrationImages(40)) == {*pictures.PHOTOGRAPHS, "collage"}
 
 
 def test_pictures_have_the_contrast_of_photographs():
-    for picture in calibration_images(12):
+    for picture in CalibrationImages(12):
         deviation = np.asarray(picture).std()
         assert 15 < deviation < 110  # uniform noise over 0..255 has 74, a flat picture 0

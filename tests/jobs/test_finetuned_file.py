@@ -41,7 +41,7 @@ def answers(model):
 def image_of(i):
     from torchvision.transforms.functional import pil_to_tensor, resize
 
-    return pil_to_tensor(resize(scans.dataset("test")[i][0], [28, 28])) / 127.5 - 1
+    return pil_to_tensor(resize(scans.Digits("test")[i][0], [28, 28])) / 127.5 - 1
 
 
 def test_predictors_that_cannot_be_folded_stay_in_the_file(tmp_path, scores):

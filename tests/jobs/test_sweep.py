@@ -131,7 +131,7 @@ def test_a_recipe_gives_the_settings_model_again(name, swept, figures, run, tmp_
     header = checkpoint.read_header(Path("again.safetensors"))
     assert header.config.model_dump(mode="json") == setting["sparsity"]
     again = checkpoint.load("again.safetensors")
-    test = scans.dataset("test", datasets.transform(datasets.data_config(again)))
+    test = scans.Digits("test", datasets.transform(datasets.data_config(again)))
     drawn = [test[i] for i in sorted(random.Random(0).sample(range(len(test)), 48))]
     x, y = torch.stack([image for image, _ in drawn]), torch.tensor([label for _, label in drawn])
     found = evaluate.evaluate(again, graft.dense_twin(again), [(x, y)])
@@ -162,7 +162,7 @@ def test_another_seed_draws_other_images(monkeypatch):
 def loose(folder, n=5):
     folder.mkdir()
     for i in range(n):
-        scans.dataset("test")[i][0].save(folder / f"{i}.png")
+        scans.Digits("test")[i][0].save(folder / f"{i}.png")
 
 
 def test_loose_images_give_agreement_but_no_accuracy(run, tmp_path):

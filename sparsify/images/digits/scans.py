@@ -18,6 +18,10 @@ class Digits:
     """Map-style data set of (image, label): a PIL RGB image of 8 x 8 pixels, or `transform(image)`, and an int 0..9.
 
     The split is part of the data file: 1,200 train and 597 test images, drawn at random within each class.
+
+    Args:
+        split: train or test.
+        folder: of `data.safetensors`; None: this package.
     """
 
     classes: tuple[str, ...] = tuple("0123456789")
@@ -25,7 +29,6 @@ class Digits:
     def __init__(
         self, split: str = "test", transform: Callable[[Any], Any] | None = None, folder: Path | None = None
     ) -> None:
-        """`split`: "train" or "test".  `folder`: where `data.safetensors` lies, this package if None."""
         from safetensors.numpy import load
 
         if split not in SPLITS:
@@ -47,8 +50,3 @@ class Digits:
         scan = self.images[index].astype("uint16")  # [8, 8]
         image = Image.fromarray((scan * 255 // 16).astype("uint8")).convert("RGB")
         return (image if self.transform is None else self.transform(image)), int(self.labels[index])
-
-
-def dataset(split: str = "test", transform: Callable[[Any], Any] | None = None, folder: Path | None = None) -> Digits:
-    """The data set of one split, "train" or "test"; see `Digits`."""
-    return Digits(split, transform, folder)

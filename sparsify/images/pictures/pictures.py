@@ -59,11 +59,6 @@ class CalibrationImages(Sequence[Image.Image]):
         return _crop(PHOTOGRAPHS[index % len(PHOTOGRAPHS)], draw, SIDE, (0.2, 1.0))
 
 
-def calibration_images(n: int, seed: int = 0) -> CalibrationImages:
-    """`n` built-in images, the same ones for the same `seed`."""
-    return CalibrationImages(n, seed)
-
-
 @lru_cache(maxsize=len(PHOTOGRAPHS))
 def _photograph(name: str) -> Image.Image:
     with (resources.files("sparsify.images.pictures") / f"{name}.jpg").open("rb") as file:
