@@ -1,6 +1,7 @@
 """The structure of `docs/design.md`: what each package may import and load, and where things lie."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from helpers import house
+from sparsify.errors import UsageError
+from sparsify.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 ARROWS = house.arrows(ROOT)
@@ -63,6 +66,30 @@ def test_tests_lie_in_the_folder_of_their_package_and_import_no_other_test():
                 assert node.level == 0 and not others & set((node.module or "").split(".")[:1]), path
             elif isinstance(node, ast.Import):
                 assert not others & {alias.name.split(".")[0] for alias in node.names}, path
+
+
+# ---- messages ----
+
+
+def test_messages_of_the_library_name_fields_not_options():
+    """`errors.field` marks an argument; a command to type, in quotes or in a report, names options."""
+    named = []
+    for path in sorted((ROOT / "sparsify").rglob("*.py")):
+        if {"cli", "report"} & set(path.parts):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in docstrings]
+        named += [(path.name, t) for t in texts if isinstance(t, str) and re.search(r"\S.*\s--[a-z]|^--[a-z-]+ ", t)]
+    commands = ("'sparsify ", "convert without --token-keep")  # what Python calls tokens={"keep": ...}
+    assert [each for each in named if not any(command in each[1] for command in commands)] == []
+
+
+def test_a_field_is_an_argument_in_python_and_an_option_at_the_terminal():
+    with pytest.raises(UsageError) as error:
+        Recipe().set(["stages.9.epochs=1"])
+    assert str(error.value).startswith("set stages.9.epochs: this recipe has no such field")
+    assert error.value.for_command_line().startswith("--set stages.9.epochs: this recipe has no such field")
 
 
 # ---- what an import loads ----
