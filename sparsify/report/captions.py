@@ -1,4 +1,4 @@
-"""Words under the pictures of `show` and `report`. Layers and heads are counted from 1 there."""
+"""Text below the pictures of `show` and `report`, where layers and heads are counted from 1."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def percent(share: float) -> str:
 
 
 def layer(layer: Layer | None) -> str:
-    """What a layer works on: '197 tokens, 20 keys a query'."""
+    """Tokens and budget of a layer: '197 tokens, 20 keys a query'."""
     if layer is None:
         return NOT_COMPUTED
     return f"{layer.tokens} tokens, " + (f"{layer.budget} keys a query" if layer.sparse else "dense: all keys")
 
 
 def panel(found: Inspection, layer: Layer, head: int, query: int) -> str:
-    """Where the attention goes that the photograph cannot show: 'cls 3.1 %, tail 30 %'; prefix tokens not kept: '–'."""
+    """Attention to prefix tokens and tail, which have no patch: 'cls 3.1 %, tail 30 %'; '–' for prefix tokens not kept."""
     if layer.rows[query] < 0:
         return GONE
     parts = []
@@ -50,20 +50,20 @@ def stage(stage: Survivors) -> str:
 
 
 def true_attention(reference: str) -> str:
-    """What the kept share is a share of, in one line."""
+    """Which attention the kept share is a share of, in one line."""
     if reference == OWN:
         return "True attention: softmax of all q.k of the layer, inside the sparse model"
     return "True attention: that of the layer in the dense original"
 
 
 def mass(found: Inspection) -> str:
-    """One line: how much of the true attention the kept keys hold, over all sparse layers, and where least."""
-    some = [each for each in found.layers if each.sparse]
-    if not some:
+    """The share of the true attention on the kept keys over all sparse layers, and the smallest, in one line."""
+    sparse = [each for each in found.layers if each.sparse]
+    if not sparse:
         return "No sparse attention: every key is kept"
-    mean = sum(float(each.mass.mean()) for each in some) / len(some)
-    best = sum(float(each.best.mean()) for each in some) / len(some)
-    least = min(some, key=lambda each: float(each.mass.min()))
+    mean = sum(float(each.mass.mean()) for each in sparse) / len(sparse)
+    best = sum(float(each.best.mean()) for each in sparse) / len(sparse)
+    least = min(sparse, key=lambda each: float(each.mass.min()))
     return (
         f"The kept keys hold {100 * mean:.1f} % of the true attention; the best choice of as many keys would hold "
         f"{100 * best:.1f} %. Least: {100 * float(least.mass.min()):.1f} % in layer {least.block + 1}, head "

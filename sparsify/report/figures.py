@@ -83,7 +83,7 @@ def keys(shown: Shown, query: int) -> bytes:
             write(x + INCH / 2, y + INCH * tall + 0.05, elsewhere, 7.5, ha="center")
     y = head_room
     axes = box(margin, y, INCH, INCH * tall)
-    axes.imshow(panels.place(photo, found, cell, (query,)), aspect="auto")
+    axes.imshow(panels.view(photo, found, cell, (query,)), aspect="auto")
     axes.set_title(f"query {query + 1} of {len(found.queries)}", fontsize=10, pad=5)
     y += INCH * tall
     write(margin, y + 0.06, captions.where(shown, query), 7.5, color=INK)
@@ -106,7 +106,7 @@ def tokens(shown: Shown) -> bytes:
     drawing.title(figure, f"{photo.path.name}: tokens that go on")
     width, height = figure.get_size_inches()
     patches = found.grid[0] * found.grid[1]
-    panels_of = [(panels.place(photo, found, cell), "as the model sees it", f"{patches} patches")]
+    panels_of = [(panels.view(photo, found, cell), "as the model sees it", f"{patches} patches")]
     for stage in found.stages:
         picture = panels.tokens(photo, found, stage, cell)
         panels_of.append((picture, f"behind layer {stage.block + 1}", captions.stage(stage)))

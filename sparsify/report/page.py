@@ -209,7 +209,7 @@ def _picture(shown: Shown) -> dict[str, Any]:
     return {
         "name": photo.path.name,
         "about": captions.mass(found),
-        "photo": _jpeg(panels.place(photo, found, large, every)),
+        "photo": _jpeg(panels.view(photo, found, large, every)),
         "stages": stages,
         "gradient": f"linear-gradient(to right, {steps})",
         "scale": [captions.percent(value) for value in (scale.low, (scale.low * scale.high) ** 0.5, scale.high)],

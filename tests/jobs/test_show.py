@@ -72,7 +72,7 @@ def test_tokens_that_left_are_dark_and_merged_ones_have_one_colour(tmp_path):
         flat = picture.reshape(4, 16, 6, 16, 3).mean((1, 3, 4)).flatten()
         if way == "evit":
             assert flat[owner < 0].max() < 60 < flat[owner >= 0].min() and bool((owner < 0).any())
-        before = panels.place(photo, found, 16).astype(float)
+        before = panels.view(photo, found, 16).astype(float)
         same = [(a, b) for a in range(24) for b in range(a) if owner[a] == owner[b] >= 0]
         assert bool(same) == (way == "merge")
         parts, old = (

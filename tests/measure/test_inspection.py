@@ -139,9 +139,11 @@ def test_a_block_without_patch_rows_is_not_made_up():
 
 def test_prefix_tokens_have_their_names():
     for family, names in {
-        "vit-avg-pool": (), "deit": ("cls",), "deit-distilled": ("cls", "dist"),
+        "vit-avg-pool": (),
+        "deit": ("cls",),
+        "deit-distilled": ("cls", "dist"),
         "dinov2-registers": ("cls", "reg", "reg", "reg", "reg"),
-    }.items():  # fmt: skip
+    }.items():
         assert inspection.prefix_names(build(family)) == names
 
 

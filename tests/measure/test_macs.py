@@ -37,20 +37,23 @@ FAMILIES = {
     "gate": ("vit_tiny_patch16_224", {"img_size": 64, "attention": {"gated": True, "qkv_bias": True}}),
     "attn-dim": ("vit_tiny_patch16_224", {"img_size": 64, "attention": {"attn_head_dim": 32}}),
 }
-PLACED = [
-    "eva", "eva02-clip", "eva-post-norm", "dinov3", "dinov3-qkv-bias", "perception-encoder", "rope-mixed",
-    "rope-qk-norm-few-keys", "beit", "beit-both-biases", "naflexvit", "naflexvit-rope",
-]  # fmt: skip
+PLACED = """
+    eva eva02-clip eva-post-norm dinov3 dinov3-qkv-bias perception-encoder rope-mixed rope-qk-norm-few-keys beit
+    beit-both-biases naflexvit naflexvit-rope
+""".split()
 PLACED = [family for family in PLACED if family in families.FAMILIES]  # an older timm has fewer
 CONFIGS = {
     "head-clusters": SparsityConfig(keep=0.2, rank=8),
     "head-unfolded-cells": SparsityConfig(keep=0.3, rank=4, fold=False, tail="cells", cells=(2, 2)),
     "token-mean": SparsityConfig(predictor="token-lowrank", rank=12, tail="mean"),
     "token-channels-tile": SparsityConfig(
-        predictor="token-lowrank", rank=12, granularity="tile", tile=(2, 2),
+        predictor="token-lowrank",
+        rank=12,
+        granularity="tile",
+        tile=(2, 2),
         token_lowrank=TokenLowrank(channels=16, coef_topk=None, shared_projection=True),
     ),
-}  # fmt: skip
+}
 
 
 def tiny(config: SparsityConfig, **options) -> VisionTransformer:

@@ -32,16 +32,19 @@ from sparsify.report import accuracy
 from sparsify.report import profile as report
 from sparsify.report.words import human
 
-THEORETICAL = {
-    "macs_dense", "macs_sparse", "mhsa_macs_dense", "mhsa_macs_sparse", "kept_macs", "prefix_macs", "predictor_macs",
-    "tail_macs", "full_macs", "stage_macs", "tokens", "param_count", "param_count_dense", "unsupported", "backend",
-    "conditions", "modules",
-}  # fmt: skip
-MEASURED = {
-    "latency_ms_dense", "latency_ms_dense_p10", "latency_ms_dense_p90", "latency_ms_sparse", "latency_ms_sparse_p10",
-    "latency_ms_sparse_p90", "latency_ms_auto", "latency_ms_auto_p10", "latency_ms_auto_p90", "throughput_dense",
-    "throughput_sparse", "throughput_auto", "speedup_sparse", "peak_memory_dense", "peak_memory_sparse", "choices",
-}  # fmt: skip
+THEORETICAL = set(
+    """
+    macs_dense macs_sparse mhsa_macs_dense mhsa_macs_sparse kept_macs prefix_macs predictor_macs tail_macs
+    full_macs stage_macs tokens param_count param_count_dense unsupported backend conditions modules
+    """.split()
+)
+MEASURED = set(
+    """
+    latency_ms_dense latency_ms_dense_p10 latency_ms_dense_p90 latency_ms_sparse latency_ms_sparse_p10
+    latency_ms_sparse_p90 latency_ms_auto latency_ms_auto_p10 latency_ms_auto_p90 throughput_dense
+    throughput_sparse throughput_auto speedup_sparse peak_memory_dense peak_memory_sparse choices
+    """.split()
+)
 
 
 def small(config: SparsityConfig | None = None, **options) -> nn.Module:
@@ -417,10 +420,16 @@ def test_uncounted_ops_are_said_loudly(found):
 @pytest.mark.parametrize(
     ("number", "text"),
     [
-        (0, "0"), (12, "12"), (999, "999"), (1000, "1.000 k"), (357_663_744, "357.7 M"), (4_608_338_304, "4.608 G"),
-        (99_999_999, "100.0 M"), (999_999_999, "1.000 G"),
+        (0, "0"),
+        (12, "12"),
+        (999, "999"),
+        (1000, "1.000 k"),
+        (357_663_744, "357.7 M"),
+        (4_608_338_304, "4.608 G"),
+        (99_999_999, "100.0 M"),
+        (999_999_999, "1.000 G"),
     ],
-)  # fmt: skip
+)
 def test_human_numbers(number, text):
     assert human(number) == text
 

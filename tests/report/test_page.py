@@ -49,10 +49,9 @@ def made(tmp_path_factory):
     """A folder with a model, its profile and evaluation, and a sweep's files."""
     folder = tmp_path_factory.mktemp("report")
     for arguments in (
-        ["convert", "digits", "--calib-images", "4", "--token-keep", "0.6", "--token-stages", "2", "--keep", "0.2"]
-        + ["-o", "m.safetensors"],
-        ["profile", "m.safetensors", "--no-measure", "--json", "theory.json"],
-    ):  # fmt: skip
+        "convert digits --calib-images 4 --token-keep 0.6 --token-stages 2 --keep 0.2 -o m.safetensors".split(),
+        "profile m.safetensors --no-measure --json theory.json".split(),
+    ):
         with pytest.raises(SystemExit) as caught:
             main([str(folder / a) if a.endswith((".safetensors", ".json")) else a for a in arguments] + ["-q"])
         assert caught.value.code == 0
@@ -60,10 +59,8 @@ def made(tmp_path_factory):
     timed = {f"latency_ms_{name}{end}": 3.0 for name in ("dense", "sparse", "auto") for end in ("", "_p10", "_p90")}
     tree |= timed | {"latency_ms_dense": 6.0, "latency_ms_dense_p10": 5.0, "latency_ms_dense_p90": 7.0}
     tree |= {"peak_memory_dense": 10**6, "peak_memory_sparse": 10**6, "choices": []}
-    tree["conditions"] |= dict(
-        batch_size=8, dtype="float32", device="cpu", device_name="An Abacus", threads=2, runs=9, torch="2", timm="1",
-        sparsify="0",
-    )  # fmt: skip
+    tree["conditions"] |= dict(batch_size=8, dtype="float32", device="cpu", device_name="An Abacus", threads=2, runs=9)
+    tree["conditions"] |= dict(torch="2", timm="1", sparsify="0")
     (folder / "profile.json").write_text(json.dumps(tree))
     count = round(tree["param_count"] / 1e6, 2)
     results = dict(model="m", images=597, img_size=224, crop_pct=1.0, interpolation="bicubic", param_count=count)
