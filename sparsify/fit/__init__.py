@@ -1,1 +1,6 @@
-"""How numbers enter a model: calibrate (closed form), schedule (search), finetune (gradient)."""
+"""How numbers enter a model. May import report, measure, images, nn, ops and the roots.
+
+calibrate    closed form, from unlabelled images
+schedule     search for the keep and token rate of every block
+finetune     gradient descent by the stages of a recipe
+"""

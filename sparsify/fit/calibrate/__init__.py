@@ -1,1 +1,8 @@
-"""Closed-form fits of predictors from unlabelled images: no gradient, no label."""
+"""Closed-form fits from unlabelled images: no gradient, no label.
+
+calibrate                      a dense model -> a sparse one with fitted predictors
+head_lowrank, token_lowrank    the two predictors
+ranks                          one rank for each head
+token_importance               which tokens matter
+repair                         least squares of the backbone's linear maps
+"""

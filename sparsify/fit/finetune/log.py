@@ -14,6 +14,7 @@ from sparsify.errors import BadFile, one_line
 from sparsify.files import write_text
 
 Value = float | int | str | None
+Say = Callable[[str], None]
 
 LOSSES = ("classification", "logits", "tokens", "features", "attention", "mass", "basis_l1")
 """Terms of the loss, as weighted in it."""
@@ -42,11 +43,7 @@ class TrainingLog:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        stages: Sequence[str],
-        resume_step: int | None,
-        say: Callable[[str], None] = lambda line: None,
+        self, folder: Path, stages: Sequence[str], resume_step: int | None, say: Say = lambda line: None
     ) -> None:
         self.folder, self.stages, self.say = folder, tuple(stages), say
         self.metrics, self.validations = folder / "metrics.csv", folder / "validation.csv"

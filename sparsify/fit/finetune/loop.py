@@ -82,11 +82,9 @@ class StageRun:
         trainable.select_parameters(self.student, stage)
         trainable.set_drop_path(self.student, stage.drop_path)
         cast(Any, self.student).set_grad_checkpointing(stage.grad_checkpointing)
-        backbone_moved = self.plan.repair is not None or any(
-            planned.stage.moves_backbone for planned in self.plan.stages[: number + 1]
-        )
+        trained = any(planned.stage.moves_backbone for planned in self.plan.stages[: number + 1])
         # queries and keys of a student with the teacher's backbone and dense attention are the teacher's
-        differs = backbone_moved or stage.attention != "dense"
+        differs = trained or self.plan.repair is not None or stage.attention != "dense"
         pairs = stage.losses.pairs and stage.losses.attention_target == "teacher" and differs
         self.teacher = Teacher(context.teacher, stage.losses, pairs)
         self.cached_teacher: CachedTeacher | None = None
@@ -173,8 +171,10 @@ class StageRun:
         if self.context.log is not None:
             row = {"step": self.status.done, "stage": self.number, "epoch": epoch, "lr": lr, "loss": loss}
             self.context.log.write_step({**row, **losses, "images_per_s": images_per_s})
-        label = f"{self.stage.name} {self.number + 1}/{len(self.plan.stages)}"
-        note = training_note(loss, lr, images_per_s)
+        label, note = (
+            f"{self.stage.name} {self.number + 1}/{len(self.plan.stages)}",
+            training_note(loss, lr, images_per_s),
+        )
         self.context.options.listener.progress(label, self.status.step, self.planned.steps, note)
 
     def _save_or_stop(self) -> None:
@@ -205,10 +205,8 @@ class StageRun:
             tensors |= prefixed("ema", self.ema.module.state_dict())
         if status.best_weights is not None:
             tensors |= prefixed("best", status.best_weights)
-        facts = {
-            **{"identity": self.plan.identity, "stage": self.number, "step": status.step, "done": status.done},
-            **{"optimiser": values, "start": status.start.as_dict(), "best": status.best.as_dict()},
-        }
+        facts = {"identity": self.plan.identity, "stage": self.number, "step": status.step, "done": status.done}
+        facts |= {"optimiser": values, "start": status.start.as_dict(), "best": status.best.as_dict()}
         saved_state.save(RunFolder(self.context.options.folder).state, SavedState(tensors, facts))
         status.saved_at = time.monotonic()
 

@@ -85,7 +85,5 @@ class RunStatus:
 
     def row(self, epoch: float, score: ValidationScore, weights: str, best: bool) -> dict[str, Any]:
         """A row of `TrainingLog.write_validation`."""
-        return {
-            **{"step": self.done, "stage": self.stage, "epoch": epoch, "weights": weights, "best": int(best)},
-            **score.as_dict(),
-        }
+        row = {"step": self.done, "stage": self.stage, "epoch": epoch, "weights": weights, "best": int(best)}
+        return row | score.as_dict()
