@@ -6,8 +6,8 @@
     timm.create_model("local-dir:FOLDER", pretrained=True)                    # its files in a folder
     timm.create_model("sparsify_vit", pretrained=True, pretrained_cfg_overlay=dict(file="model.safetensors"))
 
-The last is what `--model sparsify_vit --pretrained --pretrained-path model.safetensors` of timm's training script comes
-to. The model always computes the sparse form; `sparsify.load` is the way to `backend=auto`.
+`--model sparsify_vit --pretrained --pretrained-path model.safetensors` of timm's training script makes the last call. The
+model always computes the sparse form; for `backend=auto` use `sparsify.load`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sparsify.models import checkpoint, hub
 from sparsify.models.hub import ARCHITECTURE
 from sparsify.nn import graft
 
-default_cfgs = generate_default_cfgs({ARCHITECTURE: {}})  # timm looks for this name; without it, it warns
+default_cfgs = generate_default_cfgs({ARCHITECTURE: {}})  # timm looks for this name and warns without it
 FEATURES = ("out_indices", "out_map", "return_dict", "output_fmt", "norm")
 
 
@@ -45,15 +45,15 @@ def sparsify_vit(
     dtype: Any = None,
     **more: Any,
 ) -> nn.Module:
-    """The sparse model of a file, a folder or a hub's repository, as timm's entry points give models.
+    """The sparse model of a file, a folder or a repository of the hub, as an entry point of timm.
 
     Args:
         pretrained: must be True: the weights are the model.
         pretrained_cfg, pretrained_cfg_overlay: `file` (a file, or a folder with model.safetensors) or `hf_hub_id`.
-        num_classes, global_pool: another number of classes gets a new head, as `reset_classifier` gives it.
+        num_classes, global_pool: another number of classes gets a new head, by `reset_classifier`.
         img_size: pixels, square.
         features_only: timm's FeatureGetterNet around it, with `out_indices` (default: the last 3 blocks), `norm`, ...
-        more: `checkpoint.RATES`; what timm adds for itself.
+        more: `checkpoint.RATES`; what timm adds itself is ignored.
 
     Raises:
         UsageError: nothing to read from, or an argument that cannot be applied.
@@ -61,9 +61,9 @@ def sparsify_vit(
     """
     for name in ("pretrained_model_args", "strict_img_size", "dynamic_img_size"):
         more.pop(name, None)
-    wanted = {name: more.pop(name) for name in FEATURES if name in more}
-    if wanted and not features_only:
-        raise UsageError(f"{', '.join(wanted)}: for features_only=True alone")
+    features = {name: more.pop(name) for name in FEATURES if name in more}
+    if features and not features_only:
+        raise UsageError(f"{', '.join(features)}: for features_only=True alone")
     if in_chans != 3:
         raise UsageError(f"in_chans {in_chans}: {ARCHITECTURE} takes images of 3 channels")
     rates = checkpoint.checked(more)
@@ -75,13 +75,13 @@ def sparsify_vit(
     if classes != model.num_classes or (global_pool is not None and global_pool != model.global_pool):
         model.reset_classifier(classes, global_pool)
     model = model.to(device=device, dtype=dtype)
-    return FeatureGetterNet(model, **{"out_indices": 3, **wanted}) if features_only else model
+    return FeatureGetterNet(model, **{"out_indices": 3, **features}) if features_only else model
 
 
 def _file(config: PretrainedCfg, cache_dir: str | Path | None) -> Path:
     if config.file:
-        place = Path(config.file)
-        return place / hub.WEIGHTS if place.is_dir() else place
+        path = Path(config.file)
+        return path / hub.WEIGHTS if path.is_dir() else path
     if config.hf_hub_id:
         return hub.fetch(config.hf_hub_id, config.hf_hub_filename or hub.WEIGHTS, cache_dir)
     raise UsageError(

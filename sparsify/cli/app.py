@@ -1,4 +1,4 @@
-"""The command line: `commands/` parse, call one job, render its result. torch is imported inside the commands only.
+"""The command line: each of `commands/` parses, calls one job and renders its result. torch is imported inside them only.
 
 Exit codes: 0 done; 1 a bad file, data set or model; 2 a bad option, argument or name; 130 interrupted; 141 the reader of
 the output has gone. Results go to stdout, everything else to stderr.
@@ -30,7 +30,7 @@ from sparsify.errors import SparsifyError
 from sparsify.version import __version__
 
 INTERRUPTED = 130
-READER_GONE = 141  # what a shell makes of a program that a closed pipe ended
+READER_GONE = 141  # as a shell reports a program that SIGPIPE ended
 
 app = App(
     name="sparsify",
@@ -73,7 +73,7 @@ app.command("build-kernels")(build_kernels)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: every expected error is one line on stderr, said by one process of several, and an exit code."""
+    """Entry point: an expected error is an exit code and one line on stderr, printed by one process of several."""
     given = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     terminal.prepare()
     warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)  # fvcore traces with it
@@ -83,8 +83,12 @@ def main(arguments: list[str] | None = None) -> None:
         with terminal.read_to_the_end():
             code = command.main(args=given, prog_name="sparsify", standalone_mode=False)
     except SparsifyError as error:
-        said = not processes.main() and processes.agreed(error)
-        code = error.exit_code if said else _fail(error.for_command_line(), error.exit_code, "--debug" in given)
+        printed_elsewhere = not processes.main() and processes.agreed(error)
+        code = (
+            error.exit_code
+            if printed_elsewhere
+            else _fail(error.for_command_line(), error.exit_code, "--debug" in given)
+        )
         raise SystemExit(code) from None
     except typer.TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)

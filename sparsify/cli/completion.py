@@ -1,6 +1,6 @@
-"""What the shell offers after TAB; nothing here imports torch or timm, so that it answers at once.
+"""What the shell offers after TAB. Nothing here imports torch or timm, so that it answers at once.
 
-Each function takes what has been typed and gives what it may become. Where nothing fits, shells offer files.
+Each completer takes the text typed so far and returns what it may become. Where nothing fits, shells offer files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TAILS = ("none", "mean", "cells", "clusters")
 WAYS = ("merge", "evit", "evit-fused")
 IMPORTANCES = ("fitted", "attention")
 GRANULARITIES = ("token", "tile")
-PLACES = ("hf-hub:", "local-dir:")
+SCHEMES = ("hf-hub:", "local-dir:")
 
 Completer = Callable[[str], list[str]]
 
@@ -37,9 +37,9 @@ def _fitting(words: Iterable[str], incomplete: str) -> list[str]:
 
 
 def models(incomplete: str) -> list[str]:
-    """Names that `convert` takes: of the models, or how a hub's or a folder's name begins."""
+    """Model names that `convert` takes, and the prefixes of names on the hub and of folders."""
     known = (resources.files("sparsify.cli") / NAMES).read_text(encoding="utf-8").split()
-    return _fitting([*known, *PLACES], incomplete)
+    return _fitting([*known, *SCHEMES], incomplete)
 
 
 def recipes(incomplete: str) -> list[str]:

@@ -15,11 +15,11 @@ from typer.core import TyperCommand, TyperGroup
 from sparsify.cli import terminal
 
 WIDTH = 100  # columns at most, in a wide terminal
-OPTIONS = "Options"  # the group of options that name none
+OPTIONS = "Options"  # the group of options without a group
 KEPT, FORM, LEARNING, FILES = "What is kept", "Form of the sparse attention", "Images and training", "Files"
 MODEL, RUNNING, TALK = "Model", "Running", "Messages"  # groups of options that several commands share
-LAST = (MODEL, RUNNING, TALK)  # they come last
-LEFT = 28  # columns of an option's name, longer ones have a line of their own
+LAST = (MODEL, RUNNING, TALK)  # shown last
+LEFT = 28  # columns for an option's name; a longer one has its own line
 
 
 class App(typer.Typer):
@@ -38,7 +38,7 @@ class Command(TyperCommand):
     """A command whose options are shown in groups."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """As everywhere: NAME, not {NAME}."""
+        """Usage with NAME instead of {NAME}."""
         return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -56,7 +56,7 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """The list of commands, each with its whole first sentence; and its options after them."""
+    """The list of commands, each with the first sentence of its help, then the options."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Commands first."""
@@ -69,18 +69,18 @@ class Group(TyperGroup):
             formatter.write_dl([record for record in records if record is not None])
 
     def make_context(self, *given: Any, **how: Any) -> Any:
-        """Parse, which prints --help and --version; see `terminal.read_to_the_end`."""
+        """Parses, which prints --help and --version; see `terminal.read_to_the_end`."""
         with terminal.read_to_the_end():
             return super().make_context(*given, **how)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; see `terminal.read_to_the_end`."""
+        """Runs the command; see `terminal.read_to_the_end`."""
         with terminal.read_to_the_end():
             return super().invoke(ctx)
 
 
 def tidy(text: str) -> str:
-    """Help of an option with its default as people read it: '[default: (all); x>=1]' -> '[all]', no ranges."""
+    """Help of an option without typer's marks: '[default: (all); x>=1]' -> '[default: all]'."""
     words, bracket, extra = text.rpartition("  [") if "  [" in text else (text, "", "")
     if not bracket:
         return text

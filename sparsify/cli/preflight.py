@@ -1,4 +1,4 @@
-"""Is the installation whole? Called before anything else imports timm, so that what is missing is said in one line."""
+"""Checks the installation before anything imports timm, so that a missing package is an error of one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def preflight() -> None:
     """Import torch, torchvision and timm in that order.
 
     Raises:
-        SparsifyError: one of them is missing or does not fit the others; says which, and what to install.
+        SparsifyError: one of them is missing or does not fit the others: which, and what to install.
     """
     for name in ("torch", "torchvision", "timm"):
         try:

@@ -16,8 +16,8 @@ from sparsify.cli import terminal
 
 EVERY = 10.0  # seconds between plain lines
 EVERY_NOTE = 30.0  # of training, which goes on for hours
-WINDOW = 300.0  # seconds over which the rate behind the time left is taken: a step of training may take many
-BAR = 40  # columns of a bar where there is room
+WINDOW = 300.0  # seconds over which the time left is estimated: a training step may take many of them
+BAR = 40  # maximum columns of a bar
 
 
 def clock(seconds: float) -> str:
@@ -28,26 +28,31 @@ def clock(seconds: float) -> str:
 
 
 @dataclass
-class Plain:
-    """Of a step that is reported in lines: when and where it was first met, and the last line."""
+class _Step:
+    """A step that is reported in lines.
+
+    Attributes:
+        began, first: time and count at its first report.
+        printed, done: time and count of its last line.
+    """
 
     began: float
     first: int
-    said: float
-    done: int = -1  # of the last line
+    printed: float
+    done: int = -1
 
     def left(self, now: float, done: int, total: int | None) -> str:
-        """'4:12 left', by the mean rate so far; '' where that is unknown."""
+        """'4:12 left', by the mean rate so far; '' if that is unknown."""
         if total is None or not self.first < done < total:
             return ""
         return f"{clock((total - done) * (now - self.began) / (done - self.first))} left"
 
 
-class Left(TimeRemainingColumn):
-    """The time left: '4:12 left'."""
+class _TimeLeft(TimeRemainingColumn):
+    """'4:12 left'; nothing for a task that is done or whose rate is unknown."""
 
     def render(self, task: Task) -> Text:
-        """Nothing for a task that is done, or whose rate is not known yet."""
+        """See the class."""
         left = None if task.finished else task.time_remaining
         return Text("" if left is None else f"{clock(left)} left", style="progress.remaining")
 
@@ -65,17 +70,17 @@ class Reporter:
         self.console = terminal.console(stderr=True)
         self.bar: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
-        self.lines: dict[str, Plain] = {}
+        self.lines: dict[str, _Step] = {}
 
     def __enter__(self) -> Reporter:
         if not self.quiet and terminal.animates(self.console):
             words = Column(no_wrap=True)
             columns = (
                 TextColumn("{task.description:>10}", markup=False, table_column=words),
-                BarColumn(None, table_column=Column(max_width=BAR)),  # what gives way in a narrow window
+                BarColumn(None, table_column=Column(max_width=BAR)),  # this column shrinks in a narrow window
                 MofNCompleteColumn(table_column=words),
                 TextColumn("{task.fields[note]}", markup=False, table_column=words),
-                Left(table_column=words),
+                _TimeLeft(table_column=words),
             )
             self.bar = Progress(
                 *columns,
@@ -92,10 +97,10 @@ class Reporter:
             self.bar.stop()
 
     def update(self, step: str, done: int, total: int | None, note: str = "") -> None:
-        """`done` of `total` (None: unknown) in `step`, which starts anew where `done` falls.
+        """Shows `done` of `total` (None: unknown) for `step`, which starts again when `done` decreases.
 
-        `note` takes the place of the rate (`training_note`). Away from a terminal a step with notes has a line every
-        `EVERY_NOTE` seconds at most, and one at its end; others every `EVERY` seconds.
+        `note` replaces the rate. Without a terminal a line is printed every `EVERY` seconds; for a step with notes every
+        `EVERY_NOTE` seconds and at its end.
         """
         if self.quiet:
             return
@@ -113,14 +118,14 @@ class Reporter:
 
     def _line(self, step: str, done: int, total: int | None, note: str) -> None:
         now = time.monotonic()
-        plain = self.lines.get(step)
-        if plain is None or done < plain.done:
-            plain = self.lines[step] = Plain(began=now, first=done, said=now)
-        due = now - plain.said >= (EVERY_NOTE if note else EVERY)
+        last = self.lines.get(step)
+        if last is None or done < last.done:
+            last = self.lines[step] = _Step(began=now, first=done, printed=now)
+        due = now - last.printed >= (EVERY_NOTE if note else EVERY)
         ends = bool(note) and total is not None and done >= total
-        if done == plain.done or not (due or ends):
+        if done == last.done or not (due or ends):
             return
-        plain.said, plain.done = now, done
+        last.printed, last.done = now, done
         count = f"{step}: {done}{f'/{total}' if total else ''}"
-        said = [count, note, plain.left(now, done, total)] if note else [f"{count} {self.unit}"]
-        print("  ".join(part for part in said if part), file=sys.stderr, flush=True)
+        parts = [count, note, last.left(now, done, total)] if note else [f"{count} {self.unit}"]
+        print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
-"""What the two output streams can take: characters, width, a bar, and a reader that has gone.
+"""What the two output streams support: characters, width, progress bars; and a reader that has gone.
 
-Results go to stdout; what is said on the way, progress and errors go to stderr.
+Results go to stdout; notes, progress and errors go to stderr.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-WIDE = 10_000  # columns of what goes into a pipe or a file: nothing is wrapped or cut there
+WIDE = 10_000  # columns of a pipe or a file, where nothing is wrapped or cut
 PLAIN = {
     "–": "-",
     "—": "-",
@@ -35,11 +35,11 @@ _DECIDED = ("ignore", "replace", "namereplace", "xmlcharrefreplace")  # by PYTHO
 
 
 class ReaderGone(Exception):
-    """Whoever read the output has stopped reading: `sparsify models | head -1`."""
+    """The reader of the output has stopped reading: `sparsify models | head -1`."""
 
 
 def prepare() -> None:
-    """Let stdout and stderr degrade the characters that their encoding does not have, instead of failing."""
+    """Makes stdout and stderr replace characters that their encoding does not have, instead of failing."""
     codecs.register_error(_HANDLER, _degrade)
     for stream in (sys.stdout, sys.stderr):
         errors = getattr(stream, "errors", None)
@@ -54,11 +54,10 @@ def _degrade(error: UnicodeError) -> tuple[str, int]:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console of rich: as wide as the terminal, or as COLUMNS says; `WIDE` in a pipe or a file.
+    """A console of rich, as wide as the terminal or COLUMNS; `WIDE` in a pipe or a file.
 
-    Results are never set narrower than `NARROW`: in a smaller window lines run over, and no figure loses its unit.
-
-    Rich itself leaves colour out where there is no terminal, NO_COLOR is set or TERM is dumb, and FORCE_COLOR asks for it.
+    Results are never narrower than `NARROW`: in a smaller window lines run over, so that no figure loses its unit. Rich
+    itself heeds NO_COLOR, FORCE_COLOR, TERM=dumb and the absence of a terminal.
     """
     from rich.console import Console
 
@@ -71,16 +70,16 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def animates(where: Console) -> bool:
-    """Whether a bar can be drawn there: a real terminal, whatever FORCE_COLOR says of colour, that can move its cursor."""
+    """Whether a bar can be drawn: a real terminal (whatever FORCE_COLOR says) that can move its cursor."""
     return where.file.isatty() and not where.is_dumb_terminal
 
 
 @contextlib.contextmanager
 def read_to_the_end() -> Iterator[None]:
-    """Write out what is printed inside.
+    """Flushes what is printed inside the block.
 
     Raises:
-        ReaderGone: nobody reads it any more; stdout leads nowhere from then on, so that Python's exit is quiet too.
+        ReaderGone: nobody reads it any more; stdout is then redirected to nowhere, so that Python exits quietly too.
     """
     try:
         yield
