@@ -1,4 +1,4 @@
-"""Measured time and memory: candidates timed in turns on the machine at hand, so that drift hits all of them alike."""
+"""Measured time and memory. Candidates are timed in turns, so that drift of the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def interleaved(
     synchronize: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time every candidate once in each round, in turns forwards and backwards (ABC CBA ABC ...), after a warm-up.
+    """Time every candidate once in each round, in alternating order (ABC CBA ABC ...), after a warm-up.
 
     Args:
-        candidates: name -> what to time.
-        rounds: how many; None: at least `MIN_ROUNDS`, then until `budget_s` seconds have passed.
+        candidates: calls to time, by name.
+        rounds: None: at least `MIN_ROUNDS`, then until `budget_s` seconds have passed.
         warmup: untimed runs of each candidate before the first round.
         synchronize: called before each reading of the clock (waits for an accelerator).
         clock: seconds.
@@ -93,11 +93,10 @@ def timing(ms: list[float]) -> Timing:
 
 
 def peak_memory(model: nn.Module, images: torch.Tensor) -> int:
-    """Bytes of the model's own tensors plus the peak of what the allocator hands out during one forward pass.
+    """Bytes of the model's own tensors plus the peak of torch's allocator during one forward pass.
 
-    The peak counts the input and all live tensors, the ops' scratch tensors included; not counted is what libraries
-    take past torch's allocator (oneDNN, cuDNN handles) nor what the allocator holds in reserve. The same on
-    every device.
+    The peak includes the input and all live tensors, also scratch tensors of ops. It excludes memory of libraries that bypass
+    the allocator (oneDNN, cuDNN handles) and the allocator's reserve. The definition is the same on every device.
     """
     own = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
     fixed = sum(own.values()) + images.nbytes
@@ -122,7 +121,7 @@ def peak_memory(model: nn.Module, images: torch.Tensor) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing on the process's stderr: torch's profiler library writes its own log lines there, at any log level."""
+    """Silence the process's stderr, where torch's profiler library writes log lines at any log level."""
     sys.stderr.flush()
     saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:

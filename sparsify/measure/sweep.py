@@ -19,7 +19,7 @@ class SweepChoice:
 
     Attributes:
         name: keep-0.1 (sparse attention, all tokens) or macs-0.7 (a searched schedule); names its recipe.
-        asked: the share in the name: of keys, or of the dense model's MACs.
+        asked: the requested share of keys, or of the dense model's MACs; it is part of the name.
         config: of the sparse model, complete.
         damage: KL that the search predicts for its schedule; None: nothing was searched.
     """
@@ -40,11 +40,11 @@ class Setting:
     """A setting with its figures.
 
     Attributes:
-        choice: what it is; recipe: gives it again.
+        choice: what it is; recipe: converts the model to it.
         profile: MACs, theoretical.
         evaluation: on the same images as all others; its throughput is not measured.
-        timing: of the sparse form, no dense fallback, in one run with all others; ms.
-        speed: time of the dense model over the setting's in the same round.
+        timing: of the sparse form without dense fallback, in one interleaved run with all others; ms.
+        speed: time of the dense model divided by the setting's, by round.
     """
 
     choice: SweepChoice
@@ -65,11 +65,11 @@ class Sweep:
     """What `sweep` measured.
 
     Attributes:
-        model, weights: as asked; architecture: timm's name; classes: outputs, 0 without a classifier.
-        images: what was evaluated on, in words; calibration: what on, in words.
+        model, weights: as requested; architecture: timm's name; classes: outputs, 0 without a classifier.
+        images: evaluation images, in words; calibration: calibration images, in words.
         labelled: whether those images have labels.
-        settings: in the order asked, keeps first; dense: the dense model's time.
-        skipped: settings that cannot be, with the reason.
+        settings: keeps first, in the requested order; dense: the dense model's time.
+        skipped: impossible settings, with the reason.
         conditions: of the timing: batch_size, img_size, dtype, device, device_name, threads, runs, backend and versions.
         convert: the command that makes a setting's model, up to its recipe.
     """

@@ -1,6 +1,6 @@
 """The model card: what was converted from what, with which settings, at what cost, and how to load it.
 
-Figures are theoretical, or measured and then shown with their conditions; what was not measured is not there.
+Figures are theoretical, or measured and shown with their conditions; what was not measured is left out.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def card(facts: Facts) -> str:
 
 
 def metadata(facts: Facts) -> dict[str, Any]:
-    """The card's YAML; data sets are not named, for the file does not know them."""
+    """The card's YAML, without data sets: the file does not name them."""
     tree: dict[str, Any] = {"license": facts.licence.identifier}
     if facts.licence.identifier == "other":
         tree["license_name"] = facts.licence.name

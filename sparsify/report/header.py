@@ -15,7 +15,7 @@ Fact = tuple[str, str]  # what, in words
 
 
 def origin(header: Header, file: Path) -> list[Fact]:
-    """The file, what was converted, how, when, and with which libraries."""
+    """The file; what was converted, how, when, and with which libraries."""
     about, built = header.provenance, header.architecture
     pretrained = words.mapping(built.get("pretrained_cfg"))
     recipe, calibration = words.mapping(about.get("recipe")), words.mapping(about.get("calibration"))

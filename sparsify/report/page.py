@@ -1,7 +1,7 @@
-"""`sparsify report`: one HTML page with everything known of a file.
+"""`sparsify report`: one HTML page with everything known about a file.
 
-It asks nothing of the network: pictures and style are in it, there are no scripts, and a policy in its head forbids both.
-Every word goes through Jinja's escaping.
+The page loads nothing from the network: it contains its pictures and style, has no scripts, and its content security policy
+forbids both. Jinja escapes every text.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from sparsify.report.readback import SweepFiles
 from sparsify.report.words import NOTHING, mapping, number
 from sparsify.version import __version__
 
-SIDE = 280  # pixels of a panel; on the page it takes half as many or fewer
-LARGE = 448  # of the photograph and of the tokens
+SIDE = 280  # pixels of a panel, which is shown at half that size or smaller
+LARGE = 448  # of the photograph
 TEMPLATE = "page.html.jinja"
 
 

@@ -69,7 +69,7 @@ def seen(sweep: Sweep) -> str:
 
 
 def to_markdown(sweep: Sweep, prefix: str, picture: bool) -> str:
-    """The sweep as GitHub Markdown; `prefix`: of its files' names."""
+    """The sweep as GitHub Markdown; the names of its files begin with `prefix`."""
     lines = [f"# Sweep of {sweep.model}", "", *_table(sweep), ""]
     lines += [
         "MACs are of one image, and theoretical; MHSA is the attention without its projections. `keep`: sparse attention,",
@@ -177,7 +177,7 @@ def write(sweep: Sweep, prefix: Path) -> tuple[list[Path], str]:
     All are written to a temporary folder first, so that an error or Ctrl-C leaves the old ones.
 
     Returns:
-        The files and the folder; and one line where the drawing failed, else ''.
+        The files and the folder; and one line if the plot failed, else ''.
 
     Raises:
         BadFile: they cannot be written.
@@ -215,7 +215,7 @@ def _move(made: Path, prefix: Path, names: Sequence[str]) -> list[Path]:
             os.replace(made / ending, target)
             paths.append(target)
         else:
-            target.unlink(missing_ok=True)  # an earlier sweep's picture beside these figures would be wrong
+            target.unlink(missing_ok=True)  # the plot of an earlier sweep
     return [*paths, recipes]
 
 

@@ -1,4 +1,4 @@
-"""The picture of a sweep: accuracy over MACs and over time."""
+"""The plot of a sweep: accuracy over MACs and over time."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _draw_published(axes: Any, points: Sequence[PublishedResult], dense: float) 
 
 
 def top1_error(e: Evaluation) -> float | None:
-    """Standard error of the change in top-1 against dense, points: the images are the same, so only flips count."""
+    """Standard error of the change in top-1 against dense, in points; on the same images only flips count."""
     if e.images_lost is None or e.images_gained is None or not e.images:
         return None
     lost, gained, n = e.images_lost, e.images_gained, e.images
@@ -81,7 +81,7 @@ def top1_error(e: Evaluation) -> float | None:
 
 
 def _axis(e: Evaluation) -> tuple[str, str, float]:
-    """Field of the evaluation on the y axis, its name, and the dense model's value."""
+    """Field of the evaluation on the y axis, its label, and the dense model's value."""
     if e.top1 is not None:
         return "top1", "top-1, % (bars: standard error)", e.dense_top1 or 0.0
     if e.agreement is not None:

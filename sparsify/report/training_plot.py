@@ -1,4 +1,4 @@
-"""The picture of a run of fine-tuning: loss, learning rate and validation over the optimiser steps of all stages."""
+"""The plot of a fine-tuning run: loss, learning rate and validation over the optimiser steps of all stages."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sparsify.files import whole
 from sparsify.report import drawing
 from sparsify.report.drawing import BLUE, GREEN, ORANGE, PURPLE
 
-SHADES = ("0.92", "0.84")  # of the stages, in turns
-POINTS = 2000  # of a line: more are drawn as least and largest of each bin
-WIDE = 20.0  # largest over smallest from which an axis is logarithmic
+SHADES = ("0.92", "0.84")  # of odd and even stages
+POINTS = 2000  # of a line: of more, only the minimum and maximum of each bin are drawn
+WIDE = 20.0  # ratio of maximum to minimum from which an axis is logarithmic
 
 Row = Mapping[str, Any]
 
@@ -34,7 +34,7 @@ KL = (Curve("kl", "KL", PURPLE),)
 
 
 class Span(NamedTuple):
-    """The steps of a stage: behind `begin`, up to `end`; its number from 1."""
+    """The steps of a stage, `begin` + 1 to `end`; its number counts from 1."""
 
     number: int
     name: str
@@ -43,10 +43,10 @@ class Span(NamedTuple):
 
 
 def draw(steps: Sequence[Row], scores: Sequence[Row], target: Path, stages: Sequence[str] = ()) -> None:
-    """Draw steps and validations (`sparsify.fit.finetune.log`) as `target`, a PNG 1800 pixels wide; no rows, no picture.
+    """Draw steps and validations (`sparsify.fit.finetune.log`) as a PNG, 1800 pixels wide; nothing without rows.
 
     Args:
-        stages: their names, by number; 'stage 1' and so on without.
+        stages: their names; without, 'stage 1' and so on.
 
     Raises:
         BadFile: `target` cannot be written.
@@ -87,7 +87,7 @@ def draw(steps: Sequence[Row], scores: Sequence[Row], target: Path, stages: Sequ
 
 
 def _spans(rows: Sequence[Row], names: Sequence[str]) -> list[Span]:
-    """Stages from the first to the last step met in each; a stage with a validation before its first step alone is none."""
+    """Each stage from its first to its last step; one that has only a validation before its first step is left out."""
     ends: dict[int, int] = {}
     for row in rows:
         ends[row["stage"]] = max(ends.get(row["stage"], 0), row["step"])
@@ -105,7 +105,7 @@ def _present(rows: Sequence[Row], scores: Sequence[Curve]) -> list[Curve]:
 
 
 def _names(axes: Any, spans: Sequence[Span]) -> str:
-    """A strip with the names of the stages; those too narrow for their names have numbers, and are returned in words."""
+    """Draw a strip with the names of the stages; where it is too narrow a number, whose name is in the returned text."""
     short = []
     for i, span in enumerate(spans):
         axes.axvspan(span.begin, span.end, color=SHADES[i % 2], linewidth=0)
@@ -158,7 +158,7 @@ def _rate(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _scores(axes: Any, rows: Sequence[Row], scores: Sequence[Curve], words: str) -> None:
-    """A line for each score, filled marks for the weights, hollow for their running mean; dashed: the start; star: best."""
+    """A line for each score: filled marks for the weights, hollow for their EMA; dashed: at the start; star: the best."""
     kinds: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("current", "", {"marker": "o"}),
         ("ema", ", EMA", {"marker": "s", "linestyle": (0, (5, 1)), "markerfacecolor": "white"}),
@@ -188,7 +188,7 @@ def _points(rows: Sequence[Row], score: Curve) -> list[tuple[int, float]]:
 
 
 def running_mean(y: np.ndarray, window: int) -> np.ndarray:
-    """Mean of each value and `window` // 2 on each side of it, those that there are."""
+    """Mean of each value and `window` // 2 neighbours on each side, fewer at the ends."""
     at, half = np.arange(len(y)), window // 2
     begins, ends = np.maximum(0, at - half), np.minimum(len(y), at + half + 1)
     sums = np.concatenate([[0.0], np.cumsum(y)])
@@ -196,7 +196,7 @@ def running_mean(y: np.ndarray, window: int) -> np.ndarray:
 
 
 def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most about `POINTS` points: of each bin of neighbours the least and the largest, in their order."""
+    """At most about `POINTS` points: of each bin of neighbours the minimum and the maximum, in their order."""
     size = 2 * len(x) // POINTS
     if size < 3:
         return x, y
