@@ -90,7 +90,7 @@ def sparse(s: Shape) -> candidates.Sparse:
 
 def decide(s: Shape) -> str:
     """What a chooser that knows nothing takes."""
-    with patch.object(remembered, "place", return_value=None):
+    with patch.object(remembered, "file_of", return_value=None):
         return Chooser().choose(s, sparse(s)).taken
 
 

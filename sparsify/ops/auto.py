@@ -93,7 +93,7 @@ class Chooser:
                 return self._known[shape]
             if shape.device not in self._machines:
                 machine = remembered.identity(shape.device)
-                self._machines[shape.device] = machine, remembered.place(machine)
+                self._machines[shape.device] = machine, remembered.file_of(machine)
             machine, path = self._machines[shape.device]
             choice = _parse(remembered.read(path).get(shape.text()), shape)
             if choice is None:

@@ -18,7 +18,7 @@ Candidates = dict[str, Callable[[], object]]
 
 
 def make(shape: Shape, sparse: Sparse) -> Candidates:
-    """Path -> call: the sparse form; dense attention by our own kernel where there is one; SDPA."""
+    """Path -> call: the sparse form; dense attention by our own kernel if available; SDPA."""
     device, scale = torch.device(shape.device), shape.head_dim**-0.5
     generator = torch.Generator(device).manual_seed(0)
 

@@ -5,7 +5,7 @@
 bias_ij is 0 (or the logarithm of the key's size) for kept keys and -inf for dropped ones, m_ic what row i dropped of cell c
 (equation 3 of `docs/design.md`). Values and gradients are those of `reference.attend` to rounding, in less than half of its
 time: the kept keys and the masses have no gradient, so everything that has one is in PyTorch's own fused attention.
-For every device and dtype; where there are kernels, theirs are faster (`cpu.kernels.trained`).
+For every device and dtype; the kernels, if available, are faster (`cpu.kernels.trained`).
 """
 
 from __future__ import annotations

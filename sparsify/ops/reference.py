@@ -2,7 +2,7 @@
 
 It follows the equations and not the clock: scores are written out in full width, one chunk of query rows at a time, and
 the kept keys are a mask. Half precision inputs are computed in float32. Fast paths keep the same keys and give the same
-outputs to rounding. Nothing branches on values while somebody traces, so that `torch.export` can go through it.
+outputs to rounding. Under a tracer nothing branches on values, so that `torch.export` can follow it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ranking: Ranking, context: Context, 
 
 
 def _hides(mask: Tensor, bias: Tensor) -> bool:
-    """Whether a mask hides any key. While somebody traces, its kind says it: what is added to logits is a position bias."""
+    """Whether a mask hides any key. Under a tracer its dtype decides: an additive mask is taken for a position bias."""
     return mask.dtype == torch.bool if torch.compiler.is_compiling() else bool((bias <= HIDDEN).any())
 
 

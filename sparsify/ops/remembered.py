@@ -36,8 +36,8 @@ def identity(device: str) -> dict[str, str]:
     }
 
 
-def place(machine: dict[str, str]) -> Path | None:
-    """The file of one machine; None where there is no folder for it."""
+def file_of(machine: dict[str, str]) -> Path | None:
+    """The file of one machine; None without a cache folder."""
     try:
         folder = build.cache_dir() / "auto"
     except RuntimeError:
@@ -64,7 +64,7 @@ def add(path: Path | None, machine: dict[str, str], shape: str, choice: dict[str
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with open(handle, "w", encoding="utf-8") as file:
             json.dump({"machine": machine, "choices": read(path) | {shape: choice}}, file, indent=1)
-        os.replace(temporary, path)
+        os.refile_of(temporary, path)
     except OSError:
         if os.path.exists(temporary):
             os.unlink(temporary)

@@ -221,7 +221,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(what, tmp_path, folder, monk
     if what == "a file in its place":
         folder.write_text("mine")
     elif what == "a folder in its place":
-        remembered.place(remembered.identity("cpu")).mkdir(parents=True)
+        remembered.file_of(remembered.identity("cpu")).mkdir(parents=True)
     else:
         monkeypatch.delenv("SPARSIFY_CACHE")
         monkeypatch.setattr(remembered.build, "cache_dir", lambda: (_ for _ in ()).throw(RuntimeError("no home")))

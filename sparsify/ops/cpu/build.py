@@ -1,9 +1,9 @@
-"""The CPU kernels: compiled by the C++ compiler of the machine when first asked for, and kept in a cache folder.
+"""The CPU kernels: compiled by the machine's C++ compiler at first use, and kept in a cache folder.
 
     cache_dir()/kernels/<made from>-<compiler>/sparsify_cpu.so     or failed.txt: the reason, then all that was printed
 
 <made from> is a hash of the sources, the flags and torch (version and folder), <compiler> one of its path and version. One
-process builds at a time, in a folder of its own; the library takes its place when it is whole. The cache can be deleted
+process builds at a time, in a folder of its own; the finished library is moved to its target. The cache can be deleted
 at any time.
 """
 
@@ -43,7 +43,7 @@ MORE = "'sparsify build-kernels --verbose' shows all, --force tries again"
 
 @dataclass(frozen=True)
 class Built:
-    """What came of a build: the library, or one line that says why there is none."""
+    """The result of a build: the library, or one line that says why there is none."""
 
     path: Path | None
     reason: str = ""  # empty when there is a library
@@ -117,11 +117,11 @@ def build(
     Args:
         force: compile again, also what is there and what failed.
         verbose: tell `say` (or print) every command and all that it printed, of a failure remembered too.
-        say: told in one line that a build begins; not called when there is nothing to compile.
+        say: called with one line when a build begins.
         sources: folder of *.cpp and *.h.
 
     Returns:
-        Never raises for a machine, compiler or folder that will not do: `reason` says it in one line.
+        `reason` says in one line why a machine, compiler or folder cannot be used; nothing is raised for it.
     """
     if reason := _unsupported(sources):
         return Built(None, reason)
@@ -135,18 +135,18 @@ def build(
         if not words:  # built where there was a compiler, used where there is none
             found = None if force else next(iter(sorted(kernels.glob(f"{made_from}-*/{LIBRARY}"))), None)
             return Built(found, "" if found else _no_compiler())
-        place = kernels / f"{made_from}-{_digest([*words, _version(words)])[:8]}"
-        if not force and (known := _known(place, show)):
+        target = kernels / f"{made_from}-{_digest([*words, _version(words)])[:8]}"
+        if not force and (known := _known(target, show)):
             return known
         kernels.mkdir(parents=True, exist_ok=True)
         with FileLock(str(kernels / "lock")):
             for dead in kernels.glob(f"{TEMPORARY}*"):  # nobody else builds while this process holds the lock
                 shutil.rmtree(dead, ignore_errors=True)
-            if not force and (known := _known(place, show)):
+            if not force and (known := _known(target, show)):
                 return known
             if say:
                 say(f"building the CPU kernels with {Path(words[0]).name} (once, under a minute) ...")
-            return _build(words, sources, place, show)
+            return _build(words, sources, target, show)
     except _Failed as error:
         return Built(None, str(error))
     except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
@@ -154,10 +154,10 @@ def build(
         return Built(None, f"cannot write {kernels} ({one_line(error)}): {advice}")
 
 
-def _build(words: list[str], sources: Path, place: Path, show: Callable[[str], None]) -> Built:
-    """Compile beside `place` and put the library, or the failure if it will last, into it. The lock is held."""
+def _build(words: list[str], sources: Path, target: Path, show: Callable[[str], None]) -> Built:
+    """Compile beside `target` and put the library, or the failure if it will last, into it. The lock is held."""
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=place.parent, ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=target.parent, ignore_cleanup_errors=True) as name:
         folder = Path(name)
         *compiling, linking = commands(sorted(sources.glob("*.cpp")), folder, compiler=words)
         try:
@@ -166,11 +166,11 @@ def _build(words: list[str], sources: Path, place: Path, show: Callable[[str], N
             show(error.printed)
             if error.lasting:
                 (folder / FAILED).write_text(f"{error}\n{error.printed}")
-                _put(folder / FAILED, place)
+                _put(folder / FAILED, target)
             raise
-        _put(folder / LIBRARY, place)
-        (place / FAILED).unlink(missing_ok=True)
-    return Built(place / LIBRARY, seconds=time.perf_counter() - began)
+        _put(folder / LIBRARY, target)
+        (target / FAILED).unlink(missing_ok=True)
+    return Built(target / LIBRARY, seconds=time.perf_counter() - began)
 
 
 def _run(todo: list[list[str]], folder: Path) -> str:
@@ -206,7 +206,7 @@ def _run(todo: list[list[str]], folder: Path) -> str:
 
 
 def _stop(running: list[subprocess.Popen[bytes]]) -> None:
-    """End the compilers that still run with the processes that they started: each leads a group of its own."""
+    """End the compilers that still run and the processes that they started: each leads a group of its own."""
     for how in (signal.SIGTERM, signal.SIGKILL):
         for process in running:
             if process.poll() is None:
@@ -216,27 +216,27 @@ def _stop(running: list[subprocess.Popen[bytes]]) -> None:
             time.sleep(0.01)
 
 
-def _put(file: Path, place: Path) -> None:
-    """Move `file` into the folder `place` once all of it is on the disk."""
+def _put(file: Path, target: Path) -> None:
+    """Move `file` into the folder `target` once all of it is on the disk."""
     with open(file, "rb+") as written:
         os.fsync(written.fileno())
-    place.mkdir(exist_ok=True)
-    os.replace(file, place / file.name)
+    target.mkdir(exist_ok=True)
+    os.replace(file, target / file.name)
 
 
-def _known(place: Path, show: Callable[[str], None]) -> Built | None:
-    """What an earlier build left in `place`, if anything."""
-    if (place / LIBRARY).is_file():
-        return Built(place / LIBRARY)
-    if (place / FAILED).is_file():
-        reason, _, printed = (place / FAILED).read_text().partition("\n")
+def _known(target: Path, show: Callable[[str], None]) -> Built | None:
+    """What an earlier build left in `target`, if anything."""
+    if (target / LIBRARY).is_file():
+        return Built(target / LIBRARY)
+    if (target / FAILED).is_file():
+        reason, _, printed = (target / FAILED).read_text().partition("\n")
         show(printed)
         return Built(None, reason)
     return None
 
 
 def _reason(command: list[str], text: str, code: int) -> str:
-    """One line: the compiler, what it was at, and its first line with 'error'."""
+    """One line: the compiler, what it was doing, and its first line with 'error'."""
     source = next((word for word in command if word.endswith(".cpp")), "")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     lines = [line for line in lines if "ld returned" not in line and "linker command failed" not in line]
