@@ -64,7 +64,7 @@ def add(path: Path | None, machine: dict[str, str], shape: str, choice: dict[str
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with open(handle, "w", encoding="utf-8") as file:
             json.dump({"machine": machine, "choices": read(path) | {shape: choice}}, file, indent=1)
-        os.refile_of(temporary, path)
+        os.replace(temporary, path)
     except OSError:
         if os.path.exists(temporary):
             os.unlink(temporary)
