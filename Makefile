@@ -6,7 +6,7 @@ OLDEST_TIMM := 1.0.28
 
 .PHONY: venv demo test test-oldest sanitize lint format bench bench-kernels-accuracy bench-auto bench-accuracy bench-equality \
 	bench-families bench-tokens bench-finetune bench-survive bench-compiled bench-exported bench-quantised \
-	bench-same house families frontier names docs clean
+	bench-same bench-against house families frontier names docs clean
 
 venv: $(VENV)/.installed
 
@@ -80,6 +80,10 @@ bench-finetune: venv
 # Runs killed (SIGKILL) at ten random moments and resumed: the same weights as the uninterrupted one.
 bench-survive: venv
 	$(BIN)/python benchmarks/survive.py --times 10
+
+# The speed of this checkout against another one, OLD=DIR, in one interleaved run.
+bench-against: venv
+	$(BIN)/python benchmarks/against.py --old $(OLD)
 
 # Models under torch.compile, sparse beside dense; tables in build/bench/.
 bench-compiled: venv

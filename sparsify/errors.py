@@ -65,5 +65,6 @@ class Interrupted(SparsifyError):
 
 def one_line(error: BaseException, limit: int = 200) -> str:
     """The message of `error` on one line of at most `limit` characters; its class name where it has none."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    marked = error.args[0] if isinstance(error, SparsifyError) and error.args else error  # fields stay marked
+    text = " ".join(str(marked).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."

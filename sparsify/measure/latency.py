@@ -95,8 +95,8 @@ def timing(ms: list[float]) -> Timing:
 def peak_memory(model: nn.Module, images: torch.Tensor) -> int:
     """Bytes of the model's own tensors plus the peak of torch's allocator during one forward pass.
 
-    The peak includes the input and all live tensors, also scratch tensors of ops. It excludes memory of libraries that bypass
-    the allocator (oneDNN, cuDNN handles) and the allocator's reserve. The definition is the same on every device.
+    The peak includes the input and all live tensors, also scratch tensors of ops. It excludes memory of libraries that
+    bypass the allocator (oneDNN, cuDNN handles) and the allocator's reserve. The definition is the same on every device.
     """
     own = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
     fixed = sum(own.values()) + images.nbytes
