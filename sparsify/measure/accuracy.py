@@ -194,5 +194,5 @@ def knn(features: Tensor, labels: Tensor, k: int = NEIGHBOURS) -> float | None:
 
 def _right(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Whether the label is the first, and among the first five: bool [B] each."""
-    found = (logits.topk(min(5, logits.shape[1])).indices == y[:, None]).cumsum(1).bool()  # (B, k)
-    return found[:, 0], found[:, -1]
+    right = (logits.topk(min(5, logits.shape[1])).indices == y[:, None]).cumsum(1).bool()  # (B, k)
+    return right[:, 0], right[:, -1]

@@ -188,7 +188,7 @@ def run_pass(
     host = next(iter(models.values()))
     classifier, compared = bool(getattr(host, "num_classes", 0)), DENSE in models
     prefix = int(getattr(host, "num_prefix_tokens", 0))
-    found = Pass(
+    summed = Pass(
         {name: Logits() if classifier else Features(prefix) for name in models if name != DENSE},
         dict.fromkeys(models, 0.0),
     )
@@ -197,17 +197,17 @@ def run_pass(
             continue
         x = x.to(compute.torch_device, compute.torch_dtype)
         # two models take turns at being first, for their times; of more, outputs of one sparse model at a time are kept
-        turned = len(models) == 2 and found.images // len(x) % 2
+        turned = len(models) == 2 and summed.images // len(x) % 2
         outputs: dict[str, Any] = {}
         for name in reversed([*models]) if turned else models:
             outputs[name], seconds = _timed(models[name], x, classifier)
-            found.seconds[name] += seconds
+            summed.seconds[name] += seconds
             if DENSE in outputs or not compared:
                 for sparse in outputs.keys() - {DENSE}:
-                    cast(Any, found.sums[sparse]).add(outputs.get(DENSE), outputs.pop(sparse), y)
-        found.images += len(x)
-        progress(found.images)
-    return found
+                    cast(Any, summed.sums[sparse]).add(outputs.get(DENSE), outputs.pop(sparse), y)
+        summed.images += len(x)
+        progress(summed.images)
+    return summed
 
 
 def figures_of(passes: Sequence[Pass], name: str = SPARSE) -> Evaluation:

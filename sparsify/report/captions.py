@@ -23,13 +23,13 @@ def layer(layer: Layer | None) -> str:
     return f"{layer.tokens} tokens, " + (f"{layer.budget} keys a query" if layer.sparse else "dense: all keys")
 
 
-def panel(found: Inspection, layer: Layer, head: int, query: int) -> str:
+def panel(inspection: Inspection, layer: Layer, head: int, query: int) -> str:
     """Attention to prefix tokens and tail, which have no patch: 'cls 3.1 %, tail 30 %'; '–' for prefix tokens not kept."""
     if layer.rows[query] < 0:
         return GONE
     parts = []
-    for name in dict.fromkeys(found.prefix):
-        at = [i for i, each in enumerate(found.prefix) if each == name]
+    for name in dict.fromkeys(inspection.prefix):
+        at = [i for i, each in enumerate(inspection.prefix) if each == name]
         kept, weight = layer.kept[head, query, at], layer.weight[head, query, at]
         parts.append(f"{name}\u00a0{percent(float(weight.sum())) if bool(kept.any()) else '–'}")
     if float(layer.tail[head, query]) > 0:
@@ -56,9 +56,9 @@ def true_attention(reference: str) -> str:
     return "True attention: that of the layer in the dense original"
 
 
-def mass(found: Inspection) -> str:
+def mass(inspection: Inspection) -> str:
     """The share of the true attention on the kept keys over all sparse layers, and the smallest, in one line."""
-    sparse = [each for each in found.layers if each.sparse]
+    sparse = [each for each in inspection.layers if each.sparse]
     if not sparse:
         return "No sparse attention: every key is kept"
     mean = sum(float(each.mass.mean()) for each in sparse) / len(sparse)

@@ -214,11 +214,11 @@ def _limits(facts: Facts) -> list[str]:
 
 
 def _calibration(h: Header) -> str:
-    found = h.provenance.get("calibration") or {}
-    if not found.get("images"):
+    calibration = h.provenance.get("calibration") or {}
+    if not calibration.get("images"):
         return "none"
-    kind = {"built-in": "built in", "user": "of the converter's own"}.get(str(found.get("set")), "")
-    return f"{found['images']} images {kind}".strip()
+    kind = {"built-in": "built in", "user": "of the converter's own"}.get(str(calibration.get("set")), "")
+    return f"{calibration['images']} images {kind}".strip()
 
 
 def _training(h: Header) -> str:

@@ -66,11 +66,11 @@ def render(content: Content) -> str:
 
 def parts(content: Content) -> list[str]:
     """What is on the page, in words."""
-    found = ["settings", "MACs"]
-    found += ["time"] if content.profile.measured else []
-    found += ["accuracy"] if content.evaluation is not None else []
-    found += ["sweep"] if content.sweep is not None else []
-    return found + ([content.images] if content.shown else [])
+    named = ["settings", "MACs"]
+    named += ["time"] if content.profile.measured else []
+    named += ["accuracy"] if content.evaluation is not None else []
+    named += ["sweep"] if content.sweep is not None else []
+    return named + ([content.images] if content.shown else [])
 
 
 def _context(c: Content) -> dict[str, Any]:
@@ -97,27 +97,27 @@ def _context(c: Content) -> dict[str, Any]:
 
 def _tiles(c: Content) -> list[tuple[str, str, str]]:
     """The figures at the top: figure, what, theoretical or measured."""
-    p, found = c.profile, []
+    p, tiles = c.profile, []
     if p.macs_dense:
-        found.append((_signed(words.change(p.macs_dense, p.macs_sparse)), "MACs of the model", "theoretical"))
+        tiles.append((_signed(words.change(p.macs_dense, p.macs_sparse)), "MACs of the model", "theoretical"))
     if p.mhsa_macs_dense:
         figure = _signed(words.change(p.mhsa_macs_dense, p.mhsa_macs_sparse))
-        found.append((figure, "MACs of the attention", "theoretical"))
+        tiles.append((figure, "MACs of the attention", "theoretical"))
     m = p.measured
     if m is not None and m.dense is not None:
         same = "; within the spread" if m.dense.overlaps(m.sparse) else ""
         what = f"the speed of dense, batch {p.batch_size}{same}"
-        found.append((f"{m.dense.median / m.sparse.median:.2f}×", what, "measured"))
+        tiles.append((f"{m.dense.median / m.sparse.median:.2f}×", what, "measured"))
     e = c.evaluation or {}
     if e.get("top1") is not None and e.get("dense_top1") is not None:
-        found.append((_signed(f"{e['top1'] - e['dense_top1']:+.2f}"), "points of top-1", "measured"))
+        tiles.append((_signed(f"{e['top1'] - e['dense_top1']:+.2f}"), "points of top-1", "measured"))
     if e.get("agreement") is not None:
-        found.append((f"{e['agreement']:.1f} %", "same answer as dense", "measured"))
+        tiles.append((f"{e['agreement']:.1f} %", "same answer as dense", "measured"))
     sparse = [layer for each in c.shown for layer in each.found.layers if layer.sparse]
     if sparse:
         mean = sum(float(layer.mass.mean()) for layer in sparse) / len(sparse)
-        found.append((captions.percent(mean), f"of the true attention kept, {c.images}", "measured"))
-    return found
+        tiles.append((captions.percent(mean), f"of the true attention kept, {c.images}", "measured"))
+    return tiles
 
 
 def _signed(text: str) -> str:

@@ -100,8 +100,8 @@ def uncounted(unsupported: Mapping[str, Any]) -> str:
     """A warning if ops were left out of the MACs, else ''."""
     if not unsupported:
         return ""
-    found = ", ".join(f"{name} ({times}x)" for name, times in sorted(unsupported.items()))
-    return f"NOT COUNTED in the MACs above, and so not checked: {found}. Please report this with the model's name."
+    ops = ", ".join(f"{name} ({times}x)" for name, times in sorted(unsupported.items()))
+    return f"NOT COUNTED in the MACs above, and so not checked: {ops}. Please report this with the model's name."
 
 
 def measured(p: Profile) -> list[Row]:

@@ -28,10 +28,10 @@ def profile(path: Path) -> Profile:
     Raises:
         BadFile: missing, or something else.
     """
-    found = _profile_in(path)
-    if found is None:
+    figures = _profile_in(path)
+    if figures is None:
         raise BadFile(f"{path} is no profile: 'sparsify profile FILE --json {path.name}' writes one")
-    return found
+    return figures
 
 
 def times(path: Path, macs: int, params: int) -> Profile:
@@ -40,12 +40,12 @@ def times(path: Path, macs: int, params: int) -> Profile:
     Raises:
         BadFile: unreadable, nothing measured, or of another model.
     """
-    found = _profile_in(path)
-    if found is None or found.measured is None:
+    figures = _profile_in(path)
+    if figures is None or figures.measured is None:
         raise BadFile(f"{path} has no measured times: 'sparsify profile FILE --json NAME.json' writes them")
-    if (found.macs_sparse, found.param_count) != (macs, params):
+    if (figures.macs_sparse, figures.param_count) != (macs, params):
         raise BadFile(f"{path} has the times of another model: profile this one")
-    return found
+    return figures
 
 
 def evaluation(path: Path) -> Mapping[str, Any]:
@@ -125,11 +125,11 @@ def _profile_in(path: Path) -> Profile | None:
 
 
 def _sweep_in(folder: Path) -> Path:
-    found = [file for file in sorted(folder.glob("*.json")) if _is_sweep(_readable(file))]
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found[:3]) or "none"
-        raise BadFile(f"{folder} holds {len(found)} sweeps ({names}): give the JSON file of one")
-    return found[0]
+    sweeps = [file for file in sorted(folder.glob("*.json")) if _is_sweep(_readable(file))]
+    if len(sweeps) != 1:
+        names = ", ".join(file.name for file in sweeps[:3]) or "none"
+        raise BadFile(f"{folder} holds {len(sweeps)} sweeps ({names}): give the JSON file of one")
+    return sweeps[0]
 
 
 def _readable(path: Path) -> Mapping[str, Any]:
