@@ -79,7 +79,7 @@ def sparse(s: Shape) -> candidates.Sparse:
     if s.kind.name == "token":
         knobs = load_recipe("paper-calibrated").sparsity.token_lowrank.model_dump()
         predictor = TokenLowrankPredictor(s.heads, s.head_dim, s.tokens, PREFIX, s.kind.rank_max, knobs)
-        predictor.draw(torch.Generator().manual_seed(0))
+        predictor.reset_parameters(torch.Generator().manual_seed(0))
         predictor.requires_grad_(False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:

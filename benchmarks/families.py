@@ -67,7 +67,7 @@ def others() -> list[str]:
             unbuilt += 1
             continue
         try:
-            hosts.check(model, name)
+            hosts.supported_attentions(model, name)
             converts = True
         except UnsupportedModel as error:
             converts, refused = False, refused + 1

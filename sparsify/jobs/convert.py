@@ -127,7 +127,7 @@ def convert(
         dense = load_dense(request, _calibrated_config(recipe, target), compute, listener)
         model = dense.model
         if target is not None:  # its schedule removes tokens
-            token_models.check(model)
+            token_models.check_host(model)
         architecture, dense_sha256 = building.describe(model, dense.source), checkpoint.digest_of(model)
         checkpoint.may_overwrite(output.path, architecture, output.force)
         plan = _plan(model, recipe, images, dense_sha256, target, compute)
@@ -218,7 +218,7 @@ def _calibrated(
         config = recipe.sparsity.with_cells(hosts.num_tokens(model))
         if config.tokens is not None:  # nothing is fitted
             config = config.model_copy(update={"tokens": config.tokens.model_copy(update={"importance": "attention"})})
-        graft.draw(graft.graft(model, config), recipe.seed)
+        graft.reset_predictors(graft.graft(model, config), recipe.seed)
         return Calibrated(model, config, recipe, "nothing: predictors are drawn at random", 0)
     calibrator = Calibrator.on(images, dense, recipe, compute, listener)
     calibration = calibrator.calibrate(model, _calibrated_config(recipe, target))

@@ -67,8 +67,8 @@ def load_dense(request: DenseRequest, config: SparsityConfig, compute: Compute, 
     if source.note:
         listener.say(source.note)
     skeleton = building.skeleton(source, request.num_classes, request.img_size)
-    hosts.check(skeleton, source.asked)
-    graft.check_config(skeleton, config)
+    hosts.supported_attentions(skeleton, source.asked)
+    graft.plans_of(skeleton, config)
     check_execution(execution, device, dtype, hosts.biased(skeleton))
     model = pretrained.load(source, request.weights, request.num_classes, request.img_size).to(device)
     if note := building.note(model, source):

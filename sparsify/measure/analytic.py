@@ -78,7 +78,7 @@ def count(model: nn.Module, images: Tensor) -> Analytic:
                 found = token_block(module, *args)
             elif isinstance(module, GraftedAttention):
                 found = attention(module, args[0].shape[1])
-            elif isinstance(module, projection.UNDERSTOOD):
+            elif isinstance(module, projection.SUPPORTED):
                 found = host_attention(module, args[0].shape[1])
             if found:
                 parts.update({part: args[0].shape[0] * m for part, m in found.items()})

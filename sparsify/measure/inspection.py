@@ -126,7 +126,7 @@ class Shown:
 
 
 class _Call(NamedTuple):
-    """A call of a block's attention, as `sparsify.nn.observe.attending` reports it; q, k [1, H, N, d]."""
+    """A call of a block's attention, as `sparsify.nn.observe.watching_calls` reports it; q, k [1, H, N, d]."""
 
     block: int
     module: GraftedAttention
@@ -171,19 +171,19 @@ def inspect(model: nn.Module, x: Tensor, queries: Sequence[int] = (), dense: nn.
     staged = dict(token_models.stages(model))
     present = patches
 
-    def witness(*call: Any) -> None:
+    def on_call(*call: Any) -> None:
         seen = _Call(*call)
         original = None if originals is None else originals[seen.block]
         layers.append(_layer(seen, len(prefix), patches, queries, original))
 
-    def stepped(block: int, tokens: TokenState | None) -> None:
+    def after_block(block: int, tokens: TokenState | None) -> None:
         nonlocal present
         if block in staged and tokens is not None:
             remaining = present if tokens.place is None else tokens.place.shape[1]
             stages.append(Survivors(block, present, remaining, _owner(tokens, patches)))
             present = remaining
 
-    with execution.sparse_form(model, "reference", "input"), observe.attending(model, witness, stepped):
+    with execution.sparse_form(model, "reference", "input"), observe.watching_calls(model, on_call, after_block):
         _features(model, x)
     heads = next(iter(attention.attention_modules(model).values())).num_heads
     depth, reference = len(cast(nn.Sequential, model.blocks)), OWN if dense is None else DENSE
@@ -226,12 +226,12 @@ def _dense_maps(dense: nn.Module, x: Tensor, grid: tuple[int, int]) -> dict[int,
         raise UsageError(f"the dense model has {hosts.patch_grid(twin)} patches, the sparse one {grid}")
     maps: dict[int, _Map] = {}
 
-    def witness(*call: Any) -> None:
+    def on_call(*call: Any) -> None:
         block, module, q, k, mask, _ = _Call(*call)
         q, k = q.float(), k.float()
         maps[block] = _Map(q, k, weights.additive(mask, q, q.shape[2]), module.scale)
 
-    with observe.attending(twin, witness):
+    with observe.watching_calls(twin, on_call):
         _features(twin, x)
     return maps
 

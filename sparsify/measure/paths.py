@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsify.nn import observe
 from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention, attention_modules
 from sparsify.nn.tokens import TokenState
 from sparsify.ops import backends
@@ -17,38 +18,27 @@ Entry = dict[str, Any]
 @torch.inference_mode()
 def taken(model: nn.Module, images: Tensor) -> list[Entry]:
     """Runs `model(images)` once; blocks with the same shape and decision share an entry, see `Profile.choices`."""
-    modules = attention_modules(model)
-    entries: dict[str, Entry] = {}
-    for name, module in modules.items():
-        _watch(module, entries, name)
-    try:
+    entries: dict[int, Entry] = {}
+
+    def on_call(
+        block: int, module: GraftedAttention, q: Tensor, k: Tensor, mask: Tensor | None, tokens: TokenState | None
+    ) -> None:
+        if isinstance(module, SparseAttention):
+            entries[block] = _sparse(module, q, mask, tokens)
+        elif isinstance(module, DenseAttention):
+            entries[block] = _dense(module, q, mask)
+
+    with observe.watching_calls(model, on_call):
         model(images)
-    finally:
-        for module in modules.values():
-            del vars(module)["attend"]
     found: list[Entry] = []
-    for block, name in enumerate(modules):
-        entry = entries.get(name) or _entry({}, "sdpa", "prefix rows only: no patch token goes on")
+    for block in range(len(attention_modules(model))):
+        entry = entries.get(block) or _entry({}, "sdpa", "prefix rows only: no patch token goes on")
         same = next((each for each in found if {**each, "blocks": []} == entry), None)
         if same is None:
             found.append(entry)
             same = entry
         same["blocks"].append(block)
     return found
-
-
-def _watch(module: GraftedAttention, entries: dict[str, Entry], name: str) -> None:
-    """Until `attend` is deleted from the module again, a call of it leaves an entry; blocks call it past `forward`."""
-    attend = module.attend
-
-    def watched(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: TokenState | None) -> Tensor:
-        if isinstance(module, SparseAttention):
-            entries[name] = _sparse(module, q, mask, tokens)
-        elif isinstance(module, DenseAttention):
-            entries[name] = _dense(module, q, mask)
-        return attend(q, k, v, mask, tokens)
-
-    vars(module)["attend"] = watched
 
 
 def _sparse(module: SparseAttention, q: Tensor, mask: Tensor | None, tokens: TokenState | None) -> Entry:

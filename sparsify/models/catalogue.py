@@ -29,7 +29,7 @@ def listing(pattern: str = "") -> list[tuple[str, str]]:
     for architecture in architectures():
         if fnmatch.fnmatch(architecture, pattern):
             try:
-                hosts.check(shallow(architecture), architecture)
+                hosts.supported_attentions(shallow(architecture), architecture)
             except UnsupportedModel:
                 continue
             known = tags.get(architecture)

@@ -1,6 +1,6 @@
-"""Attention in the place of a host's: same parameters, same names. Sparse with a `predictor`, or dense.
+"""Attention that replaces a host's: same parameters, same names. Sparse with a `predictor`, or dense.
 
-Both know tokens that have left or were merged (`sparsify.nn.tokens`), which timm's own does not.
+Unlike timm's, both support removed and merged tokens (`sparsify.nn.tokens`).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from sparsify.ops.spec import Shape, Spec, budget
 
 @dataclass(frozen=True)
 class Execution:
-    """How an attention module computes; plain configuration, no part of the model's file or state dict.
+    """How an attention module computes: plain configuration, stored neither in files nor in the state dict.
 
     Attributes:
         backend: auto, cpu or reference (`sparsify.ops.backends`); auto is cpu where the kernels are available.
-        precision: input, or bf16: float32 tensors with bfloat16 storage of q, k, v inside the kernels.
-        dense_fallback: dense attention may be computed instead of the sparse form where `choose` measured it faster;
-            never in training, nor where a gradient is needed, nor once the model or a copy of it has been in train mode
-            (`Chooser.withdraw`). For models whose weights are the dense original's.
+        precision: input, or bf16: the kernels store q, k, v of float32 models in bfloat16.
+        dense_fallback: dense attention may replace the sparse form where `choose` measured it faster; never in training,
+            nor where a gradient is needed, nor once the model or a copy of it has been in train mode (`Chooser.withdraw`).
+            For models whose weights are the dense original's.
         choose: measures and remembers; None: no dense fallback.
     """
 
@@ -43,15 +43,15 @@ class Execution:
 
 
 class Path(NamedTuple):
-    """What computes a call: cpu, reference or one of `auto.DENSE`; and the decision that it rests on, if one was made."""
+    """What computes a call: cpu, reference or one of `auto.DENSE`; and the decision of `auto`, if it was asked."""
 
-    taken: str
+    name: str
     choice: Choice | None
 
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Constants of one block's sparse attention; the words are those of `sparsify.config.SparsityConfig`."""
+    """Constants of one block's sparse attention; terms as in `sparsify.config.SparsityConfig`."""
 
     keep: float
     prefix: int
@@ -61,53 +61,82 @@ class Sparsity:
     tile: tuple[int, ...] = ()  # empty: one key set for each query
 
     def cells_of(self, N: int) -> tuple[int, int]:
-        """Grid of cells where only N tokens are present: fewer, by the rule of `SparsityConfig.with_cells`."""
-        own = self.prefix + self.grid[0] * self.grid[1]
-        if own <= N:
+        """Grid of cells for N tokens: fewer where tokens were removed, by the rule of `SparsityConfig.with_cells`."""
+        all_tokens = self.prefix + self.grid[0] * self.grid[1]
+        if all_tokens <= N:
             return self.cells
-        return grid_of(self.cells[0] * self.cells[1] * growth(N) / growth(own))
+        return grid_of(self.cells[0] * self.cells[1] * growth(N) / growth(all_tokens))
 
 
 class GraftedAttention(nn.Module):
-    """The frame of timm's attention classes: q, k, v of x; attention; proj. How queries meet keys is the subclass's.
+    """The frame of timm's attention classes: q, k, v of x; attention; output projection. Subclasses define `attend`.
 
-    Takes over everything that the host has (parameters, buffers, submodules, constants), so state dict keys stay timm's;
-    what differs between the hosts is `sparsify.nn.projection`'s.
+    Shares all parameters, buffers, submodules and constants of the host, so state dict keys stay timm's.
+    `sparsify.nn.projection` handles the differences between hosts.
 
     Args:
-        host: of a class of `projection.UNDERSTOOD`, or a grafted attention.
+        host: of a class of `projection.SUPPORTED`, or a grafted attention, whose execution is copied.
         rotary: the host's model passes a rotary embedding.
 
     Attributes:
-        execution: backend, precision and whether dense attention may stand in; `graft.set_execution` sets it.
-        watch: called with q, k, v of every pass; set by `observe.watching` for as long as it lasts.
-        importance: w and b, [C + 1], a buffer; None: by attention (`sparsify.nn.importance`).
+        execution: backend, precision and dense fallback; set by `execution.set_execution`.
+        watch: called with q, k, v of every pass; set by `observe.watching` while it lasts.
+        importance: w and b of the fitted importance, [C + 1], a buffer; None: importance by attention
+            (`sparsify.nn.importance`).
     """
 
     proj: nn.Linear
     attn_drop: nn.Dropout
     importance: Tensor | None
-    OWN = ("predictor", "sparsity", "execution", "watch", "host_class", "rotary")
+    ADDED = ("predictor", "sparsity", "execution", "watch", "host_class", "rotary")  # attributes that no host has
 
     def __init__(self, host: nn.Module, rotary: bool = False) -> None:
         super().__init__()
         self.host_class: type[nn.Module] = type(host)
-        self.rotary = rotary
+        self.rotary, self.execution = rotary, Execution()
         if isinstance(host, GraftedAttention):
-            self.host_class, self.rotary = host.host_class, host.rotary
-        self.execution = Execution()
+            self.host_class, self.rotary, self.execution = host.host_class, host.rotary, host.execution
         self.watch: Callable[[Tensor, Tensor, Tensor], None] | None = None
         self.register_buffer("importance", None)
-        _hand_over(host, self, self.OWN)
+        self.adopt(host)
         self.num_heads, self.head_dim = projection.heads_of(host), projection.head_dim(host)
         self.scale = self.head_dim**-0.5  # scaled_dot_product_attention's, which the host uses
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: TokenState | None) -> Tensor:
-        """[B, H, N, d] x 3 -> [B, N, H*d]."""
-        raise NotImplementedError
+    def adopt(self, host: nn.Module) -> None:
+        """Share everything the host has; called again after timm changed the host (another image size)."""
+        _share(host, self, self.ADDED)
+
+    def dense(self) -> nn.Module:
+        """The host again: timm's own class over the same parameters."""
+        host = self.host_class.__new__(self.host_class)
+        nn.Module.__init__(host)
+        _share(self, host, (*self.ADDED, "importance"))
+        return host.train(self.training)
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Tensor | None = None,
+        shared_rel_pos_bias: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, N, C] -> [B, N, C]; the arguments are those of all hosts together.
+
+        Args:
+            attn_mask: bool (True: may attend) or additive, broadcastable to [B, H, N, N].
+            rope: see `projection.heads`.
+            shared_rel_pos_bias: added to the logits besides the module's own bias, [1, H, N, N].
+        """
+        if is_causal:
+            attn_mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        bias = projection.position_bias(self, shared_rel_pos_bias)
+        q, k, v = self.qkv_heads(x, rope)  # (B, H, N, d) each
+        out = self.attend(q, k, v, joined(attn_mask, bias), None)  # (B, N, H*d)
+        return self.close(out, x)
 
     def qkv_heads(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of x [B, N, C] as their product meets them: [B, H, N, d] each, one dtype."""
+        """Queries, keys and values of x [B, N, C] after norms and rotation: [B, H, N, d] each, one dtype."""
         if rope is not None and not self.rotary:
             raise ValueError("this attention was grafted for a model without rotary embedding: it takes none")
         q, k, v = projection.heads(self, x, rope)
@@ -115,33 +144,20 @@ class GraftedAttention(nn.Module):
             self.watch(q, k, v)
         return q, k, v
 
-    def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None,
-        shared_rel_pos_bias: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """x [B, N, C] -> [B, N, C].
-
-        Args:
-            attn_mask: bool (True: may attend) or additive, broadcastable to [B, H, N, N].
-            rope: see `projection.heads`.
-            shared_rel_pos_bias: added to the logits, [1, H, N, N], with the module's own bias where it has one.
-        """
-        if is_causal:
-            attn_mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-        bias = projection.position_bias(self, shared_rel_pos_bias)
-        q, k, v = self.qkv_heads(x, rope)
-        return self.close(self.attend(q, k, v, joined(attn_mask, bias), None), x)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: TokenState | None) -> Tensor:
+        """[B, H, N, d] x 3 -> [B, N, H*d]. tokens: None where all tokens are present."""
+        raise NotImplementedError
 
     def close(self, out: Tensor, x: Tensor) -> Tensor:
-        """What follows the attention, for rows x [B, N, C] of the input: norm, gate and projection of out [B, N, H*d]."""
+        """Norm, gate and projection of out [B, N, H*d] for the input rows x [B, N, C]: [B, N, C]."""
         return projection.close(self, out, x)
 
     def prefix_rows(
         self, x: Tensor, prefix: int, tokens: TokenState, rope: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
-        """The rows of the P prefix tokens alone, which attend to all keys: x [B, N, C] -> [B, P, C]; bias [B, H, N, N]."""
+        """Only the rows of the P prefix tokens, which attend to all keys: x [B, N, C] -> [B, P, C]; bias [B, H, N, N]."""
         self._refuse_dropout()
-        q, k, v = projection.prefix_heads(self, x, prefix, rope)
+        q, k, v = projection.heads(self, x, rope, prefix)
         bias = None if bias is None else bias[:, :, :prefix]
         out = attention.dense("sdpa", q, k, v, bias, self.scale, "input", tokens.size)
         return self.close(out, x[:, :prefix])
@@ -150,45 +166,27 @@ class GraftedAttention(nn.Module):
         if self.training and self.attn_drop.p > 0:
             raise NotImplementedError("attention dropout is not defined for grafted attention: set attn_drop_rate=0")
 
-    def dense(self) -> nn.Module:
-        """The host again: timm's own class over the same parameters."""
-        host = self.host_class.__new__(self.host_class)
-        nn.Module.__init__(host)
-        _hand_over(self, host, (*self.OWN, "importance"))
-        return host.train(self.training)
-
-    def take(self, host: nn.Module) -> None:
-        """What the host has become (another image size), in place; the rest stays."""
-        _hand_over(host, self, self.OWN)
-
 
 def joined(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """A mask (bool or additive) and a bias of the logits as one additive mask."""
+    """A mask (bool or additive) and a bias of the logits as one mask."""
     if mask is None or bias is None:
         return bias if mask is None else mask
     return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else mask + bias
 
 
-def _hand_over(host: nn.Module, to: nn.Module, leave: tuple[str, ...]) -> None:
-    """Parameters, buffers, submodules and constants of `host`, shared with `to`, under the same names."""
-    for name, parameter in host._parameters.items():
-        to.register_parameter(name, parameter)
-    for name, buffer in host._buffers.items():
-        if name in leave:
-            continue
-        to.register_buffer(name, buffer, persistent=name not in host._non_persistent_buffers_set)
-    for name, module in host._modules.items():
-        if name not in leave:
-            to.register_module(name, module)
-    plain = {k: v for k, v in host.__dict__.items() if not k.startswith("_") and k not in (*leave, "training")}
-    to.__dict__.update(plain)
+def _share(source: nn.Module, target: nn.Module, exclude: tuple[str, ...]) -> None:
+    """Register the parameters, buffers, submodules and constants of `source` in `target`, under the same names."""
+    for kind in ("_parameters", "_buffers", "_modules"):
+        getattr(target, kind).update({k: v for k, v in getattr(source, kind).items() if k not in exclude})
+    target._non_persistent_buffers_set |= source._non_persistent_buffers_set
+    plain = {k: v for k, v in source.__dict__.items() if not k.startswith("_") and k not in (*exclude, "training")}
+    target.__dict__.update(plain)
 
 
 class DenseAttention(GraftedAttention):
     """Every query attends to every token that is present."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: TokenState | None) -> Tensor:
-        """[B, H, N, d] x 3 -> [B, N, H*d]."""
         self._refuse_dropout()
         size = None if tokens is None else tokens.size
         path = "sdpa" if backends.needs_grad(q, k, v) else self.path(q, mask)
@@ -205,63 +203,55 @@ class DenseAttention(GraftedAttention):
 
 
 class SparseAttention(GraftedAttention):
-    """X' = softmax over the predicted keys and the tail.
+    """Every query attends to its b highest-ranked keys; a tail represents the others (equations 1 to 3 of docs/design.md).
 
-        q, k, v = qkv(x);  out_i = sum over the b keys of i with the highest predicted score, and the tail;  proj(out)
+        q, k, v  = the host's projections of x                                              [B, H, N, d] each
+        score_ij = row_i . col_j, the predictor's; for head-lowrank (q_i A_q) . (k_j A_k)   [B, H, N, N]            (2)
+        S_i      = the b = ceil(keep N) keys with the highest score_ij; all keys for prefix rows                    (1)
+        out_i    = ( sum_{j in S_i} e^{s_ij} v_j + sum_c m_ic e^{s_ic} vbar_c )
+                   / (the same sums without values)                                         [B, N, H*d]             (3)
+        X'       = proj(out)                                                                [B, N, C]
+
+    s_ij = q_i . k_j / sqrt(d) is computed for kept pairs only. c runs over the tail's cells of keys: m_ic keys of c were
+    dropped by row i; s_ic = q_i . kbar_c / sqrt(d); kbar_c and vbar_c are the mean key and value of the cell.
 
     Args:
         host, rotary: see `GraftedAttention`.
         predictor: see `sparsify.nn.predictor`.
-        sparsity: keep share, prefix tokens, tail.
+        sparsity: keep, prefix tokens, tail.
     """
 
-    def __init__(
-        self,
-        host: nn.Module,
-        predictor: Predictor,
-        sparsity: Sparsity,
-        rotary: bool = False,
-    ) -> None:
+    def __init__(self, host: nn.Module, predictor: Predictor, sparsity: Sparsity, rotary: bool = False) -> None:
         super().__init__(host, rotary)
         self.sparsity = sparsity
         self.predictor = predictor
 
     def train(self, mode: bool = True) -> SparseAttention:
-        """As torch's. Weights that were trained are not the dense model's any more: from the first time on that the model
-        or a copy of it (an average of weights, a teacher) is in train mode, dense attention stands in for none of them.
-        """
+        """As torch's, and ends the dense fallback for this model and its copies (an average of weights, a teacher):
+        trained weights are no longer the dense model's."""
         if mode and self.execution.choose is not None:
             self.execution.choose.withdraw()
         super().train(mode)
         return self
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: TokenState | None) -> Tensor:
-        """[B, H, N, d] x 3 -> [B, N, H*d], by the path that `execution` leads to."""
+        """[B, H, N, d] x 3 -> [B, N, H*d], by the path that `execution` selects."""
         self._refuse_dropout()
         spec = self.spec(q.shape[2], tokens)
-        trains = backends.needs_grad(q, k, v)
-        if trains:
+        if backends.needs_grad(q, k, v):
             path = backends.training(self.execution.backend, q, mask)
         elif backends.needs_grad(*self.predictor.parameters()):
-            path = (
-                "reference"  # a predictor that learns alone gets no gradient of its choice, and the reference says so
-            )
+            # only the predictor could learn, and a choice of keys has no gradient: the op's backward gives None
+            path = "reference"
         else:
-            path = self.path(q, mask, tokens, spec).taken
+            path = self.path(q, mask, tokens, spec).name
         if path in auto.DENSE:
             size = None if tokens is None else tokens.size
             return attention.dense(path, q, k, v, mask, self.scale, self.execution.precision, size)
         return self.sparse(q, k, v, mask, tokens, spec, path)
 
     def sparse(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        tokens: TokenState | None,
-        spec: Spec,
-        backend: str,
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: TokenState | None, spec: Spec, backend: str
     ) -> Tensor:
         """The sparse form: the predictor ranks the keys, the op attends to the b highest and to the tail.
 
@@ -276,8 +266,7 @@ class SparseAttention(GraftedAttention):
         return attention.attention(q, k, v, ranking, context, spec, backend, self.execution.precision)
 
     def path(self, q: Tensor, mask: Tensor | None, tokens: TokenState | None, spec: Spec) -> Path:
-        """What computes a call without gradients: the sparse form, or dense attention where it may stand in and was
-        measured faster."""
+        """What computes a call without gradients: the sparse form, or dense attention if allowed and measured faster."""
         e = self.execution
         path = backends.resolve(e.backend, q, mask)
         may_be_dense = e.dense_fallback and e.choose is not None and not self.training and backends.eager(q)
@@ -287,14 +276,14 @@ class SparseAttention(GraftedAttention):
         return Path(choice.taken, choice)
 
     def _timed(self, q: Tensor, k: Tensor, v: Tensor, context: Context, spec: Spec, backend: str) -> Tensor:
-        """The sparse form as `auto` times it: merged tokens are looked up as if they had been removed."""
+        """The sparse form as `auto` times it: merged tokens rank as if they had been removed."""
         tokens = None
         if context.size is not None or context.place is not None:
             tokens = TokenState(spec.grid[0] * spec.grid[1], context.size, context.place)
         return self.sparse(q, k, v, context.mask, tokens, spec, backend)
 
     def spec(self, N: int, tokens: TokenState | None = None) -> Spec:
-        """The constants of a call with N tokens; cells are fewer where tokens were removed."""
+        """The constants of a call with N tokens; fewer cells where tokens were removed."""
         if tokens is None or tokens.place is None:
             return self.spec_of(self.sparsity, N, False)
         spec = self.spec_of(self.sparsity, N, True)  # places are on the grid of this image, which may have another size
@@ -309,22 +298,10 @@ class SparseAttention(GraftedAttention):
         """What decides how long a call takes: the key of `auto.Chooser`. sparse: what computes the sparse form."""
         B, H, N, d = q.shape
         size, place = (None, None) if tokens is None else (tokens.size, tokens.place)
-        return Shape(
-            batch=B,
-            heads=H,
-            tokens=N,
-            head_dim=d,
-            dtype=q.dtype,
-            device=q.device.type,
-            threads=torch.get_num_threads(),
-            masked=mask is not None,
-            precision=self.execution.precision,
-            sparse=sparse,
-            kind=self.predictor.kind(),
-            spec=spec,
-            merged=size is not None,
-            placed=place is not None,
-        )
+        device, threads = q.device.type, torch.get_num_threads()
+        precision, kind = self.execution.precision, self.predictor.kind()
+        shape = Shape(B, H, N, d, q.dtype, device, threads, mask is not None, precision, sparse, kind, spec)
+        return shape._replace(merged=size is not None, placed=place is not None)
 
     def extra_repr(self) -> str:
         s = self.sparsity

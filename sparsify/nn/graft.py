@@ -1,4 +1,4 @@
-"""The exchange: the attention of a host model that is understood (`sparsify.nn.hosts`) for the sparse one, and back."""
+"""Replaces the attention of a supported host model (`sparsify.nn.hosts`) by sparse attention, and changes it afterwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from sparsify.config import BlockPlan, SparsityConfig, grid_of, growth
 from sparsify.errors import UsageError
-from sparsify.nn import projection, token_models
+from sparsify.nn import hosts, projection, token_models
 from sparsify.nn.attention import (
     DenseAttention,
     GraftedAttention,
@@ -21,45 +21,42 @@ from sparsify.nn.attention import (
     attention_modules,
     sparse_modules,
 )
-from sparsify.nn.hosts import check, geometry, num_prefix_tokens, num_tokens, patch_grid, rotary, set_image_size, shape
 from sparsify.nn.predictor import HeadLowrankPredictor, Predictor, TokenLowrankPredictor
 from sparsify.ops.selection import rank_mask
 from sparsify.ops.tails import TAILS
 
 
 def graft(model: nn.Module, config: SparsityConfig, predictors: Sequence[Predictor | None] | None = None) -> nn.Module:
-    """Exchange every block's attention for a sparse one (or our dense one), and install the token stages; in place.
+    """Replace every block's attention by a sparse (or our dense) one, and install the token stages; in place.
 
     Args:
-        predictors: one for each block, None where its attention is dense; None for unfitted ones (`new_predictor`).
+        predictors: one for each block, None where its attention is dense; None: unfitted ones (`new_predictor`).
 
     Raises:
-        UnsupportedModel: see `check`; nothing is exchanged then.
+        UnsupportedModel: see `hosts.supported_attentions`; nothing is replaced then.
         UsageError: a list or a rank in `config` that does not fit the model.
     """
-    hosts = check(model)
-    check_config(model, config)
-    plans = config.resolved(geometry(model, hosts))
+    attentions, plans = hosts.supported_attentions(model), plans_of(model, config)
     if predictors is None:
-        predictors = [
-            new_predictor(model, host, config, plan) for host, plan in zip(hosts.values(), plans, strict=True)
-        ]
-    for (name, host), plan, predictor in zip(hosts.items(), plans, predictors, strict=True):
+        pairs = zip(attentions.values(), plans, strict=True)
+        predictors = [new_predictor(model, host, config, plan) for host, plan in pairs]
+    for (name, host), plan, predictor in zip(attentions.items(), plans, predictors, strict=True):
         model.set_submodule(name, _grafted(model, host, config, plan, predictor))
     if config.tokens is not None:
-        reduce(model, config)
+        set_token_stages(model, config)
     return model
 
 
-def check_config(model: nn.Module, config: SparsityConfig) -> None:
-    """Raise `UsageError` where `config` does not fit a dense model that is understood (`hosts.check`)."""
-    config.check(*shape(check(model)), num_prefix_tokens(model))
+def plans_of(model: nn.Module, config: SparsityConfig) -> tuple[BlockPlan, ...]:
+    """The plan of each block of a dense model; raises as `graft` does."""
+    plans = config.resolved(hosts.geometry(model, hosts.supported_attentions(model)))
     if config.tokens is not None:
-        token_models.check(model)
+        token_models.check_host(model)
+    return plans
 
 
-def reduce(model: nn.Module, config: SparsityConfig) -> None:
-    """Install the token stages of `config.tokens` in a model whose attention is grafted, in place. None: no stage.
+def set_token_stages(model: nn.Module, config: SparsityConfig) -> None:
+    """Install the token stages of `config.tokens` (None: remove them) in a grafted model, in place.
 
     A block keeps its fitted importance if its stage uses it; a block that needs one and has none gets zeros.
 
@@ -70,17 +67,21 @@ def reduce(model: nn.Module, config: SparsityConfig) -> None:
     attentions = list(attention_modules(model).values())
     depth = len(attentions)
     if config.tokens is not None:
-        config.tokens.check(depth, num_prefix_tokens(model))
+        config.tokens.check(depth, hosts.num_prefix_tokens(model))
     for attention, is_fitted in zip(attentions, fits_importance(config, depth), strict=True):
         if not is_fitted:
             attention.importance = None
         elif attention.importance is None:
             weight = projection.weight(attention)
             attention.importance = weight.new_zeros(projection.channels(attention) + 1)
-    if config.tokens is None:
-        return
-    follow = config.tokens.way == "merge" and any(m.predictor.follows_merging for m in sparse_modules(model).values())
-    token_models.install(model, config.tokens.way, config.tokens.shares(depth), follow)
+    if config.tokens is not None:
+        owners = config.tokens.way == "merge" and needs_owners(model)
+        token_models.install(model, config.tokens.way, config.tokens.shares(depth), owners)
+
+
+def needs_owners(model: nn.Module) -> bool:
+    """Whether a predictor of `model` needs to know which patches were merged into each token."""
+    return any(module.predictor.needs_owners for module in sparse_modules(model).values())
 
 
 def fits_importance(config: SparsityConfig, depth: int) -> tuple[bool, ...]:
@@ -94,56 +95,68 @@ def apply(model: nn.Module, config: SparsityConfig) -> nn.Module:
     """Set other keeps, cells and token stages in a model with fitted predictors, in place; dense blocks lose theirs.
 
     Raises:
-        UsageError: `config` does not fit, or a block that is dense is to be sparse.
+        UsageError: `config` does not fit, or makes a dense block sparse.
     """
     token_models.remove(model)
     attentions = attention_modules(model)
-    plans = config.resolved(geometry(model, attentions))
+    plans = config.resolved(hosts.geometry(model, attentions))
     for i, ((name, module), plan) in enumerate(zip(attentions.items(), plans, strict=True)):
         if plan.keep is None:
-            dense = DenseAttention(module).train(module.training)
-            dense.execution = module.execution
-            model.set_submodule(name, dense)
+            model.set_submodule(name, DenseAttention(module).train(module.training))
         elif isinstance(module, SparseAttention):
             module.sparsity = dataclasses.replace(module.sparsity, keep=plan.keep, cells=plan.cells)
         else:
             raise UsageError(f"block {i + 1} has no predictor: its attention is dense and cannot be made sparse here")
-    reduce(model, config)
+    set_token_stages(model, config)
     return model
 
 
 def applied(model: nn.Module, config: SparsityConfig) -> nn.Module:
-    """A copy that `apply` has changed; it shares every parameter and buffer with `model`."""
+    """A copy changed by `apply`; it shares every parameter and buffer with `model`."""
+    return apply(_copy(model), config)
+
+
+def dense_twin(model: nn.Module) -> nn.Module:
+    """A copy without sparsity; it shares every parameter and buffer with `model`."""
+    twin = _copy(model)
+    for name, module in attention_modules(twin).items():
+        twin.set_submodule(name, module.dense())
+    token_models.remove(twin)
+    return twin
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy with the same parameters and buffers."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return apply(copy.deepcopy(model, memo=cast(dict, tensors)), config)
+    return copy.deepcopy(model, memo=cast(dict, tensors))
 
 
 def new_predictor(
     model: nn.Module, host: nn.Module, config: SparsityConfig, plan: BlockPlan, fold: bool | None = None
 ) -> Predictor | None:
-    """An unfitted predictor for one block, dtype and device of the host; None where the plan is dense.
+    """An unfitted predictor for one block, with dtype and device of the host; None where the plan is dense.
 
-    fold: fold head-lowrank where that is exact; None: as `config.fold`. The projection itself is not touched (`set_basis`).
+    fold: fold head-lowrank where that is exact; None: as `config.fold`. `set_basis` does the folding, not this function.
     """
     if plan.keep is None:
         return None
     heads, head_dim = projection.heads_of(host), projection.head_dim(host)
     predictor: Predictor
     if config.predictor == "head-lowrank":
-        fold = (config.fold if fold is None else fold) and projection.foldable(host, rotary(model))
+        fold = (config.fold if fold is None else fold) and projection.foldable(host, hosts.rotary(model))
         predictor = HeadLowrankPredictor(head_dim, plan.ranks, fold)
     else:
         knobs = config.token_lowrank.model_dump()
-        prefix, tokens = num_prefix_tokens(model), num_tokens(model)
+        prefix, tokens = hosts.num_prefix_tokens(model), hosts.num_tokens(model)
         predictor = TokenLowrankPredictor(heads, head_dim, tokens, prefix, plan.ranks[0], knobs)
     return predictor.to(projection.weight(host))
 
 
-def draw(model: nn.Module, seed: int) -> nn.Module:
-    """Token-lowrank predictors as the authors' code draws them, block after block, in place."""
+def reset_predictors(model: nn.Module, seed: int) -> nn.Module:
+    """Initialise token-lowrank predictors randomly, as the authors' code does, in place."""
     generator = torch.Generator().manual_seed(seed)
     for module in sparse_modules(model).values():
-        cast(TokenLowrankPredictor, module.predictor).draw(generator)
+        cast(TokenLowrankPredictor, module.predictor).reset_parameters(generator)
     return model
 
 
@@ -151,17 +164,17 @@ def _grafted(
     model: nn.Module, host: nn.Module, config: SparsityConfig, plan: BlockPlan, predictor: Predictor | None
 ) -> GraftedAttention:
     if plan.keep is None or predictor is None:
-        return DenseAttention(host, rotary(model)).train(host.training)
+        return DenseAttention(host, hosts.rotary(model)).train(host.training)
     tile = config.tile if config.granularity == "tile" else ()
-    tail, prefix = TAILS[config.tail], num_prefix_tokens(model)
-    sparsity = Sparsity(plan.keep, prefix, tail, patch_grid(model), plan.cells, tile)
-    return SparseAttention(host, predictor, sparsity, rotary(model)).train(host.training)
+    tail, prefix = TAILS[config.tail], hosts.num_prefix_tokens(model)
+    sparsity = Sparsity(plan.keep, prefix, tail, hosts.patch_grid(model), plan.cells, tile)
+    return SparseAttention(host, predictor, sparsity, hosts.rotary(model)).train(host.training)
 
 
 def sparse_block(
     model: nn.Module, host: nn.Module, config: SparsityConfig, plan: BlockPlan, basis: tuple[torch.Tensor, torch.Tensor]
 ) -> SparseAttention:
-    """A head-lowrank sparse attention over the host's parameters with a basis of its own, not folded: for trials."""
+    """A trial of a basis: sparse attention over the host's parameters, its head-lowrank predictor not folded."""
     predictor = new_predictor(model, host, config, plan, fold=False)
     assert isinstance(predictor, HeadLowrankPredictor)
     set_basis(host, predictor, *basis)
@@ -170,7 +183,7 @@ def sparse_block(
 
 @torch.no_grad()
 def set_basis(host: nn.Module, predictor: HeadLowrankPredictor, t_q: torch.Tensor, t_k: torch.Tensor) -> None:
-    """Gives a predictor the basis T_q, T_k [H, d, d]: into the host's projections where it is folded, else its first r
+    """Set the basis T_q, T_k [H, d, d] of a predictor: folded into the host's projections, else A_q, A_k are its first r
     columns."""
     if predictor.a_q is None or predictor.a_k is None:
         projection.fold(host, t_q, t_k)
@@ -181,45 +194,36 @@ def set_basis(host: nn.Module, predictor: HeadLowrankPredictor, t_q: torch.Tenso
 
 
 def freeze_predictors(model: nn.Module) -> nn.Module:
-    """No gradients for predictors, in place: a choice of keys has none, and DistributedDataParallel would wait for them."""
+    """Exclude predictors from training, in place: a choice of keys has no gradient, and DistributedDataParallel would wait
+    for one."""
     for module in sparse_modules(model).values():
         module.predictor.requires_grad_(False)
     return model
 
 
-def dense_twin(model: nn.Module) -> nn.Module:
-    """The same model without sparsity, sharing every parameter and buffer with `model`."""
-    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    twin = copy.deepcopy(model, memo=cast(dict, tensors))
-    for name, module in attention_modules(twin).items():
-        twin.set_submodule(name, module.dense())
-    token_models.remove(twin)
-    return twin
-
-
 @torch.no_grad()
 def resize(model: nn.Module, img_size: int) -> None:
-    """Another square image size, in place: timm resamples position embeddings and biases, predictors tied to tokens follow.
+    """Set another square image size, in place; position embeddings, biases and predictors that depend on N are resampled.
 
-    The cells grow as `SparsityConfig.with_cells` lets them: in proportion to the root of N beyond 197 tokens.
+    The number of cells grows as in `SparsityConfig.with_cells`: with the root of N beyond 197 tokens.
 
     Raises:
-        UsageError: see `hosts.set_image_size`; a size of which timm itself makes nothing raises timm's own error.
+        UsageError: see `hosts.set_image_size`; sizes that timm itself cannot use raise timm's own error.
     """
-    old, tokens = patch_grid(model), num_tokens(model)
+    old, tokens = hosts.patch_grid(model), hosts.num_tokens(model)
     grafted = attention_modules(model)
-    for name, module in grafted.items():  # timm resamples what it finds in its own classes
+    for name, module in grafted.items():  # timm resamples only biases of its own classes
         model.set_submodule(name, module.dense())
     try:
-        set_image_size(model, img_size, img_size)
+        hosts.set_image_size(model, img_size, img_size)
     finally:
         for name, module in grafted.items():
-            module.take(model.get_submodule(name))
+            module.adopt(model.get_submodule(name))
             model.set_submodule(name, module)
-    new = patch_grid(model)
+    new = hosts.patch_grid(model)
     for module in sparse_modules(model).values():
         rows, cols = module.sparsity.cells
-        cells = (rows, cols) if old == new else grid_of(rows * cols * growth(num_tokens(model)) / growth(tokens))
+        cells = (rows, cols) if old == new else grid_of(rows * cols * growth(hosts.num_tokens(model)) / growth(tokens))
         module.sparsity = dataclasses.replace(module.sparsity, grid=new, cells=cells)
         module.predictor.resample(old, new)
 
@@ -230,7 +234,7 @@ def foldable(module: GraftedAttention) -> bool:
 
 
 def check_original(dense: nn.Module, sparse: nn.Module) -> None:
-    """Whether the two can be compared.
+    """Check that the two models can be compared.
 
     Raises:
         UsageError: `dense` is a sparse model, or has another number of classes or another image size.
@@ -238,12 +242,8 @@ def check_original(dense: nn.Module, sparse: nn.Module) -> None:
     if attention_modules(dense):
         raise UsageError("the dense model has sparse attention: give the model that it was converted from")
     for what, one, other in (
-        ("classes", _classes(dense), _classes(sparse)),
-        ("patches", patch_grid(dense), patch_grid(sparse)),
+        ("classes", cast(Any, dense).num_classes, cast(Any, sparse).num_classes),
+        ("patches", hosts.patch_grid(dense), hosts.patch_grid(sparse)),
     ):
         if one != other:
             raise UsageError(f"the dense model has {one} {what}, the sparse one {other}: they cannot be compared")
-
-
-def _classes(model: nn.Module) -> int:
-    return int(cast(Any, model).num_classes)

@@ -1,7 +1,7 @@
-"""Host models: which of timm's are understood, and what has to be known of them besides their attention.
+"""Host models: which of timm's are supported, and their properties besides attention.
 
-Understood are exactly these classes of model, block and attention (`projection.UNDERSTOOD`). Everything else is refused
-by its class name before anything is computed; nothing is skipped in silence.
+Supported are exactly these classes of model, block and attention (`projection.SUPPORTED`). Any other class is refused by
+name before anything is computed; nothing is skipped silently.
 """
 
 from __future__ import annotations
@@ -24,43 +24,39 @@ from sparsify.errors import UnsupportedModel, UsageError
 from sparsify.nn import projection
 
 MODULES = ("vision_transformer", "deit", "beit", "eva", "naflexvit", "vision_transformer_hybrid", "vitamin")
-"""timm's modules that hold the models that can be converted."""
+"""timm's modules of the models that can be converted."""
 MODELS = (VisionTransformer, VisionTransformerDistilled, Eva, Beit, naflexvit.NaFlexVit)
 BLOCKS = (Block, ResPostBlock, EvaBlock, EvaBlockPostNorm, BeitBlock)
 LEFT_DENSE = (AttentionPoolLatent,)  # one query over all tokens: nothing to gain
 
 
-def check(model: nn.Module, name: str = "") -> dict[str, nn.Module]:
-    """The attention modules that will be exchanged, by module name, in order of the blocks.
+def supported_attentions(model: nn.Module, name: str = "") -> dict[str, nn.Module]:
+    """The attention modules to be replaced, by module name, in order of the blocks.
+
+    name: of the model, for messages; '': its class.
 
     Raises:
-        UnsupportedModel: an attention, block or model class that is not understood, named.
+        UnsupportedModel: an attention, block or model class that is not supported; the message names it.
     """
-    found: dict[str, nn.Module] = {}
     subject = name or type(model).__name__
-    strange = _strange_attention(model)
-    if strange:
-        raise UnsupportedModel(f"{subject}: attention class {strange} is not understood (see 'sparsify models')")
+    if unknown := _unknown_attention(model):
+        raise UnsupportedModel(f"{subject}: attention class {unknown} is not understood (see 'sparsify models')")
     if type(model) not in MODELS:
-        raise UnsupportedModel(
-            f"{subject}: model class {type(model).__name__} is not understood (see 'sparsify models')"
-        )
+        message = f"{subject}: model class {type(model).__name__} is not understood (see 'sparsify models')"
+        raise UnsupportedModel(message)
+    attentions: dict[str, nn.Module] = {}
     for i, block in enumerate(cast(nn.Sequential, model.blocks)):
-        if type(block) not in BLOCKS or type(getattr(block, "attn", None)) not in projection.UNDERSTOOD:
+        if type(block) not in BLOCKS or type(getattr(block, "attn", None)) not in projection.SUPPORTED:
             raise UnsupportedModel(f"{subject}: block class {type(block).__name__} (blocks.{i}) is not understood")
-        found[f"blocks.{i}.attn"] = cast(nn.Module, block.attn)
-    return found
-
-
-def shape(attentions: Mapping[str, nn.Module]) -> tuple[int, int, int]:
-    """Blocks, heads of a block, and size of a head (the smallest of all blocks)."""
-    modules = list(attentions.values())
-    return len(modules), projection.heads_of(modules[0]), min(map(projection.head_dim, modules))
+        attentions[f"blocks.{i}.attn"] = cast(nn.Module, block.attn)
+    return attentions
 
 
 def geometry(model: nn.Module, attentions: Mapping[str, nn.Module]) -> Geometry:
     """The shape of a model with these attention modules, dense or grafted."""
-    return Geometry(*shape(attentions), num_tokens(model), num_prefix_tokens(model))
+    modules = list(attentions.values())
+    heads, head_dim = projection.heads_of(modules[0]), min(map(projection.head_dim, modules))
+    return Geometry(len(modules), heads, head_dim, num_tokens(model), num_prefix_tokens(model))
 
 
 def rotary(model: nn.Module) -> bool:
@@ -69,35 +65,34 @@ def rotary(model: nn.Module) -> bool:
 
 
 def position_bias(model: nn.Module, attention: nn.Module) -> Tensor | None:
-    """What a block's attention adds to its logits by relative position, [1, H, N, N]; None where it adds nothing."""
+    """Bias of a block's logits by relative position, [1, H, N, N]; None where there is none."""
     shared = getattr(model, "rel_pos_bias", None)
     return projection.position_bias(attention, None if shared is None else shared())
 
 
 def biased(model: nn.Module) -> bool:
-    """Whether the model adds biases to its logits: an additive mask in every call, which the kernels do not take."""
-    names = [name for name, _ in model.named_parameters()]
-    return any(name.endswith("relative_position_bias_table") for name in names)
+    """Whether the model adds biases to its logits: an additive mask in every call, which the kernels do not support."""
+    return any(name.endswith("relative_position_bias_table") for name, _ in model.named_parameters())
 
 
 def num_prefix_tokens(model: nn.Module) -> int:
-    """P: cls, distillation and register tokens."""
+    """P: number of cls, distillation and register tokens."""
     return int(cast(int, model.num_prefix_tokens))
 
 
 def ranking_rows(model: nn.Module) -> int:
-    """Leading tokens whose attention ranks the others: cls and distillation; 0 where there is none."""
+    """Number of leading tokens whose attention ranks the others: cls and distillation; 0 without a cls token."""
     holder = getattr(model, "embeds", model)
     return 0 if getattr(holder, "cls_token", None) is None else 1 + hasattr(model, "dist_token")
 
 
 def embedding(model: nn.Module) -> nn.Module:
-    """What turns an image into patches."""
+    """The module that maps images to patch tokens."""
     return cast(nn.Module, getattr(model, "embeds", None) or model.patch_embed)
 
 
 def image_size(model: nn.Module) -> tuple[int, int]:
-    """Height and width of the model's own images. NaFlexVit takes any; its own are those of its `pretrained_cfg`."""
+    """Height and width of the model's images. NaFlexVit accepts any; the size is that of its `pretrained_cfg`."""
     if isinstance(model, naflexvit.NaFlexVit):
         height, width = cast(Any, model).pretrained_cfg["input_size"][-2:]
     else:
@@ -106,7 +101,7 @@ def image_size(model: nn.Module) -> tuple[int, int]:
 
 
 def stride(model: nn.Module) -> tuple[int, int]:
-    """Pixels of a patch, height and width: what the backbone of a hybrid leaves of an image times its patches."""
+    """Pixels of a patch, height and width; of hybrids, those of a patch of the backbone's output."""
     embed = cast(Any, embedding(model))
     if not hasattr(embed, "feat_ratio"):
         return cast(tuple[int, int], tuple(embed.patch_size))
@@ -115,7 +110,7 @@ def stride(model: nn.Module) -> tuple[int, int]:
 
 
 def patch_grid(model: nn.Module) -> tuple[int, int]:
-    """Rows and columns of patches at the model's own image size."""
+    """Rows and columns of patches at the model's image size."""
     if isinstance(model, naflexvit.NaFlexVit):
         h, w = embedding(model).dynamic_feat_size(image_size(model))  # type: ignore[operator]
     else:
@@ -124,19 +119,19 @@ def patch_grid(model: nn.Module) -> tuple[int, int]:
 
 
 def num_tokens(model: nn.Module) -> int:
-    """N, prefix tokens included, at the model's own image size."""
+    """N, prefix tokens included, at the model's image size."""
     h, w = patch_grid(model)
     return num_prefix_tokens(model) + h * w
 
 
 def check_image_size(model: nn.Module, height: int, width: int, name: str = "") -> None:
-    """Refuse images of which whole patches do not cover every pixel: timm would drop the rest without a word.
+    """Refuse image sizes that are no multiple of the patch size: timm would drop the remaining pixels silently.
 
-    A model's own size is not checked: timm has names (SigLIP, 384 px with patches of 14) that drop some pixels.
+    Not meant for a model's own size: some timm models drop pixels (SigLIP, 384 px with patches of 14).
 
     Args:
-        height, width: pixels of the images.
-        name: of the model, for the message; '' is its architecture.
+        height, width: in pixels.
+        name: of the model, for the message; '': its architecture.
 
     Raises:
         UsageError: not positive, or not a multiple of the patch size (`stride`).
@@ -153,10 +148,10 @@ def check_image_size(model: nn.Module, height: int, width: int, name: str = "") 
 
 
 def set_image_size(model: nn.Module, height: int, width: int) -> None:
-    """Another image size of a dense model, in place: timm resamples position embeddings and biases.
+    """Set another image size of a dense model, in place: timm resamples position embeddings and biases.
 
     Raises:
-        UsageError: this timm cannot do it for this model, or not with this size (`check_image_size`).
+        UsageError: this version of timm cannot do it for this model, or see `check_image_size`.
     """
     check_image_size(model, height, width)
     if isinstance(model, naflexvit.NaFlexVit):
@@ -168,15 +163,15 @@ def set_image_size(model: nn.Module, height: int, width: int) -> None:
 
 
 def takes_any_size(model: nn.Module) -> bool:
-    """Whether images of another size than its own may be given to it as they are."""
+    """Whether the model accepts images of other sizes as they are."""
     return isinstance(model, naflexvit.NaFlexVit) or bool(getattr(model, "dynamic_img_size", False))
 
 
-def _strange_attention(model: nn.Module) -> str:
-    """Class name (and place) of the first attention module that is not understood; '' where there is none."""
+def _unknown_attention(model: nn.Module) -> str:
+    """Class name (and module name) of the first attention module that is not supported; '' where there is none."""
     inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, LEFT_DENSE))
     for name, module in model.named_modules():
-        if type(module) in projection.UNDERSTOOD or isinstance(module, LEFT_DENSE) or name.startswith(inside):
+        if type(module) in projection.SUPPORTED or isinstance(module, LEFT_DENSE) or name.startswith(inside):
             continue
         if re.search(r"attn|attention|msa$", type(module).__name__, re.IGNORECASE) and any(module.children()):
             return f"{type(module).__name__} ({name})" if name else type(module).__name__

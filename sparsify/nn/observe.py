@@ -1,4 +1,4 @@
-"""Looks at queries and keys inside a model, dense or sparse; nothing stays on the modules when the look is over."""
+"""Hooks on queries and keys inside a model, dense or sparse; all are removed when their context ends."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from torch import Tensor, nn
 
 from sparsify.nn import attention
 from sparsify.nn.attention import DenseAttention, Execution, GraftedAttention
-from sparsify.nn.hosts import check, rotary
+from sparsify.nn.hosts import rotary, supported_attentions
 from sparsify.nn.tokens import TokenState
 
 Consumer = Callable[[int, Tensor, Tensor, Tensor], None]
-"""Called with block, q, k, v; [B, H, N, d] each, as their product meets them (norms and rotations done)."""
+"""Called with block, q, k, v; [B, H, N, d] each, after norms and rotation."""
 
-Witness = Callable[[int, GraftedAttention, Tensor, Tensor, Tensor | None, TokenState | None], None]
-"""Called with block, its attention, and what that is about to compute of: q, k [B, H, N, d], mask, tokens present."""
+OnCall = Callable[[int, GraftedAttention, Tensor, Tensor, Tensor | None, TokenState | None], None]
+"""Called before a block's `attend` with block, module, q, k [B, H, N, d], mask, and the tokens present."""
 
-Stepped = Callable[[int, TokenState | None], None]
-"""Called with block and what is known of the tokens behind it; None: they are all the patches."""
+AfterBlock = Callable[[int, TokenState | None], None]
+"""Called with block and the tokens after it; None: all patches, in order."""
 
 
 @contextlib.contextmanager
 def watching(model: nn.Module, consume: Consumer) -> Iterator[None]:
-    """Inside, every forward pass of `model` hands each block's q, k, v to `consume`, with their gradients.
+    """Inside the context, every forward pass of `model` hands each block's q, k, v to `consume`, with their gradients.
 
-    A dense model has our dense attention over the same parameters in the place of timm's for as long.
+    In a dense model, timm's attention is replaced by our dense attention over the same parameters meanwhile.
     """
     watched: dict[str, GraftedAttention] = attention.attention_modules(model)
     hosts: dict[str, nn.Module] = {}
     if not watched:
-        hosts = check(model)
+        hosts = supported_attentions(model)
         watched = {name: DenseAttention(host, rotary(model)).train(host.training) for name, host in hosts.items()}
         for name, module in watched.items():
-            module.execution = Execution("reference")  # torch's own attention, as the host has it
+            module.execution = Execution("reference")  # torch's own attention, which the host uses
             model.set_submodule(name, module)
     for i, module in enumerate(watched.values()):
         module.watch = partial(consume, i)
@@ -51,19 +51,30 @@ def watching(model: nn.Module, consume: Consumer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def attending(model: nn.Module, witness: Witness, stepped: Stepped = lambda block, tokens: None) -> Iterator[None]:
-    """Inside, every forward pass of a grafted `model` tells `witness` what each block's `attend` is given.
+def watching_calls(
+    model: nn.Module, on_call: OnCall, after_block: AfterBlock = lambda block, tokens: None
+) -> Iterator[None]:
+    """Inside the context, `on_call` sees the arguments of every block's `attend` in a grafted `model`.
 
-    Later than `watching`: whatever a host does to queries and keys has been done, and masks and tokens are known. A block
-    whose patch rows nobody reads (`Stage.drop_all`) does not call `attend`, and is not heard of.
+    Later than `watching`: mask and tokens are known too. A block that computes only its prefix rows, because its stage
+    drops all patch tokens, does not call `attend`.
     """
-    handles = [
-        block.register_forward_hook(_behind(i, stepped)) for i, block in enumerate(cast(nn.Sequential, model.blocks))
-    ]
     modules = list(attention.attention_modules(model).values())
+
+    def reporting(i: int, module: GraftedAttention, attend: Callable[..., Tensor], *call: Any) -> Tensor:
+        q, k, _, mask, tokens = call
+        on_call(i, module, q, k, mask, tokens)
+        return attend(*call)
+
+    def hook(i: int, block: nn.Module, args: tuple, out: Any) -> None:
+        after_block(i, out[1] if isinstance(out, tuple) else None)
+
+    handles = [
+        block.register_forward_hook(partial(hook, i)) for i, block in enumerate(cast(nn.Sequential, model.blocks))
+    ]
     try:
         for i, module in enumerate(modules):
-            vars(module)["attend"] = _told(i, module, module.attend, witness)
+            vars(module)["attend"] = partial(reporting, i, module, module.attend)
         yield
     finally:
         for module in modules:
@@ -77,28 +88,11 @@ def observe(model: nn.Module, batches: Iterable[Tensor], consume: Consumer) -> i
     """Runs `model` over `batches` [B, C, H, W] and hands every block's q, k, v to `consume`.
 
     Returns:
-        Images seen.
+        Number of images.
     """
-    seen = 0
+    images = 0
     with watching(model, consume):
         for x in batches:
             model(x)
-            seen += x.shape[0]
-    return seen
-
-
-def _told(
-    block: int, module: GraftedAttention, attend: Callable[..., Tensor], witness: Witness
-) -> Callable[..., Tensor]:
-    def told(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: TokenState | None) -> Tensor:
-        witness(block, module, q, k, mask, tokens)
-        return attend(q, k, v, mask, tokens)
-
-    return told
-
-
-def _behind(block: int, stepped: Stepped) -> Callable[[nn.Module, tuple, Any], None]:
-    def hook(module: nn.Module, args: tuple, out: Any) -> None:
-        stepped(block, out[1] if isinstance(out, tuple) else None)
-
-    return hook
+            images += x.shape[0]
+    return images

@@ -1,9 +1,8 @@
-"""Connectivity predictors: cheap scores that choose the keys of each query. One per block, as `attn.predictor`.
+"""Connectivity predictors: cheap scores that select the keys of each query. One per block, as `attn.predictor`.
 
-A predictor makes a `Ranking` of queries and keys (`sparsify.ops.selection`); the scores themselves, its product row @ col',
-are computed inside the attention op, so that a fast path never writes them out.
-
-A new predictor is a new subclass of `Predictor`, handed to `graft.graft`.
+A predictor turns queries and keys into a `Ranking` (`sparsify.ops.selection`). The scores, its product row @ col', are
+computed inside the attention op, so that a fast path never writes them out. To add a predictor, subclass `Predictor` and
+pass it to `graft.graft`.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from sparsify.ops.spec import Kind, Spec
 
 
 class Reconstruction(NamedTuple):
-    """What a token-lowrank predictor reconstructs attention from, while it learns to.
+    """How a token-lowrank predictor reconstructs attention while it is trained.
 
     Attributes:
-        all_coefficients: instead of the largest, which choose the keys.
-        raw_basis: W_up with its signs, instead of the basis as it is used.
+        all_coefficients: all of them, instead of the largest, which select the keys.
+        raw_basis: W_up with its signs, instead of the basis in use.
     """
 
     all_coefficients: bool = True
@@ -31,21 +30,21 @@ class Reconstruction(NamedTuple):
 
 
 class Predictor(nn.Module):
-    """Chooses the keys of each query. Subclasses define `forward` and `macs`.
+    """Ranks the keys of each query. Subclasses define `forward` and `macs`.
 
     Attributes:
-        follows_merging: it needs to know which patches a merged token was made of (`TokenState.owner`).
+        needs_owners: it needs `TokenState.owner`: which patches were merged into each token.
     """
 
-    follows_merging = False
+    needs_owners = False
 
     def forward(self, q: Tensor, k: Tensor, mask: Tensor | None, tokens: TokenState | None, spec: Spec) -> Ranking:
-        """What ranks the keys of a call.
+        """The ranking of one call.
 
         Args:
-            q, k: [B, H, N, d], as their product meets them.
+            q, k: [B, H, N, d], after norms and rotation.
             mask: see `sparsify.ops.selection.Context`.
-            tokens: the tokens present, where some have been removed or merged.
+            tokens: the tokens present; None: all.
             spec: the call's constants.
         """
         raise NotImplementedError
@@ -56,11 +55,11 @@ class Predictor(nn.Module):
         raise NotImplementedError
 
     def shared(self) -> int:
-        """Products of a score that its logit needs too, summed over the heads."""
+        """Products of a score that are also part of the pair's logit, summed over heads."""
         return 0
 
     def compared(self, heads: int, head_dim: int) -> int:
-        """Features of a key that `clusters` compares, summed over the heads."""
+        """Features of a key that the `clusters` tail compares, summed over heads."""
         return heads * head_dim
 
     def kind(self) -> Kind:
@@ -70,12 +69,12 @@ class Predictor(nn.Module):
     def reconstruct(
         self, q: Tensor, k: Tensor, scale: float, form: Reconstruction, bias: Tensor | None = None
     ) -> Tensor:
-        """The attention that the scores stand for, while a predictor learns: q, k [B, H, N, d], bias of the logits
-        [1, H, N, N] or None -> float32 [B, H, N, N]."""
+        """The attention that the scores approximate, for training: q, k [B, H, N, d], bias of the logits [1, H, N, N] or
+        None -> float32 [B, H, N, N]."""
         raise NotImplementedError(f"{type(self).__name__} does not learn to reconstruct attention")
 
     def resample(self, old: tuple[int, int], new: tuple[int, int]) -> None:
-        """Parameters for another patch grid, in place; nothing where they are not tied to it."""
+        """Adapt parameters to another patch grid, in place; nothing where they do not depend on it."""
 
 
 class HeadLowrankPredictor(Predictor):
@@ -84,9 +83,9 @@ class HeadLowrankPredictor(Predictor):
     Args:
         head_dim: d.
         ranks: r of each of the H heads, 1 <= r <= d.
-        folded: the projections are folded into `qkv`: no parameters, the first r coordinates are the scores'.
+        folded: A_q and A_k are folded into `qkv`: no parameters, the first r coordinates of q and k give the scores.
 
-    Parameters (unfolded): a_q, a_k, [H, d, max r] each; columns past a head's r are 0.
+    Parameters (not folded): a_q, a_k, [H, d, max r] each; columns past a head's r are 0.
     """
 
     def __init__(self, head_dim: int, ranks: tuple[int, ...], folded: bool) -> None:
@@ -94,9 +93,14 @@ class HeadLowrankPredictor(Predictor):
         self.head_dim, self.ranks, self.folded = head_dim, ranks, folded
         if folded:
             self.a_q = self.a_k = None
-        else:  # unfitted: the first r coordinates
+        else:  # before fitting: the first r coordinates
             eye = torch.eye(head_dim, max(ranks)) * rank_mask(ranks, torch.empty(0))  # (H, d, r)
             self.a_q, self.a_k = nn.Parameter(eye.clone()), nn.Parameter(eye.clone())
+
+    def by_head(self) -> list[tuple[Tensor, Tensor]]:
+        """A_q and A_k of each head, [d, r] each; not folded."""
+        assert self.a_q is not None and self.a_k is not None
+        return [(self.a_q[h, :, :r], self.a_k[h, :, :r]) for h, r in enumerate(self.ranks)]
 
     def forward(self, q: Tensor, k: Tensor, mask: Tensor | None, tokens: TokenState | None, spec: Spec) -> Ranking:
         row = col = None
@@ -141,21 +145,21 @@ class TokenLowrankPredictor(Predictor):
         A_down = softmax(q' (W_down k')' / sqrt(d)), the coef_topk largest kept -> A~_down        [N, r]
         scores = A~_down W_up                                                                     [N, N]
 
-    Sizes of tokens and biases of the logits are not added to the scores, which predict what a token as a whole is given:
-    they are in W_up.
+    Token sizes and biases of the logits are not added to the scores: W_up contains them, as it is fitted to the attention
+    that a whole token gets.
 
     Args:
         heads: H.
         head_dim: d.
-        tokens: N, prefix tokens included; the parameters are tied to it (`resample`).
+        tokens: N, prefix tokens included; the size of the parameters (`resample`).
         prefix: P.
         rank: r.
-        knobs: see `sparsify.config.TokenLowrank`; the same fields as a mapping.
+        knobs: the fields of `sparsify.config.TokenLowrank`.
 
     Parameters: w_down [r, N]; w_up [H or 1, r, N] (absent when shared with w_down); w_q, w_k [c, d] and b_q, b_k [c].
     """
 
-    follows_merging = True
+    needs_owners = True
     w_q: nn.Parameter | None
     w_k: nn.Parameter | None
     b_q: nn.Parameter | None
@@ -175,20 +179,24 @@ class TokenLowrankPredictor(Predictor):
         self.coef_scale = (heads if knobs["scale"] == "heads" else head_dim) ** -0.5
 
     def basis(self) -> Tensor:
-        """W_up as it is used: sign and threshold applied, [H or 1, r, N]."""
-        w = self.w_down.unsqueeze(0) if self.w_up is None else self.w_up
+        """W_up in use: absolute value and threshold applied, [H or 1, r, N]."""
+        w = self.raw_basis()
         if self.knobs["basis"] == "absolute":
             w = w.abs()
         threshold = self.knobs["basis_threshold"]
         return w * (w > threshold) if threshold > 0 else w
 
+    def raw_basis(self) -> Tensor:
+        """W_up with its signs, [H or 1, r, N]; W_down where they are shared."""
+        return self.w_down.unsqueeze(0) if self.w_up is None else self.w_up
+
     def forward(self, q: Tensor, k: Tensor, mask: Tensor | None, tokens: TokenState | None, spec: Spec) -> Ranking:
         w_down, w_up = self.weights_of(q.shape[2], tokens)
-        visible = k if mask is None else k * alive(mask, q).unsqueeze(-1)  # hidden keys leave no trace in W_down k
-        rows = self.coefficients(q, visible, w_down)  # (B, H, N, r)
-        col = w_up.to(rows.dtype).mT  # ([B,] H or 1, N, r)
+        visible = k if mask is None else k * alive(mask, q).unsqueeze(-1)  # hidden keys add nothing to W_down k
+        row = self.coefficients(q, visible, w_down)  # (B, H, N, r)
+        col = w_up.to(row.dtype).mT  # ([B,] H or 1, N, r)
         macs = self.macs(int(q.shape[2]), spec.prefix)
-        return Ranking(rows, col if col.dim() == 4 else col.unsqueeze(0), k, None, 0.0, (self.rank,) * q.shape[1], macs)
+        return Ranking(row, col if col.dim() == 4 else col.unsqueeze(0), k, None, 0.0, (self.rank,) * q.shape[1], macs)
 
     def coefficients(self, q: Tensor, k: Tensor, w_down: Tensor | None = None, sparse: bool = True) -> Tensor:
         """A~_down, float32 (float64 of float64): [B, H, N, r].
@@ -196,7 +204,7 @@ class TokenLowrankPredictor(Predictor):
         Args:
             q, k: [B, H, N, d].
             w_down: [r, N] or [B, 1, r, N]; None: the parameter.
-            sparse: only the coef_topk largest of a row, or those above coef_threshold; they are not renormalised.
+            sparse: keep only the coef_topk largest of each row, or those above coef_threshold, without renormalising.
         """
         if q.dtype in (torch.float16, torch.bfloat16):
             q, k = q.float(), k.float()
@@ -205,16 +213,16 @@ class TokenLowrankPredictor(Predictor):
             k = nn.functional.linear(k, self.w_k.to(k.dtype), None if self.b_k is None else self.b_k.to(k.dtype))
         k_down = (self.w_down if w_down is None else w_down).to(k.dtype) @ k  # (B, H, r, c)
         coef = ((q @ k_down.mT) * self.coef_scale).softmax(-1)  # (B, H, N, r)
+        if not sparse:
+            return coef
         topk, threshold = self.knobs["coef_topk"] or 0, self.knobs["coef_threshold"] or 0.0
-        if sparse and 0 < topk < coef.shape[-1]:
+        if 0 < topk < coef.shape[-1]:
             return coef * top_b(coef, topk)
-        if sparse and threshold > 0:
-            return coef * (coef > threshold)
-        return coef
+        return coef * (coef > threshold) if threshold > 0 else coef
 
     def macs(self, N: int, P: int) -> int:
-        """No credit is taken for zeros of W_up, nor for coefficients below a threshold (their number varies by image); a
-        fixed top-k of the coefficients is credited."""
+        """Zeros of W_up count, and so do coefficients below a threshold (their number varies by image); of a top-k only k
+        coefficients count."""
         H, d, n = self.heads, self.head_dim, N - min(P, N)
         channels, topk = self.knobs["channels"], self.knobs["coef_topk"] or 0
         c = channels or d
@@ -225,55 +233,51 @@ class TokenLowrankPredictor(Predictor):
         return reduction + down + coefficients + up
 
     def weights_of(self, N: int, tokens: TokenState | None) -> tuple[Tensor, Tensor]:
-        """W_down and W_up for the N tokens present: the columns of those that have left go, or go into another's.
+        """W_down and W_up for the N tokens present: columns of dropped tokens are removed, those of merged ones combined.
 
-        A merged token's column of W_down is the sum of its members' (W_down k' stays what it was for equal keys), its
-        column of W_up their mean times the token's size (the attention that it is given as a whole).
+        A merged token's column of W_down is the sum of its members' (W_down k' is unchanged for equal keys); its column of
+        W_up is their mean times the token's size (the attention that the token gets as a whole).
 
         Returns:
-            [r, N] and [1 or H, r, N]; [B, 1, r, N] and [B, 1 or H, r, N] where tokens have left.
+            [r, N] and [1 or H, r, N]; [B, 1, r, N] and [B, 1 or H, r, N] once tokens were removed.
         """
-        basis, present = self.basis(), self.w_down.shape[1]
-        if tokens is None or tokens.place is None:
-            if present != N:
-                raise ValueError(
-                    f"token-lowrank predictor was made for {present} tokens, not {N}: "
-                    "load the file with this image size, which resamples it"
-                )
-            return self.w_down, basis
-        if present != self.prefix + tokens.patches:
+        whole = N if tokens is None or tokens.place is None else self.prefix + tokens.patches
+        made_for = self.w_down.shape[1]
+        if made_for != whole:
             raise ValueError(
-                f"token-lowrank predictor was made for {present} tokens, not {self.prefix + tokens.patches}: "
+                f"token-lowrank predictor was made for {made_for} tokens, not {whole}: "
                 "load the file with this image size, which resamples it"
             )
-        down, up = self.w_down.expand(tokens.place.shape[0], 1, -1, -1), basis.expand(tokens.place.shape[0], -1, -1, -1)
-        if tokens.size is None or tokens.owner is None or tokens.place.shape[1] == 0:  # tokens were dropped
-            return self._columns(down, tokens.place), self._columns(up, tokens.place)
+        if tokens is None or tokens.place is None:
+            return self.w_down, self.basis()
+        B, P = tokens.place.shape[0], self.prefix
+        down, up = self.w_down.expand(B, 1, -1, -1), self.basis().expand(B, -1, -1, -1)
+        owner = None if tokens.size is None or tokens.place.shape[1] == 0 else tokens.owner  # None: dropped, not merged
+        down, up = self._present(down, tokens.place, owner), self._present(up, tokens.place, owner)
+        if tokens.size is None or owner is None:
+            return down, up
         members = torch.zeros_like(tokens.place, dtype=down.dtype)
-        members = members.scatter_add(1, tokens.owner, torch.ones_like(tokens.owner, dtype=down.dtype))  # (B, n)
-        factor = torch.cat([tokens.size[:, : self.prefix], tokens.size[:, self.prefix :] / members], 1)  # (B, N)
-        up = self._sums(up, tokens.owner, N) * factor[:, None, None].to(up.dtype)
-        return self._sums(down, tokens.owner, N), up
+        members = members.scatter_add(1, owner, torch.ones_like(owner, dtype=down.dtype))  # (B, n)
+        factor = torch.cat([tokens.size[:, :P], tokens.size[:, P:] / members], 1)  # (B, N)
+        return down, up * factor[:, None, None].to(up.dtype)
 
-    def _columns(self, w: Tensor, place: Tensor) -> Tensor:
-        """Columns of w [B, *, r, P + n0] of the prefix and of the patches `place` [B, n]."""
-        index = place[:, None, None].expand(*w.shape[:3], -1) + self.prefix
-        return torch.cat([w[..., : self.prefix], w.gather(3, index)], 3)
-
-    def _sums(self, w: Tensor, owner: Tensor, N: int) -> Tensor:
-        """Sums of the columns of w [B, *, r, P + n0] over the patches that each of the N tokens owns."""
-        total = torch.zeros(*w.shape[:3], N - self.prefix, dtype=w.dtype, device=w.device)
-        total = total.scatter_add(3, owner[:, None, None].expand(*w.shape[:3], -1), w[..., self.prefix :])
-        return torch.cat([w[..., : self.prefix], total], 3)
+    def _present(self, w: Tensor, place: Tensor, owner: Tensor | None) -> Tensor:
+        """Columns of w [B, *, r, P + n0] for the tokens present: those of the patches `place` [B, n], or with `owner`
+        [B, n0] the sum over each token's patches."""
+        lead, patch = w.shape[:3], w[..., self.prefix :]
+        if owner is None:
+            patch = patch.gather(3, place[:, None, None].expand(*lead, -1))
+        else:
+            total = torch.zeros(*lead, place.shape[1], dtype=w.dtype, device=w.device)
+            patch = total.scatter_add(3, owner[:, None, None].expand(*lead, -1), patch)
+        return torch.cat([w[..., : self.prefix], patch], 3)
 
     def reconstruct(
         self, q: Tensor, k: Tensor, scale: float, form: Reconstruction, bias: Tensor | None = None
     ) -> Tensor:
-        """Coefficients times basis. Not a distribution: nothing makes its rows positive or sum to 1. A bias of the logits is
-        in what it is fitted to."""
+        """Coefficients times basis. Rows need not be positive or sum to 1. The bias is ignored: the basis contains it."""
         coef = self.coefficients(q.float(), k.float(), sparse=not form.all_coefficients)  # (B, H, N, r)
-        w_up = self.w_down.unsqueeze(0) if self.w_up is None else self.w_up
-        return coef @ (w_up if form.raw_basis else self.basis()).float()
+        return coef @ (self.raw_basis() if form.raw_basis else self.basis()).float()
 
     def kind(self) -> Kind:
         knobs, heads = self.knobs, 1 if self.w_up is None else self.w_up.shape[0]
@@ -281,15 +285,14 @@ class TokenLowrankPredictor(Predictor):
         return Kind("token", self.rank, self.rank, knobs["channels"] or 0, heads, topk, threshold)
 
     @torch.no_grad()
-    def draw(self, generator: torch.Generator) -> None:
-        """Parameters as the authors' code draws them: truncated normal of deviation 0.02, biases 0; in place."""
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Initialise as the authors' code does: truncated normal with standard deviation 0.02, biases 0; in place."""
         for name, parameter in self.named_parameters():
-            drawn = nn.init.trunc_normal_(torch.empty(parameter.shape), std=0.02, generator=generator)
-            parameter.copy_(torch.zeros_like(drawn) if name.startswith("b_") else drawn)
+            initial = nn.init.trunc_normal_(torch.empty(parameter.shape), std=0.02, generator=generator)
+            parameter.copy_(torch.zeros_like(initial) if name.startswith("b_") else initial)
 
     @torch.no_grad()
     def resample(self, old: tuple[int, int], new: tuple[int, int]) -> None:
-        """Parameters for another patch grid, in place."""
         for name in ("w_down", "w_up"):
             w = getattr(self, name)
             if w is not None:
@@ -300,15 +303,14 @@ class TokenLowrankPredictor(Predictor):
 
 
 def resample(w: Tensor, prefix: int, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Token weights [..., P + h*w] of another patch grid, as position embeddings are resampled.
+    """Token weights [..., P + h*w] for another patch grid, resampled as timm resamples position embeddings.
 
-    Patch weights are shares of a sum over the patches, so they are scaled by old/new count; prefix weights stay.
+    Patch weights are fractions of a sum over patches, so they are scaled by old/new count; prefix weights do not change.
     """
     if old == new:
         return w
-    head, patch = w[..., :prefix], w[..., prefix:]
-    lead = patch.shape[:-1]
+    patch = w[..., prefix:]
     image = patch.reshape(-1, 1, *old).float()
     image = nn.functional.interpolate(image, size=new, mode="bicubic", antialias=True, align_corners=False)
     image = image * (old[0] * old[1] / (new[0] * new[1]))
-    return torch.cat([head, image.reshape(*lead, -1).to(w.dtype)], dim=-1)
+    return torch.cat([w[..., :prefix], image.reshape(*patch.shape[:-1], -1).to(w.dtype)], dim=-1)

@@ -1,4 +1,4 @@
-"""timm's blocks with token stages: each maps x and `TokenState` to both, its stage between attention and MLP."""
+"""timm's blocks with token stages between attention and MLP."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from torch import Tensor, nn
 
 from sparsify.nn import projection
 from sparsify.nn.attention import GraftedAttention
-from sparsify.nn.importance import fitted, given
+from sparsify.nn.importance import attention_importance, fitted_importance
 from sparsify.nn.tokens import TokenStage, TokenState
 
 
 class AnyTokenBlock(nn.Module):
-    """A block that takes and gives `TokenState`; its stage, if it has one, stands between attention and MLP.
+    """A block that maps x and `TokenState` to both. Here with norms before attention and MLP, as in timm's `Block`.
 
     Attributes:
-        stage: or None.
+        stage: removes tokens between attention and MLP; None: no stage.
         number: of the block, counted from 0.
-        prefix: P; ranking_rows: see `importance.asked`.
+        prefix: P.
+        ranking_rows: see `hosts.ranking_rows`.
     """
 
     attn: GraftedAttention
@@ -28,28 +29,30 @@ class AnyTokenBlock(nn.Module):
     mlp: nn.Module
     drop_path1: nn.Module
     drop_path2: nn.Module
+    ls1: nn.Module
+    ls2: nn.Module
     stage: TokenStage | None
     number: int
     prefix: int
     ranking_rows: int
 
     def before(self, x: Tensor) -> Tensor:
-        """The attention's input."""
-        raise NotImplementedError
+        """The attention's input, from the residual stream x [B, N, C]."""
+        return self.norm1(x)
 
     def added(self, out: Tensor) -> Tensor:
-        """What is added to the residual stream, of the attention's output."""
-        raise NotImplementedError
+        """What the attention's output adds to the residual stream."""
+        return self.drop_path1(self.ls1(out))
 
     def after(self, x: Tensor) -> Tensor:
-        """x [B, N, C] with what the MLP adds."""
-        raise NotImplementedError
+        """x [B, N, C] plus what the MLP adds."""
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
     def forward(self, x: Tensor, tokens: TokenState) -> tuple[Tensor, TokenState]:
-        """x [B, N, C] -> [B, N or fewer, C], and what is known of them."""
+        """x [B, N, C] -> [B, N or fewer, C], and the state of these tokens."""
         P, stage = self.prefix, self.stage
         bias = self.bias(tokens)
-        if stage is not None and stage.count(x.shape[1] - P, tokens.patches) == 0:  # nobody reads the patch rows
+        if stage is not None and stage.count(x.shape[1] - P, tokens.patches) == 0:  # only prefix rows are needed
             out = self.added(self.attn.prefix_rows(self.before(x), P, tokens, tokens.rope_of(self.number), bias))
             x, tokens = stage.drop_all(x, tokens)
             return self.after(x + out), tokens
@@ -59,38 +62,29 @@ class AnyTokenBlock(nn.Module):
         return self.after(x), tokens
 
     def bias(self, tokens: TokenState) -> Tensor | None:
-        """What is added to the logits by place, [B or 1, H, N, N]."""
+        """Position bias of the logits for the tokens present, [B or 1, H, N, N]."""
         return tokens.bias_of(projection.position_bias(self.attn, tokens.bias), self.prefix)
 
     def attended(self, x: Tensor, tokens: TokenState, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The residual stream behind the attention, [B, N, C], and its q, k and v, [B, H, N, d] each."""
+        """The residual stream after the attention, [B, N, C], and its q, k and v, [B, H, N, d] each."""
         h = self.before(x)
         q, k, v = self.attn.qkv_heads(h, tokens.rope_of(self.number))
         return x + self.added(self.attn.close(self.attn.attend(q, k, v, bias, tokens), h)), q, k, v
 
     def importance(self, x: Tensor, q: Tensor, k: Tensor, tokens: TokenState, bias: Tensor | None) -> Tensor:
-        """I of the patch tokens, [B, n]: x [B, N, C] behind the attention, its q and k [B, H, N, d]."""
+        """I of the patch tokens, [B, n]: x [B, N, C] after the attention, its q and k [B, H, N, d]."""
         P, weights = self.prefix, self.attn.importance
         if weights is not None:
-            return fitted(x[:, P:], weights, None if tokens.size is None else tokens.size[:, P:])
-        return given(q, k, self.attn.scale, tokens.size, self.ranking_rows, P, bias)
+            return fitted_importance(x[:, P:], weights, None if tokens.size is None else tokens.size[:, P:])
+        return attention_importance(q, k, self.attn.scale, tokens.size, self.ranking_rows, P, bias)
 
 
 class TokenBlock(AnyTokenBlock, Block):  # type: ignore[misc]
-    """timm's `Block`, its norms before attention and MLP."""
-
-    def before(self, x: Tensor) -> Tensor:
-        return self.norm1(x)
-
-    def added(self, out: Tensor) -> Tensor:
-        return self.drop_path1(self.ls1(out))
-
-    def after(self, x: Tensor) -> Tensor:
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+    """timm's `Block`."""
 
 
-class _NormedBehind(AnyTokenBlock):
-    """Norms behind attention and MLP."""
+class _PostNorm(AnyTokenBlock):
+    """Norms after attention and MLP."""
 
     def before(self, x: Tensor) -> Tensor:
         return x
@@ -102,18 +96,19 @@ class _NormedBehind(AnyTokenBlock):
         return x + self.drop_path2(self.norm2(self.mlp(x)))
 
 
-class TokenResPostBlock(_NormedBehind, ResPostBlock):  # type: ignore[misc]
+class TokenResPostBlock(_PostNorm, ResPostBlock):  # type: ignore[misc]
     """timm's `ResPostBlock`."""
 
 
+class TokenEvaBlockPostNorm(_PostNorm, EvaBlockPostNorm):  # type: ignore[misc]
+    """timm's `EvaBlockPostNorm`."""
+
+
 class _ScaledByGamma(AnyTokenBlock):
-    """Norms before attention and MLP, and LayerScale as bare parameters."""
+    """LayerScale as bare parameters."""
 
     gamma_1: nn.Parameter | None
     gamma_2: nn.Parameter | None
-
-    def before(self, x: Tensor) -> Tensor:
-        return self.norm1(x)
 
     def added(self, out: Tensor) -> Tensor:
         return self.drop_path1(out if self.gamma_1 is None else self.gamma_1 * out)
@@ -131,10 +126,6 @@ class TokenBeitBlock(_ScaledByGamma, BeitBlock):  # type: ignore[misc]
     """timm's `Block` of Beit."""
 
 
-class TokenEvaBlockPostNorm(_NormedBehind, EvaBlockPostNorm):  # type: ignore[misc]
-    """timm's `EvaBlockPostNorm`."""
-
-
 HOSTS: dict[type, type] = {
     Block: TokenBlock,
     ResPostBlock: TokenResPostBlock,
@@ -142,4 +133,4 @@ HOSTS: dict[type, type] = {
     EvaBlockPostNorm: TokenEvaBlockPostNorm,
     BeitBlock: TokenBeitBlock,
 }
-"""timm's class -> the one of the same parameters where tokens may leave."""
+"""timm's class -> the class with token stages over the same parameters."""

@@ -1,7 +1,7 @@
-"""timm's models where tokens leave on the way: what is known of the tokens travels beside them.
+"""timm's models with token stages: a `TokenState` is passed along with x.
 
-`install` turns a model's own blocks and the model itself into the subclasses below, in place: parameters, names and
-everything else stay timm's. `remove` turns them back.
+`install` changes the classes of a model and its blocks to the subclasses below, in place; parameters, their names and
+everything else stay timm's. `remove` restores the classes.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsify.errors import UsageError
 from sparsify.nn import token_blocks as blocks_
-from sparsify.nn.hosts import ranking_rows
+from sparsify.nn.hosts import num_prefix_tokens, ranking_rows
 from sparsify.nn.token_blocks import AnyTokenBlock
 from sparsify.nn.tokens import TokenStage, TokenState
 
 
-class TokensLeave(nn.Module):
-    """A model of blocks that take and give `TokenState`: what timm's models are made of, with `TokenState` beside x.
+class TokenModel(nn.Module):
+    """A timm model whose blocks map x and `TokenState` to both.
 
     Attributes:
-        merging, emptied: tokens merge somewhere; a stage lets all patch tokens leave.
-        follow: owners of the patches are needed inside (token-lowrank predictors).
+        merging: some stage merges tokens; emptied: some stage drops all patch tokens.
+        track_owners: `TokenState.owner` is needed inside (token-lowrank predictors).
     """
 
     merging: bool
     emptied: bool
-    follow: bool
+    track_owners: bool
     blocks: nn.Sequential
     patch_embed: PatchEmbed
     norm: nn.Module
@@ -46,18 +46,18 @@ class TokensLeave(nn.Module):
 
     @property
     def pools_token(self) -> bool:
-        """Whether the head reads the cls token."""
+        """Whether the head uses the cls token."""
         return bool(self.global_pool == "token")
 
     @property
     def reads_prefix(self) -> bool:
-        """Whether nothing but a classifier over prefix tokens reads the output."""
+        """Whether only a classifier on prefix tokens uses the output."""
         pooled = self.num_prefix_tokens > 0 and self.pools_token and getattr(self, "attn_pool", None) is None
         return pooled and self.num_classes > 0
 
     @property
     def full_grid(self) -> bool:
-        """What `forward_features` gives when it is not told: see there."""
+        """The default of `forward_features`."""
         return self.num_classes == 0 or (not self.reads_prefix and (self.merging or self.emptied))
 
     def forward_features(
@@ -66,13 +66,12 @@ class TokensLeave(nn.Module):
         """Normed tokens of images x [B, C, H, W].
 
         Args:
-            full_grid: True: [B, P + n0, C], every patch with the features of the token that it went into, or, where it
-                was dropped, with those it had when it was last seen. False: [B, P + n, C], the tokens that are left. None:
-                the model's own: left ones where a classifier reads prefix tokens only, or where none merged and some are
-                left; else full.
+            full_grid: True: [B, P + n0, C], every patch with the features of the token that it is part of, or, if dropped,
+                its last ones. False: [B, P + n, C], the remaining tokens. None: the remaining tokens for a classifier that
+                uses prefix tokens only, or if no stage merges tokens or drops all patch tokens; else the full grid.
 
         Raises:
-            NotImplementedError: attn_mask or is_causal: masks over tokens that leave are not defined.
+            NotImplementedError: attn_mask or is_causal: masks are not defined for removed tokens.
         """
         _refuse_masks(attn_mask, is_causal)
         full = self.full_grid if full_grid is None else full_grid
@@ -80,74 +79,82 @@ class TokensLeave(nn.Module):
         return self.norm(self.whole(x, tokens) if full else x)
 
     def forward_tokens(self, x: Tensor, full: bool) -> tuple[Tensor, TokenState]:
-        """Images [B, C, H, W] -> the tokens that are left, before the final norm, [B, P + n, C], and what is known of them.
+        """Images [B, C, H, W] -> the remaining tokens before the final norm, [B, P + n, C], and their state.
 
-        Args:
-            full: keep track of where every patch went (`TokenState.owner`, `TokenState.seen`).
+        full: track every patch, for the full grid (`TokenState.owner`, `TokenState.seen`).
         """
         x, tokens = self.start(x, full)
         for block in cast(Sequence[AnyTokenBlock], self.blocks):
-            x, tokens = self.through(block, x, tokens)
+            x, tokens = self.run_block(block, x, tokens)
         return x, tokens
 
     def forward_intermediates(
-        self, x: Tensor, indices: int | list[int] | None = None, return_prefix_tokens: bool = False, norm: bool = False,
-        stop_early: bool = False, output_fmt: str = "NCHW", intermediates_only: bool = False, output_dict: bool = False,
-        attn_mask: Tensor | None = None, is_causal: bool = False,
-    ) -> Any:  # fmt: skip
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
         """As timm's, always on the full grid (`forward_features`)."""
         _refuse_masks(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt '{output_fmt}': expected NCHW or NLC")
-        taken, last = feature_take_indices(len(self.blocks), indices)
-        height, width = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+        selected, last = feature_take_indices(len(self.blocks), indices)
+        P, grid = self.num_prefix_tokens, self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
         x, tokens = self.start(x, True)
-        found: list[Tensor] = []
+        prefix, patch = [], []
         for i, block in enumerate(cast(Sequence[AnyTokenBlock], self.blocks)):
             if stop_early and i > last:
                 break
-            x, tokens = self.through(block, x, tokens)
-            if i in taken:
-                whole = self.whole(x, tokens)  # (B, P + n0, C)
-                found.append(self.norm(whole) if norm else whole)
-        P = self.num_prefix_tokens
-        prefix, patch = [y[:, :P] for y in found], [y[:, P:] for y in found]
+            x, tokens = self.run_block(block, x, tokens)
+            if i in selected:
+                y = self.whole(x, tokens)  # (B, P + n0, C)
+                y = self.norm(y) if norm else y
+                prefix.append(y[:, :P])
+                patch.append(y[:, P:])
         if output_fmt == "NCHW":
-            patch = [y.transpose(1, 2).unflatten(2, (height, width)).contiguous() for y in patch]
+            patch = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in patch]
         final = None if intermediates_only else self.norm(self.whole(x, tokens))
+        with_prefix = P > 0 and return_prefix_tokens
         if output_dict:
-            named: dict[str, Any] = {"image_intermediates": patch}
-            named |= {"image_intermediates_prefix": prefix} if P and return_prefix_tokens else {}
-            return named if final is None else named | {"image_features": final}
-        result: Any = list(zip(patch, prefix, strict=True)) if P and return_prefix_tokens else patch
-        return result if final is None else (final, result)
+            outputs: dict[str, Any] = {"image_intermediates": patch}
+            outputs |= {"image_intermediates_prefix": prefix} if with_prefix else {}
+            return outputs if final is None else outputs | {"image_features": final}
+        intermediates: Any = list(zip(patch, prefix, strict=True)) if with_prefix else patch
+        return intermediates if final is None else (final, intermediates)
 
     def start(self, x: Tensor, full: bool) -> tuple[Tensor, TokenState]:
-        """Images [B, C, H, W] to the first block's input [B, P + n0, C]; `full`: the full grid will be asked for."""
+        """Images [B, C, H, W] to the first block's input [B, P + n0, C] and its state; full: see `forward_tokens`."""
         x, rope, bias = self.embedded(x)  # (B, P + n0, C)
         patch = x[:, self.num_prefix_tokens :]
         owner = None
-        if full or self.follow:
+        if full or self.track_owners:
             owner = torch.arange(patch.shape[1], device=x.device).expand(x.shape[0], -1)  # (B, n0)
         return x, TokenState(patch.shape[1], owner=owner, seen=patch if full else None, rope=rope, bias=bias)
 
     def embedded(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Images [B, C, H, W] to the first block's input [B, P + n0, C], and `TokenState.rope` and `TokenState.bias`."""
+        """Images [B, C, H, W] to the first block's input [B, P + n0, C], `TokenState.rope` and `TokenState.bias`."""
         raise NotImplementedError
 
-    def through(self, block: AnyTokenBlock, x: Tensor, tokens: TokenState) -> tuple[Tensor, TokenState]:
-        """One block, with gradient checkpointing where it is on."""
+    def run_block(self, block: AnyTokenBlock, x: Tensor, tokens: TokenState) -> tuple[Tensor, TokenState]:
+        """Run one block, with gradient checkpointing if it is on."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return cast(tuple[Tensor, TokenState], checkpoint(block, x, tokens, use_reentrant=False))
         return block(x, tokens)
 
     def whole(self, x: Tensor, tokens: TokenState) -> Tensor:
-        """Tokens [B, P + n, C] on the full grid: [B, P + n0, C]."""
+        """Tokens [B, P + n, C] on the full grid, [B, P + n0, C]."""
         P = self.num_prefix_tokens
         return torch.cat([x[:, :P], tokens.spread(x[:, P:])], 1)
 
 
-class FewerTokens(TokensLeave, VisionTransformer):  # type: ignore[misc]
+class FewerTokens(TokenModel, VisionTransformer):  # type: ignore[misc]
     """timm's `VisionTransformer`."""
 
     def embedded(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -158,17 +165,17 @@ class FewerTokensDistilled(FewerTokens, VisionTransformerDistilled):
     """DeiT's model with a distillation token."""
 
 
-class FewerTokensEva(TokensLeave, Eva):  # type: ignore[misc]
+class FewerTokensEva(TokenModel, Eva):  # type: ignore[misc]
     """timm's `Eva`."""
 
     def embedded(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self.training and self.patch_drop is not None:
-            raise NotImplementedError("patch dropout is not defined where tokens leave: set patch_drop_rate=0")
+            raise NotImplementedError("patch dropout is not defined where tokens are removed: set patch_drop_rate=0")
         x, rope = self._pos_embed(self.patch_embed(x))
         return self.norm_pre(x), rope, None
 
 
-class FewerTokensBeit(TokensLeave, Beit):  # type: ignore[misc]
+class FewerTokensBeit(TokenModel, Beit):  # type: ignore[misc]
     """timm's `Beit`."""
 
     @property
@@ -192,26 +199,25 @@ MODELS: dict[type, type] = {
 HOSTS = blocks_.HOSTS | MODELS
 
 
-def check(model: nn.Module) -> None:
-    """Raise `UsageError` where tokens cannot leave `model`."""
-    if type(model) not in MODELS and not isinstance(model, TokensLeave):
+def check_host(model: nn.Module) -> None:
+    """Raise `UsageError` if `model` does not support token stages."""
+    if type(model) not in MODELS and not isinstance(model, TokenModel):
         raise UsageError(f"fewer tokens are not known for a {type(model).__name__}: convert without --token-keep")
 
 
-def install(model: nn.Module, way: str, shares: Sequence[float | None], follow: bool) -> None:
-    """Stages into `model`, in place; all its attention is grafted.
+def install(model: nn.Module, way: str, shares: Sequence[float | None], track_owners: bool) -> None:
+    """Install stages in `model`, in place; all its attention is grafted.
 
     Args:
         way, shares: of the stage of each block (`TokenStage`); None: a block without one.
-        follow: see `TokensLeave`.
+        track_owners: see `TokenModel`.
 
     Raises:
-        UsageError: see `check`.
+        UsageError: see `check_host`.
     """
-    check(model)
+    check_host(model)
     blocks = cast(Sequence[nn.Module], model.blocks)
-    prefix = int(cast(int, model.num_prefix_tokens))
-    rows = ranking_rows(model)
+    prefix, rows = num_prefix_tokens(model), ranking_rows(model)
     for number, (block, share) in enumerate(zip(blocks, shares, strict=True)):
         block.__class__ = HOSTS[type(block)]
         token_block = cast(Any, block)
@@ -219,22 +225,22 @@ def install(model: nn.Module, way: str, shares: Sequence[float | None], follow: 
         token_block.number, token_block.prefix, token_block.ranking_rows = number, prefix, rows
     model.__class__ = HOSTS[type(model)]
     host = cast(Any, model)
-    host.merging, host.emptied, host.follow = way == "merge", 0 in shares, follow
+    host.merging, host.emptied, host.track_owners = way == "merge", 0 in shares, track_owners
 
 
 def remove(model: nn.Module) -> None:
-    """timm's own classes again, in place; attention stays as it is."""
-    own = {ours: host for host, ours in HOSTS.items()}
+    """Restore timm's own classes, in place; attention does not change."""
+    originals = {ours: host for host, ours in HOSTS.items()}
     for module in [model, *cast(Sequence[nn.Module], model.blocks)]:
-        if type(module) in own:
-            module.__class__ = own[type(module)]
-            for name in ("stage", "number", "prefix", "ranking_rows", "merging", "emptied", "follow"):
+        if type(module) in originals:
+            module.__class__ = originals[type(module)]
+            for name in "stage number prefix ranking_rows merging emptied track_owners".split():
                 if name in module._modules or name in module.__dict__:
                     delattr(module, name)
 
 
 def stages(model: nn.Module) -> Iterator[tuple[int, TokenStage]]:
-    """The stages of a model with the numbers of their blocks, counted from 0."""
+    """The stages of a model and their block numbers, counted from 0."""
     for i, block in enumerate(cast(Sequence[nn.Module], model.blocks)):
         stage = getattr(block, "stage", None)
         if isinstance(stage, TokenStage):
@@ -242,10 +248,12 @@ def stages(model: nn.Module) -> Iterator[tuple[int, TokenStage]]:
 
 
 def token_blocks(model: nn.Module) -> dict[str, AnyTokenBlock]:
-    """The blocks of a model that take and give `TokenState`, by module name."""
+    """The blocks of a model that use `TokenState`, by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AnyTokenBlock)}
 
 
 def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
-        raise NotImplementedError("attention masks are not defined where tokens leave: convert without --token-keep")
+        raise NotImplementedError(
+            "attention masks are not defined where tokens are removed: convert without --token-keep"
+        )

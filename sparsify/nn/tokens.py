@@ -1,13 +1,13 @@
-"""Fewer tokens: what is known of the tokens present, and the stages at which some leave (`docs/design.md`, section 6).
+"""Fewer tokens: the state of the tokens present, and the stages that remove some (`docs/design.md`, Fewer tokens).
 
-A stage stands in a block between its attention and its MLP. The prefix tokens stay; of the patch tokens a fixed number
-goes on, the same for every image of a batch, and they are gathered, so that every later layer works on fewer rows.
+A stage runs in a block between attention and MLP. The prefix tokens stay; the patch tokens are reduced to a fixed number,
+the same for every image of a batch, and gathered, so that every later layer works on fewer rows.
 
-    evit         the patch tokens with the highest importance go on (EViT, ICLR 2022)
+    evit         the patch tokens with the highest importance are kept (EViT, ICLR 2022)
     evit-fused   and one more: the mean of the others, weighted with their importance
-    merge        similar tokens become one, those of little importance first (`sparsify.nn.merging`)
+    merge        similar tokens are merged, unimportant ones first (`sparsify.nn.merging`)
 
-The importance I_j of a token is `sparsify.nn.importance`'s.
+The importance I_j of a token: `sparsify.nn.importance`.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ WAYS = ("merge", "evit", "evit-fused")
 
 
 class TokenState(NamedTuple):
-    """What is known of the tokens [B, P + n, C] of a layer, where they are not all the patches in order.
+    """State of the tokens [B, P + n, C] of a layer in a model with token stages.
 
     Attributes:
-        patches: n0, patch tokens at the first block.
-        size: how many tokens each one stands for, prefix included, float32 [B, P + n]; None: 1 each.
-        place: patch that each patch token stands on, int64 [B, n]; None: the n0 in order.
-        owner: for every patch the token (counted without prefix) that it went into, int64 [B, n0], -1 where it was dropped;
-            None: nobody asked for it, or nothing has left.
-        seen: features of every patch when they were last seen, [B, n0, C]; None: nobody asked, or nothing has left.
-        rope: sines and cosines of all places, [n0, 2d]; [blocks, H, n0, 2d] where every block has its own; None: none.
-        bias: what the model adds to all logits by place, [1, H, P + n0, P + n0]; None: nothing.
+        patches: n0, number of patch tokens at the first block.
+        size: number of tokens that each one represents, prefix included, float32 [B, P + n]; None: 1 each.
+        place: patch whose position each patch token has, int64 [B, n]; None: the n0 in order.
+        owner: for every patch the patch token that it is part of, int64 [B, n0], -1 where it was dropped; None: not tracked.
+        seen: features of every patch when they were last computed, [B, n0, C]; None: not tracked.
+        rope: sines and cosines of all positions, [n0, 2d]; [blocks, H, n0, 2d] where blocks differ; None: none.
+        bias: what the model adds to the logits of all blocks, [1, H, P + n0, P + n0]; None: nothing.
     """
 
     patches: int
@@ -46,8 +45,8 @@ class TokenState(NamedTuple):
     bias: Tensor | None = None
 
     def rope_of(self, block: int) -> Tensor | None:
-        """The rotary embedding of a block's patch tokens where they stand: a merged one's is that of the token that the
-        others went into. [n0, 2d], or [H, n0, 2d]; [B, 1 or H, n, 2d] once tokens have left."""
+        """A block's rotary embedding at the positions of its patch tokens; a merged token has the position of the token
+        that the others were merged into. [n0, 2d] or [H, n0, 2d]; [B, 1 or H, n, 2d] once tokens were removed."""
         rope = self.rope if self.rope is None or self.rope.ndim == 2 else self.rope[block]
         if rope is None or self.place is None:
             return rope
@@ -56,7 +55,7 @@ class TokenState(NamedTuple):
         return rope[:, self.place].transpose(0, 1)
 
     def bias_of(self, bias: Tensor | None, prefix: int) -> Tensor | None:
-        """Rows and columns of a bias [1, H, P + n0, P + n0] of the tokens present, [B, H, P + n, P + n]; places as for
+        """Rows and columns of a bias [1, H, P + n0, P + n0] for the tokens present, [B, H, P + n, P + n]; positions as in
         `rope_of`."""
         if bias is None or self.place is None:
             return bias
@@ -64,8 +63,8 @@ class TokenState(NamedTuple):
         index = torch.cat([first, self.place + prefix], 1)  # (B, P + n)
         return bias[0][:, index.unsqueeze(2), index.unsqueeze(1)].transpose(0, 1)
 
-    def moved(self, patch: Tensor, keep: Tensor, group: Tensor) -> TokenState:
-        """After a step from the patch tokens [B, n, C] to those `keep` [B, m]; group [B, n]: see `matching`."""
+    def reduced(self, patch: Tensor, keep: Tensor, group: Tensor) -> TokenState:
+        """The state after patch tokens [B, n, C] were reduced to `keep` [B, m]; group [B, n]: see `matching`, `ranking`."""
         place = keep if self.place is None else self.place.gather(1, keep)
         if self.owner is None:
             return self._replace(place=place)
@@ -74,24 +73,25 @@ class TokenState(NamedTuple):
         return self._replace(place=place, owner=owner, seen=seen)
 
     def spread(self, patch: Tensor) -> Tensor:
-        """Patch tokens [B, n, C] on the full grid [B, n0, C]: each patch has its token's features, or its last ones."""
+        """Patch tokens [B, n, C] on the full grid, [B, n0, C]: each patch has its token's features, or if dropped its last
+        ones."""
         if self.owner is None:
             return patch
-        index = self.owner.unsqueeze(-1)  # (B, n0, 1)
         if patch.shape[1] == 0:
             assert self.seen is not None
             return self.seen
-        found = patch.gather(1, index.clamp_min(0).expand(-1, -1, patch.shape[-1]))  # (B, n0, C)
-        return found if self.seen is None else torch.where(index < 0, self.seen, found)
+        index = self.owner.unsqueeze(-1)  # (B, n0, 1)
+        spread = patch.gather(1, index.clamp_min(0).expand(-1, -1, patch.shape[-1]))  # (B, n0, C)
+        return spread if self.seen is None else torch.where(index < 0, self.seen, spread)
 
 
 class TokenStage(nn.Module):
-    """One stage: patch tokens in, fewer patch tokens out.
+    """One stage: reduces the patch tokens.
 
     Args:
         way: one of `WAYS`.
-        share: of the n0 patches, how many tokens go on: m = ceil(share n0 - 1e-9), at most those present; `evit-fused`
-            adds one. 0: none, which only the prefix tokens survive.
+        share: fraction of the n0 patches: m = ceil(share n0 - 1e-9) patch tokens are kept, at most those present;
+            `evit-fused` adds one. 0: only the prefix tokens remain.
         prefix: P.
     """
 
@@ -100,26 +100,26 @@ class TokenStage(nn.Module):
         self.way, self.share, self.prefix = way, share, prefix
 
     def count(self, present: int, patches: int) -> int:
-        """m, patch tokens that go on of `present` ones (without the fused token)."""
+        """m, number of patch tokens kept of those `present`, without the fused token."""
         return min(int(present), math.ceil(self.share * int(patches) - 1e-9))
 
     def forward(self, x: Tensor, I: Tensor, tokens: TokenState) -> tuple[Tensor, TokenState]:
-        """x [B, P + n, C] and importance [B, n] -> [B, P + m, C] and what is known of them."""
+        """x [B, P + n, C] and importance [B, n] -> [B, P + m, C] and their state."""
         patch = x[:, self.prefix :]
         m = self.count(patch.shape[1], tokens.patches)
         if m == 0:
             return self.drop_all(x, tokens)
         if self.way == "merge":
-            for left in rounds(int(patch.shape[1]), m):
-                keep, group = matching(patch, I, left)  # (B, left), (B, n)
-                size = self.sizes(tokens.size, I, group, left)
-                tokens = tokens.moved(patch, keep, group)._replace(size=size)
-                patch = weighted_mean(patch, I, group, left)
-                I = I.new_zeros(I.shape[0], left).scatter_add(1, group, I)
+            for count in rounds(int(patch.shape[1]), m):
+                keep, group = matching(patch, I, count)  # (B, count), (B, n)
+                size = self.sizes(tokens.size, I, group, count)
+                tokens = tokens.reduced(patch, keep, group)._replace(size=size)
+                patch = weighted_mean(patch, I, group, count)
+                I = I.new_zeros(I.shape[0], count).scatter_add(1, group, I)
         else:
             fuse = self.way == "evit-fused" and m < patch.shape[1]
             keep, group = ranking(I, m, fuse)
-            tokens = tokens.moved(patch, keep, group)
+            tokens = tokens.reduced(patch, keep, group)
             if fuse:
                 patch = weighted_mean(patch, I, group, m + 1)
             else:
@@ -127,13 +127,13 @@ class TokenStage(nn.Module):
         return torch.cat([x[:, : self.prefix], patch], 1), tokens
 
     def sizes(self, size: Tensor | None, I: Tensor, group: Tensor, m: int) -> Tensor:
-        """Sizes after a merging, prefix tokens' included: [B, P + m]."""
+        """Sizes after a round of merging, prefix tokens included: [B, P + m]."""
         before = I.new_ones(I.shape[0], self.prefix + I.shape[1]) if size is None else size
         merged = effective_size(before[:, self.prefix :], I, group, m)
         return torch.cat([before[:, : self.prefix], merged], 1)
 
     def drop_all(self, x: Tensor, tokens: TokenState) -> tuple[Tensor, TokenState]:
-        """Only the prefix tokens go on: x [B, P + n, C] -> [B, P, C]. Nothing of the patch tokens is computed any more."""
+        """Only the prefix tokens remain: x [B, P + n, C] -> [B, P, C]."""
         seen, owner = tokens.seen, tokens.owner
         if owner is not None:
             seen = None if seen is None else tokens.spread(x[:, self.prefix :])
@@ -147,15 +147,16 @@ class TokenStage(nn.Module):
 
 
 def ranking(I: Tensor, m: int, fuse: bool) -> tuple[Tensor, Tensor]:
-    """The m most important tokens in their order, equal ones by the lower index; with `fuse` the first of the others too.
+    """The m most important tokens in their order, ties by the lower index; with `fuse` also the first of the others.
 
     Returns:
-        keep: int64 [B, m or m + 1], ascending; group: int64 [B, n], place in `keep`, -1 for the dropped.
+        keep: int64 [B, m or m + 1], ascending.
+        group: index in `keep` of the token that each token becomes part of, -1 where it is dropped, int64 [B, n].
     """
     order = I.argsort(dim=1, descending=True, stable=True)  # (B, n)
     keep = order[:, : m + fuse].sort(1).values
     group = torch.full_like(order, -1).scatter(1, keep, count_up(keep))
     if fuse:
-        first = group.gather(1, order[:, m : m + 1])  # (B, 1) where the fused token stands
-        group = group.masked_fill(group < 0, 0) + (group < 0) * first
+        fused = group.gather(1, order[:, m : m + 1])  # (B, 1) index of the fused token
+        group = group.masked_fill(group < 0, 0) + (group < 0) * fused
     return keep, group

@@ -15,7 +15,7 @@ from sparsify.fit.calibrate.calibrate import calibrate, fit_importance
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint
 from sparsify.nn import attention, graft, projection, token_models
-from sparsify.nn.importance import fitted
+from sparsify.nn.importance import fitted_importance as fitted
 
 TOKENS = Tokens(keep=0.6, stages=(1, 2, 3))
 

@@ -51,7 +51,7 @@ def frame(name: str) -> nn.Module | str:
     """`name` on the meta device, one block deep; or why it is refused, after the name."""
     try:
         model = shallow(name)
-        hosts.check(model, name)
+        hosts.supported_attentions(model, name)
     except UnsupportedModel as error:
         return str(error).removeprefix(f"{name}: ").removesuffix(" (see 'sparsify models')")
     return model

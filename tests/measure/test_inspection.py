@@ -38,7 +38,7 @@ def softmax_rows(q, k, scale, size):
 
 def seen(model, x):
     found = []
-    with torch.inference_mode(), observe.attending(model, lambda block, *call: found.append(call)):
+    with torch.inference_mode(), observe.watching_calls(model, lambda block, *call: found.append(call)):
         model.forward_features(x, full_grid=True) if hasattr(model, "full_grid") else model.forward_features(x)
     return found
 
@@ -157,7 +157,7 @@ def test_the_model_is_left_as_it_was():
     inspection.inspect(model, x[0], dense=original("deit", model))
     with pytest.raises(AssertionError), torch.inference_mode():
         inspection.inspect(model, x[0, :, :-1])  # an image that does not fit stops it half-way
-    with pytest.raises(ZeroDivisionError), observe.attending(model, lambda *_: 1 / 0):
+    with pytest.raises(ZeroDivisionError), observe.watching_calls(model, lambda *_: 1 / 0):
         model(x)
     assert keys == {name: set(vars(module)) for name, module in model.named_modules()}
     assert not any(module._forward_hooks for module in model.modules())

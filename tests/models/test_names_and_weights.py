@@ -74,7 +74,7 @@ def test_alias_names_pretrained_weights_of_a_model_that_can_be_converted(alias):
     source = resolve(alias)
     assert source.pretrained_name in timm.list_pretrained()
     assert source.note == f"{alias} -> {source.pretrained_name}"
-    hosts.check(building_.skeleton(source), alias)
+    hosts.supported_attentions(building_.skeleton(source), alias)
 
 
 def test_exact_name_keeps_its_tag_and_a_bare_one_says_the_default_tag():
@@ -115,7 +115,7 @@ def test_swin_resolves_and_is_refused_by_class_name_without_memory():
     skeleton = building_.skeleton(resolve("swin_tiny_patch4_window7_224"))
     assert all(p.is_meta for p in skeleton.parameters())
     with pytest.raises(UnsupportedModel, match="WindowAttention"):
-        hosts.check(skeleton)
+        hosts.supported_attentions(skeleton)
 
 
 def test_image_size_must_be_a_multiple_of_the_patch():
@@ -434,7 +434,7 @@ def test_header_of_a_newer_timm_or_with_strange_arguments_gives_one_line():
 def test_digits_rebuilds_without_timm_registry():
     source = resolve("digits")
     frame = building_.skeleton(source)
-    hosts.check(frame, "digits")
+    hosts.supported_attentions(frame, "digits")
     again = rebuild(**describe(frame, source))
     assert again(torch.zeros(1, 3, 28, 28)).shape == (1, 10)
     assert again.pretrained_cfg["license"] == network.DATA_CONFIG["license"]

@@ -161,7 +161,7 @@ def test_other_attention_is_refused_by_its_name(name, named):
     with torch.device("meta"):
         model = timm.create_model(name)
     with pytest.raises(UnsupportedModel, match=named) as caught:
-        hosts.check(model, name)
+        hosts.supported_attentions(model, name)
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 

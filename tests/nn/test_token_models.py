@@ -279,7 +279,7 @@ def test_rate_0_at_the_last_block_changes_nothing_that_a_class_token_reads(famil
     with torch.no_grad():
         logits = model(x)
         assert model.forward_features(x).shape[1] == dense.num_prefix_tokens
-        graft.reduce(model, SparsityConfig())
+        graft.set_token_stages(model, SparsityConfig())
         close(logits, model(x), 1e-5)
 
 
@@ -370,7 +370,7 @@ def test_masks_are_refused(way):
     for call, arguments in itertools.product(calls, (dict(attn_mask=mask), dict(is_causal=True))):
         with pytest.raises(NotImplementedError, match="token"):
             call(x, **arguments)
-    graft.reduce(model, SparsityConfig())
+    graft.set_token_stages(model, SparsityConfig())
     assert model(x, attn_mask=mask).shape == (2, 10)
 
 
@@ -397,19 +397,19 @@ def test_stages_leave_no_trace(family):
         first = model(x)
         clone = copy.deepcopy(model)
         by_attention = dict(importance="attention", stages=(2,), way="evit")
-        graft.reduce(model, SparsityConfig(tokens=Tokens(keep=0.9, **by_attention)))
+        graft.set_token_stages(model, SparsityConfig(tokens=Tokens(keep=0.9, **by_attention)))
         assert [(i, s.way, s.share) for i, s in token_models.stages(model)] == [(1, "evit", 0.9)]
         assert not torch.equal(model(x), first) and torch.equal(clone(x), first)
-        graft.reduce(model, SparsityConfig())
+        graft.set_token_stages(model, SparsityConfig())
         assert not list(token_models.stages(model)) and type(model) is type(dense)
         close(model(x), plain(x), 1e-5)
-        graft.reduce(model, SparsityConfig(tokens=Tokens(stages=(1, 2), keep=0.5, importance="attention")))
+        graft.set_token_stages(model, SparsityConfig(tokens=Tokens(stages=(1, 2), keep=0.5, importance="attention")))
         assert torch.equal(model(x), first)
-        graft.reduce(model, SparsityConfig(tokens=Tokens(stages=(2,))))
+        graft.set_token_stages(model, SparsityConfig(tokens=Tokens(stages=(2,))))
         assert list(model.state_dict().keys() - plain.state_dict().keys()) == ["blocks.1.attn.importance"]
         assert {name: type(m) for name, m in graft.dense_twin(model).named_modules()} == own
         assert list(graft.dense_twin(model).state_dict()) == list(dense.state_dict())
-        graft.reduce(model, SparsityConfig())
+        graft.set_token_stages(model, SparsityConfig())
         assert list(model.state_dict()) == list(plain.state_dict())
 
 

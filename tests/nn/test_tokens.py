@@ -13,7 +13,7 @@ from sparsify.config import SparsityConfig
 from sparsify.config import Tokens as Rates
 from sparsify.nn import merging
 from sparsify.nn.attention import DenseAttention
-from sparsify.nn.importance import given as importance
+from sparsify.nn.importance import attention_importance as importance
 from sparsify.nn.merging import ROUND, effective_size, matching, rounds, weighted_mean
 from sparsify.nn.predictor import TokenLowrankPredictor
 from sparsify.nn.tokens import WAYS, TokenStage, TokenState, ranking

@@ -36,7 +36,7 @@ CASES = {
 def calls(model, x):
     """Arguments of every sparse call of a forward pass: module, q, k, mask, tokens."""
     found = []
-    with torch.inference_mode(), observe.attending(model, lambda block, *call: found.append(call)):
+    with torch.inference_mode(), observe.watching_calls(model, lambda block, *call: found.append(call)):
         model.forward_features(x)
     return [call for call in found if isinstance(call[0], SparseAttention)]
 

@@ -21,7 +21,7 @@ def sparse(family, predictors, tokens=None):
     model = build(family, depth=len(predictors), **NARROW.get(family, {}))
     config = SparsityConfig(keep=0.3, rank=8, cells=(2, 2), predictor=TOKEN, tokens=tokens)
     made, g = [], torch.Generator().manual_seed(5)
-    modules = hosts.check(model)
+    modules = hosts.supported_attentions(model)
     plan = config.resolved(hosts.geometry(model, modules))[0]
     for name, host in zip(predictors, modules.values(), strict=True):
         made.append(graft.new_predictor(model, host, config.model_copy(update={"predictor": name}), plan))

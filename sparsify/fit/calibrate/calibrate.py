@@ -76,9 +76,8 @@ def calibrate(
     Raises:
         UnsupportedModel, UsageError: see `graft.graft`; the model is unchanged then.
     """
-    graft.check_config(model, config)
+    plans = graft.plans_of(model, config)
     config = config.with_cells(hosts.num_tokens(model))
-    plans = config.resolved(hosts.geometry(model, hosts.check(model)))
     with torch.no_grad():
         if config.predictor == "head-lowrank":
             result = _fit_head_lowrank(model, config, plans, batches, progress, execution)
@@ -86,7 +85,7 @@ def calibrate(
             result = _fit_token_lowrank(model, config, plans, batches, progress)
         if any(graft.fits_importance(config, len(plans))):
             fit_importance(model, batches, progress)
-            graft.reduce(model, result.config)  # removes it again from blocks without a stage
+            graft.set_token_stages(model, result.config)  # removes it again from blocks without a stage
         return result
 
 
@@ -104,7 +103,8 @@ def _fit_head_lowrank(
     model: nn.Module, config: SparsityConfig, plans: Plans, batches: Batches, progress: Progress, execution: Execution
 ) -> Calibration:
     prefix = hosts.num_prefix_tokens(model)
-    moments = [Moments(projection.heads_of(host), projection.head_dim(host)) for host in hosts.check(model).values()]
+    attentions = hosts.supported_attentions(model)
+    moments = [Moments(projection.heads_of(host), projection.head_dim(host)) for host in attentions.values()]
     if all(plan.keep is None for plan in plans):
         graft.graft(model, config)
         return Calibration(model, config, 0)
@@ -115,7 +115,7 @@ def _fit_head_lowrank(
         probe = torch.cat(list(first_images(batches(), PROBE_IMAGES)))
         images = _counted(probe.split(8), "ranks", progress, len(probe))
         mean_rank = cast(int, config.rank)
-        ranks = candidates(mean_rank, hosts.shape(hosts.check(model))[2])
+        ranks = candidates(mean_rank, hosts.geometry(model, attentions).head_dim)
         errors = _head_errors(model, config, bases, ranks, images, execution)
         distances = _distances(model, config, plans, bases, probe, execution)
         sparse = [i for i, plan in enumerate(plans) if plan.keep is not None]
@@ -136,12 +136,12 @@ def _head_errors(
     execution: Execution,
 ) -> Tensor:
     """Squared difference of each head's output after `proj` from the dense one at each rank: [depth, H, len(ranks)]."""
-    attentions = list(hosts.check(model).values())
-    depth, heads, head_dim = hosts.shape(hosts.check(model))
-    plans = config.resolved(hosts.geometry(model, hosts.check(model)))
-    prefix, grid = hosts.num_prefix_tokens(model), hosts.patch_grid(model)
-    error = torch.zeros(depth, heads, len(ranks), dtype=torch.float64)
-    biases = [hosts.position_bias(model, host) for host in attentions]
+    attentions = hosts.supported_attentions(model)
+    shape = hosts.geometry(model, attentions)
+    plans, heads, head_dim, prefix = config.resolved(shape), shape.heads, shape.head_dim, shape.prefix
+    modules, grid = list(attentions.values()), hosts.patch_grid(model)
+    error = torch.zeros(shape.depth, heads, len(ranks), dtype=torch.float64)
+    biases = [hosts.position_bias(model, host) for host in modules]
 
     def add(i: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         keep = plans[i].keep
@@ -152,7 +152,7 @@ def _head_errors(
         q, k = q @ t_q, k @ t_k
         spec = Spec(budget(keep, q.shape[2]), prefix, config.tail, grid, plans[i].cells, (), head_dim**-0.5)
         path = resolve(execution.backend, q, bias)
-        w = cast(nn.Linear, attentions[i].proj).weight.unflatten(1, (heads, -1))  # (C, H, d)
+        w = cast(nn.Linear, modules[i].proj).weight.unflatten(1, (heads, -1))  # (C, H, d)
         gram = torch.einsum("chd,che->hde", w, w)
         for j, r in enumerate(ranks):
             ranking = HeadLowrankPredictor(head_dim, (r,) * heads, True)(q, k, bias, None, spec)
@@ -171,7 +171,7 @@ def _distances(
     """`distance` of the model's output from the dense one when one block alone is sparse; 0 where the plan is dense."""
     twin, dense = graft.dense_twin(model), model(probe)
     distances = [0.0] * len(plans)
-    for i, (name, host) in enumerate(hosts.check(model).items()):
+    for i, (name, host) in enumerate(hosts.supported_attentions(model).items()):
         if plans[i].keep is not None:
             sparse = graft.sparse_block(model, host, config, plans[i], bases[i])
             sparse.execution = execution
@@ -184,9 +184,9 @@ def _distances(
 def _fit_token_lowrank(
     model: nn.Module, config: SparsityConfig, plans: Plans, batches: Batches, progress: Progress
 ) -> Calibration:
-    attentions = list(hosts.check(model).values())
-    _, heads, head_dim = hosts.shape(hosts.check(model))
-    prefix, grid = hosts.num_prefix_tokens(model), hosts.patch_grid(model)
+    by_name = hosts.supported_attentions(model)
+    _, heads, head_dim, _, prefix = hosts.geometry(model, by_name)
+    attentions, grid = list(by_name.values()), hosts.patch_grid(model)
     channels = config.token_lowrank.channels
     moments = [Moments(heads, head_dim) for _ in attentions] if channels else []
     biases = [hosts.position_bias(model, host) for host in attentions]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparsify.config import SparsityConfig
 from sparsify.nn import attention, graft, hosts, projection, token_models
-from sparsify.nn.importance import TINY, asked, features
+from sparsify.nn.importance import TINY, features, ranking_attention
 from sparsify.nn.token_blocks import AnyTokenBlock
 
 RIDGE = 1e-4  # lambda as a share of the mean diagonal of the features' Gram matrix
@@ -59,7 +59,7 @@ def _blocks(dense: nn.Module, x: Tensor, rows: int, prefix: int) -> Iterator[tup
     for block in cast(Iterable[AnyTokenBlock], host.blocks):
         bias = block.bias(tokens)
         h, q, k, v = block.attended(h, tokens, bias)
-        a = asked(q, k, block.attn.scale, None, rows, bias).mean(2)  # (B, H, N)
+        a = ranking_attention(q, k, block.attn.scale, None, rows, bias).mean(2)  # (B, H, N)
         out = block.attn.proj.weight.unflatten(1, (v.shape[1], -1)).float()  # (C, H, d)
         added = torch.einsum("bhn,bhnd,chd->bnc", a, v.float(), out)
         yield features(h[:, prefix:]), added.norm(dim=-1)[:, prefix:]

@@ -14,7 +14,7 @@ from sparsify.nn import attention, graft, hosts
 from sparsify.nn.attention import SparseAttention
 from sparsify.nn.observe import watching
 from sparsify.nn.predictor import Reconstruction, TokenLowrankPredictor
-from sparsify.nn.token_models import TokensLeave
+from sparsify.nn.token_models import TokenModel
 from sparsify.nn.tokens import TokenState
 from sparsify.ops.spec import budget
 from sparsify.recipe import Losses, Stage
@@ -170,7 +170,7 @@ def _outputs(model: nn.Module, x: Tensor, weights: Losses, pairs: bool) -> tuple
 def _run(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, TokenState | None]:
     """Normed tokens on the full grid, those that the model's own head reads, and which tokens are present (None: all)."""
     host = cast(Any, model)
-    if not isinstance(model, TokensLeave):
+    if not isinstance(model, TokenModel):
         features = host.forward_features(x)
         return features, features, None
     z, tokens = model.forward_tokens(x, True)

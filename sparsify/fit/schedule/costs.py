@@ -50,7 +50,7 @@ class MacsCost(BlockCost):
 
     Args:
         block: a block with grafted attention.
-        prefix: P; ranking_rows: see `sparsify.nn.importance.asked`.
+        prefix: P; ranking_rows: see `sparsify.nn.hosts.ranking_rows`.
         way: of the stages (`sparsify.nn.tokens.WAYS`).
     """
 

@@ -15,7 +15,7 @@ from sparsify.fit.schedule.costs import BlockCost, Keep, Options
 from sparsify.measure.latency import interleaved
 from sparsify.nn import hosts, projection
 from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention
-from sparsify.nn.importance import fitted, given
+from sparsify.nn.importance import attention_importance, fitted_importance
 from sparsify.nn.tokens import TokenStage, TokenState
 
 POINTS = (0.1, 0.25, 0.5, 0.75, 1.0)  # shares of the tokens at which parts are timed
@@ -61,8 +61,7 @@ def measured_costs(model: nn.Module, way: str, options: Options, batch: int) -> 
     attn = cast(GraftedAttention, block.attn)
     prefix, rows = int(cast(int, model.num_prefix_tokens)), hosts.ranking_rows(model)
     patches = int(np.prod(hosts.patch_grid(model)))
-    dense = DenseAttention(cast(Any, attn))
-    dense.execution = attn.execution
+    dense = DenseAttention(attn)
     counts = sorted({max(2, round(share * patches)) for share in POINTS})
     tables: dict[Any, list[float]] = {}
     generator = torch.Generator().manual_seed(0)
@@ -76,9 +75,9 @@ def measured_costs(model: nn.Module, way: str, options: Options, batch: int) -> 
         place = torch.arange(n, device=x.device).expand(batch, -1)
         tokens = TokenState(patches, place=place) if n < patches else TokenState(patches)
         bias = tokens._replace(place=place).bias_of(hosts.position_bias(model, attn), prefix)
-        ranking: Callable[[], Tensor] = partial(given, q, k, attn.scale, None, rows, prefix, bias)
+        ranking: Callable[[], Tensor] = partial(attention_importance, q, k, attn.scale, None, rows, prefix, bias)
         if attn.importance is not None:
-            ranking = partial(fitted, x[:, prefix:], attn.importance, None)
+            ranking = partial(fitted_importance, x[:, prefix:], attn.importance, None)
         stage = TokenStage(way, 0.8 * n / patches, prefix)
         runs: dict[Any, Callable[[], object]] = {
             "entering": partial(_entering, block, x, rope),
@@ -90,10 +89,7 @@ def measured_costs(model: nn.Module, way: str, options: Options, batch: int) -> 
         for keep, cells in options.items():
             module: GraftedAttention = dense
             if keep is not None and isinstance(attn, SparseAttention):
-                module = SparseAttention(
-                    cast(Any, attn), attn.predictor, replace(attn.sparsity, keep=keep, cells=cells)
-                )
-                module.execution = attn.execution
+                module = SparseAttention(attn, attn.predictor, replace(attn.sparsity, keep=keep, cells=cells))
             runs["attention", keep] = partial(module.attend, q, k, v, bias, tokens)
         for part, timing in interleaved(cast(Any, runs), rounds=ROUNDS).items():
             tables.setdefault(part, []).append(timing.median / batch)

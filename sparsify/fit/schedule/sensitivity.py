@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from sparsify.fit.schedule.costs import Keep, Options
 from sparsify.measure.accuracy import distance
-from sparsify.nn import token_models
+from sparsify.nn import graft, token_models
 from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention
-from sparsify.nn.predictor import TokenLowrankPredictor
 from sparsify.nn.tokens import TokenStage, TokenState
 
 SHARES = (0.85, 0.7, 0.5, 0.35, 0.2, 0.1)  # of the patch tokens, tried after each block
@@ -124,16 +123,14 @@ def _dense_with_stages(model: nn.Module, way: str) -> Iterator[tuple[Any, list[A
     blocks = cast(Any, list(cast(nn.Sequential, model.blocks)))
     attention = [cast(GraftedAttention, block.attn) for block in blocks]
     before = [getattr(block, "stage", None) for block in blocks]
-    follow = bool(getattr(model, "follow", False))
+    tracked = bool(getattr(model, "track_owners", False))
     former_way = next((stage.way for stage in before if stage is not None), way)
     sparse = {i: a for i, a in enumerate(attention) if isinstance(a, SparseAttention)}
-    token_lowrank = any(isinstance(a.predictor, TokenLowrankPredictor) for a in sparse.values())
+    needs_owners = graft.needs_owners(model)
     token_models.remove(model)
-    token_models.install(model, way, [None] * len(blocks), token_lowrank)
+    token_models.install(model, way, [None] * len(blocks), needs_owners)
     for block, module in zip(blocks, attention, strict=True):
-        dense = DenseAttention(cast(Any, module)).train(module.training)
-        dense.execution = module.execution
-        block.attn = dense
+        block.attn = DenseAttention(module).train(module.training)
     try:
         yield model, blocks, sparse
     finally:
@@ -141,7 +138,7 @@ def _dense_with_stages(model: nn.Module, way: str) -> Iterator[tuple[Any, list[A
             block.attn = module
         token_models.remove(model)
         if any(stage is not None for stage in before):
-            token_models.install(model, former_way, [None if s is None else s.share for s in before], follow)
+            token_models.install(model, former_way, [None if s is None else s.share for s in before], tracked)
 
 
 def _dense_pass(host: Any, blocks: list[Any], x: Tensor) -> tuple[list[tuple[Tensor, TokenState]], Tensor, int]:
