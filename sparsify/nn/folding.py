@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from sparsify.nn import attention, graft, projection
+from sparsify.nn import attention, projection
 from sparsify.nn.attention import SparseAttention
 from sparsify.nn.predictor import HeadLowrankPredictor
 
@@ -31,7 +31,7 @@ def unfold(model: nn.Module) -> None:
 def retract(model: nn.Module) -> None:
     """A_k <- A_k (A_q' A_k)^{-1} for each head, so that A_k' A_q = I_r; in place, where the predictor can be folded."""
     for module, predictor in _head_lowrank(model, folded=False):
-        if not graft.foldable(module):
+        if not projection.foldable(module, module.rotary):
             continue
         assert predictor.a_q is not None and predictor.a_k is not None
         for h, (a_q, a_k) in enumerate(predictor.by_head()):
@@ -50,7 +50,7 @@ def fold(model: nn.Module) -> bool:
         (`projection.foldable`), or A_k' A_q is not I.
     """
     found = list(_head_lowrank(model, folded=False))
-    if not all(graft.foldable(module) and _inverse(predictor) for module, predictor in found):
+    if not all(projection.foldable(module, module.rotary) and _inverse(predictor) for module, predictor in found):
         return False
     for module, predictor in found:
         t_q = torch.stack([_basis(a_q.double(), a_k.double()) for a_q, a_k in predictor.by_head()])  # (H, d, d)

@@ -228,11 +228,6 @@ def resize(model: nn.Module, img_size: int) -> None:
         module.predictor.resample(old, new)
 
 
-def foldable(module: GraftedAttention) -> bool:
-    """Whether a change of basis of q and k can be folded into the projections exactly."""
-    return projection.foldable(module, module.rotary)
-
-
 def check_original(dense: nn.Module, sparse: nn.Module) -> None:
     """Check that the two models can be compared.
 

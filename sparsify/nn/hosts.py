@@ -101,7 +101,7 @@ def image_size(model: nn.Module) -> tuple[int, int]:
 
 
 def stride(model: nn.Module) -> tuple[int, int]:
-    """Pixels of a patch, height and width; of hybrids, those of a patch of the backbone's output."""
+    """Image pixels per patch, height and width; for hybrids the backbone's reduction times its patch size."""
     embed = cast(Any, embedding(model))
     if not hasattr(embed, "feat_ratio"):
         return cast(tuple[int, int], tuple(embed.patch_size))

@@ -242,9 +242,8 @@ def remove(model: nn.Module) -> None:
 def stages(model: nn.Module) -> Iterator[tuple[int, TokenStage]]:
     """The stages of a model and their block numbers, counted from 0."""
     for i, block in enumerate(cast(Sequence[nn.Module], model.blocks)):
-        stage = getattr(block, "stage", None)
-        if isinstance(stage, TokenStage):
-            yield i, stage
+        if isinstance(block, AnyTokenBlock) and block.stage is not None:
+            yield i, block.stage
 
 
 def token_blocks(model: nn.Module) -> dict[str, AnyTokenBlock]:

@@ -118,7 +118,7 @@ def test_costs_are_the_profiles_macs(way, counts, importance):
     assert got == total(counts, keeps) + 5 * 32 * (16 - counts[-1])
 
 
-@pytest.mark.parametrize("importance,untimed", [("fitted", "given"), ("attention", "fitted")])
+@pytest.mark.parametrize("importance,untimed", [("fitted", "attention_importance"), ("attention", "fitted_importance")])
 def test_the_importance_that_is_timed_is_the_models(importance, untimed, monkeypatch):
     model = tiny()
     execution.set_execution(model, Execution("reference"))

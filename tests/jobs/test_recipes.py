@@ -142,7 +142,7 @@ def nothing_is_computed(monkeypatch, request):
         raise AssertionError("calibration was entered")
 
     monkeypatch.setattr(dense, "calibrate", fail)
-    monkeypatch.setattr(graft, "draw", fail)
+    monkeypatch.setattr(graft, "reset_predictors", fail)
 
 
 def refused(run, tmp_path, code, *words, how=()):

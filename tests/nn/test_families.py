@@ -163,7 +163,7 @@ def test_beits_biases_are_part_of_logits_ranking_and_tail(predictor):
 
 @pytest.mark.parametrize("tail", ["none", "mean"])
 def test_a_bias_that_hides_nothing_is_ranked_and_counted(tail):
-    """By hand: the b highest of q.k scale + bias are kept; the mean key stands for the others, e^bias times each."""
+    """By hand: the b highest of q.k scale + bias are kept; the mean key represents the others, e^bias times each."""
     H, N, d, P, b = 2, 10, 4, 1, 3
     q, k, v, bias = torch.randn(4, 1, H, N, max(N, d), generator=torch.Generator().manual_seed(3)).double().unbind(0)
     q, k, v, scale = q[..., :d], k[..., :d], v[..., :d], 0.3
@@ -223,7 +223,7 @@ def test_rotary_embedding_is_refused_by_attention_that_was_grafted_without():
         attention(torch.randn(1, 37, 96), rope=torch.randn(36, 64))
 
 
-def test_targets_are_refused_where_tokens_cannot_leave(run, tmp_path):
+def test_targets_are_refused_for_hosts_without_token_stages(run, tmp_path):
     weights = tmp_path / "w.safetensors"
     weights.write_bytes(b"")
     code, _, err = run("convert", "naflexvit_base", "--token-keep", "0.5", "--weights", weights)

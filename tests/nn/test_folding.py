@@ -1,4 +1,4 @@
-"""Head-lowrank predictors that learn: taken out of `qkv` and folded into it again."""
+"""Trainable head-lowrank predictors: unfolded from `qkv` and folded into it again."""
 
 import copy
 
@@ -23,7 +23,7 @@ def rotations(generator, heads, d):
 
 
 def sparse(family="deit", **more):
-    """A sparse model whose predictors are fitted to a basis drawn at random."""
+    """A sparse model whose predictors have a random basis."""
     model = build(family)
     graft.graft(model, SparsityConfig(**{"keep": 0.4, "rank": RANKS, "spread_rank": False, **more}))
     generator = torch.Generator().manual_seed(3)

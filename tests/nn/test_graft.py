@@ -111,7 +111,7 @@ def test_model_trains_in_half_precision_autocast_too():
 
 
 @pytest.mark.parametrize("family,folded", [("deit", True), ("gated", True), ("qk-norm", False)])
-def test_predictor_is_folded_exactly_where_nothing_stands_between(family, folded):
+def test_predictor_is_folded_exactly_where_no_norm_or_rotation_follows(family, folded):
     model = sparse(build(family), keep=0.5)
     for module in attention.sparse_modules(model).values():
         assert module.predictor.folded is folded and bool(list(module.predictor.parameters())) is not folded

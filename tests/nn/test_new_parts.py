@@ -20,7 +20,7 @@ from sparsify.ops.tails import Tail
 
 
 class Projected(Predictor):
-    """Scores (q A).(k A)' with one drawn projection A [d, 2] for all heads."""
+    """Scores (q A).(k A)' with one random projection A [d, 2] for all heads."""
 
     def __init__(self, head_dim):
         super().__init__()

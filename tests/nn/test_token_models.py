@@ -1,4 +1,4 @@
-"""Models that tokens leave on the way, in every supported host, against timm's own blocks and slow oracles."""
+"""Models with token stages, for every supported host, against timm's own blocks and slow oracles."""
 
 import contextlib
 import copy
@@ -50,8 +50,8 @@ def reduced(dense, way="merge", tokens=0.5, stages=(1, 2), importance="attention
     """A copy of the model with stages; dense attention unless `settings` say otherwise. Random predictors and importance."""
     model = copy.deepcopy(dense)
     settings = {"keep": "dense", "rank": 8, "cells": (2, 2), **settings}
-    leaving = Tokens(way=way, keep=tokens, stages=stages, importance=importance)
-    graft.graft(model, SparsityConfig(tokens=leaving, **settings))
+    token_stages = Tokens(way=way, keep=tokens, stages=stages, importance=importance)
+    graft.graft(model, SparsityConfig(tokens=token_stages, **settings))
     execution.set_execution(model, Execution("reference"))
     g = torch.Generator().manual_seed(5)
     for parameter in (p for m in model.modules() if isinstance(m, TokenLowrankPredictor) for p in m.parameters()):
@@ -60,7 +60,7 @@ def reduced(dense, way="merge", tokens=0.5, stages=(1, 2), importance="attention
 
 
 def importances(model):
-    """w and b of each block; None where its stage goes by attention."""
+    """w and b of each block; None where its stage uses importance by attention."""
     return [module.importance for module in attention_modules(model).values()]
 
 
@@ -97,10 +97,10 @@ def times(gamma, x):
 
 
 def by_hand(dense, x, way, shares, fitted=itertools.repeat(None)):
-    """Timm's own blocks, one image at a time, where nothing is gathered: what left is a masked key; fitted: `importances`.
+    """Timm's own blocks, one image at a time, without gathering: removed tokens are masked keys; fitted: `importances`.
 
     Returns:
-        Features before the last norm: [B, P + n, C] of the tokens left, and [B, P + n0, C] of all patches.
+        Features before the last norm: [B, P + n, C] of the remaining tokens, and [B, P + n0, C] of all patches.
     """
     P, left, whole = dense.num_prefix_tokens, [], []
     rows = 0 if dense.cls_token is None else 2 if hasattr(dense, "dist_token") else 1
@@ -198,7 +198,7 @@ def test_dense_attention_over_the_tokens_left_is_masked_attention(family, way, t
         close(model.forward_features(x, full_grid=False), left)
         close(model.forward_features(x, full_grid=True), whole)
         close(model(x), dense.forward_head(whole if way == "merge" and family in NO_PREFIX else left))
-        assert (model(x) - dense(x)).abs().max() > 1e-4  # tokens really leave
+        assert (model(x) - dense(x)).abs().max() > 1e-4  # tokens are really removed
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -225,17 +225,17 @@ def test_fitted_importance_is_told_from_the_token_and_its_size(family, way):
     "family,tokens", [(f, 0.5) for f in PLACED] + [("beit", (0.6, 0.0)), ("rope-mixed", (0.0, 0.5))]
 )
 def test_rope_and_biases_are_those_of_the_places_that_stay(family, way, tokens):
-    """A merged token has the place of the one that the others went into."""
+    """A merged token has the position of the token that the others were merged into."""
     dense = host(family)
     model, x = reduced(dense, way, tokens), images(dense, 3)
     with torch.no_grad():
         left, whole = (dense.norm(t) for t in by_hand(dense, x, way, Tokens(keep=tokens, stages=(1, 2)).shares(2)))
         close(model.forward_features(x, full_grid=False), left)
         close(model.forward_features(x, full_grid=True), whole)
-        assert (model(x) - dense(x)).abs().max() > 1e-4  # tokens really leave
+        assert (model(x) - dense(x)).abs().max() > 1e-4  # tokens are really removed
 
 
-def test_tokens_do_not_leave_a_naflexvit():
+def test_naflexvit_refuses_token_stages():
     with pytest.raises(UsageError, match="NaFlexVit.*without --token-keep"):
         reduced(host("naflexvit"))
 
@@ -254,7 +254,7 @@ def test_images_of_a_batch_do_not_meet(family, way, settings):
 
 def test_merging_equal_patches_loses_nothing(monkeypatch):
     """Images of equal neighbours, no position embedding: half of the tokens go, and the logits stay."""
-    monkeypatch.setattr(merging, "CANDIDATES", 40)  # all look, so that every token finds its twin
+    monkeypatch.setattr(merging, "CANDIDATES", 40)  # all are candidates, so that every token finds its twin
     dense = build("deit", depth=3)
     dense.pos_embed.data[:, 1:] = 0
     x = images(dense, 3).unflatten(-1, (3, 2, 16))[..., :1, :].expand(-1, -1, -1, -1, 2, -1).flatten(-3)
@@ -308,7 +308,7 @@ def test_features_are_the_tokens_left_where_only_prefix_tokens_are_read(way):
             return [model.forward_features(x, full_grid=full).shape[1] for full in (None, False, True)]
 
     left = 9 + 1 * (way == "evit-fused")
-    full = {"merge": 36, "evit": left, "evit-fused": left}[way]  # of a classifier that reads the patches
+    full = {"merge": 36, "evit": left, "evit-fused": left}[way]  # with a classifier that uses the patches
     assert shapes(host("deit")) == [1 + left, 1 + left, 37] and shapes(host("deit-distilled")) == [
         2 + left,
         2 + left,
@@ -317,7 +317,7 @@ def test_features_are_the_tokens_left_where_only_prefix_tokens_are_read(way):
     assert shapes(host("dinov2-registers")) == [5 + left, 5 + left, 41]
     assert shapes(host("vit-avg-pool")) == [full, left, 36] and shapes(host("siglip")) == [full, left, 36]
     assert shapes(build("deit", global_pool="avg")) == [1 + full, 1 + left, 37]
-    assert shapes(build("deit", num_classes=0)) == [37, 1 + left, 37]  # no classifier: features are for others
+    assert shapes(build("deit", num_classes=0)) == [37, 1 + left, 37]  # no classifier: all features are output
     model = reduced(host("deit"), way)
     model.reset_classifier(0)
     assert model.forward_features(images(model)).shape[1] == 37
@@ -333,7 +333,7 @@ OPTIONS = dict(
 
 @pytest.mark.parametrize("family", ["deit", "vit-avg-pool", "dinov2-registers", "res-post-norm"])
 def test_intermediates_are_timms(family):
-    """At token keep 1 the same numbers in the same containers; where tokens leave the same shapes."""
+    """At token keep 1 the same numbers in the same containers; with fewer tokens the same shapes."""
     dense = host(family)
     same, few, x = reduced(dense, tokens=1.0), reduced(dense, "evit", 0.5), images(dense, 1)
     every = [dict(zip(OPTIONS, values, strict=True)) for values in itertools.product(*OPTIONS.values())]
@@ -498,7 +498,7 @@ def test_another_image_size(way, predictor):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_dynamic_image_sizes(way):
-    """Larger, smaller and oblong images than the model's own, over tails and tiles that know the grid."""
+    """Larger, smaller and oblong images than the model's own, with tails and tiles that depend on the grid."""
     dense = build("deit", dynamic_img_size=True)
     full, x = reduced(dense, way, 1.0, keep=1.0, granularity="tile"), images(dense)
     few = reduced(dense, way, 0.5, keep=0.4, granularity="tile", tail="cells")
@@ -565,7 +565,7 @@ def test_budget_and_cells_follow_the_tokens_present(way, predictor, more, monkey
 
 @pytest.mark.parametrize("way", WAYS)
 def test_dense_attention_in_the_place_of_sparse_knows_the_tokens(way):
-    """Where it is faster (`auto`): of tokens that left and merged, as a model whose attention is dense."""
+    """`auto` may use dense attention for removed and merged tokens, as in a model whose attention is dense."""
 
     class Dense:
         shapes, withdrawn = (), False

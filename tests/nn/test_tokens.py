@@ -1,4 +1,4 @@
-"""Stages at which patch tokens leave, against loops written from the docstrings of `sparsify.nn.tokens`."""
+"""Token stages, against loops written from the docstrings of `sparsify.nn.tokens`."""
 
 import math
 
@@ -25,7 +25,7 @@ def random(*shape, seed=0, positive=False):
 
 
 def tracked(x, prefix, sizes=False):
-    """All that can be known of tokens x [B, P + n, C] before any left."""
+    """The full state of tokens x [B, P + n, C] before any stage."""
     patches = x.shape[1] - prefix
     owner = torch.arange(patches).expand(len(x), -1)
     return TokenState(
@@ -288,7 +288,7 @@ def test_drop_all_leaves_the_prefix(way, before):
     assert torch.equal(z, y + 1) and torch.equal(twice.spread(z[:, 2:]), last)
 
 
-def test_what_nobody_asked_for_is_not_followed():
+def test_owners_and_features_are_tracked_on_request_only():
     x = random(2, 7, 4)
     for way in WAYS:
         y, tokens = TokenStage(way, 0.5, 1)(x, random(2, 6, positive=True), TokenState(6))
@@ -302,7 +302,7 @@ def test_what_nobody_asked_for_is_not_followed():
 @pytest.mark.parametrize("count,lefts", [(2, (5,)), (2, (8, 5)), (4, (15, 12)), (3, (11, 9))])
 def test_merging_equal_tokens_loses_nothing(count, lefts, monkeypatch):
     """Attention of the merged tokens is that of all of them, over one stage or two, and sizes are whole counts."""
-    monkeypatch.setattr(merging, "CANDIDATES", 20)  # all look, so that every token finds its copy
+    monkeypatch.setattr(merging, "CANDIDATES", 20)  # all are candidates, so that every token finds its copy
     torch.manual_seed(0)
     attention = DenseAttention(Attention(16, 2, qkv_bias=True).eval())
     attention.qkv.weight.data *= 4
@@ -337,7 +337,7 @@ def test_rounds_are_short_and_end_where_they_should(n, data):
 
 
 def test_least_important_tokens_find_the_nearest_of_all_that_matter_more():
-    """Not of half of them: a twin is found wherever it stands; and nobody goes into what matters less."""
+    """All tokens are compared: a twin is found at any position, and no token is merged into a less important one."""
     x = torch.eye(8)[[0, 1, 2, 3, 0, 1, 6, 7]].unsqueeze(0)  # 4 is the twin of 0, 5 of 1
     I = torch.tensor([[1.0, 2, 9, 9, 9, 9, 9, 9]])
     keep, group = matching(x, I, 6)
