@@ -205,7 +205,7 @@ def test_dense_attention_over_the_tokens_left_is_masked_attention(family, way, t
 @pytest.mark.parametrize(
     "family", ["deit", "vit-avg-pool", "res-post-norm", *(f for f in ("eva", "beit") if f in FAMILIES)]
 )
-def test_fitted_importance_is_told_from_the_token_and_its_size(family, way):
+def test_fitted_importance_is_predicted_from_the_token_and_its_size(family, way):
     """Two stages: the second meets merged tokens. One of rate 0 after them needs no importance."""
     dense = host(family, 3)
     rates = (0.6, 0.5, 1.0) if family in NO_PREFIX else (0.6, 0.5, 0.0)
