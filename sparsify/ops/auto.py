@@ -37,19 +37,12 @@ HOPELESS = 2.0  # a candidate whose best time is this many times the leader's me
 
 @dataclass(frozen=True)
 class Choice:
-    """A decision.
+    """A decision."""
 
-    Attributes:
-        taken: one of `PREFERENCE`.
-        ms: median time of every candidate.
-        rounds: of the race.
-        reason: one line.
-    """
-
-    taken: str
-    ms: Mapping[str, float]
-    rounds: int
-    reason: str
+    taken: str  # one of `PREFERENCE`
+    ms: Mapping[str, float]  # median time of every candidate
+    rounds: int  # of the race
+    reason: str  # one line
 
 
 class Chooser:

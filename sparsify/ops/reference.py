@@ -20,21 +20,14 @@ CHUNK = 1 << 24  # elements of one [B, H, rows, N] tensor: 64 MB in float32
 
 
 class _Keys(NamedTuple):
-    """What every chunk of rows attends to.
+    """What every chunk of rows attends to."""
 
-    Attributes:
-        k, v: [B, H, N, d].
-        cell: of every key, [B, H, N], values below `cells`; None: no tail.
-        size: [B, 1, N] or None.
-        hides: whether the mask hides keys, so that every row has cell means of its own.
-    """
-
-    k: Tensor
+    k: Tensor  # [B, H, N, d]
     v: Tensor
-    cell: Tensor | None
+    cell: Tensor | None  # of every key, [B, H, N], values below `cells`; None: no tail
     cells: int
-    size: Tensor | None
-    hides: bool
+    size: Tensor | None  # [B, 1, N]
+    hides: bool  # whether the mask hides keys, so that every row has cell means of its own
     scale: float
 
 

@@ -20,40 +20,26 @@ HIDDEN = -1e4  # what is added to the logit of a key that may not be attended to
 class Context(NamedTuple):
     """What is known of the keys beside k and v.
 
-    Attributes:
-        mask: bool (True: may attend) or additive, broadcastable to [B, H, N, N]; None: none. Keys that it hides (`HIDDEN`
-            or lower is added) are neither kept nor in the tail; where it hides nothing it is a bias of the logits.
-        size: tokens that each key stands for, float [B, N], above 0; None: 1 each.
-        place: patch of `Spec.grid` that each patch token stands on, int64 [B, N - P]; None: the grid in order.
-        cell: cell of every key, int64 [B, H, N], prefix keys first (`tails.ASSIGNED`); None: `Spec.tail` assigns them.
+    A mask is bool (True: may attend) or additive. Keys that it hides (`HIDDEN` or lower is added) are neither kept nor in the
+    tail; where it hides nothing it is a bias of the logits.
     """
 
-    mask: Tensor | None = None
-    size: Tensor | None = None
-    place: Tensor | None = None
-    cell: Tensor | None = None
+    mask: Tensor | None = None  # broadcastable to [B, H, N, N]; None: none
+    size: Tensor | None = None  # tokens that each key stands for, float [B, N], above 0; None: 1 each
+    place: Tensor | None = None  # patch of `Spec.grid` of each patch token, int64 [B, N - P]; None: the grid in order
+    cell: Tensor | None = None  # of every key, int64 [B, H, N] (`tails.ASSIGNED`); None: `Spec.tail` assigns them
 
 
 class Ranking(NamedTuple):
-    """What a predictor makes of queries and keys: the product row @ col' ranks the keys.
+    """What a predictor makes of queries and keys: the product row @ col' ranks the keys."""
 
-    Attributes:
-        row: [B, H, N, r]; None: the first ranks[h] coordinates of q and k are the rows and columns.
-        col: [B, H, N, r], or [B or 1, H or 1, N, r].
-        features: of the keys, compared by the `clusters` tail, [B, H, N, *]; None: those of col.
-        shift: added to the scores of every row, [B, N]; None: nothing.
-        ranked: factor of an additive mask in the scores; 0: only what the mask hides counts there.
-        ranks: coordinates of each head, 1 <= r; columns of row and col past a head's own are 0.
-        macs: multiply-accumulates of the predictor for one image, all scores included.
-    """
-
-    row: Tensor | None
-    col: Tensor | None
-    features: Tensor | None
-    shift: Tensor | None
-    ranked: float
-    ranks: tuple[int, ...]
-    macs: int = 0
+    row: Tensor | None  # [B, H, N, r]; None: the first ranks[h] coordinates of q and k are the rows and columns
+    col: Tensor | None  # [B, H, N, r], or [B or 1, H or 1, N, r]
+    features: Tensor | None  # of the keys, compared by the `clusters` tail, [B, H, N, *]; None: those of col
+    shift: Tensor | None  # added to the scores of every row, [B, N]; None: nothing
+    ranked: float  # factor of an additive mask in the scores; 0: only what the mask hides counts there
+    ranks: tuple[int, ...]  # coordinates of each head, 1 <= r; columns of row and col past a head's own are 0
+    macs: int = 0  # multiply-accumulates of the predictor for one image, all scores included
 
     def written(self, q: Tensor, k: Tensor) -> Ranking:
         """The same with row, col [B or 1, H or 1, N, r] and features written out; q, k: [B, H, N, d]."""
