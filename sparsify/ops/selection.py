@@ -20,8 +20,8 @@ HIDDEN = -1e4  # what is added to the logit of a key that may not be attended to
 class Context(NamedTuple):
     """What is known of the keys beside k and v.
 
-    A mask is bool (True: may attend) or additive. Keys that it hides (`HIDDEN` or lower is added) are neither kept nor in the
-    tail; where it hides nothing it is a bias of the logits.
+    A mask is bool (True: may attend) or additive. Keys that it hides (`HIDDEN` or lower is added) are neither kept nor in
+    the tail; where it hides nothing it is a bias of the logits.
     """
 
     mask: Tensor | None = None  # broadcastable to [B, H, N, N]; None: none
