@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,13 +39,6 @@ class Execution:
     precision: str = "input"
     dense_fallback: bool = False
     choose: Chooser | None = None
-
-
-class Path(NamedTuple):
-    """What computes a call: cpu, reference or one of `auto.DENSE`; and the decision of `auto`, if it was asked."""
-
-    name: str
-    choice: Choice | None
 
 
 @dataclass(frozen=True)
@@ -244,7 +236,7 @@ class SparseAttention(GraftedAttention):
             # only the predictor could learn, and a choice of keys has no gradient: the op's backward gives None
             path = "reference"
         else:
-            path = self.path(q, mask, tokens, spec).name
+            path, _ = self.path(q, mask, tokens, spec)
         if path in auto.DENSE:
             size = None if tokens is None else tokens.size
             return attention.dense(path, q, k, v, mask, self.scale, self.execution.precision, size)
@@ -265,15 +257,16 @@ class SparseAttention(GraftedAttention):
             spec = spec._replace(tail=tails.ASSIGNED, cells=(1, count - min(spec.prefix, q.shape[2])))
         return attention.attention(q, k, v, ranking, context, spec, backend, self.execution.precision)
 
-    def path(self, q: Tensor, mask: Tensor | None, tokens: TokenState | None, spec: Spec) -> Path:
-        """What computes a call without gradients: the sparse form, or dense attention if allowed and measured faster."""
+    def path(self, q: Tensor, mask: Tensor | None, tokens: TokenState | None, spec: Spec) -> tuple[str, Choice | None]:
+        """What computes a call without gradients, and the decision of `auto` if it was asked: cpu or reference, the sparse
+        form; or one of `auto.DENSE`, if allowed and measured faster."""
         e = self.execution
         path = backends.resolve(e.backend, q, mask)
         may_be_dense = e.dense_fallback and e.choose is not None and not self.training and backends.eager(q)
         if not may_be_dense or e.choose is None or e.choose.withdrawn:
-            return Path(path, None)
+            return path, None
         choice = e.choose.choose(self.shape(q, mask, path, spec, tokens), partial(self._timed, spec=spec, backend=path))
-        return Path(choice.taken, choice)
+        return choice.taken, choice
 
     def _timed(self, q: Tensor, k: Tensor, v: Tensor, context: Context, spec: Spec, backend: str) -> Tensor:
         """The sparse form as `auto` times it: merged tokens rank as if they had been removed."""

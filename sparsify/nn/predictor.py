@@ -223,14 +223,11 @@ class TokenLowrankPredictor(Predictor):
     def macs(self, N: int, P: int) -> int:
         """Zeros of W_up count, and so do coefficients below a threshold (their number varies by image); of a top-k only k
         coefficients count."""
-        H, d, n = self.heads, self.head_dim, N - min(P, N)
+        H, r, n = self.heads, self.rank, N - min(P, N)
         channels, topk = self.knobs["channels"], self.knobs["coef_topk"] or 0
-        c = channels or d
-        reduction = 2 * H * N * d * c if channels else 0  # q W_q' and k W_k'
-        down = H * N * c * self.rank  # W_down k'
-        coefficients = H * n * c * self.rank  # q' K_down'
-        up = H * n * N * (topk if 0 < topk < self.rank else self.rank)  # A~_down W_up
-        return reduction + down + coefficients + up
+        c, largest = channels or self.head_dim, topk if 0 < topk < r else r
+        reduction = 2 * H * N * self.head_dim * c if channels else 0  # q W_q' and k W_k'
+        return reduction + H * N * c * r + H * n * c * r + H * n * N * largest  # W_down k'; q' K_down'; A~_down W_up
 
     def weights_of(self, N: int, tokens: TokenState | None) -> tuple[Tensor, Tensor]:
         """W_down and W_up for the N tokens present: columns of dropped tokens are removed, those of merged ones combined.

@@ -147,17 +147,11 @@ def fold(attention: nn.Module, t_q: Tensor, t_k: Tensor) -> None:
         t_q, t_k: [H, d, d] with T_q T_k' = I, so that q.k stays the same; float64 keeps that to rounding.
     """
     host, layers = cast(Any, attention), linears(attention)
-    if len(layers) > 1:
-        for linear, t in zip(layers, (t_q, t_k), strict=False):
-            for tensor in (linear.weight, linear.bias):
-                if tensor is not None:
-                    _change_basis(tensor.data, t)
-        return
-    for tensor in (layers[0].weight, layers[0].bias):
-        if tensor is not None:
-            q, k, _ = tensor.data.chunk(3)
-            _change_basis(q, t_q)
-            _change_basis(k, t_k)
+    for i, t in enumerate((t_q, t_k)):
+        layer = layers[0] if len(layers) == 1 else layers[i]
+        for tensor in (layer.weight, layer.bias):
+            if tensor is not None:
+                _change_basis(tensor.data.chunk(3)[i] if len(layers) == 1 else tensor.data, t)
     if getattr(host, "q_bias", None) is not None:
         _change_basis(host.q_bias.data, t_q)  # the bias of k is 0 in every basis
 
