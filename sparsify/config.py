@@ -27,11 +27,7 @@ class Frozen(BaseModel):
 
 
 def validate(model: type[M], tree: Any, source: str) -> M:
-    """`model` built from `tree`.
-
-    Raises:
-        UsageError: the first thing that is wrong, in one line; `source` says where `tree` comes from.
-    """
+    """`model` built from `tree`, or a `UsageError`: where `tree` comes from (`source`) and the first thing wrong in it."""
     try:
         return model.model_validate(tree)
     except ValidationError as error:
@@ -53,22 +49,16 @@ def _refuse_truth(value: Any) -> Any:
 class TokenLowrank(Frozen):
     """Options of the paper's predictor besides its rank (names as in `docs/glossary.md`)."""
 
-    channels: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="c: size of q' and k' inside a head; null: that of the head (the paper's figure)"
-    )
-    scale: Literal["head-size", "heads"] = Field(
-        "head-size", description="q' K_down' is scaled by 1/sqrt of it; authors' code: heads"
-    )
-    coef_topk: Annotated[int, Field(ge=1)] | None = Field(
-        8, description="coefficients kept in each row; null keeps all"
-    )
-    coef_threshold: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="coefficients up to this value become 0; used when coef_topk is null"
-    )
-    basis: Literal["signed", "absolute"] = Field("signed", description="W_up as fitted, or its absolute value")
-    basis_threshold: Annotated[float, Field(ge=0)] = Field(0.0, description="entries of W_up up to this value become 0")
-    shared_projection: bool = Field(False, description="W_up is the transpose of W_down (SHARE_INOUT_PROJ)")
-    shared_heads: bool = Field(False, description="one W_up for all heads, as in the authors' code")
+    # c: size of q' and k' inside a head; null: that of the head (the paper's figure)
+    channels: Annotated[int, Field(ge=1)] | None = None
+    scale: Literal["head-size", "heads"] = "head-size"  # q' K_down' is scaled by 1/sqrt of it; authors' code: heads
+    coef_topk: Annotated[int, Field(ge=1)] | None = 8  # coefficients kept in each row; null keeps all
+    # coefficients up to this value become 0; used when coef_topk is null
+    coef_threshold: Annotated[float, Field(ge=0)] | None = None
+    basis: Literal["signed", "absolute"] = "signed"  # W_up as fitted, or its absolute value
+    basis_threshold: Annotated[float, Field(ge=0)] = 0.0  # entries of W_up up to this value become 0
+    shared_projection: bool = False  # W_up is the transpose of W_down (SHARE_INOUT_PROJ)
+    shared_heads: bool = False  # one W_up for all heads, as in the authors' code
 
 
 class Tokens(Frozen):
@@ -78,17 +68,13 @@ class Tokens(Frozen):
     i-th stage. A list has a rate for each block (1: no stage); ceil(n times the product of the rates so far) remain.
     """
 
-    way: Literal["merge", "evit", "evit-fused"] = Field(
-        "merge",
-        description="merge: similar tokens become one; evit: the least important are dropped; evit-fused: fused into one",
-    )
-    importance: Literal["fitted", "attention"] = Field(
-        "fitted",
-        description="of a token; fitted: how much later rows read of it, predicted from the token by a linear map fitted in "
-        "calibration; attention: what this block's cls row gives it",
-    )
+    # merge: similar tokens become one; evit: the least important are dropped; evit-fused: fused into one
+    way: Literal["merge", "evit", "evit-fused"] = "merge"
+    # of a token; fitted: how much later rows read of it, predicted from the token by a linear map fitted in
+    # calibration; attention: what this block's cls row gives it
+    importance: Literal["fitted", "attention"] = "fitted"
     keep: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | tuple[Rate, ...] = 0.7
-    stages: tuple[Annotated[int, Field(ge=1)], ...] = Field((4, 7, 10), description="blocks, counted from 1")
+    stages: tuple[Annotated[int, Field(ge=1)], ...] = (4, 7, 10)  # blocks, counted from 1
 
     _numbers = field_validator("keep", "stages", mode="before")(_refuse_truth)
 
@@ -116,35 +102,21 @@ class Tokens(Frozen):
 
 
 class Geometry(NamedTuple):
-    """What a configuration needs to know of a model (`SparsityConfig.resolved`).
+    """What a configuration needs to know of a model (`SparsityConfig.resolved`)."""
 
-    Attributes:
-        depth: blocks.
-        heads: H, of every block.
-        head_dim: d, the smallest of all blocks.
-        tokens: N, prefix tokens included, at the model's own image size.
-        prefix: P, leading tokens that attend densely.
-    """
-
-    depth: int
-    heads: int
-    head_dim: int
-    tokens: int
-    prefix: int
+    depth: int  # blocks
+    heads: int  # H, of every block
+    head_dim: int  # d, the smallest of all blocks
+    tokens: int  # N, prefix tokens included, at the model's own image size
+    prefix: int  # P, leading tokens that attend densely
 
 
 class BlockPlan(NamedTuple):
-    """A configuration resolved for one block.
+    """A configuration resolved for one block."""
 
-    Attributes:
-        keep: share of keys that each patch query attends to; None: dense attention.
-        ranks: r of each head.
-        cells: rows and columns of the tail's grid of cells.
-    """
-
-    keep: float | None
-    ranks: tuple[int, ...]
-    cells: tuple[int, int]
+    keep: float | None  # share of keys that each patch query attends to; None: dense attention
+    ranks: tuple[int, ...]  # r of each head
+    cells: tuple[int, int]  # rows and columns of the tail's grid of cells
 
 
 def growth(tokens: int) -> float:
@@ -167,20 +139,17 @@ class SparsityConfig(Frozen):
 
     predictor: Literal["head-lowrank", "token-lowrank"] = "head-lowrank"
     keep: Keep | tuple[Keep, ...] = 0.1
-    rank: Rank | tuple[Rank, ...] | tuple[tuple[Rank, ...], ...] = Field(
-        16,
-        description="r: coordinates of the head (head-lowrank) or rows of W_down; one, or by block, or by block and head",
-    )
+    # r: coordinates of the head (head-lowrank) or rows of W_down; one, or by block, or by block and head
+    rank: Rank | tuple[Rank, ...] | tuple[tuple[Rank, ...], ...] = 16
     tail: Literal["none", "mean", "cells", "clusters"] = "clusters"
-    cells: tuple[Side, Side] | tuple[tuple[Side, Side], ...] | None = Field(
-        None, description="rows and columns of the grid of cells; one grid, or one a block; null: by N and keep"
-    )
-    spread_rank: bool = Field(True, description="an integer rank is the mean over heads (head-lowrank)")
+    # rows and columns of the grid of cells; one grid, or one a block; null: by N and keep
+    cells: tuple[Side, Side] | tuple[tuple[Side, Side], ...] | None = None
+    spread_rank: bool = True  # an integer rank is the mean over heads (head-lowrank)
     granularity: Literal["token", "tile"] = "token"
-    tile: tuple[Side, Side] = Field((4, 4), description="rows and columns of a tile of queries")
-    fold: bool = Field(True, description="fold head-lowrank into qkv where that is exact")
+    tile: tuple[Side, Side] = (4, 4)  # rows and columns of a tile of queries
+    fold: bool = True  # fold head-lowrank into qkv where that is exact
     token_lowrank: TokenLowrank = TokenLowrank()
-    tokens: Tokens | None = Field(None, description="removal of tokens; null keeps all")
+    tokens: Tokens | None = None  # removal of tokens; null keeps all
 
     _numbers = field_validator("keep", "rank", mode="before")(_refuse_truth)
 
@@ -216,11 +185,7 @@ class SparsityConfig(Frozen):
         return self.model_copy(update={"cells": cells[0] if len(set(cells)) == 1 else tuple(cells)})
 
     def resolved(self, shape: Geometry) -> tuple[BlockPlan, ...]:
-        """The plan of each block of a model of that shape.
-
-        Raises:
-            UsageError: it does not fit the shape (`check`).
-        """
+        """The plan of each block of a model of that shape; `UsageError` where it does not fit (`check`)."""
         self.check(shape.depth, shape.heads, shape.head_dim, shape.prefix)
         written = self.with_cells(shape.tokens)
         return tuple(

@@ -56,11 +56,7 @@ def publishable(name: str, parts: int = 2) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that a command wrote.
-
-    Raises:
-        BadFile: missing, not JSON, or JSON of another type.
-    """
+    """The JSON object in a file that a command wrote; `BadFile`: missing, not JSON, or JSON of another type."""
     if not path.exists():
         raise BadFile(f"no file {path}")
     try:

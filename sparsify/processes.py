@@ -24,25 +24,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Compute:
-    """How a job computes.
+    """How a job computes."""
 
-    Attributes:
-        device: cpu, cuda, cuda:1, mps.
-        dtype: of the forward passes, one of `DTYPES`.
-        backend: what computes sparse attention, one of `sparsify.ops.backends.BACKENDS`.
-        kernel_precision: what the CPU kernels store, one of `sparsify.ops.backends.PRECISIONS`.
-        batch_size: images of a forward pass; None: the job's default.
-        micro_batch: maximum images of a forward/backward pass in training (gradient accumulation).
-        workers: processes that read images; 0: this one.
-    """
-
-    device: str = "cpu"
-    dtype: str = "float32"
-    backend: str = "auto"
-    kernel_precision: str = "input"
-    batch_size: int | None = None
-    micro_batch: int = 64
-    workers: int = 0
+    device: str = "cpu"  # cpu, cuda, cuda:1, mps
+    dtype: str = "float32"  # of the forward passes, one of `DTYPES`
+    backend: str = "auto"  # what computes sparse attention, one of `sparsify.ops.backends.BACKENDS`
+    kernel_precision: str = "input"  # what the CPU kernels store, one of `sparsify.ops.backends.PRECISIONS`
+    batch_size: int | None = None  # images of a forward pass; None: the job's default
+    micro_batch: int = 64  # maximum images of a forward/backward pass in training (gradient accumulation)
+    workers: int = 0  # processes that read images; 0: this one
 
     @property
     def torch_device(self) -> torch.device:
@@ -53,11 +43,7 @@ class Compute:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """`dtype` for torch.
-
-        Raises:
-            UsageError: an unknown name.
-        """
+        """`dtype` for torch; `UsageError` for an unknown name."""
         import torch
 
         if self.dtype not in DTYPES:
@@ -67,14 +53,11 @@ class Compute:
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told how far a job is.
+    """Who is told how far a job is."""
 
-    Attributes:
-        say: called with a line for the user, in which fields are marked (`sparsify.errors.field`).
-        progress: called with the name of a step, images or steps done, their total (None: unknown), and maybe a note.
-    """
-
+    # called with a line for the user, in which fields are marked (`sparsify.errors.field`)
     say: Callable[[str], None] = lambda line: None
+    # called with the name of a step, images or steps done, their total (None: unknown), and maybe a note
     progress: Callable[..., None] = lambda *step: None
 
 
@@ -105,10 +88,7 @@ def start(device: str = "cpu") -> None:
 
 
 def gather(item: T) -> list[T]:
-    """`item` of every process by rank, in every process; [item] for a single process. Every process must call it.
-
-    Args:
-        item: can be pickled.
+    """`item`, which can be pickled, of every process by rank, in every process. Every process must call it.
 
     Raises:
         SparsifyError: other code joined the processes first, and sees another number of them.
@@ -132,13 +112,12 @@ def agree() -> Iterator[None]:
 
     Nothing inside may wait for another process. `agreed` is true of such an error, so that only one process prints it.
     """
-    if world() == 1:
-        yield
-        return
     raised = None
     try:
         yield
     except SparsifyError as error:
+        if world() == 1:
+            raise
         raised = error
     first = next((error for error in gather(raised) if error is not None), None)
     if first is not None:

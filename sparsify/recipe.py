@@ -27,40 +27,26 @@ PositiveShare = Annotated[float, Field(gt=0, le=1)]
 class Losses(Frozen):
     """Weights of the losses (0: off) and how they are computed. p_t, p_s: class probabilities of teacher and student."""
 
-    classification: Weight = Field(0.0, description="cross-entropy with the labels (soft under mixup); needs labels")
-    logits: Weight = Field(0.0, description="T^2 KL(p_t || p_s) at temperature T, nats, mean over images")
-    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="T of `logits`")
-    tokens: Weight = Field(0.0, description="mean squared error of the remaining patch tokens after the final norm")
-    features: Weight = Field(
-        0.0, description="squared error after each block relative to the teacher's squares, mean over blocks"
-    )
-    attention: Weight = Field(0.0, description="predicted against true attention, in the form of `attention_form`")
-    attention_form: Literal["mse-sum", "kl"] = Field(
-        "mse-sum",
-        description="mse-sum: squares summed over images, heads, rows and keys (the paper); kl: nats, mean over rows",
-    )
-    attention_blocks: Literal["mean", "rms"] = Field(
-        "mean",
-        description="how the `attention` of an image's blocks becomes one number; rms (root mean square): the blocks with "
-        "the largest error count most",
-    )
-    mass: Weight = Field(
-        0.0, description="share of the true attention on keys that the predictor drops, mean over rows and blocks"
-    )
-    attention_target: Literal["teacher", "self"] = Field(
-        "teacher",
-        description="whose dense attention is the true one: the teacher's, or the student's own (authors' option)",
-    )
-    coefficients: Literal["all", "kept"] = Field(
-        "all", description="token-lowrank: coefficients that `attention` and `mass` see: all (the paper), or the kept"
-    )
-    basis: Literal["raw", "used"] = Field(
-        "raw", description="token-lowrank: W_up with its signs (the paper), or with sign and threshold as it is used"
-    )
-    basis_l1: Weight = Field(0.0, description="sum of |W_up| over all blocks (token-lowrank)")
-    reference_batch: Count = Field(
-        168, description="images over which a summed loss is summed: B images count reference_batch / B"
-    )
+    classification: Weight = 0.0  # cross-entropy with the labels (soft under mixup); needs labels
+    logits: Weight = 0.0  # T^2 KL(p_t || p_s) at temperature T, nats, mean over images
+    temperature: Annotated[float, Field(gt=0)] = 1.0  # T of `logits`
+    tokens: Weight = 0.0  # mean squared error of the remaining patch tokens after the final norm
+    features: Weight = 0.0  # squared error after each block relative to the teacher's squares, mean over blocks
+    attention: Weight = 0.0  # predicted against true attention, in the form of `attention_form`
+    # mse-sum: squares summed over images, heads, rows and keys (the paper); kl: nats, mean over rows
+    attention_form: Literal["mse-sum", "kl"] = "mse-sum"
+    # how the `attention` of an image's blocks becomes one number; rms (root mean square): the blocks with the
+    # largest error count most
+    attention_blocks: Literal["mean", "rms"] = "mean"
+    mass: Weight = 0.0  # share of the true attention on keys that the predictor drops, mean over rows and blocks
+    # whose dense attention is the true one: the teacher's, or the student's own (authors' option)
+    attention_target: Literal["teacher", "self"] = "teacher"
+    # token-lowrank: coefficients that `attention` and `mass` see: all (the paper), or the kept
+    coefficients: Literal["all", "kept"] = "all"
+    # token-lowrank: W_up with its signs (the paper), or with sign and threshold as it is used
+    basis: Literal["raw", "used"] = "raw"
+    basis_l1: Weight = 0.0  # sum of |W_up| over all blocks (token-lowrank)
+    reference_batch: Count = 168  # images over which a summed loss is summed: B images count reference_batch / B
 
     @property
     def any(self) -> bool:
@@ -89,10 +75,10 @@ class Optimiser(Frozen):
     name: str = "adamw"
     lr: Positive = 2e-4
     weight_decay: Weight = 0.05
-    betas: tuple[Share, Share] | None = Field(None, description="null: the optimiser's own, (0.9, 0.999) of adamw")
+    betas: tuple[Share, Share] | None = None  # null: the optimiser's own, (0.9, 0.999) of adamw
     eps: Annotated[float, Field(gt=0)] | None = None
-    momentum: Share = Field(0.9, description="of sgd and its relatives")
-    clip_grad: Annotated[float, Field(gt=0)] | None = Field(None, description="largest norm of the gradient")
+    momentum: Share = 0.9  # of sgd and its relatives
+    clip_grad: Annotated[float, Field(gt=0)] | None = None  # largest norm of the gradient
     layer_decay: PositiveShare | None = None
 
 
@@ -100,8 +86,8 @@ class Schedule(Frozen):
     """Learning rate by step: from `warmup_lr` up to the optimiser's lr, then down to `min_lr`."""
 
     name: Literal["cosine", "constant"] = "cosine"
-    warmup: Annotated[float, Field(ge=0)] = Field(0.0, description="epochs")
-    warmup_share: Share = Field(0.0, description="the same as a share of the stage's steps; the larger counts")
+    warmup: Annotated[float, Field(ge=0)] = 0.0  # epochs
+    warmup_share: Share = 0.0  # the same as a share of the stage's steps; the larger counts
     warmup_lr: Weight = 0.0
     min_lr: Weight = 0.0
 
@@ -110,18 +96,18 @@ class Augmentation(Frozen):
     """timm's training transform and mixup; with `form: eval` the model's own evaluation transform."""
 
     form: Literal["eval", "train"] = "train"
-    scale: tuple[Share, Share] = Field((0.08, 1.0), description="share of the image's area that is cropped")
+    scale: tuple[Share, Share] = (0.08, 1.0)  # share of the image's area that is cropped
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: Share = 0.5
     color_jitter: Weight = 0.0
-    auto_augment: str | None = Field(None, description="timm's string: rand-m9-mstd0.5-inc1, ...")
-    interpolation: str | None = Field(None, description="null: the model's own")
-    erase: Share = Field(0.0, description="probability of random erasing (pixels)")
-    mixup: Weight = Field(0.0, description="alpha")
-    cutmix: Weight = Field(0.0, description="alpha")
+    auto_augment: str | None = None  # timm's string: rand-m9-mstd0.5-inc1, ...
+    interpolation: str | None = None  # null: the model's own
+    erase: Share = 0.0  # probability of random erasing (pixels)
+    mixup: Weight = 0.0  # alpha
+    cutmix: Weight = 0.0  # alpha
     mixup_prob: Share = 1.0
-    mixup_switch: Share = Field(0.5, description="probability of cutmix where both are on")
-    smoothing: Share = Field(0.0, description="label smoothing")
+    mixup_switch: Share = 0.5  # probability of cutmix where both are on
+    smoothing: Share = 0.0  # label smoothing
 
     @property
     def mixes(self) -> bool:
@@ -133,38 +119,32 @@ class Anneal(Frozen):
     """The share of keys kept falls linearly from `start` to the model's own over the first part of a stage."""
 
     start: PositiveShare = 1.0
-    until: PositiveShare = Field(0.5, description="share of the stage's steps")
+    until: PositiveShare = 0.5  # share of the stage's steps
 
 
 class Stage(Frozen):
     """A stage of fine-tuning; it has `epochs`, `steps` or both, and ends with the first that is reached."""
 
     name: str = "distill"
-    train: Literal["predictors", "attention", "backbone", "all"] = Field(
-        "backbone",
-        description="what learns; attention: only the attention modules of the backbone, so that MLPs, norms and head, "
-        "which a few hundred images cannot teach anew, stay as pretrained",
-    )
-    attention: Literal["sparse", "dense"] = Field(
-        "sparse", description="of the student's forward pass; dense: without sparsity, with all tokens"
-    )
+    # what learns; attention: only the attention modules of the backbone, so that MLPs, norms and head, which a few
+    # hundred images cannot teach anew, stay as pretrained
+    train: Literal["predictors", "attention", "backbone", "all"] = "backbone"
+    # of the student's forward pass; dense: without sparsity, with all tokens
+    attention: Literal["sparse", "dense"] = "sparse"
     epochs: Positive | None = None
-    steps: Count | None = Field(None, description="optimiser steps")
-    batch_size: Count = Field(16, description="images of a step, over all processes and micro-batches")
+    steps: Count | None = None  # optimiser steps
+    batch_size: Count = 16  # images of a step, over all processes and micro-batches
     losses: Losses = Losses()
     optimiser: Optimiser = Optimiser()
     schedule: Schedule = Schedule()
     augmentation: Augmentation = Augmentation()
-    keep: Anneal | PositiveShare | None = Field(
-        None, description="share of keys kept in training; null: the model's own"
-    )
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="stochastic depth of the last block")
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="decay of the weights' running mean")
-    cache_teacher: bool = Field(False, description="keep the teacher's outputs on disk; needs augmentation.form eval")
-    grad_checkpointing: bool = Field(False, description="recompute each block in the backward: less memory, 1.3x time")
-    validate_every: Count | None = Field(
-        1, description="epochs between validations; null: 1 with validation data of its own, else only at the end"
-    )
+    keep: Anneal | PositiveShare | None = None  # share of keys kept in training; null: the model's own
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0  # stochastic depth of the last block
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of the weights' running mean
+    cache_teacher: bool = False  # keep the teacher's outputs on disk; needs augmentation.form eval
+    grad_checkpointing: bool = False  # recompute each block in the backward: less memory, 1.3x time
+    # epochs between validations; null: 1 with validation data of its own, else only at the end
+    validate_every: Count | None = 1
 
     @property
     def moves_backbone(self) -> bool:
@@ -180,26 +160,21 @@ class Stage(Frozen):
     def _fits_together(self) -> Stage:
         losses, mixes = self.losses, self.augmentation.mixes
         name = f"stage '{self.name}'"
+        nothing, cache = f"{name} trains nothing", f"{name}: cache_teacher"
         if self.epochs is None and self.steps is None:
             raise ValueError(f"{name} has neither epochs nor steps")
         if not losses.any:
-            raise ValueError(f"{name} trains nothing: every loss has weight 0")
+            raise ValueError(f"{nothing}: every loss has weight 0")
         if self.train == "predictors" and not losses.predictors:
-            raise ValueError(
-                f"{name} trains nothing: predictors learn from the losses attention, mass and basis_l1 only"
-            )
+            raise ValueError(f"{nothing}: predictors learn from the losses attention, mass and basis_l1 only")
         if not self.moves_predictors and not losses.backbone:
-            raise ValueError(
-                f"{name} trains nothing: the backbone learns from classification, logits, tokens or features"
-            )
+            raise ValueError(f"{nothing}: the backbone learns from classification, logits, tokens or features")
         if self.cache_teacher and (self.augmentation.form != "eval" or mixes):
-            raise ValueError(f"{name}: cache_teacher needs augmentation.form eval, without mixup and cutmix")
+            raise ValueError(f"{cache} needs augmentation.form eval, without mixup and cutmix")
         if self.cache_teacher and losses.pairs and losses.attention_target == "teacher":
-            raise ValueError(
-                f"{name}: cache_teacher holds no attention: the losses attention and mass need the teacher"
-            )
+            raise ValueError(f"{cache} holds no attention: the losses attention and mass need the teacher")
         if self.cache_teacher and losses.features > 0:
-            raise ValueError(f"{name}: cache_teacher holds logits and patch tokens, not the loss features'")
+            raise ValueError(f"{cache} holds logits and patch tokens, not the loss features'")
         if mixes and self.batch_size % 2:
             raise ValueError(f"{name}: mixup and cutmix need an even batch_size, not {self.batch_size}")
         return self
@@ -208,12 +183,10 @@ class Stage(Frozen):
 class Repair(Frozen):
     """Least squares before the first stage: the last linear map of each attention and MLP is fitted to the dense model."""
 
-    images: Count = Field(512, description="to fit to; random crops make up the number where the data has fewer")
+    images: Count = 512  # to fit to; random crops make up the number where the data has fewer
     layers: tuple[Literal["attention", "mlp"], ...] = ("attention",)
-    ridge: Positive = Field(0.3, description="lambda as a share of the mean square of the map's inputs")
-    prefix_weight: Positive = Field(
-        3.0, description="of the row of a prefix token, which the classifier reads; a patch: 1"
-    )
+    ridge: Positive = 0.3  # lambda as a share of the mean square of the map's inputs
+    prefix_weight: Positive = 3.0  # of the row of a prefix token, which the classifier reads; a patch: 1
 
 
 class Recipe(Frozen):
@@ -223,16 +196,13 @@ class Recipe(Frozen):
     sparsity: SparsityConfig = SparsityConfig()
     calib_images: Count = 128
     seed: Annotated[int, Field(ge=0)] = 0
-    start: Literal["closed-form", "random"] = Field(
-        "closed-form", description="predictors before the first stage: calibrated, or drawn as the authors draw them"
-    )
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="of the passes of the fine-tuning; auto: bfloat16 where the machine has instructions for it"
-    )
-    hold_back: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.125, description="share of the images (at most 1024) not trained on, which decide the weights that are kept"
-    )
-    repair: Repair | None = Field(None, description="before the stages; changes the backbone; null: none")
+    # predictors before the first stage: calibrated, or drawn as the authors draw them
+    start: Literal["closed-form", "random"] = "closed-form"
+    # of the passes of the fine-tuning; auto: bfloat16 where the machine has instructions for it
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # share of the images (at most 1024) not trained on, which decide the weights that are kept
+    hold_back: Annotated[float, Field(ge=0, lt=1)] = 0.125
+    repair: Repair | None = None  # before the stages; changes the backbone; null: none
     stages: tuple[Stage, ...] = ()
 
     @property
@@ -247,8 +217,7 @@ class Recipe(Frozen):
     def override(self, **changes: Any) -> Recipe:
         """A copy with `changes`; `None` values are ignored; keys of `SparsityConfig` reach into `sparsity`.
 
-        Raises:
-            UsageError: a value that is out of range, with its name.
+        `UsageError` names a value that is out of range.
         """
         tree = self.model_dump()
         for key, value in changes.items():
@@ -307,11 +276,7 @@ def default_recipe(learns: bool) -> str:
 
 
 def recipe_text(name_or_file: str) -> str:
-    """The YAML of the built-in recipe of that name, or of a file.
-
-    Raises:
-        UsageError: no such recipe.
-    """
+    """The YAML of the built-in recipe of that name, or of a file; `UsageError` where there is neither."""
     if name_or_file in recipe_names():
         return str((_recipes() / f"{name_or_file}.yaml").read_text(encoding="utf-8"))
     if Path(name_or_file).is_file():
