@@ -1,7 +1,6 @@
 """Folders, archives and data sets -> batches, through timm's readers and the model's own preprocessing.
 
-`unlabelled` gives images (calibration), `labelled` images and labels (eval). Both loaders are deterministic, can be iterated
-again, and count the images that could not be read.
+`unlabelled` gives images (calibration), `labelled` images and labels (eval). Both loaders are deterministic.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 from timm.data import ImageNetInfo, create_dataset, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 
 from sparsify.errors import BadData, SparsifyError, UsageError, one_line
 from sparsify.images.digits import scans
@@ -46,10 +45,8 @@ def data_config(model: nn.Module, img_size: int | None = None) -> dict[str, Any]
     `img_size` (pixels, square) replaces the model's own size.
     """
     config = resolve_model_data_config(model)
-    config["input_size"] = (config["input_size"][0], *hosts.image_size(model))
-    if img_size is not None:
-        config["input_size"] = (config["input_size"][0], img_size, img_size)
-    return config
+    size = hosts.image_size(model) if img_size is None else (img_size, img_size)
+    return config | {"input_size": (config["input_size"][0], *size)}
 
 
 def transform(config: dict[str, Any]) -> Transform:
@@ -63,15 +60,11 @@ def train_transform(augmentation: Augmentation, config: dict[str, Any]) -> Trans
     Raises:
         UsageError: timm knows no such `auto_augment` or `interpolation`.
     """
-    same = ("scale", "ratio", "hflip", "auto_augment")
-    options: dict[str, Any] = {name: getattr(augmentation, name) for name in same}
+    options = augmentation.model_dump(include={"scale", "ratio", "hflip", "auto_augment"})
     options |= {name: config[name] for name in ("input_size", "mean", "std")}
-    options |= {
-        "color_jitter": augmentation.color_jitter or None,
-        "interpolation": augmentation.interpolation or config["interpolation"],
-        "re_prob": augmentation.erase,
-        "re_mode": "pixel",
-    }
+    options["color_jitter"] = augmentation.color_jitter or None
+    options["interpolation"] = augmentation.interpolation or config["interpolation"]
+    options |= {"re_prob": augmentation.erase, "re_mode": "pixel"}
     try:
         return create_transform(is_training=True, **options)
     except (AssertionError, KeyError, ValueError) as error:
@@ -101,9 +94,10 @@ def unlabelled(
     """
     images = all_images(path, split)
     if isinstance(images, IterableDataset):
-        return ImageBatches(Stream(images, transform, n), batch_size, 0, strict, name=str(path))
-    some = Part(images, draw(len(images), n, seed))
-    return ImageBatches(Decoded(some, transform), batch_size, workers, strict, name=str(path))
+        dataset: Dataset = Stream(images, transform, n)
+    else:
+        dataset = Decoded(Part(images, draw(len(images), n, seed)), transform)
+    return ImageBatches(dataset, batch_size, workers, strict, name=str(path))
 
 
 def labelled(
@@ -128,11 +122,9 @@ def labelled(
     Raises:
         BadData: nothing there, no class folders, or another number of classes than the model's.
     """
-    spec = str(path)
     images, note = class_images(path, num_classes, split, "test", VAL)
-    if isinstance(images, IterableDataset):
-        return LabelledBatches(Stream(images, transform), batch_size, 0, strict, name=spec, num_classes=num_classes)
-    return LabelledBatches(Decoded(images, transform), batch_size, workers, strict, note, spec, num_classes)
+    dataset = Stream(images, transform) if isinstance(images, IterableDataset) else Decoded(images, transform)
+    return LabelledBatches(dataset, batch_size, workers, strict, note, str(path), num_classes)
 
 
 def builtin_calibration(
@@ -146,11 +138,7 @@ def builtin_calibration(
 
 
 def all_images(path: str | Path, split: str) -> Items | IterableDataset:
-    """All images of `path` (see `unlabelled`) in the listed order.
-
-    Raises:
-        BadData: nothing there, or no images.
-    """
+    """All images of `path` in the listed order; path and errors as in `unlabelled`."""
     spec = str(path)
     if is_digits(spec):
         return Mapped(scans.Digits(_digits_split(spec, "train")))
@@ -163,14 +151,9 @@ def all_images(path: str | Path, split: str) -> Items | IterableDataset:
 def class_images(
     path: str | Path, num_classes: int | None, split: str, digits_split: str, folders: Sequence[str]
 ) -> tuple[Items | IterableDataset, str]:
-    """The images of `path` (see `labelled`) with the model's labels, in the listed order, and one line for the user.
+    """The images of `path` with the model's labels, in the listed order, and one line for the user; see `labelled`.
 
-    Args:
-        digits_split: the split that `digits` stands for.
-        folders: names of folders; the first that lies in `path` is used instead of it.
-
-    Raises:
-        BadData: nothing there, no class folders, or another number of classes than the model's.
+    `digits` stands for `digits_split`; the first of `folders` (names) that lies in `path` is used instead of it.
     """
     spec = str(path)
     if is_digits(spec):

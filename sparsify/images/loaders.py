@@ -7,18 +7,21 @@ import random
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from sparsify import processes
 from sparsify.errors import BadData
 
 Transform = Callable[[Image.Image], Tensor]
+L = TypeVar("L", bound="_Loader")
 
 
 class Items(Protocol):
@@ -134,44 +137,31 @@ class Stream(IterableDataset):
             yield self.transform(image.convert("RGB")), int(label)
 
 
+@dataclass(eq=False)
 class _Loader:
-    """Batches in a fixed order. After an iteration `broken` counts the images left out, `first_broken` names one.
+    """Batches in a fixed order, the same in each iteration."""
 
-    Attributes:
-        strict: raise at the first unreadable image instead of leaving it out.
-        note: one line for the user (what was left out or mapped), or ''.
-        name: of the images, for messages.
-        num_classes: outputs of the model; None: not known.
-        part: one process's part of the images (`sparsify.images.sharing`), which may be empty.
-        total: images that will be read; None for streams.
-    """
+    dataset: Dataset
+    batch_size: int = 32
+    workers: int = 0  # processes that read; a stream is always read by this one
+    strict: bool = False  # raise at the first unreadable image instead of leaving it out
+    note: str = ""  # one line for the user (what was left out or mapped), or ''
+    name: str = ""  # of the images, for messages
+    num_classes: int | None = None  # outputs of the model; None: not known
+    part: bool = False  # one process's part of the images (`share`), which may be empty
+    broken: int = field(default=0, init=False)  # images that the last iteration left out
+    first_broken: str = field(default="", init=False)  # name of one of them, and why
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        batch_size: int = 32,
-        workers: int = 0,
-        strict: bool = False,
-        note: str = "",
-        name: str = "",
-        num_classes: int | None = None,
-        part: bool = False,
-    ) -> None:
-        self.dataset, self.batch_size, self.workers, self.strict = dataset, batch_size, workers, strict
-        self.note, self.name, self.num_classes, self.part = note, name, num_classes, part
-        self.total = None if isinstance(dataset, IterableDataset) else len(cast(Any, dataset))
-        self.broken = 0
-        self.first_broken = ""
+    @property
+    def total(self) -> int | None:
+        """Images that will be read; None for streams."""
+        return None if isinstance(self.dataset, IterableDataset) else len(cast(Any, self.dataset))
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.broken, self.first_broken, good = 0, "", 0
-        loader = DataLoader(
-            self.dataset,
-            self.batch_size,
-            num_workers=self.workers,
-            collate_fn=_collate,
-            worker_init_fn=ignore_interrupt if self.workers else None,
-        )
+        workers = 0 if isinstance(self.dataset, IterableDataset) else self.workers
+        options: dict[str, Any] = {"collate_fn": _collate, "worker_init_fn": ignore_interrupt}
+        loader = DataLoader(self.dataset, self.batch_size, num_workers=workers, **options)
         with closing(batches_of(loader)) as batches:
             for images, labels, failures in batches:
                 self.broken += len(failures)
@@ -187,11 +177,7 @@ class _Loader:
 
 
 class ImageBatches(_Loader):
-    """Yields images, float32 [B, C, H, W].
-
-    Raises while iterating:
-        BadData: no image can be read; with `strict`, the first that cannot be.
-    """
+    """Yields images, float32 [B, C, H, W]; raises `BadData` if none, or with `strict` one, cannot be read."""
 
     def __iter__(self) -> Iterator[Tensor]:
         return (images for images, _ in self._batches())
@@ -204,8 +190,7 @@ class ImageBatches(_Loader):
 class LabelledBatches(_Loader):
     """Yields images, float32 [B, C, H, W], and labels, int64 [B].
 
-    Raises while iterating:
-        BadData: as `ImageBatches`; also a label that the model, of `num_classes` outputs, cannot give.
+    Raises `BadData` as `ImageBatches`; also for a label that the model, of `num_classes` outputs, cannot give.
     """
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -231,9 +216,34 @@ def batches_of(loader: DataLoader) -> Generator[Any, None, None]:
     try:
         yield from batches
     finally:
-        shutdown = getattr(batches, "_shutdown_workers", None)
-        if shutdown is not None:
-            shutdown()
+        if hasattr(batches, "_shutdown_workers"):
+            batches._shutdown_workers()
+
+
+def share(loader: L) -> L:
+    """The part of `loader` that this process reads: every P-th image of P processes.
+
+    An empty part is no error: only all processes together know that there is nothing to read.
+    """
+    if processes.world() == 1:
+        return loader
+    images: Any = loader.dataset
+    if isinstance(images, Stream):
+        part: Any = Stream(_EveryPth(images.source), images.transform)
+    else:
+        part = Subset(images, range(processes.rank(), len(images), processes.world()))
+    return replace(loader, dataset=part, part=True)
+
+
+class _EveryPth:
+    """Items rank, rank + P, ... of a stream."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+        read_whole(source)
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.source), processes.rank(), None, processes.world())
 
 
 def read_whole(stream: Any) -> None:

@@ -26,44 +26,32 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Photograph:
-    """An image, resized and cropped by the model's evaluation transform.
-
-    Attributes:
-        path: its file.
-        width, height: of the original, upright, in pixels.
-        x: the model's input, float32 [C, H, W], normalised.
-        view: the same for display, uint8 [H, W, 3].
-        across, down: where the view's pixels lie in the original.
-    """
+    """An image, resized and cropped by the model's evaluation transform."""
 
     path: Path
-    width: int
+    width: int  # of the original, upright, in pixels; so is height
     height: int
-    x: Tensor
-    view: np.ndarray
-    across: Line
+    x: Tensor  # the model's input, float32 [C, H, W], normalised
+    view: np.ndarray  # the same for display, uint8 [H, W, 3]
+    across: Line  # where the view's pixels lie in the original
     down: Line
 
     def patch(self, point: ImagePoint, grid: tuple[int, int]) -> int:
         """The number of the patch of `grid` under a point of the original, row by row from the top left.
 
-        Raises:
-            UsageError: outside the original, or outside the part of it that the model sees.
+        `UsageError`: outside the original, or outside the part of it that the model sees.
         """
-        x, y = point.pixels(self.width, self.height)
+        (x, y), name = point.pixels(self.width, self.height), self.path.name
         column = _cell(x, self.across, self.view.shape[1], grid[1])
         row = _cell(y, self.down, self.view.shape[0], grid[0])
+        outside = f"{field('query')} {point.text}: outside"
         if not (0 <= x <= self.width and 0 <= y <= self.height):
-            raise UsageError(
-                f"{field('query')} {point.text}: outside {self.path.name}, which has {self.width}x{self.height} pixels"
-            )
+            raise UsageError(f"{outside} {name}, which has {self.width}x{self.height} pixels")
         if column is None or row is None:
             left, right = _ends(self.across, self.view.shape[1], self.width)
             top, bottom = _ends(self.down, self.view.shape[0], self.height)
-            raise UsageError(
-                f"{field('query')} {point.text}: outside the part of {self.path.name} that the model sees, "
-                f"x {left} to {right} and y {top} to {bottom}"
-            )
+            sees = f"the part of {name} that the model sees, x {left} to {right} and y {top} to {bottom}"
+            raise UsageError(f"{outside} {sees}")
         return row * grid[1] + column
 
 
@@ -81,17 +69,12 @@ class ImagePoint(NamedTuple):
 
 
 def point(text: str) -> ImagePoint:
-    """'120,80': pixels; '0.5,0.25', with a decimal point in both and up to 1: shares of width and height.
-
-    Raises:
-        UsageError: neither.
-    """
+    """'120,80': pixels; '0.5,0.25', with a decimal point in both and up to 1: shares of width and height."""
     parts = [part.strip() for part in text.split(",")]
-    if len(parts) == 2:
-        if all(re.fullmatch(r"[0-9]{1,6}", part) for part in parts):
-            return ImagePoint(float(parts[0]), float(parts[1]), False, text)
-        if all(re.fullmatch(r"[0-9]?\.[0-9]*", part) and part != "." and float(part) <= 1 for part in parts):
-            return ImagePoint(float(parts[0]), float(parts[1]), True, text)
+    pixels = all(re.fullmatch(r"[0-9]{1,6}", part) for part in parts)
+    shares = all(re.fullmatch(r"[0-9]?\.[0-9]*", part) and part != "." and float(part) <= 1 for part in parts)
+    if len(parts) == 2 and (pixels or shares):
+        return ImagePoint(float(parts[0]), float(parts[1]), shares, text)
     raise UsageError(
         f"{field('query')} {text}: X,Y in whole pixels of the image (120,80) or as shares of its sides with a decimal point "
         "(0.5,0.25) is expected"
@@ -99,10 +82,7 @@ def point(text: str) -> ImagePoint:
 
 
 def read(path: Path, config: dict[str, Any]) -> Photograph:
-    """The image of a file, turned upright (EXIF orientation).
-
-    Args:
-        config: the model's preprocessing (`sparsify.images.datasets.data_config`).
+    """The image of a file, turned upright (EXIF orientation), as the preprocessing `datasets.data_config` shows it.
 
     Raises:
         BadData: missing, a folder, or not an image.

@@ -1,4 +1,4 @@
-"""Training images and images held back from them: one data set, divided by a seed (`fit.finetune.batches` reads it)."""
+"""Training images and images held back from them: one data set, divided by a seed; crops of images for least squares."""
 
 from __future__ import annotations
 
@@ -8,35 +8,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import IterableDataset
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
 
 from sparsify.errors import BadData
+from sparsify.images import datasets
 from sparsify.images.datasets import TRAIN, VAL, all_images, class_images, draw, is_digits, is_prefixed, split_folder
-from sparsify.images.loaders import Items, Part, StreamPart, read_whole
+from sparsify.images.loaders import Items, Part, StreamPart, drawn, read, read_whole
+from sparsify.recipe import Augmentation
 
 MOST_HELD = 1024
 HELD_OF_UNKNOWN = 256  # images held back from a stream that does not know its length
+CROP = Augmentation(scale=(0.5, 1.0))  # at least half of the image, flipped or not
 
 
 @dataclass(frozen=True)
 class TrainSet:
-    """A data set in two parts without a common image.
+    """A data set in two parts without a common image."""
 
-    Attributes:
-        learn: training images, in the listed order.
-        held: images held back, in random order; empty for `hold_back` 0. Those of a stream are the first of each pass.
-        name: as the user gave it.
-        note: one line for the user (what was left out or mapped), or ''.
-        stream: both parts are a `StreamPart` (wds, tfds, hfids), without a length and read from the beginning.
-        digest: SHA-256 (hex) over the number of all images and the names of files; not over their bytes.
-    """
-
-    learn: Items | StreamPart
+    learn: Items | StreamPart  # training images, in the listed order
+    # images held back, in random order; empty for `hold_back` 0. Those of a stream are the first of each pass
     held: Items | StreamPart
-    name: str
-    note: str
-    stream: bool
-    digest: str
+    name: str  # as the user gave it
+    note: str  # one line for the user (what was left out or mapped), or ''
+    stream: bool  # both parts are a `StreamPart` (wds, tfds, hfids), without a length and read from the beginning
+    digest: str  # SHA-256 (hex) over the number of all images and the names of files; not over their bytes
 
 
 def trainset(
@@ -122,3 +118,30 @@ def _digest(*parts: object) -> str:
     for part in parts:
         digest.update(str(part).encode("utf-8", "surrogateescape") + b"\0")
     return digest.hexdigest()
+
+
+class WithCrops(Dataset):
+    """Images for least squares: each as the model sees it, then random crops of them until there are `n`.
+
+    A few hundred images have features in common by chance, which a linear map would learn; with crops it learns fewer. An
+    item is (tensor, label), or name and reason (text) of an image that cannot be read. A crop depends on the seed, the image
+    and how often it came before. `config` is the model's preprocessing (`datasets.data_config`).
+    """
+
+    def __init__(self, items: Items, n: int, config: dict[str, Any], seed: int) -> None:
+        self.items, self.n, self.seed = items, n, seed
+        self.whole, self.crop = datasets.transform(config), datasets.train_transform(CROP, config)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
+        turn, number = divmod(index, len(self.items))
+        item = read(self.items, number)
+        if isinstance(item, str):
+            return item
+        image, label = item
+        if turn == 0:
+            return self.whole(image), label
+        with drawn(self.seed, "crop", turn, number):
+            return self.crop(image), label

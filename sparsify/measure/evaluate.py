@@ -19,8 +19,8 @@ from torch.utils.data import Subset
 
 from sparsify import processes
 from sparsify.errors import BadData, SparsifyError
-from sparsify.images import datasets, sharing
-from sparsify.images.loaders import Decoded, Items, LabelledBatches, LooseBatches, Part, Stream
+from sparsify.images import datasets
+from sparsify.images.loaders import Decoded, Items, LabelledBatches, LooseBatches, Part, Stream, share
 from sparsify.measure.accuracy import Evaluation, Features, Logits
 from sparsify.measure.figures import count_parameters
 from sparsify.nn import graft, hosts
@@ -85,14 +85,14 @@ def evaluate_images(
         if dense is None and not backbone_changed:
             dense = graft.dense_twin(sparse)
         dense = None if dense is None else dense.to(device, dtype).eval()
-        share, total, every = sharing.share(loader), loader.total, processes.world()
+        local, total, every = share(loader), loader.total, processes.world()
 
         def progress(done: int) -> None:
             listener.progress("eval", done * every if total is None else min(done * every, total), total)
 
         with sparse_form(sparse, compute.backend, compute.kernel_precision):
-            part = run_pass(_named(sparse, dense), share, compute, progress)
-        part.broken, part.first_broken = share.broken, share.first_broken
+            part = run_pass(_named(sparse, dense), local, compute, progress)
+        part.broken, part.first_broken = local.broken, local.first_broken
     parts = processes.gather(part)
     broken, first = sum(part.broken for part in parts), next((p.first_broken for p in parts if p.first_broken), "")
     result = figures_of(parts)

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sparsify.images.crops import WithCrops
 from sparsify.images.datasets import transform
 from sparsify.images.loaders import Mapped
+from sparsify.images.trainset import WithCrops
 
 CONFIG = {
     "input_size": (3, 32, 32),

@@ -13,8 +13,7 @@ from PIL import Image
 import sparsify
 from sparsify import processes
 from sparsify.errors import BadData, SparsifyError
-from sparsify.images import sharing
-from sparsify.images.loaders import LabelledBatches, Stream
+from sparsify.images.loaders import LabelledBatches, Stream, share
 from sparsify.measure import evaluate
 from sparsify.measure.accuracy import Evaluation, Features, Logits
 from sparsify.processes import Compute
@@ -116,9 +115,9 @@ def labels(loader):
 
 
 def test_shares_are_every_third_item(second_of_three):
-    share = sharing.share(LabelledBatches(Pictures(8), 2, name="here"))
-    assert labels(share) == [1, 4, 7] and share.total == 3
-    assert labels(sharing.share(LabelledBatches(Pictures(1), 2))) == []  # nothing for this one is no error
+    part = share(LabelledBatches(Pictures(8), 2, name="here"))
+    assert labels(part) == [1, 4, 7] and part.total == 3
+    assert labels(share(LabelledBatches(Pictures(1), 2))) == []  # nothing for this one is no error
 
 
 def test_streams_are_shared_out_and_do_not_share_out_themselves(second_of_three):
@@ -127,8 +126,8 @@ def test_streams_are_shared_out_and_do_not_share_out_themselves(second_of_three)
 
     source = Source((Image.new("RGB", (2, 2)), i) for i in range(8))
     source.reader = type("Reader", (), {"dist_rank": 1, "dist_num_replicas": 3})()
-    share = sharing.share(LabelledBatches(Stream(source, lambda image: torch.zeros(1)), 2))
-    assert labels(share) == [1, 4, 7]
+    part = share(LabelledBatches(Stream(source, lambda image: torch.zeros(1)), 2))
+    assert labels(part) == [1, 4, 7]
     assert (source.reader.dist_rank, source.reader.dist_num_replicas) == (0, 1)
 
 

@@ -16,10 +16,8 @@ from sparsify.fit.finetune import devices, trainable
 from sparsify.fit.finetune.batches import Batches, BatchSettings
 from sparsify.fit.finetune.validation import Labelled
 from sparsify.images import datasets
-from sparsify.images.crops import WithCrops
-from sparsify.images.loaders import Decoded, ImageBatches, Items, Part, Stream
-from sparsify.images.sharing import share
-from sparsify.images.trainset import TrainSet, trainset
+from sparsify.images.loaders import Decoded, ImageBatches, Items, Part, Stream, share
+from sparsify.images.trainset import TrainSet, WithCrops, trainset
 from sparsify.processes import Compute
 from sparsify.recipe import Recipe, Repair, Stage
 

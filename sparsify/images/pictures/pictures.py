@@ -13,7 +13,7 @@ import random
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import resources
-from typing import overload
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
@@ -40,13 +40,7 @@ class CalibrationImages(Sequence[Image.Image]):
     def __len__(self) -> int:
         return self.n
 
-    @overload
-    def __getitem__(self, index: int) -> Image.Image: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Image.Image]: ...
-
-    def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(self.n))]
         if not -self.n <= index < self.n:
