@@ -288,12 +288,7 @@ def evaluate(
     tell = rest.pop("progress", lambda done, total: None)
     listener = Listener(_in_python(rest.pop("say", None)), lambda step, done, total: tell(done, total))
     return evaluate_images(
-        sparse,
-        str(images),
-        dense=original,
-        compute=compute,
-        listener=listener,
-        **{"backbone_changed": changed, **rest},
+        sparse, str(images), dense=original, compute=compute, listener=listener, **{"backbone_changed": changed, **rest}
     )
 
 

@@ -59,17 +59,8 @@ def root(
     """Options of every command follow the command."""
 
 
-app.command()(convert)
-app.command()(profile)
-app.command("eval")(evaluate)
-app.command()(sweep)
-app.command()(show)
-app.command()(report)
-app.command()(push)
-app.command()(export)
-app.command()(models)
-app.command()(recipes)
-app.command("build-kernels")(build_kernels)
+for command in (convert, profile, evaluate, sweep, show, report, push, export, models, recipes, build_kernels):
+    app.command("eval" if command is evaluate else None)(command)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -83,13 +74,9 @@ def main(arguments: list[str] | None = None) -> None:
         with terminal.read_to_the_end():
             code = command.main(args=given, prog_name="sparsify", standalone_mode=False)
     except SparsifyError as error:
-        printed_elsewhere = not processes.main() and processes.agreed(error)
-        code = (
-            error.exit_code
-            if printed_elsewhere
-            else _fail(error.for_command_line(), error.exit_code, "--debug" in given)
-        )
-        raise SystemExit(code) from None
+        if processes.main() or not processes.agreed(error):  # otherwise another process prints it
+            _fail(error.for_command_line(), error.exit_code, "--debug" in given)
+        raise SystemExit(error.exit_code) from None
     except typer.TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         code = _fail(message, 2, False) if processes.main() else 2

@@ -16,19 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WIDE = 10_000  # columns of a pipe or a file, where nothing is wrapped or cut
-PLAIN = {
-    "–": "-",
-    "—": "-",
-    "…": "...",
-    "→": "->",
-    "×": "x",
-    "±": "+-",
-    "·": "-",
-    "’": "'",
-    "‘": "'",
-    "“": '"',
-    "”": '"',
-}
+PLAIN = dict(zip("–—·…→×±’‘“”", ["-", "-", "-", "...", "->", "x", "+-", "'", "'", '"', '"'], strict=True))
 NARROW = 80  # columns that every table fits
 _HANDLER = "sparsify.plain"
 _DECIDED = ("ignore", "replace", "namereplace", "xmlcharrefreplace")  # by PYTHONIOENCODING: left as they are

@@ -37,33 +37,20 @@ from sparsify.version import __version__
 
 @dataclass(frozen=True)
 class ImageSources:
-    """Images of a conversion.
+    """Images of a conversion, folders or data sets."""
 
-    Attributes:
-        train: folder or data set to calibrate on and, where the recipe has stages, to learn from; None: the built-in set
-            (calibration only).
-        val: labelled images that decide which weights are written; None: a part of `train` is held back.
-    """
-
-    train: str | None = None
-    val: str | None = None
+    train: str | None = None  # calibrate on, and learn from if the recipe has stages; None: built-in, calibration only
+    val: str | None = None  # labelled, to decide which weights are written; None: a part of `train` is held back
 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What a conversion writes.
+    """What a conversion writes."""
 
-    Attributes:
-        path: the model's file; its reports and the folder of a fine-tuning go beside it.
-        force: overwrite another model's file, or discard an unfinished fine-tuning.
-        resume: continue the interrupted fine-tuning of this output.
-        save_minutes: time between two saved states of a fine-tuning.
-    """
-
-    path: Path
-    force: bool = False
-    resume: bool = False
-    save_minutes: float = 5.0
+    path: Path  # the model's file; its reports and the folder of a fine-tuning go beside it
+    force: bool = False  # overwrite another model's file, or discard an unfinished fine-tuning
+    resume: bool = False  # continue the interrupted fine-tuning of this output
+    save_minutes: float = 5.0  # between two saved states of a fine-tuning
 
     def beside(self, ending: str) -> Path:
         """STEM.ending in the folder of the file."""
@@ -72,30 +59,19 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` made.
+    """What `convert` made."""
 
-    Attributes:
-        path: the model's file; `report_json` and `report_md` lie beside it, and `recipe` where a schedule was chosen.
-        model: the sparse model, eval mode.
-        header: what the file says of itself.
-        profile: theoretical MACs, nothing measured.
-        calibration: which images were used, in words.
-        seconds: wall time from the dense model to the written file.
-        tuning: how the fine-tuning went; None where there was none.
-        run: folder of the fine-tuning.
-    """
-
-    path: Path
+    path: Path  # the model's file; the reports lie beside it
     report_json: Path
     report_md: Path
-    recipe: Path | None
-    model: nn.Module
-    header: checkpoint.Header
-    profile: Profile
-    calibration: str
-    seconds: float
-    tuning: RunResult | None = None
-    run: Path | None = None
+    recipe: Path | None  # where a schedule was chosen
+    model: nn.Module  # the sparse model, eval mode
+    header: checkpoint.Header  # what the file says of itself
+    profile: Profile  # theoretical MACs, nothing measured
+    calibration: str  # which images were used, in words
+    seconds: float  # wall time from the dense model to the written file
+    tuning: RunResult | None = None  # how the fine-tuning went; None where there was none
+    run: Path | None = None  # folder of the fine-tuning
 
 
 def convert(

@@ -31,19 +31,12 @@ PROBE_IMAGES = 64  # calibration images on which a schedule is chosen
 
 @dataclass(frozen=True)
 class DenseRequest:
-    """The dense model that a job starts from.
+    """The dense model that a job starts from."""
 
-    Attributes:
-        name: alias, timm name, hf-hub:ORG/NAME, local-dir:FOLDER, or digits.
-        weights: local checkpoint (.safetensors, .pth) of that architecture; None: the weights that the name stands for.
-        num_classes: outputs of the head, 0 for features; None: as many as the weights have.
-        img_size: side in pixels; None: the size that the weights have.
-    """
-
-    name: str
-    weights: Path | None = None
-    num_classes: int | None = None
-    img_size: int | None = None
+    name: str  # alias, timm name, hf-hub:ORG/NAME, local-dir:FOLDER, or digits
+    weights: Path | None = None  # local checkpoint (.safetensors, .pth) of that architecture; None: the name's own
+    num_classes: int | None = None  # outputs of the head, 0 for features; None: as many as the weights have
+    img_size: int | None = None  # side in pixels; None: the size that the weights have
 
 
 class Dense(NamedTuple):
@@ -78,19 +71,12 @@ def load_dense(request: DenseRequest, config: SparsityConfig, compute: Compute, 
 
 @dataclass(frozen=True)
 class Calibrator:
-    """The closed-form calibration of dense models on one set of images.
+    """The closed-form calibration of dense models on one set of images."""
 
-    Attributes:
-        batches: gives the images anew at each call, on the device, [B, C, H, W], float32, normalised.
-        words: what they are, for messages.
-        total: how many they are at most.
-        compute: how calibration computes (autocast to its dtype); listener: who is told.
-    """
-
-    batches: Callable[[], Iterator[Tensor]]
-    words: str
-    total: int
-    compute: Compute
+    batches: Callable[[], Iterator[Tensor]]  # anew at each call, on the device, [B, C, H, W] float32, normalised
+    words: str  # what they are, for messages
+    total: int  # how many they are at most
+    compute: Compute  # calibration is under autocast to its dtype
     listener: Listener
 
     @classmethod
@@ -103,11 +89,9 @@ class Calibrator:
         listener: Listener,
         option: str = "data",
     ) -> Calibrator:
-        """On `recipe.calib_images` images of a folder or data set, drawn by the recipe's seed.
+        """On `recipe.calib_images` images of a folder or data set (None: the built-in set), drawn by the recipe's seed.
 
-        Args:
-            images: None: the built-in set.
-            option: the argument that `images` was given by, for the description.
+        `option`: the argument that `images` was given by, for the description.
         """
         transform = datasets.transform(datasets.data_config(dense.model))
         n, size, device = recipe.calib_images, compute.batch_size or BATCH_SIZE, compute.torch_device

@@ -24,35 +24,28 @@ from sparsify.report import readback
 from sparsify.report.card import Facts, card
 from sparsify.version import __version__
 
-_LOCAL = re.compile(r"(?<![\w/.])(?:/[\w.+-]+){2,}|[A-Za-z]:\\\\\\\\[\w.+-]+|~/[\w./-]+")  # in JSON
+_LOCAL = re.compile(r"(?<![\w/.])(?:/[\w.+-]+){2,}|[A-Za-z]:\\\\\\\\[\w.+-]+|~/[\w./-]+")  # a path, in JSON
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".onnx", ".h5", ".msgpack", ".gguf")
 
 
 @dataclass(frozen=True)
 class Package:
-    """What a repository will hold.
+    """What a repository will hold."""
 
-    Attributes:
-        repo: ORG/NAME.
-        file: the converted file, which becomes model.safetensors.
-        config, card: text of config.json and README.md.
-        notes: lines for the person who pushes.
-    """
-
-    repo: str
-    file: Path
-    config: str
-    card: str
-    notes: tuple[str, ...] = ()
+    repo: str  # ORG/NAME
+    file: Path  # the converted file, which becomes model.safetensors
+    config: str  # text of config.json
+    card: str  # text of README.md
+    notes: tuple[str, ...] = ()  # for the person who pushes
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """URL of the repository, its new commit, and the name that `load` takes."""
+    """What `push` made."""
 
-    url: str
+    url: str  # of the repository
     commit: str
-    name: str
+    name: str  # that `load` takes
 
 
 def package(
@@ -79,8 +72,9 @@ def package(
     measured = None if timing is None else readback.times(timing, figures.macs_sparse, figures.param_count)
     facts = Facts(name, header, figures, known, original, base, results, measured)
     notes = [known.note] if known.note else []
-    if folder := _local_folder(header):
-        notes.append(f"the file's header names a folder of this machine ({folder}): whoever downloads it can read that")
+    if local := _LOCAL.search(json.dumps(header.provenance)):
+        what = f"names a folder of this machine ({local[0]})"
+        notes.append(f"the file's header {what}: whoever downloads it can read that")
     return Package(name, file, _config(header, digest, known.name), card(facts), tuple(notes))
 
 
@@ -235,9 +229,3 @@ def _config(header: checkpoint.Header, digest: str, licence: str) -> str:
         },
     }
     return json.dumps(tree, indent=2) + "\n"
-
-
-def _local_folder(header: checkpoint.Header) -> str:
-    """The first path of a local folder in the header; '' if there is none."""
-    match = re.search(_LOCAL, json.dumps(header.provenance))
-    return match.group(0) if match else ""

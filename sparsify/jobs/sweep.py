@@ -41,18 +41,11 @@ SECONDS = 2.5  # of timing, for each model; `latency.BUDGET_S` at least
 
 @dataclass(frozen=True)
 class EvaluationImages:
-    """What a sweep measures on.
+    """What a sweep measures on."""
 
-    Attributes:
-        path: labelled folder or data set (`sparsify.images.datasets.labelled`); a folder of loose images has no labels, so
-            that only agreement with dense is measured.
-        must_be_labelled: loose images are an error.
-        limit: how many images, drawn by the recipe's seed; None: all.
-    """
-
-    path: str
-    must_be_labelled: bool = False
-    limit: int | None = None
+    path: str  # labelled folder or data set (`sparsify.images.datasets.labelled`); of loose images: agreement only
+    must_be_labelled: bool = False  # loose images are an error
+    limit: int | None = None  # how many images, drawn by the recipe's seed; None: all
 
 
 def sweep(

@@ -22,30 +22,21 @@ from sparsify.recipe import Recipe, load_recipe, recipe_yaml
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A sparse model before any training.
-
-    Attributes:
-        recipe: reproduces it; words: which images were used; images: how many.
-    """
+    """A sparse model before any training."""
 
     model: nn.Module
     config: SparsityConfig
-    recipe: Recipe
-    words: str
-    images: int
+    recipe: Recipe  # reproduces it
+    words: str  # which images were used
+    images: int  # how many
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What fine-tuning made.
+    """What fine-tuning made."""
 
-    Attributes:
-        model: the fine-tuned model, or the calibrated one if that is better; CPU, eval mode. `config` is its own.
-        start: the calibrated model.
-    """
-
-    model: nn.Module
-    config: SparsityConfig
+    model: nn.Module  # the fine-tuned model, or the calibrated one if that is better; CPU, eval mode
+    config: SparsityConfig  # of `model`
     start: Calibrated
     outcome: RunResult
     plan: Plan
@@ -80,15 +71,11 @@ def tune(
     resume: bool,
     force: bool,
 ) -> Tuned:
-    """Calibrates `dense` (in place) or resumes an interrupted run, trains, and returns the better model.
+    """Calibrates `dense` in place by `calibrated`, or resumes an interrupted run, trains, and returns the better model.
 
     Args:
-        calibrated: calibrates `dense`.
         header: of a file of the calibrated model.
-        resume, force: see `RunFolder.open`.
-
-    Raises:
-        SparsifyError: see `RunFolder` and `finetune`.
+        resume, force: see `RunFolder.open`, which raises `SparsifyError`, as `finetune` does.
     """
     teacher = copy.deepcopy(dense)
     with processes.agree():  # no process writes before all have looked

@@ -7,18 +7,17 @@ from typing import Annotated
 
 from sparsify import processes
 from sparsify.cli import options, parsers
+from sparsify.cli.options import flag, option
 from sparsify.errors import UsageError
+
+IMAGENET = "ImageNet root with val/, its val folder, or any folder of class folders."
+DATA = "Another labelled set: folder, timm data set name, or digits."
 
 
 def evaluate(
     file: options.Model = options.MODEL_FILE,
-    imagenet: Annotated[
-        str | None, options.option("DIR", "ImageNet root with val/, its val folder, or any folder of class folders.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        options.option("DATA", "Another labelled set: folder, timm data set name, or digits.", words=["digits"]),
-    ] = None,
+    imagenet: Annotated[str | None, option("DIR", IMAGENET)] = None,
+    data: Annotated[str | None, option("DATA", DATA, words=["digits"])] = None,
     dense: options.Dense = None,
     batch_size: options.BatchSize = 32,
     img_size: options.ImgSize = None,
@@ -27,8 +26,8 @@ def evaluate(
     device: options.Device = "cpu",
     backend: options.Backend = "auto",
     kernel_precision: options.KernelPrecision = "input",
-    strict: Annotated[bool, options.flag("--strict", "Stop at the first image that cannot be read.")] = False,
-    results_file: Annotated[Path | None, options.option("FILE", "Write the results as .csv or .json.")] = None,
+    strict: Annotated[bool, flag("--strict", "Stop at the first image that cannot be read.")] = False,
+    results_file: Annotated[Path | None, option("FILE", "Write the results as .csv or .json.")] = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:

@@ -6,20 +6,19 @@ from pathlib import Path
 from typing import Annotated
 
 from sparsify.cli import options
+from sparsify.cli.options import flag, option
 from sparsify.cli.preflight import preflight
 from sparsify.errors import UsageError
 
 
 def export(
     file: options.Model = options.MODEL_FILE,
-    format: Annotated[str, options.option(None, "onnx, or pt2 (torch.export).")] = "onnx",
-    output: Annotated[
-        Path | None, options.option(None, "Program to write.", default="FILE's name", names=("--output", "-o"))
-    ] = None,
-    batch_size: Annotated[int | None, options.option(None, "Fixed batch size.", default="1", min=1)] = None,
-    dynamic_batch: Annotated[bool, options.flag("--dynamic-batch", "Allow any batch size.")] = False,
+    format: Annotated[str, option(None, "onnx, or pt2 (torch.export).")] = "onnx",
+    output: Annotated[Path | None, option(None, "Program to write.", None, "FILE's name", names="--output -o")] = None,
+    batch_size: Annotated[int | None, option(None, "Fixed batch size.", default="1", min=1)] = None,
+    dynamic_batch: Annotated[bool, flag("--dynamic-batch", "Allow any batch size.")] = False,
     img_size: options.ImgSize = None,
-    force: Annotated[bool, options.flag("--force", "Overwrite an existing file.")] = False,
+    force: Annotated[bool, flag("--force", "Overwrite an existing file.")] = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:

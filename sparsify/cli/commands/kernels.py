@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Annotated
 
 from sparsify.cli import options
+from sparsify.cli.options import flag
 from sparsify.cli.preflight import preflight
 from sparsify.errors import SparsifyError
 
 
 def build_kernels(
-    force: Annotated[bool, options.flag("--force", "Compile again, also what failed before.")] = False,
-    verbose: Annotated[bool, options.flag("--verbose", "Show the compiler's commands and all its output.")] = False,
+    force: Annotated[bool, flag("--force", "Compile again, also what failed before.")] = False,
+    verbose: Annotated[bool, flag("--verbose", "Show the compiler's commands and all its output.")] = False,
 ) -> None:
     """Compile the CPU kernels now instead of at their first use.
 

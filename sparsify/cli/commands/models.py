@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from sparsify.cli import completion
+from sparsify.cli.options import argument
 from sparsify.cli.preflight import preflight
 from sparsify.errors import UsageError, as_options
 
 
 def models(
-    pattern: Annotated[
-        str,
-        typer.Argument(
-            metavar="PATTERN",
-            help="Part of a name, or a pattern with *.",
-            show_default="all",
-            autocompletion=completion.models,
-        ),
-    ] = "",
+    pattern: Annotated[str, argument("PATTERN", "Part of a name, or a pattern with *.", "all", completion.models)] = "",
 ) -> None:
     """List the models that can be converted, a name a line with where its weights come from.
 

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 from sparsify.cli import options, parsers
+from sparsify.cli.options import flag, option
+
+COUNT_AS = "product, or paper: the authors' MHSA accounting besides."
 
 
 def profile(
@@ -17,15 +20,12 @@ def profile(
     device: options.Device = "cpu",
     backend: options.Backend = "auto",
     kernel_precision: options.KernelPrecision = "input",
-    tree: Annotated[bool, options.flag("--tree", "Show MACs by module.")] = False,
-    markdown: Annotated[Path | None, options.option("FILE", "Write the report as Markdown.")] = None,
-    json: Annotated[Path | None, options.option("FILE", "Write every figure as JSON.")] = None,
-    workers: Annotated[int, options.option("N", "No effect: profile reads no images.", hidden=True, min=0)] = 0,
-    no_measure: Annotated[bool, options.flag("--no-measure", "Theoretical figures only.")] = False,
-    count_as: Annotated[
-        str,
-        options.option("NAME", "product, or paper: the authors' MHSA accounting besides.", words=["product", "paper"]),
-    ] = "product",
+    tree: Annotated[bool, flag("--tree", "Show MACs by module.")] = False,
+    markdown: Annotated[Path | None, option("FILE", "Write the report as Markdown.")] = None,
+    json: Annotated[Path | None, option("FILE", "Write every figure as JSON.")] = None,
+    workers: Annotated[int, option("N", "No effect: profile reads no images.", hidden=True, min=0)] = 0,
+    no_measure: Annotated[bool, flag("--no-measure", "Theoretical figures only.")] = False,
+    count_as: Annotated[str, option("NAME", COUNT_AS, words=["product", "paper"])] = "product",
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:

@@ -5,37 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from sparsify.cli import options
+from sparsify.cli.options import argument, flag, option
 from sparsify.cli.preflight import preflight
 from sparsify.errors import UsageError
+
+RESULTS = "Results for the card, of 'eval --results-file NAME.json'."
+TIMES = "Times for the card, of 'profile --json'."
+LICENCE = "Of the weights, if you know it better."
+FOLDER = "Write the files to FOLDER and send nothing."
 
 
 def push(
     file: options.Model,
-    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository; made where there is none.")],
-    private: Annotated[bool, options.flag("--private", "A new repository is private.")] = False,
-    revision: Annotated[str | None, options.option(None, "Branch; made where there is none.", default="main")] = None,
-    message: Annotated[str | None, options.option(None, "Of the commit.", default="names sparsify's version")] = None,
-    evaluation: Annotated[
-        Path | None,
-        options.option("JSON", "Results for the card, of 'eval --results-file NAME.json'.", names=("--eval",)),
-    ] = None,
-    timing: Annotated[
-        Path | None, options.option("JSON", "Times for the card, of 'profile --json'.", names=("--profile",))
-    ] = None,
-    licence: Annotated[
-        str | None,
-        options.option(
-            None, "Of the weights, if you know it better.", default="the file's", names=("--licence", "--license")
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None, options.option("FOLDER", "Write the files to FOLDER and send nothing.", names=("--output", "-o"))
-    ] = None,
-    dry_run: Annotated[bool, options.flag("--dry-run", "Show the card and send nothing.")] = False,
-    force: Annotated[bool, options.flag("--force", "Replace another model.")] = False,
+    repo: Annotated[str, argument("ORG/NAME", "Repository; made where there is none.")],
+    private: Annotated[bool, flag("--private", "A new repository is private.")] = False,
+    revision: Annotated[str | None, option(None, "Branch; made where there is none.", default="main")] = None,
+    message: Annotated[str | None, option(None, "Of the commit.", default="names sparsify's version")] = None,
+    evaluation: Annotated[Path | None, option("JSON", RESULTS, names="--eval")] = None,
+    timing: Annotated[Path | None, option("JSON", TIMES, names="--profile")] = None,
+    licence: Annotated[str | None, option(None, LICENCE, None, "the file's", names="--licence --license")] = None,
+    output: Annotated[Path | None, option("FOLDER", FOLDER, names="--output -o")] = None,
+    dry_run: Annotated[bool, flag("--dry-run", "Show the card and send nothing.")] = False,
+    force: Annotated[bool, flag("--force", "Replace another model.")] = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:

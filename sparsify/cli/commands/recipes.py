@@ -4,26 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from sparsify.cli import completion
+from sparsify.cli.options import argument
 from sparsify.errors import UsageError
 
 
 def recipes(
-    action: Annotated[
-        str,
-        typer.Argument(
-            metavar="show",
-            help="'show' prints one recipe.",
-            show_default=False,
-            autocompletion=completion.one_of(["show"]),
-        ),
-    ] = "",
-    name: Annotated[
-        str,
-        typer.Argument(metavar="NAME", help="Recipe to show.", show_default=False, autocompletion=completion.recipes),
-    ] = "",
+    action: Annotated[str, argument("show", "'show' prints one recipe.", False, ["show"])] = "",
+    name: Annotated[str, argument("NAME", "Recipe to show.", False, completion.recipes)] = "",
 ) -> None:
     """List the recipes, or print one.
 

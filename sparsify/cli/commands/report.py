@@ -6,36 +6,28 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from sparsify.cli import options
+from sparsify.cli.options import argument, flag, option
 from sparsify.cli.preflight import preflight
 from sparsify.errors import BadFile, UsageError
+
+PROFILE = "What 'profile --json' wrote."
+SWEEP = "What 'sweep' wrote: its PREFIX.json, or the folder of it."
 
 
 def report(
     file: options.LocalModel,
-    more_images: Annotated[
-        list[Path] | None, typer.Argument(metavar="[IMAGE...]", help="Image files, with or without --images.")
-    ] = None,
-    profile: Annotated[
-        Path | None, options.option("FILE.json", "What 'profile --json' wrote.", default="MACs are counted now")
-    ] = None,
-    eval_file: Annotated[
-        Path | None, options.option("FILE.json", "What 'eval --results-file' wrote.", names=("--eval",))
-    ] = None,
-    sweep: Annotated[
-        Path | None, options.option("FOLDER|FILE.json", "What 'sweep' wrote: its PREFIX.json, or the folder of it.")
-    ] = None,
-    images: Annotated[
-        list[Path] | None, options.option("IMAGE...", "Images to draw what the model does with.", names=("--images",))
-    ] = None,
+    more_images: Annotated[list[Path] | None, argument("[IMAGE...]", "Image files, with or without --images.")] = None,
+    profile: Annotated[Path | None, option("FILE.json", PROFILE, default="MACs are counted now")] = None,
+    eval_file: Annotated[Path | None, option("FILE.json", "What 'eval --results-file' wrote.", names="--eval")] = None,
+    sweep: Annotated[Path | None, option("FOLDER|FILE.json", SWEEP)] = None,
+    images: Annotated[list[Path] | None, option("IMAGE...", "Images to draw what the model does with.")] = None,
     dense: options.Dense = None,
     query: options.Queries = None,
     layer: options.Layers = None,
     head: options.Heads = None,
-    measure: Annotated[bool, options.flag("--measure", "Measure the latency now, on this machine.")] = False,
-    output: Annotated[Path, options.option("FILE", "Page to write.", names=("--output", "-o"))] = Path("report.html"),
+    measure: Annotated[bool, flag("--measure", "Measure the latency now, on this machine.")] = False,
+    output: Annotated[Path, option("FILE", "Page to write.", names="--output -o")] = Path("report.html"),
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:

@@ -6,30 +6,21 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from sparsify.cli import options
+from sparsify.cli.options import argument, option
 from sparsify.cli.preflight import preflight
 
-DenseOf = Annotated[
-    str | None,
-    options.option(
-        "NAME|FILE",
-        "Dense original: the kept share is of its attention.",
-        default="of the sparse model's own",
-        names=("--dense",),
-    ),
-]
+DENSE_OF = "Dense original: the kept share is of its attention."
 
 
 def show(
     file: options.LocalModel,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    images: Annotated[list[Path], argument("IMAGE...", "Image files.")],
     query: options.Queries = None,
     layer: options.Layers = None,
     head: options.Heads = None,
-    dense: DenseOf = None,
-    output: Annotated[Path, options.option("FOLDER", "Folder for the PNGs.", names=("--output", "-o"))] = Path("show"),
+    dense: Annotated[str | None, option("NAME|FILE", DENSE_OF, default="of the sparse model's own")] = None,
+    output: Annotated[Path, option("FOLDER", "Folder for the PNGs.", names="--output -o")] = Path("show"),
     img_size: options.ImgSize = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,

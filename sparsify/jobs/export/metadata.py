@@ -10,7 +10,6 @@ Beside the keys of `sparsify.models.checkpoint` (but `format`, which is safetens
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import torch
 from torch import nn
@@ -37,18 +36,11 @@ def metadata(model: nn.Module, format: str, batch_size: int | None) -> dict[str,
         "output": output_name(model),
         "versions": {"sparsify": __version__, "torch": torch.__version__},
     }
-    found = {
+    described = {
         "sparsify.preprocessing": json.dumps({key: config[key] for key in PREPROCESSING}, sort_keys=True),
         "sparsify.export": json.dumps(about, sort_keys=True),
     }
-    if labels := _labels(model):
-        found["sparsify.labels"] = json.dumps(labels)
-    return found
-
-
-def _labels(model: nn.Module) -> list[str]:
-    """Names of the classes, if the checkpoint has as many as there are logits."""
-    pretrained: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    names = pretrained.get("label_names")
-    known = isinstance(names, list | tuple) and len(names) == getattr(model, "num_classes", 0)
-    return [str(name) for name in names] if known and names else []
+    labels = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    if labels and isinstance(labels, list | tuple) and len(labels) == getattr(model, "num_classes", 0):
+        described["sparsify.labels"] = json.dumps([str(label) for label in labels])
+    return described

@@ -32,20 +32,13 @@ PICTURES = 8  # on which program and model are compared
 
 
 class Checked(NamedTuple):
-    """How a program's outputs compare with the model's.
+    """How a program's outputs compare with the model's."""
 
-    Attributes:
-        median, most: of each picture's largest difference.
-        apart: number of pictures that differ by more than `TOLERANCE`.
-        pictures: number of pictures compared.
-        largest: the model's largest output.
-    """
-
-    median: float
-    most: float
-    apart: int
-    pictures: int
-    largest: float
+    median: float  # of each picture's largest difference
+    most: float  # of the same
+    apart: int  # number of pictures that differ by more than `TOLERANCE`
+    pictures: int  # number of pictures compared
+    largest: float  # the model's largest output
 
     def words(self) -> str:
         """One line for people."""
@@ -56,22 +49,14 @@ class Checked(NamedTuple):
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` wrote.
-
-    Attributes:
-        path, format: the file.
-        batch: fixed batch size; None: any.
-        bytes: size of the file.
-        checked: how its outputs compare with the model's; None: nothing on this machine runs it.
-        seconds: wall time.
-    """
+    """What `export` wrote."""
 
     path: Path
-    format: str
-    batch: int | None
-    bytes: int
-    checked: Checked | None
-    seconds: float
+    format: str  # one of `FORMATS`
+    batch: int | None  # fixed batch size; None: any
+    bytes: int  # size of the file
+    checked: Checked | None  # how its outputs compare with the model's; None: nothing on this machine runs it
+    seconds: float  # wall time
 
 
 def export(
@@ -124,20 +109,15 @@ def export(
             raise
         except Exception as error:
             raise SparsifyError(f"{file} cannot be written as {format}: {one_line(error)}") from error
-        checked = None
-        if run is not None:
-            checked = compare(model, run, _pictures(model, header.architecture["architecture"]), batch_size)
+        pictures = _pictures(model, header.architecture["architecture"])
+        checked = None if run is None else compare(model, run, pictures, batch_size)
     return Exported(path, format, batch_size, path.stat().st_size, checked, time.perf_counter() - start)
 
 
 def trace(model: nn.Module, batch_size: int | None) -> torch.export.ExportedProgram:
     """The model as a program of PyTorch's operators: images [B, C, H, W] float32 -> logits or features [B, *].
 
-    Args:
-        batch_size: B; None: any.
-
-    Raises:
-        SparsifyError: torch cannot follow the model.
+    `batch_size`: B; None: any. Raises `SparsifyError` where torch cannot follow the model.
     """
     dynamic = None if batch_size else {"x": {0: torch.export.Dim("batch", min=1)}}
     example = torch.zeros(batch_size or 2, *datasets.data_config(model)["input_size"])
