@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparsify.errors import UsageError
+from sparsify.errors import UsageError, field
 from sparsify.nn import token_blocks as blocks_
 from sparsify.nn.hosts import num_prefix_tokens, ranking_rows
 from sparsify.nn.token_blocks import AnyTokenBlock
@@ -202,7 +202,8 @@ HOSTS = blocks_.HOSTS | MODELS
 def check_host(model: nn.Module) -> None:
     """Raise `UsageError` if `model` does not support token stages."""
     if type(model) not in MODELS and not isinstance(model, TokenModel):
-        raise UsageError(f"fewer tokens are not known for a {type(model).__name__}: convert without --token-keep")
+        without = f"convert without {field('token_keep')}"
+        raise UsageError(f"fewer tokens are not known for a {type(model).__name__}: {without}")
 
 
 def install(model: nn.Module, way: str, shares: Sequence[float | None], track_owners: bool) -> None:
@@ -254,5 +255,5 @@ def token_blocks(model: nn.Module) -> dict[str, AnyTokenBlock]:
 def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
         raise NotImplementedError(
-            "attention masks are not defined where tokens are removed: convert without --token-keep"
+            "attention masks are not defined where tokens are removed: convert without token stages"
         )

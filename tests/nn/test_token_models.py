@@ -236,7 +236,7 @@ def test_rope_and_biases_are_those_of_the_places_that_stay(family, way, tokens):
 
 
 def test_naflexvit_refuses_token_stages():
-    with pytest.raises(UsageError, match="NaFlexVit.*without --token-keep"):
+    with pytest.raises(UsageError, match="NaFlexVit.*without token_keep"):
         reduced(host("naflexvit"))
 
 
