@@ -24,7 +24,7 @@ from sparsify.measure.figures import Profile
 from sparsify.measure.latency import Budget
 from sparsify.measure.profile import profile as profile_model
 from sparsify.models import checkpoint, hub
-from sparsify.models.opened import opened
+from sparsify.models.original import opened
 from sparsify.nn import execution, graft
 from sparsify.nn.attention import Execution
 from sparsify.ops.auto import Chooser
@@ -305,7 +305,7 @@ def _opened(model: ModelOrFile, dense: ModelOrFile | None) -> tuple[nn.Module, n
     """The sparse model, the dense one that was given, and whether the backbone is known to have changed."""
     if not isinstance(model, nn.Module):
         file = opened(hub.local(model), dense)
-        return file.model, file.dense, file.backbone_changed
+        return file.model, file.dense, file.header.backbone_changed
     if dense is None or isinstance(dense, nn.Module):
         return model, dense, False
     raise UsageError(f"dense {dense}: beside a model that is no file, the dense model itself is expected")

@@ -15,9 +15,10 @@ Metadata keys (strings; all but `format` hold JSON or plain text):
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,11 +59,7 @@ class Header(NamedTuple):
 
 
 def save(model: nn.Module, path: Path, header: Header) -> None:
-    """Write `model`; a crash or a full disk leaves an existing file unchanged.
-
-    Raises:
-        BadFile: the file cannot be written.
-    """
+    """Write `model`; a crash or a full disk leaves an existing file unchanged. `BadFile`: it cannot be written."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     meta = {"format": "pt", "sparsify.format": str(FORMAT)}
     meta["sparsify.licence"] = str(header.architecture.get("pretrained_cfg", {}).get("license") or "unknown")
@@ -83,11 +80,7 @@ def read_header(path: Path) -> Header:
 
 
 def digest_in(path: Path) -> str:
-    """The digest of everything in the file, as the file states it; `load` checks it.
-
-    Raises:
-        BadFile: see `read_header`.
-    """
+    """The digest of everything in the file, as the file states it; `load` checks it. Errors as of `read_header`."""
     meta = metadata(path)
     _parse(path, meta)
     return meta["sparsify.sha256"]
@@ -99,14 +92,11 @@ def load(
     device: str | torch.device = "cpu",
     rates: Mapping[str, float] | None = None,
 ) -> nn.Module:
-    """The sparse model of a file, in eval mode, float32, with nothing else than the file.
+    """The sparse model of a file, a timm model in eval mode, float32, with nothing else than the file.
 
     Args:
         img_size: side in pixels, when it is not the file's; position embeddings and predictors are resampled.
         rates: dropout and stochastic depth of training (`RATES`), when they are not the architecture's defaults.
-
-    Returns:
-        The timm model with sparse attention; `.to(dtype)` works as usual.
 
     Raises:
         BadFile: see `read_header`; also tensors that do not fit the architecture or the digest.
@@ -120,7 +110,8 @@ def load(
         model = rebuild(header, rates)
     except Exception as error:
         raise BadFile(f"{path}: its header does not describe a model: {one_line(error)}") from None
-    tensors = _tensors(path)
+    with _reading(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     _check_tensors(path, model, tensors)
     if _digest({k: v for k, v in meta.items() if k != "sparsify.sha256"}, tensors) != meta["sparsify.sha256"]:
         raise BadFile(f"{path} was changed after it was written (its digest differs): {_AGAIN}")
@@ -132,20 +123,13 @@ def load(
 
 def rebuild(header: Header, rates: Mapping[str, float] | None = None) -> nn.Module:
     """The sparse model that `header` describes, in eval mode, every parameter zero. Errors are not translated."""
-    host = building.rebuild(
-        header.architecture["architecture"],
-        {**header.architecture["model_args"], **(rates or {})},
-        header.architecture["pretrained_cfg"],
-    )
-    return graft.graft(host, header.config)
+    told = header.architecture
+    args = {**told["model_args"], **(rates or {})}
+    return graft.graft(building.rebuild(told["architecture"], args, told["pretrained_cfg"]), header.config)
 
 
 def checked(rates: Mapping[str, float]) -> dict[str, float]:
-    """`rates` if each is known and a share.
-
-    Raises:
-        UsageError: another name or value.
-    """
+    """`rates` if each is known and a share; `UsageError` for another name or value."""
     for name, rate in rates.items():
         if name not in RATES:
             raise UsageError(f"unknown argument {name}: expected one of {', '.join(RATES)}")
@@ -155,10 +139,9 @@ def checked(rates: Mapping[str, float]) -> dict[str, float]:
 
 
 def resize(model: nn.Module, img_size: int) -> None:
-    """Another image size, in place: position embeddings and predictors are resampled.
+    """Another image size, in place; `UsageError` where the architecture cannot take it.
 
-    Raises:
-        UsageError: a size that the architecture cannot take.
+    Position embeddings and predictors are resampled.
     """
     if hosts.image_size(model) == (img_size, img_size):
         return
@@ -174,46 +157,31 @@ def digest_of(model: nn.Module) -> str:
 
 
 def may_overwrite(path: Path, architecture: Mapping[str, Any], force: bool) -> None:
-    """Refuse to overwrite a file that is not a model of the same architecture, unless `force` is set.
-
-    Raises:
-        BadFile: there is another file at `path`.
-    """
+    """`BadFile` where a file at `path` is not a model of the same architecture, unless `force` is set."""
     if force or not path.exists():
         return
-    try:
-        same = read_header(path).architecture == architecture
-    except BadFile:
-        same = False
-    if not same:
-        raise BadFile(
-            f"{path} exists and is not this model: choose another {field('output')} or overwrite it with {field('force')}"
-        )
+    with contextlib.suppress(BadFile):
+        if read_header(path).architecture == architecture:
+            return
+    choices = f"choose another {field('output')} or overwrite it with {field('force')}"
+    raise BadFile(f"{path} exists and is not this model: {choices}")
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """The file's metadata as written.
-
-    Raises:
-        BadFile: missing, or not safetensors.
-    """
+    """The file's metadata as written; `BadFile`: missing, or not safetensors."""
     if not path.exists():
         raise BadFile(f"no file {path}: 'sparsify convert NAME' writes one")
     if not path.is_file():
         raise BadFile(f"{path} is a folder: give a .safetensors file that 'sparsify convert' wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise _not_whole(path, error) from None
+    with _reading(path) as file:
+        return dict(file.metadata() or {})
 
 
 def _parse(path: Path, meta: Mapping[str, str]) -> Header:
     version = meta.get("sparsify.format")
     if version is None:
-        raise BadFile(
-            f"{path} is a plain checkpoint, not a converted model: run 'sparsify convert NAME --weights {path}'"
-        )
+        instead = f"run 'sparsify convert NAME --weights {path}'"
+        raise BadFile(f"{path} is a plain checkpoint, not a converted model: {instead}")
     if not version.isdigit() or int(version) > FORMAT:
         raise BadFile(f"{path} has format {version}, this version reads up to {FORMAT}: upgrade sparsify-vit")
     try:
@@ -230,16 +198,14 @@ def _parse(path: Path, meta: Mapping[str, str]) -> Header:
         raise BadFile(f"{path}: its header is damaged ({error}): {_AGAIN}") from None
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    """The open safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError) as error:
-        raise _not_whole(path, error) from None
-
-
-def _not_whole(path: Path, error: Exception) -> BadFile:
-    return BadFile(f"{path} is not a whole safetensors file ({one_line(error)}): convert again")
+        raise BadFile(f"{path} is not a whole safetensors file ({one_line(error)}): convert again") from None
 
 
 def _check_tensors(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

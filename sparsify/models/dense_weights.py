@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,8 @@ def checkpoint_filter(architecture: str) -> Callable[[dict[str, torch.Tensor], n
     if architecture == network.ARCHITECTURE:
         architecture = "vit_tiny_patch16_224"
     name = timm.model_entrypoint(architecture).__module__
-    filter_fn = getattr(sys.modules[name], "checkpoint_filter_fn", None)
-    if filter_fn is None:
-        return lambda state, model: state
-    if name.endswith(".deit"):
-        return lambda state, model: filter_fn(state, model, adapt_layer_scale=True)
-    return filter_fn
+    filter_fn: Callable[..., Any] = getattr(sys.modules[name], "checkpoint_filter_fn", lambda state, model: state)
+    return partial(filter_fn, adapt_layer_scale=True) if name.endswith(".deit") else filter_fn
 
 
 def image_side(state: Mapping[str, torch.Tensor], frame: nn.Module) -> int | None:
@@ -95,23 +92,18 @@ def image_side(state: Mapping[str, torch.Tensor], frame: nn.Module) -> int | Non
 
 
 def check_fit(state: dict[str, torch.Tensor], model: nn.Module, path: Path, architecture: str, headless: bool) -> None:
-    """Compare names and shapes of the tensors of a file with those of a model.
+    """`BadFile` where tensors of a file are missing, unexpected or of another shape than a model's; it names three of each.
 
-    Args:
-        headless: the model has a head, the file does not: the message tells how to do without.
-
-    Raises:
-        BadFile: missing or unexpected tensors, or other shapes; three of each are named.
+    `headless`: the model has a head, the file does not: the message tells how to do without.
     """
-    expected = model.state_dict()
-    shapes = [
-        f"{name} {list(state[name].shape)} (expected {list(tensor.shape)})"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    missing, unexpected = [k for k in expected if k not in state], [k for k in state if k not in expected]
-    lists = (("missing", missing), ("unexpected", unexpected), ("other shape:", shapes))
-    parts = [f"{what} {_some(names)}" for what, names in lists if names]
+    expected, given = ({name: list(t.shape) for name, t in tree.items()} for tree in (model.state_dict(), state))
+    shapes = {name: shape for name, shape in expected.items() if given.get(name, shape) != shape}
+    differences = {
+        "missing": [name for name in expected if name not in given],
+        "unexpected": [name for name in given if name not in expected],
+        "other shape:": [f"{name} {given[name]} (expected {shape})" for name, shape in shapes.items()],
+    }
+    parts = [f"{what} {_some(names)}" for what, names in differences.items() if names]
     if parts:
         hint = f" (no head in the file: {field('num_classes')} 0 takes it for features)" if headless else ""
         raise BadFile(f"{path} does not fit {architecture}: {'; '.join(parts)}{hint}")

@@ -30,34 +30,18 @@ CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")  # endings of fil
 
 
 def local(name: str | Path) -> Path:
-    """The local file that `name` stands for: the path itself, or what is downloaded from the hub.
-
-    Raises:
-        UsageError: not a valid name of the hub.
-        SparsifyError: see `fetch`.
-    """
+    """The local file that `name` stands for: the path itself, or what `fetch` downloads from the hub."""
     text = str(name)
     if text.startswith("local-dir:"):
         return Path(text.removeprefix("local-dir:")) / WEIGHTS
     if text.startswith(SCHEMES):
         return fetch(text.partition(":")[2])
-    path = Path(name)
-    if (
-        path.exists()
-        or isinstance(name, Path)
-        or not _NAME.fullmatch(text)
-        or text.endswith((*CHECKPOINTS, ".json", ".yaml"))
-    ):
-        return path
-    return fetch(text)
+    is_name = isinstance(name, str) and _NAME.fullmatch(text) and not text.endswith((*CHECKPOINTS, ".json", ".yaml"))
+    return fetch(text) if is_name and not Path(name).exists() else Path(name)
 
 
 def split(name: str) -> tuple[str, str | None]:
-    """'ORG/NAME@REVISION' -> ('ORG/NAME', 'REVISION'), 'ORG/NAME' -> ('ORG/NAME', None).
-
-    Raises:
-        UsageError: not of that form.
-    """
+    """'ORG/NAME@REVISION' -> ('ORG/NAME', 'REVISION'), 'ORG/NAME' -> ('ORG/NAME', None); else `UsageError`."""
     if not _NAME.fullmatch(name):
         raise UsageError(f"'{name}' is no name of a model on the hub: ORG/NAME is expected, or ORG/NAME@REVISION")
     repository, _, revision = name.partition("@")
@@ -67,8 +51,7 @@ def split(name: str) -> tuple[str, str | None]:
 def fetch(name: str, filename: str = WEIGHTS, cache_dir: str | Path | None = None) -> Path:
     """`filename` of the repository ORG/NAME[@REVISION] in huggingface_hub's cache, downloaded if it is not there yet.
 
-    Args:
-        cache_dir: of huggingface_hub; None: its own (HF_HUB_CACHE).
+    `cache_dir` replaces huggingface_hub's own cache (HF_HUB_CACHE).
 
     Raises:
         UsageError: not a valid name of the hub.
@@ -93,14 +76,13 @@ def _download_error(name: str, filename: str, error: Exception) -> SparsifyError
     if isinstance(error, errors.RevisionNotFoundError):
         return BadFile(f"hf-hub:{name}: the hub has no such revision of this model")
     if isinstance(error, errors.RepositoryNotFoundError):
-        return SparsifyError(
-            f"the hub has no model {name}, or it is private: check the name, or log in ('hf auth login', or HF_TOKEN)"
-        )
+        advice = "check the name, or log in ('hf auth login', or HF_TOKEN)"
+        return SparsifyError(f"the hub has no model {name}, or it is private: {advice}")
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return SparsifyError(
-            f"hf-hub:{name} could not be downloaded: no connection to the hub, and {filename} is not in its cache"
-            " here; give a file, or try again with network"
+        why = (
+            f"no connection to the hub, and {filename} is not in its cache here; give a file, or try again with network"
         )
+        return SparsifyError(f"hf-hub:{name} could not be downloaded: {why}")
     if isinstance(error, errors.EntryNotFoundError):
         return BadFile(f"hf-hub:{name} has no {filename}: it is no model that 'sparsify push' put there")
     return SparsifyError(f"hf-hub:{name} could not be downloaded ({type(error).__name__}: {one_line(error, 120)})")

@@ -50,23 +50,14 @@ ALIASES = {
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a dense model comes from.
+    """Where a dense model comes from."""
 
-    Attributes:
-        asked: the name as the user gave it.
-        architecture: timm's, without tag, or `network.ARCHITECTURE`.
-        pretrained_name: of the weights: architecture.tag, hf-hub:..., local-dir:... or digits.
-        model_args: arguments that build the architecture, JSON-able.
-        note: one line on what an alias or a hub's name is, or ''.
-        pretrained_cfg: from the config.json of a hub or folder; None: timm's own.
-    """
-
-    asked: str
-    architecture: str
-    pretrained_name: str
-    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
-    note: str = ""
-    pretrained_cfg: dict[str, Any] | None = None
+    asked: str  # the name as the user gave it
+    architecture: str  # timm's, without tag, or `network.ARCHITECTURE`
+    pretrained_name: str  # of the weights: architecture.tag, hf-hub:..., local-dir:... or digits
+    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)  # build the architecture; JSON-able
+    note: str = ""  # one line on what an alias or a hub's name is, or ''
+    pretrained_cfg: dict[str, Any] | None = None  # from the config.json of a hub or folder; None: timm's own
 
 
 def resolve(name: str) -> Source:

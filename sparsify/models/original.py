@@ -1,8 +1,9 @@
-"""The dense model that a file was made from, for a file whose own weights no longer are that model's (fine-tuned)."""
+"""A converted file with the dense model that it was made from, which a fine-tuned file's own weights no longer are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,12 +14,44 @@ from sparsify.models import building, checkpoint, names, pretrained
 from sparsify.models.checkpoint import Header
 from sparsify.models.hub import CHECKPOINTS
 
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A converted file with the dense original that it is compared with: both float32, eval mode, on the CPU."""
+
+    model: nn.Module  # the sparse model
+    # the original that was asked for; None: the model's own weights without sparsity, unless `header.backbone_changed`
+    dense: nn.Module | None
+    header: Header
+
+    @property
+    def note(self) -> str:
+        """One line for people where there are no dense figures: why, and what gives them; else ''."""
+        return missing(self.header) if self.header.backbone_changed and self.dense is None else ""
+
+
+def opened(
+    file: Path, dense: nn.Module | str | Path | None = None, img_size: int | None = None, say: Say = lambda line: None
+) -> Opened:
+    """Reads a file that `convert` wrote, and its dense original where one is asked for.
+
+    Args:
+        dense: a model, which is taken as it is; a name or checkpoint (`load_original`), held against the file; or None.
+        img_size: side in pixels, of both models; None: the file's own.
+
+    Raises:
+        SparsifyError: see `sparsify.models.checkpoint.load` and `load_original`.
+    """
+    header, model = checkpoint.read_header(file), checkpoint.load(file, img_size)
+    if dense is None or isinstance(dense, nn.Module):
+        return Opened(model, dense, header)
+    return Opened(model, load_original(header, dense, img_size, say), header)
+
 
 def load_original(
-    header: Header,
-    asked: str | Path,
-    img_size: int | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    header: Header, asked: str | Path, img_size: int | None = None, say: Say = lambda line: None
 ) -> nn.Module:
     """The dense model `asked` on the CPU, float32, eval mode, if it is the one that the file of `header` was made from.
 
@@ -65,9 +98,8 @@ def _from_name(header: Header, asked: str) -> nn.Module:
 
 def _from_file(header: Header, file: Path) -> nn.Module:
     if file.suffix == ".safetensors" and file.is_file() and _converted(file):
-        raise BadFile(
-            f"{field('dense')} {file}: a model that 'sparsify convert' wrote, not a dense one; give {_hint(header)}"
-        )
+        wrong = f"{field('dense')} {file}: a model that 'sparsify convert' wrote, not a dense one"
+        raise BadFile(f"{wrong}; give {_hint(header)}")
     architecture, num_classes, side = _built(header)
     args = names.tuples(header.architecture["model_args"])
     source = names.Source(architecture, architecture, architecture, args)

@@ -52,9 +52,7 @@ def _load_digits(num_classes: int | None, img_size: int | None) -> nn.Module:
     model = network.build(pretrained=True)
     if num_classes == 0:
         model.reset_classifier(0)
-    if img_size is not None:
-        hosts.set_image_size(model, img_size, img_size)
-    return model
+    return building.with_image_size(model, {"img_size": img_size})
 
 
 def _download(source: Source, num_classes: int | None, img_size: int | None) -> nn.Module:

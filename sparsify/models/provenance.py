@@ -23,15 +23,10 @@ _UNKNOWN = "The licence of these weights is unknown: "
 
 @dataclass(frozen=True)
 class Licence:
-    """A licence of weights.
+    """A licence of weights."""
 
-    Attributes:
-        name: as given; '' where it is unknown.
-        note: one sentence that a reader must know, or ''.
-    """
-
-    name: str
-    note: str
+    name: str  # as given; '' where it is unknown
+    note: str  # one sentence that a reader must know, or ''
 
     @property
     def identifier(self) -> str:

@@ -22,7 +22,7 @@ from sparsify.cli import completion, helptext, tables, terminal
 from sparsify.cli.app import app, main
 from sparsify.cli.helptext import tidy
 from sparsify.cli.progress import Reporter
-from sparsify.models import catalogue, names
+from sparsify.models import building, names
 from sparsify.ops import backends
 from sparsify.processes import DTYPES, Compute
 from sparsify.recipe import recipe_names
@@ -101,7 +101,7 @@ def test_words_of_completion_are_those_of_the_options():
 @pytest.mark.parametrize("pattern", ["deit*", "*tiny*"])
 def test_names_offered_are_those_that_can_be_converted(pattern):
     """`make names` writes the list anew."""
-    listed = {name for name, _ in catalogue.listing(pattern)}
+    listed = {name for name, _ in building.listing(pattern)}
     written = {name for name in completion.models("") if re.fullmatch(pattern.replace("*", ".*"), name)}
     assert listed <= written and {*names.ALIASES, names.DIGITS} <= set(completion.models(""))
     assert {name for name in written if name in listed or timm.is_model(name)} <= listed  # older timms know fewer

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from sparsify.cli.preflight import preflight
 from sparsify.errors import BadFile, SparsifyError, UnsupportedModel, UsageError
-from sparsify.models import building, catalogue, pretrained
+from sparsify.models import building, pretrained
 from sparsify.models import building as building_
 from sparsify.models.building import describe, note, rebuild
 from sparsify.models.digits import network
@@ -396,7 +396,7 @@ def test_without_name_service_the_real_hub_client_gives_up_at_once(monkeypatch, 
 
 
 def test_architecture_without_weights_points_to_a_file():
-    name = next(n for n, told in catalogue.listing("vit_*") if told.startswith("no weights"))
+    name = next(n for n, told in building.listing("vit_*") if told.startswith("no weights"))
     with pytest.raises(UsageError, match="no pretrained weights") as error:
         pretrained.load(resolve(name))
     assert "--weights FILE" in error.value.for_command_line()
@@ -456,7 +456,7 @@ def test_digits_loads_from_the_package_and_from_its_own_file():
 
 def test_listing_is_quick_and_true():
     start = time.process_time()
-    names = dict(catalogue.listing())
+    names = dict(building.listing())
     assert time.process_time() - start < 20  # 8 s
     assert {
         "digits",
@@ -474,11 +474,11 @@ def test_listing_is_quick_and_true():
 
 
 def test_listing_takes_a_part_of_a_name_or_a_pattern():
-    assert {n for n, _ in catalogue.listing("deit3_small")} == {
+    assert {n for n, _ in building.listing("deit3_small")} == {
         "deit3_small", "deit3_small_patch16_224", "deit3_small_patch16_384",
     }  # fmt: skip
-    assert [n for n, _ in catalogue.listing("dig*")] == ["digits"]
-    assert catalogue.listing("resnet18") == []
+    assert [n for n, _ in building.listing("dig*")] == ["digits"]
+    assert building.listing("resnet18") == []
 
 
 # preflight

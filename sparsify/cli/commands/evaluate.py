@@ -49,7 +49,7 @@ def evaluate(
     from sparsify.measure.conditions import EVALUATION, conditions
     from sparsify.measure.evaluate import evaluate_images
     from sparsify.models.checkpoint import digest_in
-    from sparsify.models.opened import opened
+    from sparsify.models.original import opened
     from sparsify.ops import backends
     from sparsify.report.accuracy import write_results
 
@@ -64,7 +64,7 @@ def evaluate(
             one.model,
             images,
             dense=one.dense,
-            backbone_changed=one.backbone_changed,
+            backbone_changed=one.header.backbone_changed,
             name=file.stem,
             strict=strict,
             compute=compute,

@@ -18,9 +18,9 @@ def models(
     Example: sparsify models 'vit_*dinov2*'
     """
     preflight()
-    from sparsify.models import catalogue
+    from sparsify.models import building
 
-    found = catalogue.listing(pattern)
+    found = building.listing(pattern)
     if not found:
         raise UsageError(f"no model matches '{pattern}': 'sparsify models' lists all")
     for name, note in found:

@@ -37,7 +37,7 @@ def profile(
     from sparsify.cli import tables
     from sparsify.files import write_json, write_text
     from sparsify.measure import profile
-    from sparsify.models.opened import opened
+    from sparsify.models.original import opened
     from sparsify.report.profile import to_markdown
 
     say = options.say(quiet)
@@ -47,7 +47,7 @@ def profile(
     result = profile.profile(
         one.model,
         dense=one.dense,
-        backbone_changed=one.backbone_changed,
+        backbone_changed=one.header.backbone_changed,
         measure=not no_measure,
         compute=compute,
         count_as=count_as,

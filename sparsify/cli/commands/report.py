@@ -45,7 +45,7 @@ def report(
     from sparsify.images import photograph
     from sparsify.jobs.show import look
     from sparsify.measure.profile import profile as measure_profile
-    from sparsify.models.opened import opened
+    from sparsify.models.original import opened
     from sparsify.report import page, readback
 
     say = options.say(quiet)
@@ -64,7 +64,7 @@ def report(
     if figures is None:
         if measure:
             say("measuring latency, dense beside sparse")
-        changed = one.backbone_changed
+        changed = one.header.backbone_changed
         figures = measure_profile(one.model, dense=one.dense, backbone_changed=changed, measure=measure)
     content = page.Content(file, one.header, figures, evaluation, swept, shown)
     text = page.render(content)

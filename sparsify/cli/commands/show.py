@@ -34,7 +34,7 @@ def show(
     from sparsify.images import photograph
     from sparsify.jobs.show import look
     from sparsify.measure.inspection import DENSE, OWN, REFERENCES
-    from sparsify.models.opened import opened
+    from sparsify.models.original import opened
     from sparsify.report import captions, figures
 
     say = options.say(quiet)

@@ -16,16 +16,8 @@ ARCHITECTURE = "vit_digits_patch2_28"
 WEIGHTS_FILE = "weights.safetensors"
 
 # Arguments of timm's VisionTransformer that differ from its defaults.
-MODEL_ARGS: dict[str, Any] = {
-    "img_size": 28,
-    "patch_size": 2,
-    "in_chans": 3,
-    "num_classes": 10,
-    "embed_dim": 128,
-    "depth": 4,
-    "num_heads": 2,
-    "mlp_ratio": 4.0,
-}
+MODEL_ARGS: dict[str, Any] = {"img_size": 28, "patch_size": 2, "in_chans": 3, "num_classes": 10}
+MODEL_ARGS |= {"embed_dim": 128, "depth": 4, "num_heads": 2, "mlp_ratio": 4.0}
 
 # The model's `pretrained_cfg`: `timm.data.resolve_model_data_config` reads the preprocessing from it.
 DATA_CONFIG: dict[str, Any] = {
@@ -48,9 +40,7 @@ DATA_CONFIG: dict[str, Any] = {
 def build(pretrained: bool = True, folder: Path | None = None) -> VisionTransformer:
     """The model on the CPU, float32, in eval mode: images [B, 3, 28, 28] to logits [B, 10].
 
-    Args:
-        pretrained: load the weights (stored as float16) instead of timm's random initial ones.
-        folder: of `weights.safetensors`; None: this package.
+    `pretrained` loads the weights (stored as float16) from `folder` (None: this package) in place of timm's random ones.
     """
     from safetensors.torch import load
     from timm.models.vision_transformer import VisionTransformer
