@@ -35,25 +35,6 @@ Say = Callable[[str], None]
 ModelOrFile = nn.Module | str | Path
 
 
-class JobOptions(TypedDict, total=False):
-    """Keywords of `convert` that say what is converted, from which images, and where the result goes."""
-
-    target_macs: float | None
-    target_latency: float | None
-    recipe: str | Recipe | None
-    calibrate_only: bool
-    output: str | Path
-    weights: str | Path | None
-    data: str | Path | None
-    val: str | Path | None
-    resume: bool
-    num_classes: int | None
-    img_size: int | None
-    force: bool
-    device: str
-    say: Say
-
-
 class RecipeOptions(TypedDict, total=False):
     """Keywords of `convert` that are fields of `SparsityConfig` or `Recipe`."""
 
@@ -78,8 +59,23 @@ class RecipeOptions(TypedDict, total=False):
     stages: Sequence[Any] | None
 
 
-class ConvertOptions(JobOptions, RecipeOptions, total=False):
-    """Keywords of `convert`."""
+class ConvertOptions(RecipeOptions, total=False):
+    """Keywords of `convert`: also what is converted, from which images, and where the result goes."""
+
+    target_macs: float | None
+    target_latency: float | None
+    recipe: str | Recipe | None
+    calibrate_only: bool
+    output: str | Path
+    weights: str | Path | None
+    data: str | Path | None
+    val: str | Path | None
+    resume: bool
+    num_classes: int | None
+    img_size: int | None
+    force: bool
+    device: str
+    say: Say
 
 
 class ComputeOptions(TypedDict, total=False):
@@ -142,10 +138,10 @@ def convert(name: str, **options: Unpack[ConvertOptions]) -> Conversion:
     Raises:
         SparsifyError: one line: what was wrong, what was expected, what to do.
     """
-    changes: dict[str, Any] = dict(options)
-    asked = {key: changes.pop(key) for key in JobOptions.__optional_keys__ & changes.keys()}
-    data, calibrate_only, keep = asked.get("data"), asked.get("calibrate_only", False), changes.get("keep")
-    recipe = asked.get("recipe") or default_recipe(data is not None and not calibrate_only)
+    of_job = ConvertOptions.__optional_keys__ - RecipeOptions.__optional_keys__
+    changes: dict[str, Any] = {key: value for key, value in options.items() if key not in of_job}
+    data, calibrate_only, keep = options.get("data"), options.get("calibrate_only", False), options.get("keep")
+    recipe = options.get("recipe") or default_recipe(data is not None and not calibrate_only)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     if keep is not None and not isinstance(keep, float | int | str):
@@ -153,22 +149,22 @@ def convert(name: str, **options: Unpack[ConvertOptions]) -> Conversion:
     recipe = recipe.override(**changes)
     if calibrate_only:
         recipe = recipe.without_training()
-    target, shares = None, {"macs": asked.get("target_macs"), "latency": asked.get("target_latency")}
+    target, shares = None, {"macs": options.get("target_macs"), "latency": options.get("target_latency")}
     if any(share is not None for share in shares.values()):
         if keep is not None:
             raise UsageError("keep and a target: the search chooses keep; leave one of them out")
         target = validate(Target, shares, "argument target")
-    weights, val = asked.get("weights"), asked.get("val")
-    weights = None if weights is None else Path(weights)
-    output = Path(asked.get("output", "model.safetensors"))
+    weights, val = options.get("weights"), options.get("val")
+    path = None if weights is None else Path(weights)
+    output = Path(options.get("output", "model.safetensors"))
     return convert_job(
-        DenseRequest(name, weights, asked.get("num_classes"), asked.get("img_size")),
+        DenseRequest(name, path, options.get("num_classes"), options.get("img_size")),
         recipe,
-        OutputOptions(output, asked.get("force", False), asked.get("resume", False)),
+        OutputOptions(output, options.get("force", False), options.get("resume", False)),
         images=ImageSources(None if data is None else str(data), None if val is None else str(val)),
         target=target,
-        compute=Compute(device=asked.get("device", "cpu")),
-        listener=Listener(_in_python(asked.get("say"))),
+        compute=Compute(device=options.get("device", "cpu")),
+        listener=Listener(_in_python(options.get("say"))),
     )
 
 

@@ -5,7 +5,7 @@ Each completer takes the text typed so far and returns what it may become. Where
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from importlib import resources
 
 NAMES = "names.txt"  # `make names` writes it, from `sparsify models`
@@ -22,28 +22,19 @@ SCHEMES = ("hf-hub:", "local-dir:")
 Completer = Callable[[str], list[str]]
 
 
-def one_of(words: Iterable[str]) -> Completer:
+def one_of(words: Sequence[str]) -> Completer:
     """Completes to one of `words`."""
-    known = tuple(words)
-
-    def complete(incomplete: str) -> list[str]:
-        return _fitting(known, incomplete)
-
-    return complete
-
-
-def _fitting(words: Iterable[str], incomplete: str) -> list[str]:
-    return [word for word in words if word.startswith(incomplete)]
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
 def models(incomplete: str) -> list[str]:
     """Model names that `convert` takes, and the prefixes of names on the hub and of folders."""
     known = (resources.files("sparsify.cli") / NAMES).read_text(encoding="utf-8").split()
-    return _fitting([*known, *SCHEMES], incomplete)
+    return one_of([*known, *SCHEMES])(incomplete)
 
 
 def recipes(incomplete: str) -> list[str]:
     """Names of the built-in recipes."""
     from sparsify.recipe import recipe_names
 
-    return _fitting(recipe_names(), incomplete)
+    return one_of(recipe_names())(incomplete)

@@ -17,11 +17,7 @@ T = TypeVar("T")
 
 
 def listed(text: str, name: str, parse: Callable[[str], T], expected: str) -> tuple[T, ...]:
-    """The values between commas: '0.2,0.1' -> (0.2, 0.1).
-
-    Raises:
-        UsageError: `parse` refuses one of them (ValueError).
-    """
+    """The values between commas: '0.2,0.1' -> (0.2, 0.1); a `UsageError` where `parse` raises ValueError."""
     try:
         return tuple(parse(part.strip()) for part in text.split(","))
     except ValueError:
@@ -106,10 +102,9 @@ def rectangle(text: str | None, name: str) -> tuple[int, int] | None:
 
 
 def compute(device: str, dtype: str, backend: str, kernel_precision: str = "input", **sizes: int) -> Compute:
-    """How a job computes, by the options of the group Running. From here on torch and timm are there.
+    """How a job computes, by the options of the group Running (`sizes`: batch_size, micro_batch, workers).
 
-    Args:
-        sizes: batch_size, micro_batch, workers.
+    From here on torch and timm are there.
 
     Raises:
         UsageError: an unknown name, or a device that is unknown or absent.

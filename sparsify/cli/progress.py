@@ -29,17 +29,12 @@ def clock(seconds: float) -> str:
 
 @dataclass
 class _Step:
-    """A step that is reported in lines.
+    """A step that is reported in lines."""
 
-    Attributes:
-        began, first: time and count at its first report.
-        printed, done: time and count of its last line.
-    """
-
-    began: float
-    first: int
-    printed: float
-    done: int = -1
+    began: float  # time of its first report
+    first: int  # count at its first report
+    printed: float  # time of its last line
+    done: int = -1  # count at its last line
 
     def left(self, now: float, done: int, total: int | None) -> str:
         """'4:12 left', by the mean rate so far; '' if that is unknown."""
@@ -58,12 +53,7 @@ class _TimeLeft(TimeRemainingColumn):
 
 
 class Reporter:
-    """Use as a context manager; `update(step, done, total)` may be called for every batch.
-
-    Args:
-        quiet: show nothing.
-        unit: what is counted.
-    """
+    """Use as a context manager; `update(step, done, total)` may be called for every batch (`quiet`: shows nothing)."""
 
     def __init__(self, quiet: bool = False, unit: str = "images") -> None:
         self.quiet, self.unit = quiet, unit
@@ -75,15 +65,12 @@ class Reporter:
     def __enter__(self) -> Reporter:
         if not self.quiet and terminal.animates(self.console):
             words = Column(no_wrap=True)
-            columns = (
+            self.bar = Progress(
                 TextColumn("{task.description:>10}", markup=False, table_column=words),
                 BarColumn(None, table_column=Column(max_width=BAR)),  # this column shrinks in a narrow window
                 MofNCompleteColumn(table_column=words),
                 TextColumn("{task.fields[note]}", markup=False, table_column=words),
                 _TimeLeft(table_column=words),
-            )
-            self.bar = Progress(
-                *columns,
                 console=self.console,
                 transient=True,
                 speed_estimate_period=WINDOW,

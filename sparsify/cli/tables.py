@@ -86,20 +86,13 @@ def sweep_table(result: Sweep) -> Group:
     """All settings of a sweep beside dense, in 80 columns."""
     one = result.settings[0]
     shown = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    headings = [
-        "",
-        "MACs",
-        "change",
-        "MHSA",
-        *(name for name, _, _ in sweep.quality(one.evaluation)),
-        "speed",
-        "p10-p90",
-    ]
+    quality = sweep.quality(one.evaluation)
+    headings = ["", "MACs", "change", "MHSA", *(name for name, _, _ in quality), "speed", "p10-p90"]
     for heading in headings:  # 78 columns where they are full
         short = {"lost/gained": "-/+"}.get(heading, heading.removesuffix(" %"))
         shown.add_column(short, justify="right" if heading else "left", no_wrap=True)
-    dense = [cell for _, cell, _ in sweep.quality(one.evaluation)]
-    shown.add_row("dense", words.human(one.profile.dense.macs), "", "", *dense, "1.00x", "")
+    dense = words.human(one.profile.dense.macs)
+    shown.add_row("dense", dense, "", "", *(cell for _, cell, _ in quality), "1.00x", "")
     for s in result.settings:
         p, speed = s.profile, s.speed
         shown.add_row(

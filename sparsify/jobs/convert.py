@@ -214,14 +214,12 @@ def _choose_schedule(
     config = calibration.config.model_copy(update={"cells": asked.cells, "tokens": asked.tokens})
     sensitivity = calibrator.sensitivity(model, config, target.keeps, "schedule")
     if target.macs is not None:
-        found = choose.for_macs(model, config, sensitivity, target.macs, choose.dense_macs(model))
-        words = f"{found.share:.3f} of the dense model's MACs, {target.macs:g} asked for"
+        found, what = choose.for_macs(model, config, sensitivity, target.macs, choose.dense_macs(model)), "MACs"
     else:
         assert target.latency is not None
         found = choose.for_latency(model, config, sensitivity, target.latency, target.batch_size, say)
-        words = (
-            f"{found.share:.3f} of the dense model's time at batch {target.batch_size}, {target.latency:g} asked for"
-        )
+        what = f"time at batch {target.batch_size}"
+    words = f"{found.share:.3f} of the dense model's {what}, {target.macs or target.latency:g} asked for"
     graft.apply(model, found.config)
     prefix = hosts.num_prefix_tokens(model)
     say(f"schedule: {words}")

@@ -124,6 +124,7 @@ def push(
     token = get_token()
     if not token:
         raise SparsifyError("not logged in to the hub: run 'hf auth login', or set HF_TOKEN to a token that may write")
+    message = message or f"Sparse model by sparsify {__version__}"
     api = HfApi(library_name="sparsify", library_version=__version__, token=token)
     operations = [
         CommitOperationAdd(hub.WEIGHTS, str(made.file)),
@@ -137,12 +138,7 @@ def push(
             if revision is not None:
                 api.create_branch(made.repo, branch=revision, exist_ok=True)
             say(f"sending {made.file.stat().st_size / 1e6:.1f} MB to {url}")
-            commit = api.create_commit(
-                made.repo,
-                operations,
-                commit_message=message or f"Sparse model by sparsify {__version__}",
-                revision=revision,
-            )
+            commit = api.create_commit(made.repo, operations, commit_message=message, revision=revision)
     except SparsifyError:
         raise
     except Exception as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import datetime
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +23,7 @@ from sparsify.nn.attention import Execution
 from sparsify.version import __version__
 
 Header = checkpoint.Header
+PREDICTOR = ".attn.predictor."  # in the names of its tensors
 
 
 def save(model: nn.Module, path: Path, like: Path, force: bool = False) -> Header:
@@ -124,27 +124,15 @@ def _same_outputs(host: nn.Module, fresh: nn.Module) -> bool:
 def _provenance(header: Header, like: Path, state: dict[str, Tensor], described: Header) -> dict[str, Any]:
     """That of `header`, with a note of what happened since; nothing about the machine."""
     with safe_open(like, framework="pt") as file:
-        names = [name for name in file.keys() if not _of_predictor(name)]  # noqa: SIM118
-        same = set(names) == {n for n in state if not _of_predictor(n)} and all(
-            torch.equal(file.get_tensor(name), state[name]) for name in names
-        )
+        names = {name for name in file.keys() if PREDICTOR not in name}  # noqa: SIM118
+        outside = {name for name in state if PREDICTOR not in name}
+        same = names == outside and all(torch.equal(file.get_tensor(name), state[name]) for name in names)
+    versions = {"sparsify-vit": __version__, "torch": torch.__version__.partition("+")[0], "timm": timm.__version__}
     further = {
         "of": checkpoint.digest_in(like),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {
-            "sparsify-vit": __version__,
-            "torch": torch.__version__.partition("+")[0],
-            "timm": timm.__version__,
-        },
+        "versions": versions,
         "architecture_changed": described.architecture["model_args"] != header.architecture["model_args"],
     }
-    history = header.provenance.get("further")
-    changed = header.backbone_changed or not same
-    return header.provenance | {
-        "backbone_changed": changed,
-        "further": [*(history or []), json.loads(json.dumps(further))],
-    }
-
-
-def _of_predictor(name: str) -> bool:
-    return ".attn.predictor." in name
+    history = header.provenance.get("further") or []
+    return header.provenance | {"backbone_changed": header.backbone_changed or not same, "further": [*history, further]}
