@@ -125,11 +125,9 @@ def convert(name: str, **options: Unpack[ConvertOptions]) -> Conversion:
         data: folder or data set to calibrate on and to learn from. None: the built-in pictures, calibration only.
         val: labelled images that decide which weights are written; None: a part of `data` is held back.
         resume: continue the interrupted fine-tuning of this output (folder STEM.run beside it).
-        num_classes: outputs of `weights`, 0 for features; None: read off the file.
-        img_size: side in pixels; None: the model's own.
-        force: overwrite a file that holds another model.
+        num_classes: outputs of `weights`, 0 for features; None: read off the file. img_size: in pixels; None: the model's.
+        force: overwrite a file that holds another model. say: called with a line now and then.
         device: of torch: cpu (default), cuda, cuda:1, mps.
-        say: called with a line now and then.
         predictor, rank, tail, cells, spread_rank, granularity, tile, fold, token_lowrank, tokens: fields of
             `SparsityConfig`; tokens is a mapping:
             {"keep": 0.7, "stages": (4, 7, 10), "way": "merge", "importance": "fitted"}.

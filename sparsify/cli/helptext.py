@@ -81,7 +81,7 @@ class Group(TyperGroup):
 
 def tidy(text: str) -> str:
     """Help of an option without typer's marks: '[default: (all); x>=1]' -> '[default: all]'."""
-    words, bracket, extra = text.rpartition("  [") if "  [" in text else (text, "", "")
+    words, bracket, extra = text.rpartition("  [")
     if not bracket:
         return text
     extra = re.sub(r"(^|; )required$", "", extra.removesuffix("]"))

@@ -8,11 +8,7 @@ from sparsify.errors import SparsifyError
 
 
 def preflight() -> None:
-    """Import torch, torchvision and timm in that order.
-
-    Raises:
-        SparsifyError: one of them is missing or does not fit the others: which, and what to install.
-    """
+    """Import torch, torchvision and timm; a `SparsifyError` names the one that is missing or does not fit the others."""
     for name in ("torch", "torchvision", "timm"):
         try:
             importlib.import_module(name)

@@ -7,6 +7,7 @@ import datetime
 import platform
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -113,9 +114,7 @@ def convert(
         "weights": request.weights.name if request.weights else None,
         "dense_sha256": dense_sha256,
     }
-
-    def calibrated() -> Calibrated:
-        return _calibrated(dense, recipe, images.train, target, compute, listener)
+    calibrated = partial(_calibrated, dense, recipe, images.train, target, compute, listener)
 
     def header(found: Calibrated, config: SparsityConfig, tuned: Tuned | None = None) -> checkpoint.Header:
         provenance = about | _provenance(found, images.train is not None) | (tuned.provenance() if tuned else {})

@@ -120,10 +120,7 @@ class Calibrator:
     ) -> Sensitivity:
         """What tokens and keys removed in each block cost a calibrated `model`; it gets its fitted importance.
 
-        Args:
-            config: of the model; cells and tokens as the search takes them.
-            keeps: shares of keys to try; None: dense attention.
-            step: name of this step for the listener.
+        `config`: the model's, cells and tokens as the search takes them; `keeps`: to try, None: dense; `step`: its name.
         """
         if (config.tokens or Tokens()).importance == "fitted":
             fit_importance(model, self.batches, self._progress)

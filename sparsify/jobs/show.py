@@ -63,9 +63,7 @@ def look(
 
 def spread(n: int, most: int) -> list[int]:
     """At most `most` of 0 to n - 1, evenly spaced, the first and the last among them."""
-    if n <= most:
-        return list(range(n))
-    return [round(i * (n - 1) / (most - 1)) for i in range(most)]
+    return list(range(n)) if n <= most else [round(i * (n - 1) / (most - 1)) for i in range(most)]
 
 
 def unique(names: Sequence[str]) -> list[str]:

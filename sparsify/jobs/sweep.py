@@ -75,7 +75,6 @@ def sweep(
     device, dtype, execution = compute.torch_device, compute.torch_dtype, Execution(compute.backend)
     loaded = load_dense(request, recipe.sparsity, compute, listener)
     source, model = loaded.source, loaded.model
-    classes = int(cast(Any, model).num_classes)
     shown, labelled = evaluate.images_of(
         model, images.path, images.must_be_labelled, images.limit, recipe.seed, compute.workers
     )
@@ -107,22 +106,16 @@ def sweep(
     say(f"timing {len(sparse) + 1} models in turns")
     batch_size = compute.batch_size or 1
     times, speeds = _time({"dense": dense, **sparse}, batch_size, device, dtype)
+    named = {name: replace(figures, model=name, broken=shown.broken) for name, figures in evaluations.items()}
     settings = tuple(
-        Setting(
-            choice,
-            _recipe_of(choice, recipe),
-            macs,
-            replace(evaluations[choice.name], model=choice.name, broken=shown.broken),
-            times[choice.name],
-            speeds[choice.name],
-        )
+        Setting(choice, _recipe_of(choice, recipe), macs, named[choice.name], times[choice.name], speeds[choice.name])
         for choice, macs in zip(choices, profiles, strict=True)
     )
     return Sweep(
         model=source.asked,
         weights=None if request.weights is None else request.weights.name,
         architecture=source.architecture,
-        classes=classes,
+        classes=int(cast(Any, model).num_classes),
         images=images.path,
         calibration=as_options(calibrator.words),
         labelled=labelled,

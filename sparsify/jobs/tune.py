@@ -89,9 +89,8 @@ def tune(
             checkpoint.save(start.model, run.start, header(start))
         processes.barrier()
     how.listener.say(_announced(plan))
-    student = start.model
+    student, config = start.model, start.config
     outcome = finetune(student, teacher, plan, how, state)
-    config = start.config
     if outcome.changed:
         student = student.to("cpu")
         if plan.unfolds and not (plan.folds_again and fold(student)):

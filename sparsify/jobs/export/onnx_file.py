@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import SparsifyError, field
-from sparsify.jobs.export.metadata import INPUT
 
+INPUT = "images"  # name of the program's input
 MOST_BYTES = 2_000_000_000  # a little below the 2 GiB that a protobuf file can hold
 UNCHECKED = "not checked: onnxruntime is not installed (pip install 'sparsify-vit[export]')"
 
@@ -41,7 +41,9 @@ def check_size(nbytes: int) -> None:
 
 def write(program: torch.export.ExportedProgram, path: str, described: Mapping[str, str], output: str) -> None:
     """Writes the program with all its weights to `path`; `output`: name of its result."""
-    dynamic = any(isinstance(size, torch.SymInt) for size in _images(program).shape)
+    (name,) = program.graph_signature.user_inputs
+    images = next(node.meta["val"] for node in program.graph.nodes if node.name == name)
+    dynamic = any(isinstance(size, torch.SymInt) for size in images.shape)
     with _quiet():
         made: Any = torch.onnx.export(
             program,
@@ -66,11 +68,6 @@ def runner(path: str) -> Callable[[Tensor], Tensor] | None:
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
-
-
-def _images(program: torch.export.ExportedProgram) -> Tensor:
-    (name,) = program.graph_signature.user_inputs
-    return next(node.meta["val"] for node in program.graph.nodes if node.name == name)
 
 
 def _stable_sort() -> Callable[..., Any]:

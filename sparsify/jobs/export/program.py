@@ -6,6 +6,7 @@ without the CPU kernels. Its outputs are compared with the model's before the fi
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,14 +21,15 @@ from sparsify.errors import BadFile, SparsifyError, UsageError, field, one_line
 from sparsify.files import whole
 from sparsify.images import datasets
 from sparsify.jobs.export import onnx_file, pt2_file
-from sparsify.jobs.export.metadata import metadata, output_name
 from sparsify.models import checkpoint
 from sparsify.models.digits import network
 from sparsify.nn import execution
+from sparsify.version import __version__
 
 FORMATS = {"onnx": onnx_file, "pt2": pt2_file}
 TOLERANCE = 1e-3  # difference of an output that is reported
 WRONG = 1e-2  # difference, as a share of the model's largest output, that no rounding explains
+PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 PICTURES = 8  # on which program and model are compared
 
 
@@ -74,8 +76,7 @@ def export(
     Args:
         format: onnx or pt2.
         output: a name that ends in .onnx or .pt2; None: that of `file` with that ending.
-        batch_size: fixed batch size; None: any.
-        img_size: side in pixels; None: the file's.
+        batch_size: fixed batch size; None: any. img_size: side in pixels; None: the file's.
         force: overwrite an existing output.
 
     Raises:
@@ -112,6 +113,36 @@ def export(
         pictures = _pictures(model, header.architecture["architecture"])
         checked = None if run is None else compare(model, run, pictures, batch_size)
     return Exported(path, format, batch_size, path.stat().st_size, checked, time.perf_counter() - start)
+
+
+def output_name(model: nn.Module) -> str:
+    """`logits`, or `features` of a model without a classifier."""
+    return "logits" if getattr(model, "num_classes", 0) else "features"
+
+
+def metadata(model: nn.Module, format: str, batch_size: int | None) -> dict[str, str]:
+    """Metadata beside the file's header: how to feed the program, and what it is.
+
+    sparsify.preprocessing  input_size [C, H, W], mean, std, interpolation, crop_pct, crop_mode: timm's words
+    sparsify.export         format, batch (a number or "any"), input and output by name, library versions
+    sparsify.labels         names of the classes in the order of the logits, where the file has them
+    """
+    config = datasets.data_config(model)
+    about = {
+        "format": format,
+        "batch": batch_size or "any",
+        "input": onnx_file.INPUT,
+        "output": output_name(model),
+        "versions": {"sparsify": __version__, "torch": torch.__version__},
+    }
+    described = {
+        "sparsify.preprocessing": json.dumps({key: config[key] for key in PREPROCESSING}, sort_keys=True),
+        "sparsify.export": json.dumps(about, sort_keys=True),
+    }
+    labels = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    if labels and isinstance(labels, list | tuple) and len(labels) == getattr(model, "num_classes", 0):
+        described["sparsify.labels"] = json.dumps([str(label) for label in labels])
+    return described
 
 
 def trace(model: nn.Module, batch_size: int | None) -> torch.export.ExportedProgram:
