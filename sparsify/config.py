@@ -15,7 +15,9 @@ from sparsify.errors import UsageError, field
 
 M = TypeVar("M", bound=BaseModel)
 Keep = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | Literal["dense"]
-Rate = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Side = Annotated[int, Field(ge=1, le=64)]
 
@@ -49,14 +51,12 @@ def _refuse_truth(value: Any) -> Any:
 class TokenLowrank(Frozen):
     """Options of the paper's predictor besides its rank (names as in `docs/glossary.md`)."""
 
-    # c: size of q' and k' inside a head; null: that of the head (the paper's figure)
-    channels: Annotated[int, Field(ge=1)] | None = None
+    channels: Count | None = None  # c: size of q' and k' inside a head; null: that of the head (the paper's figure)
     scale: Literal["head-size", "heads"] = "head-size"  # q' K_down' is scaled by 1/sqrt of it; authors' code: heads
-    coef_topk: Annotated[int, Field(ge=1)] | None = 8  # coefficients kept in each row; null keeps all
-    # coefficients up to this value become 0; used when coef_topk is null
-    coef_threshold: Annotated[float, Field(ge=0)] | None = None
+    coef_topk: Count | None = 8  # coefficients kept in each row; null keeps all
+    coef_threshold: NonNegative | None = None  # coefficients up to this value become 0; used when coef_topk is null
     basis: Literal["signed", "absolute"] = "signed"  # W_up as fitted, or its absolute value
-    basis_threshold: Annotated[float, Field(ge=0)] = 0.0  # entries of W_up up to this value become 0
+    basis_threshold: NonNegative = 0.0  # entries of W_up up to this value become 0
     shared_projection: bool = False  # W_up is the transpose of W_down (SHARE_INOUT_PROJ)
     shared_heads: bool = False  # one W_up for all heads, as in the authors' code
 
@@ -73,8 +73,8 @@ class Tokens(Frozen):
     # of a token; fitted: how much later rows read of it, predicted from the token by a linear map fitted in
     # calibration; attention: what this block's cls row gives it
     importance: Literal["fitted", "attention"] = "fitted"
-    keep: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | tuple[Rate, ...] = 0.7
-    stages: tuple[Annotated[int, Field(ge=1)], ...] = (4, 7, 10)  # blocks, counted from 1
+    keep: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | tuple[Share, ...] = 0.7
+    stages: tuple[Count, ...] = (4, 7, 10)  # blocks, counted from 1
 
     _numbers = field_validator("keep", "stages", mode="before")(_refuse_truth)
 
@@ -88,17 +88,16 @@ class Tokens(Frozen):
 
     def check(self, depth: int, prefix: int) -> None:
         """Raise `UsageError` where this does not fit `depth` blocks and `prefix` prefix tokens."""
-        if isinstance(self.keep, tuple):
-            if len(self.keep) != depth:
-                raise UsageError(
-                    f"token keep lists {len(self.keep)} rates, but the model has {depth} blocks: give one each"
-                )
-            if 0 in self.keep and prefix == 0:
-                raise UsageError("token keep 0 leaves nothing: this model has no cls or other prefix token")
-            return
-        if not self.stages or max(self.stages) > depth or len(set(self.stages)) < len(self.stages):
-            given = ",".join(map(str, self.stages))
-            raise UsageError(f"token stages {given}: expected different blocks from 1 to {depth}")
+        if not isinstance(self.keep, tuple):
+            if not self.stages or max(self.stages) > depth or len(set(self.stages)) < len(self.stages):
+                given = ",".join(map(str, self.stages))
+                raise UsageError(f"token stages {given}: expected different blocks from 1 to {depth}")
+        elif len(self.keep) != depth:
+            raise UsageError(
+                f"token keep lists {len(self.keep)} rates, but the model has {depth} blocks: give one each"
+            )
+        elif 0 in self.keep and prefix == 0:
+            raise UsageError("token keep 0 leaves nothing: this model has no cls or other prefix token")
 
 
 class Geometry(NamedTuple):
@@ -185,16 +184,13 @@ class SparsityConfig(Frozen):
         return self.model_copy(update={"cells": cells[0] if len(set(cells)) == 1 else tuple(cells)})
 
     def resolved(self, shape: Geometry) -> tuple[BlockPlan, ...]:
-        """The plan of each block of a model of that shape; `UsageError` where it does not fit (`check`)."""
-        self.check(shape.depth, shape.heads, shape.head_dim, shape.prefix)
-        written = self.with_cells(shape.tokens)
-        return tuple(
-            BlockPlan(written.keep_of(i), written.ranks_of(i, shape.heads), written.cells_of(i))
-            for i in range(shape.depth)
-        )
+        """The plan of each block of a model of that shape; `UsageError` where it does not fit."""
+        self._check(shape)
+        full, heads = self.with_cells(shape.tokens), shape.heads
+        return tuple(BlockPlan(full.keep_of(i), full.ranks_of(i, heads), full.cells_of(i)) for i in range(shape.depth))
 
-    def check(self, depth: int, heads: int, head_dim: int, prefix: int = 1) -> None:
-        """Raise `UsageError` where this does not fit `depth` blocks with `heads` heads of size `head_dim`, P = `prefix`."""
+    def _check(self, shape: Geometry) -> None:
+        depth, heads, head_dim, _, prefix = shape
         if self.tokens is not None:
             self.tokens.check(depth, prefix)
         one_grid = self.cells is not None and isinstance(self.cells[0], int)
@@ -206,16 +202,14 @@ class SparsityConfig(Frozen):
         if not ranks:
             return
         if any(len(r) != heads for r in ranks):
-            raise UsageError(
-                f"rank lists {min(map(len, ranks))} values for a block, but it has {heads} heads: give one each"
-            )
+            given = min(map(len, ranks))
+            raise UsageError(f"rank lists {given} values for a block, but it has {heads} heads: give one each")
         if self.predictor == "token-lowrank" and any(len(set(r)) > 1 for r in ranks):
             raise UsageError("token-lowrank has one rank for all heads of a block")
         largest = max(map(max, ranks))
         if self.predictor == "head-lowrank" and largest > head_dim:
-            raise UsageError(
-                f"rank {largest} is larger than the head size {head_dim} of this model: give a smaller {field('rank')}"
-            )
+            smaller = f"give a smaller {field('rank')}"
+            raise UsageError(f"rank {largest} is larger than the head size {head_dim} of this model: {smaller}")
 
 
 class Target(Frozen):
@@ -227,4 +221,4 @@ class Target(Frozen):
     macs: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     latency: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     keeps: tuple[Annotated[float, Field(gt=0, le=1)] | None, ...] = (None, 0.25, 0.1, 0.05)
-    batch_size: Annotated[int, Field(ge=1)] = 1
+    batch_size: Count = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,26 +24,21 @@ def whole(path: str | Path) -> Iterator[str]:
     Raises:
         BadFile: the folder is missing, or cannot be written.
     """
-    path, temporary = Path(path), ""
+    path = Path(path)
+    temporary = os.path.join(path.parent, f".{path.name}.{secrets.token_hex(4)}")
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
+        open(temporary, "xb").close()
+        mode = os.stat(temporary).st_mode & 0o777  # what the umask leaves
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gives 0600
+        os.chmod(temporary, mode)  # safetensors writes with 0600
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise BadFile(f"cannot write {path}: {one_line(error)}; the old file, if any, is unchanged") from error
     finally:
-        if temporary and os.path.exists(temporary):
+        if os.path.exists(temporary):
             os.unlink(temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def publishable(name: str, parts: int = 2) -> str:

@@ -100,9 +100,8 @@ def gather(item: T) -> list[T]:
 
     items = cast(list[T], gather_object([item]))
     if len(items) != world():
-        raise SparsifyError(
-            f"{world()} processes were started, but accelerate joined {len(items)}: on CPUs give Accelerator(cpu=True)"
-        )
+        joined = f"{world()} processes were started, but accelerate joined {len(items)}"
+        raise SparsifyError(f"{joined}: on CPUs give Accelerator(cpu=True)")
     return items
 
 

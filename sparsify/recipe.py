@@ -14,12 +14,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from sparsify.config import Frozen, SparsityConfig, validate
+from sparsify.config import Count, Frozen, NonNegative, Share, SparsityConfig, validate
 from sparsify.errors import UsageError, field
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 
@@ -41,10 +39,8 @@ class Losses(Frozen):
     mass: Weight = 0.0  # share of the true attention on keys that the predictor drops, mean over rows and blocks
     # whose dense attention is the true one: the teacher's, or the student's own (authors' option)
     attention_target: Literal["teacher", "self"] = "teacher"
-    # token-lowrank: coefficients that `attention` and `mass` see: all (the paper), or the kept
-    coefficients: Literal["all", "kept"] = "all"
-    # token-lowrank: W_up with its signs (the paper), or with sign and threshold as it is used
-    basis: Literal["raw", "used"] = "raw"
+    coefficients: Literal["all", "kept"] = "all"  # token-lowrank: those that `attention` and `mass` see; paper: all
+    basis: Literal["raw", "used"] = "raw"  # token-lowrank: W_up with signs (paper), or with sign and threshold as used
     basis_l1: Weight = 0.0  # sum of |W_up| over all blocks (token-lowrank)
     reference_batch: Count = 168  # images over which a summed loss is summed: B images count reference_batch / B
 
@@ -86,7 +82,7 @@ class Schedule(Frozen):
     """Learning rate by step: from `warmup_lr` up to the optimiser's lr, then down to `min_lr`."""
 
     name: Literal["cosine", "constant"] = "cosine"
-    warmup: Annotated[float, Field(ge=0)] = 0.0  # epochs
+    warmup: NonNegative = 0.0  # epochs
     warmup_share: Share = 0.0  # the same as a share of the stage's steps; the larger counts
     warmup_lr: Weight = 0.0
     min_lr: Weight = 0.0
@@ -129,8 +125,7 @@ class Stage(Frozen):
     # what learns; attention: only the attention modules of the backbone, so that MLPs, norms and head, which a few
     # hundred images cannot teach anew, stay as pretrained
     train: Literal["predictors", "attention", "backbone", "all"] = "backbone"
-    # of the student's forward pass; dense: without sparsity, with all tokens
-    attention: Literal["sparse", "dense"] = "sparse"
+    attention: Literal["sparse", "dense"] = "sparse"  # of the student's forward pass; dense: no sparsity, all tokens
     epochs: Positive | None = None
     steps: Count | None = None  # optimiser steps
     batch_size: Count = 16  # images of a step, over all processes and micro-batches
@@ -143,8 +138,7 @@ class Stage(Frozen):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of the weights' running mean
     cache_teacher: bool = False  # keep the teacher's outputs on disk; needs augmentation.form eval
     grad_checkpointing: bool = False  # recompute each block in the backward: less memory, 1.3x time
-    # epochs between validations; null: 1 with validation data of its own, else only at the end
-    validate_every: Count | None = 1
+    validate_every: Count | None = 1  # epochs between validations; null: 1 with own validation data, else at the end
 
     @property
     def moves_backbone(self) -> bool:
@@ -196,8 +190,7 @@ class Recipe(Frozen):
     sparsity: SparsityConfig = SparsityConfig()
     calib_images: Count = 128
     seed: Annotated[int, Field(ge=0)] = 0
-    # predictors before the first stage: calibrated, or drawn as the authors draw them
-    start: Literal["closed-form", "random"] = "closed-form"
+    start: Literal["closed-form", "random"] = "closed-form"  # predictors before the first stage; random: as the authors
     # of the passes of the fine-tuning; auto: bfloat16 where the machine has instructions for it
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # share of the images (at most 1024) not trained on, which decide the weights that are kept
@@ -239,10 +232,8 @@ class Recipe(Frozen):
             try:
                 _set(tree, path.split("."), yaml.safe_load(value))
             except (KeyError, IndexError, ValueError, TypeError):
-                raise UsageError(
-                    f"{option} {path}: this recipe has no such field ('sparsify recipes show NAME' shows them; "
-                    f"it has {len(self.stages)} stages, counted from 0)"
-                ) from None
+                hint = f"'sparsify recipes show NAME' shows them; it has {len(self.stages)} stages, counted from 0"
+                raise UsageError(f"{option} {path}: this recipe has no such field ({hint})") from None
             except yaml.YAMLError:
                 raise UsageError(f"{option} {path}: '{value}' is not a YAML value") from None
         return validate(Recipe, tree, option)

@@ -34,7 +34,6 @@ from sparsify.recipe import Augmentation
 
 PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")  # timm's data set prefixes
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-_LAYOUT = "labels are taken from folders, PATH/<class>/<image>"
 VAL = ("val", "valid", "validation", "eval", "evaluation")  # timm's names of the split
 TRAIN = ("train", "training")
 
@@ -68,10 +67,8 @@ def train_transform(augmentation: Augmentation, config: dict[str, Any]) -> Trans
     try:
         return create_transform(is_training=True, **options)
     except (AssertionError, KeyError, ValueError) as error:
-        raise UsageError(
-            f"timm makes no transform with auto_augment {augmentation.auto_augment} and interpolation "
-            f"{augmentation.interpolation}: {one_line(error, 100)}"
-        ) from error
+        asked = f"auto_augment {augmentation.auto_augment} and interpolation {augmentation.interpolation}"
+        raise UsageError(f"timm makes no transform with {asked}: {one_line(error, 100)}") from error
 
 
 def unlabelled(
@@ -218,10 +215,9 @@ def _folder_items(path: Path, num_classes: int | None) -> tuple[Reader, str]:
     outside = labels.count(loose) if loose is not None else 0
     names = {name: index for name, index in names.items() if name}
     if not names:
-        raise BadData(
-            f"{path} holds {outside:,} images but no class folders: {_LAYOUT}; the flat ImageNet validation set must "
-            "first be sorted into folders named by wnid (n01440764, ...)"
-        )
+        layout = "labels are taken from folders, PATH/<class>/<image>"
+        flat = "the flat ImageNet validation set must first be sorted into folders named by wnid (n01440764, ...)"
+        raise BadData(f"{path} holds {outside:,} images but no class folders: {layout}; {flat}")
     notes = [f"{outside} images outside class folders left out"] if outside else []
     wnids = all(re.fullmatch(r"n\d{8}", name) for name in names)
     subset = infer_imagenet_subset({"num_classes": num_classes}) if wnids and num_classes else None

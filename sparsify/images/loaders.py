@@ -90,13 +90,15 @@ class Part:
 
 
 class StreamPart:
-    """Images `start` up to `stop` (None: the end) of each pass over `source`, as (PIL image, label); labels as in `Part`."""
+    """Every `step`-th image from `start` up to `stop` (None: the end) of each pass over `source`; labels as in `Part`."""
 
-    def __init__(self, source: Iterable, start: int = 0, stop: int | None = None, labels: bool = True) -> None:
-        self.source, self.start, self.stop, self.labels = source, start, stop, labels
+    def __init__(
+        self, source: Iterable, start: int = 0, stop: int | None = None, labels: bool = True, step: int = 1
+    ) -> None:
+        self.source, self.start, self.stop, self.labels, self.step = source, start, stop, labels, step
 
     def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
-        for image, label, *_ in islice(self.source, self.start, self.stop):
+        for image, label, *_ in islice(self.source, self.start, self.stop, self.step):
             yield image, int(label) if self.labels else -1
 
 
@@ -229,21 +231,11 @@ def share(loader: L) -> L:
         return loader
     images: Any = loader.dataset
     if isinstance(images, Stream):
-        part: Any = Stream(_EveryPth(images.source), images.transform)
+        read_whole(images.source)
+        part: Any = Stream(StreamPart(images.source, processes.rank(), step=processes.world()), images.transform)
     else:
         part = Subset(images, range(processes.rank(), len(images), processes.world()))
     return replace(loader, dataset=part, part=True)
-
-
-class _EveryPth:
-    """Items rank, rank + P, ... of a stream."""
-
-    def __init__(self, source: Any) -> None:
-        self.source = source
-        read_whole(source)
-
-    def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self.source), processes.rank(), None, processes.world())
 
 
 def read_whole(stream: Any) -> None:

@@ -75,10 +75,8 @@ def point(text: str) -> ImagePoint:
     shares = all(re.fullmatch(r"[0-9]?\.[0-9]*", part) and part != "." and float(part) <= 1 for part in parts)
     if len(parts) == 2 and (pixels or shares):
         return ImagePoint(float(parts[0]), float(parts[1]), shares, text)
-    raise UsageError(
-        f"{field('query')} {text}: X,Y in whole pixels of the image (120,80) or as shares of its sides with a decimal point "
-        "(0.5,0.25) is expected"
-    )
+    form = "X,Y in whole pixels of the image (120,80) or as shares of its sides with a decimal point (0.5,0.25)"
+    raise UsageError(f"{field('query')} {text}: {form} is expected")
 
 
 def read(path: Path, config: dict[str, Any]) -> Photograph:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from dataclasses import dataclass
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,7 @@ def trainset(
 def _of_stream(images: Any, labels: bool, hold_back: float, spec: str, split: str) -> TrainSet:
     """Each process reads all images and takes its own part of each batch."""
     read_whole(images)
-    try:
-        total = len(images)
-    except TypeError:
-        total = 0
+    total = length_hint(images)  # 0: it does not know
     held = _held(total, hold_back, spec) if total else HELD_OF_UNKNOWN * (hold_back > 0)
     parts = StreamPart(images, held, None, labels), StreamPart(images, 0, held, labels)
     return TrainSet(*parts, spec, "", True, _digest(*_source(spec, split, False), total))
@@ -99,10 +97,8 @@ def _held(total: int, hold_back: float, name: str) -> int:
     if not hold_back:
         return 0
     if total < 2:
-        raise BadData(
-            f"{name} holds 1 image: at least 2 are expected, one to learn from and one to hold back; add images, or set "
-            "hold_back to 0"
-        )
+        expected = "at least 2 are expected, one to learn from and one to hold back; add images, or set hold_back to 0"
+        raise BadData(f"{name} holds 1 image: {expected}")
     return min(MOST_HELD, max(1, round(hold_back * total)), total - 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -52,13 +53,7 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
             break
     if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise BadFile(f"{path} holds no state dict: a mapping from names to tensors is expected")
-    return {_strip(str(name)): tensor for name, tensor in content.items()}
-
-
-def _strip(name: str) -> str:
-    while name.startswith(("module.", "_orig_mod.")):
-        name = name.partition(".")[2]
-    return name
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in content.items()}
 
 
 def checkpoint_filter(architecture: str) -> Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor]]:

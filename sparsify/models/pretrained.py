@@ -38,10 +38,9 @@ def load(
     else:
         classes = building.skeleton(source).num_classes
         if num_classes not in (None, 0, classes):
-            raise UsageError(
-                f"the weights of {source.pretrained_name} have {classes} classes, not {num_classes}: give "
-                f"{field('weights')} FILE with a head of that size, or {field('num_classes')} 0 for features"
-            )
+            choices = f"{field('weights')} FILE with a head of that size, or {field('num_classes')} 0 for features"
+            have = f"the weights of {source.pretrained_name} have {classes} classes, not {num_classes}"
+            raise UsageError(f"{have}: give {choices}")
         building.skeleton(source, num_classes, img_size)  # refuses an impossible size before anything is downloaded
         builtin = source.pretrained_name == DIGITS
         model = _load_digits(num_classes, img_size) if builtin else _download(source, num_classes, img_size)

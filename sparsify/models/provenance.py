@@ -15,8 +15,7 @@ _IDENTIFIERS = (
     "apache-2.0 mit bsd-3-clause cc-by-4.0 cc-by-nc-4.0 cc-by-sa-4.0 cc-by-nc-sa-4.0 cc0-1.0 gemma openrail apple-ascl "
     "apple-amlr"
 )
-KNOWN = set(_IDENTIFIERS.split())
-"""The hub's identifiers of the licences that timm's weights have."""
+KNOWN = set(_IDENTIFIERS.split())  # the hub's identifiers of the licences that timm's weights have
 _NON_COMMERCIAL = re.compile(r"(^|[-_ ])nc([-_ ]|$)|non-?commercial|research|amlr", re.IGNORECASE)
 _UNKNOWN = "The licence of these weights is unknown: "
 

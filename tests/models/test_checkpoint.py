@@ -125,6 +125,12 @@ def test_missing_file_and_folder(tmp_path):
         checkpoint.load(tmp_path)
 
 
+def test_file_may_be_read_by_whom_the_umask_allows(made, tmp_path):
+    (tmp_path / "plain").touch()
+    checkpoint.save(made.model, tmp_path / "model.safetensors", checkpoint.read_header(made.path))
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_failed_write_leaves_the_old_file_whole(made, tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     path.write_bytes(made.path.read_bytes())

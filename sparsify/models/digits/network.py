@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
+from safetensors.torch import load
+from timm.models.vision_transformer import VisionTransformer
 
 ARCHITECTURE = "vit_digits_patch2_28"
 WEIGHTS_FILE = "weights.safetensors"
@@ -42,9 +42,6 @@ def build(pretrained: bool = True, folder: Path | None = None) -> VisionTransfor
 
     `pretrained` loads the weights (stored as float16) from `folder` (None: this package) in place of timm's random ones.
     """
-    from safetensors.torch import load
-    from timm.models.vision_transformer import VisionTransformer
-
     model = VisionTransformer(**MODEL_ARGS)
     if pretrained:
         home = resources.files("sparsify.models.digits") if folder is None else folder
