@@ -24,21 +24,16 @@ from sparsify.ops.spec import Shape, Spec, budget
 
 @dataclass(frozen=True)
 class Execution:
-    """How an attention module computes: plain configuration, stored neither in files nor in the state dict.
+    """How an attention module computes; plain configuration, no part of the model's file or state dict.
 
-    Attributes:
-        backend: auto, cpu or reference (`sparsify.ops.backends`); auto is cpu where the kernels are available.
-        precision: input, or bf16: the kernels store q, k, v of float32 models in bfloat16.
-        dense_fallback: dense attention may replace the sparse form where `choose` measured it faster; never in training,
-            nor where a gradient is needed, nor once the model or a copy of it has been in train mode (`Chooser.withdraw`).
-            For models whose weights are the dense original's.
-        choose: measures and remembers; None: no dense fallback.
+    Dense attention may replace the sparse form only in models whose weights are the dense original's; never in training, nor
+    where a gradient is needed, nor once the model or a copy of it has been in train mode (`Chooser.withdraw`).
     """
 
-    backend: str = "auto"
-    precision: str = "input"
-    dense_fallback: bool = False
-    choose: Chooser | None = None
+    backend: str = "auto"  # auto, cpu or reference (`sparsify.ops.backends`); auto is cpu if the kernels are available
+    precision: str = "input"  # input, or bf16: the kernels store q, k, v of float32 models in bfloat16
+    dense_fallback: bool = False  # dense attention may replace the sparse form where `choose` measured it faster
+    choose: Chooser | None = None  # measures and remembers; None: no dense fallback
 
 
 @dataclass(frozen=True)

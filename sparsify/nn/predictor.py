@@ -18,15 +18,10 @@ from sparsify.ops.spec import Kind, Spec
 
 
 class Reconstruction(NamedTuple):
-    """How a token-lowrank predictor reconstructs attention while it is trained.
+    """How a token-lowrank predictor reconstructs attention while it is trained."""
 
-    Attributes:
-        all_coefficients: all of them, instead of the largest, which select the keys.
-        raw_basis: W_up with its signs, instead of the basis in use.
-    """
-
-    all_coefficients: bool = True
-    raw_basis: bool = True
+    all_coefficients: bool = True  # all of them, instead of the largest, which select the keys
+    raw_basis: bool = True  # W_up with its signs, instead of the basis in use
 
 
 class Predictor(nn.Module):

@@ -14,14 +14,7 @@ from sparsify.nn.tokens import TokenStage, TokenState
 
 
 class AnyTokenBlock(nn.Module):
-    """A block that maps x and `TokenState` to both. Here with norms before attention and MLP, as in timm's `Block`.
-
-    Attributes:
-        stage: removes tokens between attention and MLP; None: no stage.
-        number: of the block, counted from 0.
-        prefix: P.
-        ranking_rows: see `hosts.ranking_rows`.
-    """
+    """A block that maps x and `TokenState` to both. Here with norms before attention and MLP, as in timm's `Block`."""
 
     attn: GraftedAttention
     norm1: nn.Module
@@ -31,10 +24,10 @@ class AnyTokenBlock(nn.Module):
     drop_path2: nn.Module
     ls1: nn.Module
     ls2: nn.Module
-    stage: TokenStage | None
-    number: int
-    prefix: int
-    ranking_rows: int
+    stage: TokenStage | None  # removes tokens between attention and MLP; None: no stage
+    number: int  # of the block, counted from 0
+    prefix: int  # P
+    ranking_rows: int  # see `hosts.ranking_rows`
 
     def before(self, x: Tensor) -> Tensor:
         """The attention's input, from the residual stream x [B, N, C]."""

@@ -27,16 +27,11 @@ from sparsify.nn.tokens import TokenStage, TokenState
 
 
 class TokenModel(nn.Module):
-    """A timm model whose blocks map x and `TokenState` to both.
+    """A timm model whose blocks map x and `TokenState` to both."""
 
-    Attributes:
-        merging: some stage merges tokens; emptied: some stage drops all patch tokens.
-        track_owners: `TokenState.owner` is needed inside (token-lowrank predictors).
-    """
-
-    merging: bool
-    emptied: bool
-    track_owners: bool
+    merging: bool  # some stage merges tokens
+    emptied: bool  # some stage drops all patch tokens
+    track_owners: bool  # `TokenState.owner` is needed inside (token-lowrank predictors)
     blocks: nn.Sequential
     patch_embed: PatchEmbed
     norm: nn.Module

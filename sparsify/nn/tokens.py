@@ -24,25 +24,16 @@ WAYS = ("merge", "evit", "evit-fused")
 
 
 class TokenState(NamedTuple):
-    """State of the tokens [B, P + n, C] of a layer in a model with token stages.
+    """State of the tokens [B, P + n, C] of a layer in a model with token stages."""
 
-    Attributes:
-        patches: n0, number of patch tokens at the first block.
-        size: number of tokens that each one represents, prefix included, float32 [B, P + n]; None: 1 each.
-        place: patch whose position each patch token has, int64 [B, n]; None: the n0 in order.
-        owner: for every patch the patch token that it is part of, int64 [B, n0], -1 where it was dropped; None: not tracked.
-        seen: features of every patch when they were last computed, [B, n0, C]; None: not tracked.
-        rope: sines and cosines of all positions, [n0, 2d]; [blocks, H, n0, 2d] where blocks differ; None: none.
-        bias: what the model adds to the logits of all blocks, [1, H, P + n0, P + n0]; None: nothing.
-    """
-
-    patches: int
-    size: Tensor | None = None
-    place: Tensor | None = None
+    patches: int  # n0, number of patch tokens at the first block
+    size: Tensor | None = None  # tokens that each one represents, prefix included, float32 [B, P + n]; None: 1 each
+    place: Tensor | None = None  # patch whose position each patch token has, int64 [B, n]; None: the n0 in order
+    # patch token that every patch is part of, int64 [B, n0], -1 where it was dropped; None: not tracked
     owner: Tensor | None = None
-    seen: Tensor | None = None
-    rope: Tensor | None = None
-    bias: Tensor | None = None
+    seen: Tensor | None = None  # features of every patch when last computed, [B, n0, C]; None: not tracked
+    rope: Tensor | None = None  # sines and cosines of all positions, [n0, 2d] or [blocks, H, n0, 2d]; None: none
+    bias: Tensor | None = None  # what the model adds to all logits, [1, H, P + n0, P + n0]; None: nothing
 
     def rope_of(self, block: int) -> Tensor | None:
         """A block's rotary embedding at the positions of its patch tokens; a merged token has the position of the token
