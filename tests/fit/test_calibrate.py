@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from helpers.families import build, images
 from sparsify.config import SparsityConfig
 from sparsify.fit.calibrate.calibrate import calibrate
-from sparsify.fit.calibrate.head_lowrank import Moments
-from sparsify.fit.calibrate.ranks import allocate, candidates
+from sparsify.fit.calibrate.head_lowrank import Moments, allocate, candidates
 from sparsify.fit.calibrate.token_lowrank import pooling
 from sparsify.nn import attention
 from sparsify.nn.predictor import resample

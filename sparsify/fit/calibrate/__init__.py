@@ -1,8 +1,7 @@
 """Closed-form fits from unlabelled images: no gradient, no label.
 
 calibrate                      a dense model -> a sparse one with fitted predictors
-head_lowrank, token_lowrank    the two predictors
-ranks                          one rank for each head
+head_lowrank, token_lowrank    the two predictors; one rank for each head
 token_importance               which tokens matter
 repair                         least squares of the backbone's linear maps
 """

@@ -25,8 +25,6 @@ from sparsify.nn.token_models import FewerTokens
 from sparsify.nn.tokens import TokenState
 from sparsify.recipe import Repair
 
-Progress = Callable[[str, int, int], None]
-
 
 @torch.no_grad()
 def repair(
@@ -34,26 +32,23 @@ def repair(
     dense: nn.Module,
     batches: Iterable[Tensor],
     settings: Repair,
-    progress: Progress = lambda *step: None,
+    progress: Callable[[str, int, int], None] = lambda *step: None,
 ) -> None:
-    """Fits the maps of `sparse` in place.
+    """Fits the maps of `sparse`, calibrated from `dense`, in place; both in eval mode. Raises as `check_repairable`.
 
-    Args:
-        sparse: calibrated; dense: what it was made from; both in eval mode on one device.
-        batches: images, float32 [B, C, H, W]. The residual streams of all of them are kept: 2 to 4 times images x N x C
-            numbers.
-
-    Raises:
-        UsageError: see `check_repairable`.
+    batches: images, float32 [B, C, H, W], on the device of the models. The residual streams of all of them are kept: 2 to 4
+    times images x N x C numbers.
     """
     check_repairable(sparse)
     prefix = hosts.num_prefix_tokens(sparse)
-    teacher = [_first_input(dense, x) for x in batches]
+    host = cast(Any, dense)
+    # inputs of the first block, [B, P + n0, C]
+    teacher = [host.norm_pre(host.patch_drop(host._pos_embed(host.patch_embed(x)))) for x in batches]
     student: list[tuple[Tensor, TokenState | None]] = []
     for x in teacher:
         owner = torch.arange(x.shape[1] - prefix, device=x.device).expand(len(x), -1)  # (B, n0)
         student.append((x, TokenState(x.shape[1] - prefix, owner=owner) if isinstance(sparse, FewerTokens) else None))
-    blocks = list(zip(cast(Any, sparse).blocks, cast(Any, dense).blocks, strict=True))
+    blocks = list(zip(cast(Any, sparse).blocks, host.blocks, strict=True))
     for i, (block, dense_block) in enumerate(blocks):
         progress("repair", i, len(blocks))
         streams = [_dense_streams(dense_block, x) for x in teacher]
@@ -121,12 +116,6 @@ class _LinearFit:
             self.linear.bias.add_(solution[-1].to(self.linear.bias))
 
 
-def _first_input(model: nn.Module, x: Tensor) -> Tensor:
-    """Images -> the first block's input, [B, P + n0, C]."""
-    host = cast(Any, model)
-    return host.norm_pre(host.patch_drop(host._pos_embed(host.patch_embed(x))))
-
-
 def _forward(block: nn.Module, x: Tensor, tokens: TokenState | None) -> tuple[Tensor, TokenState | None]:
     return (block(x), None) if tokens is None else block(x, tokens)
 
@@ -154,9 +143,8 @@ def _token_means(t: Tensor, tokens: TokenState | None, prefix: int) -> Tensor:
     if tokens is None or tokens.owner is None or tokens.place is None:
         return t
     n = tokens.place.shape[1]
-    index = torch.where(
-        tokens.owner < 0, n, tokens.owner
-    )  # (B, n0): dropped patches are summed in a row that is cut off
+    # (B, n0): dropped patches are summed in a row that is cut off
+    index = torch.where(tokens.owner < 0, n, tokens.owner)
     rows = index.unsqueeze(-1).expand(-1, -1, t.shape[2])
     total = t.new_zeros(len(t), n + 1, t.shape[2]).scatter_add(1, rows, t[:, prefix:])
     count = t.new_zeros(len(t), n + 1).scatter_add(1, index, torch.ones_like(index, dtype=t.dtype))

@@ -29,11 +29,7 @@ HELD = 1 << 27  # maximum features of all blocks in memory: 512 MB, or those of 
 
 @torch.no_grad()
 def fit(model: nn.Module, images: Iterable[Tensor]) -> None:
-    """Fits the importance of every block of a grafted model, in place, by passes of its dense twin.
-
-    Args:
-        images: batches [B, C, H, W] on the model's device.
-    """
+    """Fits the importance of every block of a grafted model, in place, by passes of its dense twin over [B, C, H, W]."""
     dense = graft.graft(graft.dense_twin(model), SparsityConfig(keep="dense"))
     attentions = list(attention.attention_modules(dense).values())
     depth = len(attentions)
@@ -69,22 +65,18 @@ def _blocks(dense: nn.Module, x: Tensor, rows: int, prefix: int) -> Iterator[tup
 class _ImportanceFit:
     """The ridge regression of one block: running sums over tokens, float64."""
 
-    def __init__(self) -> None:
-        self.gram: Tensor | None = None
+    gram: Any = 0.0
+    cross: Any = 0.0
 
     def add(self, f: Tensor, t: Tensor) -> None:
         """Adds features [B, n, C] and targets [B, n]."""
         f, t = f.flatten(0, 1), t.flatten()
         f = torch.cat([f, torch.ones_like(f[:, :1])], 1)  # (rows, C + 1): the last is the offset
-        gram, cross = (f.mT @ f).double(), (f.mT @ t).double()
-        if self.gram is None:
-            self.gram, self.cross = torch.zeros_like(gram), torch.zeros_like(cross)
-        self.gram += gram
-        self.cross += cross
+        self.gram = self.gram + (f.mT @ f).double()
+        self.cross = self.cross + (f.mT @ t).double()
 
     def solve(self) -> Tensor:
         """w and b, [C + 1]."""
-        assert self.gram is not None
         damp = RIDGE * self.gram.diagonal()[:-1].mean() * torch.ones_like(self.cross)
         damp[-1] = 0
         return torch.linalg.solve(self.gram + damp.diag(), self.cross)

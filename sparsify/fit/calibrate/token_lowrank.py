@@ -23,17 +23,13 @@ RIDGE = 1e-3  # lambda as a share of the mean diagonal of C'C
 
 def pooling(rank: int, prefix: int, grid: tuple[int, int]) -> Tensor:
     """W_down [rank, P + h*w]: row-wise averages over at most `rank` cells of the patch grid; unused rows are 0."""
-    rows, cols = _split(rank, grid)
-    cell = grid_cells(grid, (rows, cols))  # (n)
+    # rows and columns of the finest grid of at most `rank` cells, as square as possible
+    options = [(a, min(rank // a, grid[1])) for a in range(1, min(rank, grid[0]) + 1)]
+    cells = max(options, key=lambda o: (o[0] * o[1], -abs(math.log(o[0] / o[1]))))
+    cell = grid_cells(grid, cells)  # (n)
     member = torch.nn.functional.one_hot(cell, rank).float().T  # (rank, n)
     member = member / member.sum(1, keepdim=True).clamp_min(1)
     return torch.cat([torch.zeros(rank, prefix), member], dim=1)
-
-
-def _split(rank: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of the finest grid of at most `rank` cells, as square as possible."""
-    options = [(a, min(rank // a, grid[1])) for a in range(1, min(rank, grid[0]) + 1)]
-    return max(options, key=lambda o: (o[0] * o[1], -abs(math.log(o[0] / o[1]))))
 
 
 class BasisFit:
