@@ -13,7 +13,7 @@ from sparsify.cli.app import main
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import UsageError
 from sparsify.fit.calibrate.calibrate import fit_importance
-from sparsify.fit.schedule import choose, search, seconds
+from sparsify.fit.schedule import choose, search
 from sparsify.fit.schedule import costs as costing
 from sparsify.fit.schedule.costs import BlockCost
 from sparsify.fit.schedule.sensitivity import Sensitivity
@@ -124,8 +124,8 @@ def test_the_importance_that_is_timed_is_the_models(importance, untimed, monkeyp
     execution.set_execution(model, Execution("reference"))
     if importance == "fitted":
         fit_importance(model, lambda: [torch.randn(4, 3, 32, 32)])
-    monkeypatch.setattr(seconds, untimed, lambda *arguments: pytest.fail("timed"))
-    costs = seconds.measured_costs(model, "merge", {None: (1, 1)}, 1)
+    monkeypatch.setattr(costing, untimed, lambda *arguments: pytest.fail("timed"))
+    costs = costing.measured_costs(model, "merge", {None: (1, 1)}, 1)
     assert costs[0].stage(12, 6) > 0
 
 
@@ -188,7 +188,7 @@ def test_target_latency_aims_by_what_it_measures(monkeypatch):
         return {"dense": At(10.0), "sparse": At(10.0 * next(shares))} if "sparse" in candidates else {"dense": At(10.0)}
 
     monkeypatch.setattr(choose, "interleaved", pretended)
-    monkeypatch.setattr(choose.seconds, "measured_costs", lambda *_: [Linear()] * 4)
+    monkeypatch.setattr(choose, "measured_costs", lambda *_: [Linear()] * 4)
     found = choose.for_latency(model, config, measured, 0.6, say=said.append)
     assert found.share == pytest.approx(0.61) and len(said) == 3
 
@@ -196,7 +196,7 @@ def test_target_latency_aims_by_what_it_measures(monkeypatch):
 def test_measured_costs_are_times():
     model = tiny()
     execution.set_execution(model, Execution("reference"))
-    costs = choose.seconds.measured_costs(model, "merge", {None: (1, 1), 0.5: (2, 2)}, 1)
+    costs = costing.measured_costs(model, "merge", {None: (1, 1), 0.5: (2, 2)}, 1)
     assert len(costs) == 4
     for n, m in ((16, 16), (16, 9), (9, 3), (3, 0)):
         assert costs[0].whole(None, n, m) > 0 and costs[0].attention(0.5, n) > 0

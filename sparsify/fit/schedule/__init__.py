@@ -2,6 +2,6 @@
 
 choose            a target -> a schedule
 sensitivity       damage of fewer tokens and keys in each block
-costs, seconds    cost of each block in MACs, and as measured
+costs             cost of each block in MACs, and as measured
 search            the schedule of least damage for a cost
 """

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import UsageError, field
-from sparsify.fit.schedule import seconds
-from sparsify.fit.schedule.costs import BlockCost, Keep, Options, macs_costs
+from sparsify.fit.schedule.costs import ROUNDS, BlockCost, Keep, Options, macs_costs, measured_costs
 from sparsify.fit.schedule.search import BlockSchedule, price, search
 from sparsify.fit.schedule.sensitivity import Sensitivity, measure
 from sparsify.measure.latency import interleaved
@@ -20,24 +19,17 @@ from sparsify.measure.macs import count, image_shape, replica
 from sparsify.nn import graft, hosts
 
 KEEPS: tuple[Keep, ...] = (None, 0.25, 0.1, 0.05)  # that a search tries
-ROUNDS = 9  # of every timing
 TRIES = 4  # searches for a latency
 TOLERANCE = 0.03  # share of a latency target by which the measured time may miss it
 
 
 @dataclass(frozen=True)
 class FoundSchedule:
-    """A schedule for a target.
+    """A schedule for a target."""
 
-    Attributes:
-        config: the sparse model's, `keep` and `tokens` one value for each block.
-        schedule: the result of the search, with the damage it predicts.
-        share: of the dense cost: MACs as the search counts them, or time as measured.
-    """
-
-    config: SparsityConfig
-    schedule: BlockSchedule
-    share: float
+    config: SparsityConfig  # the sparse model's, `keep` and `tokens` one value for each block
+    schedule: BlockSchedule  # the result of the search, with the damage it predicts
+    share: float  # of the dense cost: MACs as the search counts them, or time as measured
 
 
 def options_of(config: SparsityConfig, tokens: int, keeps: Sequence[Keep] = KEEPS) -> Options:
@@ -54,8 +46,7 @@ def sensitivity(
     progress: Callable[[int], None] = lambda done: None,
 ) -> Sensitivity:
     """`measure` for a grafted model and its configuration."""
-    options = options_of(config, hosts.num_tokens(model), keeps)
-    return measure(model, way_of(config), options, images, progress).smoothed()
+    return measure(model, *_trials(model, config, keeps), images, progress).smoothed()
 
 
 def dense_macs(model: nn.Module) -> int:
@@ -67,13 +58,8 @@ def dense_macs(model: nn.Module) -> int:
 def for_macs(
     model: nn.Module, config: SparsityConfig, measured: Sensitivity, target: float, dense: int
 ) -> FoundSchedule:
-    """The schedule of least damage for which the whole model takes `target` of `dense` MACs (`dense_macs`) for an image.
-
-    Raises:
-        UsageError: no schedule is that cheap.
-    """
-    options = options_of(config, hosts.num_tokens(model), measured.options)
-    costs = macs_costs(model, way_of(config), options)
+    """The schedule of least damage by which the model takes `target` of `dense` MACs an image; `UsageError` for none."""
+    costs = macs_costs(model, *_trials(model, config, measured.options))
     fixed = dense - _dense_price(costs, measured.patches)
     schedule = search(measured, costs, target * dense - fixed)
     share = (schedule.cost + fixed) / dense
@@ -95,13 +81,9 @@ def for_latency(
 
     The parts of a block are timed at a few numbers of tokens. The schedule that the search finds by these is timed as a
     whole, in turns with the dense model, and the search is repeated up to `TRIES` times for a target corrected by what the
-    measured time missed. The result is the schedule that came closest.
-
-    Raises:
-        UsageError: no schedule is that fast.
+    measured time missed. The result is the schedule that came closest. Raises `UsageError` where none is that fast.
     """
-    options = options_of(config, hosts.num_tokens(model), measured.options)
-    costs = seconds.measured_costs(model, way_of(config), options, batch)
+    costs = measured_costs(model, *_trials(model, config, measured.options), batch)
     dense = graft.dense_twin(model)
     images = torch.randn(batch, *image_shape(model), generator=torch.Generator().manual_seed(0))
     images = images.to(next(model.parameters()))
@@ -136,9 +118,9 @@ def scheduled(config: SparsityConfig, schedule: BlockSchedule) -> SparsityConfig
     return SparsityConfig.model_validate(config.model_dump() | {"keep": keeps, "tokens": tokens})
 
 
-def way_of(config: SparsityConfig) -> str:
-    """How tokens are removed: `Tokens.way`."""
-    return (config.tokens or Tokens()).way
+def _trials(model: nn.Module, config: SparsityConfig, keeps: Sequence[Keep]) -> tuple[str, Options]:
+    """How tokens are removed (`Tokens.way`), and the keeps to try."""
+    return (config.tokens or Tokens()).way, options_of(config, hosts.num_tokens(model), keeps)
 
 
 def _dense_price(costs: Sequence[BlockCost], patches: int) -> float:

@@ -1,18 +1,26 @@
-"""What a block costs at each number of tokens, as a sum of parts, and those parts as MACs (`seconds` measures times)."""
+"""What a block costs at each number of tokens, as a sum of parts: in MACs, and in milliseconds timed on this machine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Protocol, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sparsify.measure.latency import interleaved
 from sparsify.nn import hosts, projection
-from sparsify.nn.attention import GraftedAttention, SparseAttention
+from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention
+from sparsify.nn.importance import attention_importance, fitted_importance
 from sparsify.nn.merging import cosines
+from sparsify.nn.tokens import TokenStage, TokenState
 from sparsify.ops.macs import dense_macs, sparse_macs
+
+POINTS = (0.1, 0.25, 0.5, 0.75, 1.0)  # shares of the tokens at which parts are timed
+ROUNDS = 9  # of every timing
 
 Keep = float | None  # None: dense
 Options = Mapping[Keep, tuple[int, int]]
@@ -46,12 +54,9 @@ class BlockCost(Protocol):
 
 
 class MacsCost(BlockCost):
-    """MACs, counted as `profile` does.
+    """MACs of a block with grafted attention, counted as `profile` does.
 
-    Args:
-        block: a block with grafted attention.
-        prefix: P; ranking_rows: see `sparsify.nn.hosts.ranking_rows`.
-        way: of the stages (`sparsify.nn.tokens.WAYS`).
+    prefix: P; ranking_rows: see `sparsify.nn.hosts.ranking_rows`; way: of the stages (`sparsify.nn.tokens.WAYS`).
     """
 
     def __init__(self, block: nn.Module, prefix: int, ranking_rows: int, way: str, options: Options) -> None:
@@ -63,6 +68,7 @@ class MacsCost(BlockCost):
         self.qkv = sum(map(_linears, projection.linears(self.attn)))
         self.norm = _norms(cast(nn.Module, block.norm1))
         self.mlp = _linears(cast(nn.Module, block.mlp)) + _norms(cast(nn.Module, block.norm2))
+        self.proj = _linears(cast(nn.Module, self.attn.proj))
 
     def attention(self, keep: Keep, n: int) -> float:
         attn, N = self.attn, n + self.prefix
@@ -76,7 +82,7 @@ class MacsCost(BlockCost):
         return sparse_macs(shape, p.macs(N, self.prefix), p.shared(), features, spec, placed=True).total()
 
     def entering(self, n: int) -> float:
-        return (n + self.prefix) * (self.norm + self.qkv + _linears(cast(nn.Module, self.attn.proj)))
+        return (n + self.prefix) * (self.norm + self.qkv + self.proj)
 
     def leaving(self, n: int) -> float:
         return (n + self.prefix) * self.mlp
@@ -85,13 +91,11 @@ class MacsCost(BlockCost):
         asking = self.rows * (n + self.prefix) * self.width
         if self.attn.importance is not None:
             asking = n * self.channels * (4 + 1)  # fvcore's estimate for a norm, and one product
-        if self.way != "merge":
-            return asking
-        return asking + cosines(n, m) * self.channels
+        return asking + (cosines(n, m) * self.channels if self.way == "merge" else 0)
 
     def last(self, n: int) -> float:
         P, N, query = self.prefix, n + self.prefix, self.width * self.channels
-        rows = P * (query + _linears(cast(nn.Module, self.attn.proj))) + P * N * 2 * self.width
+        rows = P * (query + self.proj) + P * N * 2 * self.width
         return N * (self.norm + self.qkv - query) + rows
 
 
@@ -111,3 +115,82 @@ def macs_costs(model: nn.Module, way: str, options: Options) -> list[BlockCost]:
     """`MacsCost` of every block of a grafted model."""
     prefix, rows = hosts.num_prefix_tokens(model), hosts.ranking_rows(model)
     return [MacsCost(block, prefix, rows, way, options) for block in cast(nn.Sequential, model.blocks)]
+
+
+@dataclass(frozen=True)
+class MeasuredCost(BlockCost):
+    """Milliseconds for one image, interpolated linearly between the measured numbers of tokens."""
+
+    counts: Sequence[int]  # patch tokens, ascending
+    tables: Mapping[Any, Sequence[float]]  # part -> ms at each count; the parts of `attention` are ("attention", keep)
+
+    def at(self, part: Any, n: int) -> float:
+        """ms of a part for n patch tokens."""
+        return float(np.interp(n, self.counts, self.tables[part]))
+
+    def attention(self, keep: Keep, n: int) -> float:
+        return self.at(("attention", keep), n)
+
+    def entering(self, n: int) -> float:
+        return self.at("entering", n)
+
+    def leaving(self, n: int) -> float:
+        return self.at("leaving", n) * (1.0 if n else 0.0)
+
+    def stage(self, n: int, m: int) -> float:
+        return self.at("ranking", n) + self.at("choosing", n)
+
+    def last(self, n: int) -> float:
+        return self.at("last", n)
+
+
+@torch.no_grad()
+def measured_costs(model: nn.Module, way: str, options: Options, batch: int) -> list[BlockCost]:
+    """`MeasuredCost` of every block: one block is timed, as all blocks of a plain ViT are alike."""
+    blocks = cast(Any, list(cast(nn.Sequential, model.blocks)))
+    block = blocks[len(blocks) // 2]
+    attn = cast(GraftedAttention, block.attn)
+    prefix, rows = hosts.num_prefix_tokens(model), hosts.ranking_rows(model)
+    patches = int(np.prod(hosts.patch_grid(model)))
+    dense = DenseAttention(attn)
+    counts = sorted({max(2, round(share * patches)) for share in POINTS})
+    tables: dict[Any, list[float]] = {}
+    generator = torch.Generator().manual_seed(0)
+    like = next(model.parameters())
+    for n in counts:
+        x = torch.randn(batch, prefix + n, projection.channels(attn), generator=generator).to(like)  # (B, N, C)
+        rope = torch.randn(n, 2 * attn.head_dim, generator=generator).to(like) if attn.rotary else None
+        q, k, v = attn.qkv_heads(x, rope)
+        place = torch.arange(n, device=x.device).expand(batch, -1)
+        tokens = TokenState(patches, place=place) if n < patches else TokenState(patches)
+        bias = tokens._replace(place=place).bias_of(hosts.position_bias(model, attn), prefix)
+        ranking: Callable[[], Tensor] = partial(attention_importance, q, k, attn.scale, None, rows, prefix, bias)
+        if attn.importance is not None:
+            ranking = partial(fitted_importance, x[:, prefix:], attn.importance, None)
+        stage = TokenStage(way, 0.8 * n / patches, prefix)
+        runs: dict[Any, Callable[[], object]] = {
+            "entering": partial(_entering, block, x, rope),
+            "leaving": partial(_leaving, block, x),
+            "ranking": ranking,
+            "choosing": partial(stage, x, ranking(), tokens),
+            "last": partial(attn.prefix_rows, x, max(prefix, 1), tokens, rope, bias),
+        }
+        for keep, cells in options.items():
+            module: GraftedAttention = dense
+            if keep is not None and isinstance(attn, SparseAttention):
+                module = SparseAttention(attn, attn.predictor, replace(attn.sparsity, keep=keep, cells=cells))
+            runs["attention", keep] = partial(module.attend, q, k, v, bias, tokens)
+        for part, timing in interleaved(cast(Any, runs), rounds=ROUNDS).items():
+            tables.setdefault(part, []).append(timing.median / batch)
+    return [MeasuredCost(counts, tables)] * len(blocks)
+
+
+def _entering(block: Any, x: Tensor, rope: Tensor | None) -> Tensor:
+    """Norm, qkv and projection of x [B, N, C]."""
+    block.attn.qkv_heads(block.norm1(x), rope)
+    return block.attn.proj(x)
+
+
+def _leaving(block: Any, x: Tensor) -> Tensor:
+    """Norm and MLP of x [B, N, C]."""
+    return x + block.mlp(block.norm2(x))

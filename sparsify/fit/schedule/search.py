@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -26,24 +27,16 @@ STEPS = 50  # of each bisection
 
 @dataclass(frozen=True)
 class BlockSchedule:
-    """A schedule, its cost and its damage.
+    """A schedule, its cost and its damage."""
 
-    Attributes:
-        counts: patch tokens before the first block, and after each block.
-        keeps: of each block; None: dense.
-        cost: of all blocks, in the unit of the costs.
-        damage: predicted, in the unit of `Sensitivity`.
-    """
-
-    counts: tuple[int, ...]
-    keeps: tuple[Keep, ...]
-    cost: float
-    damage: float
+    counts: tuple[int, ...]  # patch tokens before the first block, and after each block
+    keeps: tuple[Keep, ...]  # of each block; None: dense
+    cost: float  # of all blocks, in the unit of the costs
+    damage: float  # predicted, in the unit of `Sensitivity`
 
     def rates(self) -> tuple[float, ...]:
         """Token rate of each block, rounded down so that `sparsify.config.Tokens` gives these counts."""
-        pairs = zip(self.counts, self.counts[1:], strict=False)
-        return tuple(1.0 if m == n else int(m / n * 1e5) / 1e5 for n, m in pairs)
+        return tuple(1.0 if m == n else int(m / n * 1e5) / 1e5 for n, m in pairwise(self.counts))
 
 
 def search(sensitivity: Sensitivity, costs: Sequence[BlockCost], target: float) -> BlockSchedule:
@@ -59,13 +52,12 @@ def search(sensitivity: Sensitivity, costs: Sequence[BlockCost], target: float) 
         low, high = (middle, high) if solve(middle).cost > target else (low, middle)
         if low and high / low < 1.0001:
             break
-    dear, cheap = solve(low), solve(high)
-    return _between(sensitivity, costs, cheap, dear, target)
+    return _between(sensitivity, costs, solve(high), solve(low), target)
 
 
 def price(costs: Sequence[BlockCost], counts: Sequence[int], keeps: Sequence[Keep]) -> float:
     """Cost of all blocks; `counts` as in `BlockSchedule`."""
-    return sum(c.whole(a, n, m) for c, a, n, m in zip(costs, keeps, counts, counts[1:], strict=False))
+    return sum(c.whole(a, n, m) for c, a, (n, m) in zip(costs, keeps, pairwise(counts), strict=True))
 
 
 def _solver(sensitivity: Sensitivity, costs: Sequence[BlockCost]) -> Callable[[float], BlockSchedule]:

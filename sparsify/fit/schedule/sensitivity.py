@@ -26,27 +26,19 @@ CHUNK = 16  # maximum images per forward pass
 FLOOR = 1e-5  # damage that cannot be told from zero
 Progress = Callable[[int], None]
 """Called with the images done."""
+State = tuple[Tensor, TokenState]
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Damage to the output by block: `distance` from the dense model's output, mean over images.
+    """Damage to the output by block: `distance` from the dense model's output, mean over images."""
 
-    Attributes:
-        patches: n0.
-        shares: of the patch tokens, descending, 1 first.
-        tokens: [depth, len(shares)], damage of a stage after the block.
-        empty: damage of keeping only prefix tokens after the last block; None where the head reads patch tokens.
-        options: keeps; None: dense.
-        keeps: [depth, len(options)], damage of a keep in the block.
-    """
-
-    patches: int
-    shares: tuple[float, ...]
-    tokens: np.ndarray
-    empty: float | None
-    options: tuple[Keep, ...]
-    keeps: np.ndarray
+    patches: int  # n0
+    shares: tuple[float, ...]  # of the patch tokens, descending, 1 first
+    tokens: np.ndarray  # [depth, len(shares)], damage of a stage after the block
+    empty: float | None  # damage of keeping only prefix tokens after the last block; None where the head reads patches
+    options: tuple[Keep, ...]  # keeps; None: dense
+    keeps: np.ndarray  # [depth, len(options)], damage of a keep in the block
 
     def of_tokens(self, block: int, counts: np.ndarray) -> np.ndarray:
         """Damage of a stage after a block by the patch tokens that it keeps; its root is interpolated linearly.
@@ -82,22 +74,18 @@ class Sensitivity:
 
 
 @torch.no_grad()
-def measure(
-    model: nn.Module, way: str, options: Options, images: Iterable[Tensor], progress: Progress = lambda done: None
-) -> Sensitivity:
-    """Measures a model with fitted predictors; `model` is unchanged afterwards.
+def measure(model: nn.Module, way: str, options: Options, images: Iterable[Tensor], progress: Progress) -> Sensitivity:
+    """Measures a model with fitted predictors on batches [B, C, H, W]; `model` is unchanged afterwards.
 
-    Args:
-        way: of the stages (`sparsify.nn.tokens.WAYS`).
-        options: keeps to try, with their cells.
-        images: batches [B, C, H, W].
+    way: of the stages (`sparsify.nn.tokens.WAYS`); options: keeps to try, with their cells.
     """
     with _dense_with_stages(model, way) as (host, blocks, sparse):
         depth, shares = len(blocks), (1.0, *SHARES, 0.0)
         tokens, keeps = np.zeros((depth, len(shares))), np.zeros((depth, len(options)))
         done = patches = 0
         for x in (part for batch in images for part in batch.split(CHUNK)):
-            states, dense, patches = _dense_pass(host, blocks, x)
+            states, dense = _run(host, blocks, host.start(x, host.full_grid))
+            patches = states[0][1].patches
             for i, block in enumerate(blocks):
                 for j, share in enumerate(shares[1:], 1):
                     if share or (host.reads_prefix and i == depth - 1):
@@ -141,25 +129,16 @@ def _dense_with_stages(model: nn.Module, way: str) -> Iterator[tuple[Any, list[A
             token_models.install(model, former_way, [None if s is None else s.share for s in before], tracked)
 
 
-def _dense_pass(host: Any, blocks: list[Any], x: Tensor) -> tuple[list[tuple[Tensor, TokenState]], Tensor, int]:
-    """Input of every block, the output, and n0."""
-    h, tokens = host.start(x, host.full_grid)
-    states = []
+def _run(host: Any, blocks: list[Any], state: State) -> tuple[list[State], Tensor]:
+    """States before and after each of the last `blocks`, and the output: logits, or else normed tokens on the full grid."""
+    states = [state]
     for block in blocks:
-        states.append((h, tokens))
-        h, tokens = block(h, tokens)
-    return states, _output(host, h, tokens), tokens.patches
-
-
-def _damage(host: Any, blocks: list[Any], state: tuple[Tensor, TokenState], dense: Tensor) -> float:
-    """Distance from the output `dense` when `blocks` run from the input `state` of the first."""
-    h, tokens = state
-    for block in blocks:
-        h, tokens = block(h, tokens)
-    return distance(dense, _output(host, h, tokens), bool(host.num_classes))
-
-
-def _output(host: Any, h: Tensor, tokens: TokenState) -> Tensor:
-    """Logits; of models without a classifier the normed tokens on the full grid."""
+        states.append(block(*states[-1]))
+    h, tokens = states[-1]
     h = host.norm(host.whole(h, tokens) if host.full_grid else h)
-    return host.forward_head(h) if host.num_classes else h
+    return states, host.forward_head(h) if host.num_classes else h
+
+
+def _damage(host: Any, blocks: list[Any], state: State, dense: Tensor) -> float:
+    """Distance from the output `dense` when `blocks` run from `state`."""
+    return distance(dense, _run(host, blocks, state)[1], bool(host.num_classes))
