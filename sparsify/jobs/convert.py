@@ -20,9 +20,9 @@ from sparsify.config import SparsityConfig, Target
 from sparsify.errors import UsageError, as_arguments, field
 from sparsify.files import publishable, write_json, write_text
 from sparsify.fit.calibrate.calibrate import Calibration
-from sparsify.fit.finetune.plan import Plan, TrainingData, check_stage, make_plan
+from sparsify.fit.finetune.plan import Plan, RunOptions, TrainingData, check_stage, make_plan
+from sparsify.fit.finetune.run import RunResult
 from sparsify.fit.finetune.run_folder import RunFolder
-from sparsify.fit.finetune.run_status import RunOptions, RunResult
 from sparsify.fit.schedule import choose
 from sparsify.jobs.dense import Calibrator, Dense, DenseRequest, load_dense
 from sparsify.jobs.tune import Calibrated, Tuned, tune

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
 from sparsify import processes
 from sparsify.config import SparsityConfig
-from sparsify.fit.finetune.plan import Plan
-from sparsify.fit.finetune.run import finetune
+from sparsify.fit.finetune.plan import Plan, RunOptions
+from sparsify.fit.finetune.run import RunResult, finetune
 from sparsify.fit.finetune.run_folder import RunFolder
-from sparsify.fit.finetune.run_status import RunOptions, RunResult
 from sparsify.models import checkpoint
 from sparsify.nn.folding import fold
 from sparsify.recipe import Recipe, load_recipe, recipe_yaml
@@ -50,8 +49,8 @@ class Tuned:
             "finetuned": {
                 "kept": "fine-tuned" if changed else "calibrated",
                 "judged_on": self.plan.validated_on,
-                "start": self.outcome.start.as_dict(),
-                "best": self.outcome.best.as_dict(),
+                "start": asdict(self.outcome.start),
+                "best": asdict(self.outcome.best),
                 "steps": self.outcome.steps,
                 "stopped": self.outcome.stopped,
                 "precision": self.plan.precision,

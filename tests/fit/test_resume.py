@@ -12,7 +12,7 @@ from sparsify.errors import BadFile, Interrupted, UsageError
 from sparsify.fit.calibrate.repair import repair
 from sparsify.fit.finetune import loop, saved_state
 from sparsify.fit.finetune import run as runs
-from sparsify.fit.finetune.interrupts import Interrupts
+from sparsify.fit.finetune.loop import Interrupts
 from sparsify.fit.finetune.run_folder import RunFolder
 from sparsify.fit.finetune.validation import ValidationScore
 

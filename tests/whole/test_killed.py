@@ -14,7 +14,7 @@ import torch
 from helpers import small_runs
 from helpers.small_runs import CHOSEN, recipe
 from sparsify.fit.finetune import saved_state
-from sparsify.fit.finetune.interrupts import Interrupts
+from sparsify.fit.finetune.loop import Interrupts
 from sparsify.recipe import recipe_yaml
 
 # signals

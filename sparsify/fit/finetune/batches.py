@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from sparsify import processes
@@ -31,41 +31,26 @@ ATTEMPTS = 4  # draws of an augmentation: Pillow 13 refuses one in 300 of timm's
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """What the batches of a stage depend on besides its images.
-
-    Attributes:
-        preprocessing: the model's (`datasets.data_config`).
-        stage: number of the stage in its recipe.
-        batch_size: images of a step, over all processes. Process `rank` takes its of `world` equal slices.
-        micro_batch: maximum images per forward/backward pass; the largest divisor of a process's slice up to it is used.
-        num_classes: outputs of the model; None: labels are not used.
-        workers: processes that read and augment; 0: this one. A stream is always read by this one.
-    """
+    """What the batches of a stage depend on besides its images."""
 
     augmentation: Augmentation
-    preprocessing: dict[str, Any]
+    preprocessing: dict[str, Any]  # the model's (`datasets.data_config`)
     seed: int
-    stage: int
-    batch_size: int
-    micro_batch: int
-    num_classes: int | None
-    workers: int = 0
+    stage: int  # number of the stage in its recipe
+    batch_size: int  # images of a step, over all processes; process `rank` takes its of `world` equal slices
+    micro_batch: int  # maximum images per forward/backward pass: the largest divisor of the slice up to it is used
+    num_classes: int | None  # outputs of the model; None: labels are not used
+    workers: int = 0  # processes that read and augment; 0: this one. A stream is always read by this one
     world: int = field(default_factory=processes.world)
     rank: int = field(default_factory=processes.rank)
 
 
 class Batch(NamedTuple):
-    """Images computed together.
+    """Images computed together."""
 
-    Attributes:
-        x: images, float32 [b, C, H, W].
-        y: soft targets, float32 [b, classes], rows sum to 1; None where labels are not used.
-        index: numbers of the images in the training set, int64 [b]; of a stream, in its pass.
-    """
-
-    x: Tensor
-    y: Tensor | None
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    x: Tensor  # images, float32 [b, C, H, W]
+    y: Tensor | None  # soft targets, float32 [b, classes], rows sum to 1; None where labels are not used
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index: int64 [b], in the training set or a stream's pass
 
 
 class _Request(NamedTuple):
@@ -86,39 +71,25 @@ class _Made(NamedTuple):
 
 
 class Batches:
-    """What one process computes of a stage.
+    """What one process computes of a stage. `source`: images by index, or a stream (`TrainSet.learn`), named in messages.
 
-    Args:
-        source: images by index, or a stream (`TrainSet.learn`).
-        name: of the images in messages.
-
-    Attributes:
-        micro: images of each micro-batch.
-        steps_per_epoch: the incomplete rest of an epoch is left out, as by timm; None for a stream, whose passes follow
-            each other without a gap, in its own order.
-
-    Raises:
-        UsageError: batch_size cannot be divided evenly, or timm knows no such augmentation.
-        BadData: fewer images than a batch.
+    Raises `UsageError` where batch_size cannot be divided evenly, or timm knows no such augmentation, and `BadData` where
+    there are fewer images than a batch.
     """
 
     def __init__(self, source: Items | StreamPart, settings: BatchSettings, name: str = "the data") -> None:
         batch_size, world = settings.batch_size, settings.world
         if batch_size % world:
-            raise UsageError(
-                f"batch of {batch_size} cannot be divided evenly among {world} processes: choose a multiple of {world}"
-            )
+            problem = f"batch of {batch_size} cannot be divided evenly among {world} processes"
+            raise UsageError(f"{problem}: choose a multiple of {world}")
         self.source, self.settings, self.name = source, settings, name
         self.slice = batch_size // world
-        self.micro = _micro_batch(self.slice, settings.micro_batch, settings.augmentation.mixes)
-        self.steps_per_epoch: int | None = None
-        if not isinstance(source, StreamPart):
-            self.steps_per_epoch = len(source) // batch_size
-            if not self.steps_per_epoch:
-                raise BadData(
-                    f"batch of {batch_size} is larger than the {len(source):,} images of {name}: choose a smaller batch, "
-                    "or add images"
-                )
+        self.micro = _micro_batch(self.slice, settings.micro_batch, settings.augmentation.mixes)  # images of each
+        # the incomplete rest of an epoch is left out, as by timm; passes of a stream follow each other without a gap
+        self.steps_per_epoch = None if isinstance(source, StreamPart) else len(source) // batch_size
+        if self.steps_per_epoch == 0:
+            problem = f"batch of {batch_size} is larger than the {len(cast(Items, source)):,} images of {name}"
+            raise BadData(f"{problem}: choose a smaller batch, or add images")
         self._maker = _Maker(settings, source)
         self._broken: dict[int, str] = {}
 
@@ -135,10 +106,8 @@ class Batches:
     def from_step(self, step: int) -> Iterator[list[Batch]]:
         """This process's micro-batches of each optimiser step of the stage from `step` (from 0) on, without end.
 
-        A stream is read again from its beginning, and what lies before `step` is thrown away.
-
-        Raises while iterating:
-            BadData: none of the images can be read, or a label that the model cannot give.
+        A stream is read again from its beginning, and what lies before `step` is thrown away. Raises `BadData` while
+        iterating where none of the images can be read, or the model cannot give a label.
         """
         source = self.source
         makes = self._from_stream(source, step) if isinstance(source, StreamPart) else self._from_items(source, step)
@@ -158,7 +127,7 @@ class Batches:
             batch_size=None,
             sampler=self._requests(len(items), step),
             num_workers=self.settings.workers,
-            collate_fn=_identity,
+            collate_fn=nn.Identity(),
             worker_init_fn=ignore_interrupt if self.settings.workers else None,
             generator=torch.Generator(),  # else it draws from the global one
         )
@@ -173,8 +142,7 @@ class Batches:
             for number in range(first, steps):
                 start = number * s.batch_size + s.rank * self.slice
                 for micro in range(self.slice // self.micro):
-                    indices = order[start + micro * self.micro :][: self.micro].tolist()
-                    yield _Request(step, micro, epoch, indices)
+                    yield _Request(step, micro, epoch, order[start + micro * self.micro :][: self.micro].tolist())
                 step += 1
 
     def _from_stream(self, stream: StreamPart, step: int) -> Generator[_Made, None, None]:
@@ -194,12 +162,11 @@ class Batches:
         number = 0
         while True:
             seen = 0
-            for image, label in stream:
+            for seen, (image, label) in enumerate(stream, 1):
                 if skip:
                     skip -= 1
                 else:
-                    yield number, seen, image, label
-                seen += 1
+                    yield number, seen - 1, image, label
             if not seen:
                 raise BadData(f"{self.name} has no images to learn from")
             number += 1 + skip // seen  # passes that are skipped whole are not read
@@ -224,16 +191,15 @@ class _Maker(Dataset):
                 num_classes=settings.num_classes or 1,
             )
 
-    def augmented(self, image: Image.Image, epoch: int, index: int) -> Tensor:
+    def augmented(self, image: Image.Image, epoch: int, index: int, attempt: int = 0) -> Tensor:
         s = self.settings
-        for attempt in range(ATTEMPTS):
-            with drawn(s.seed, "image", s.stage, epoch, index, *([attempt] if attempt else [])):
-                try:
-                    return self.transform(image)  # [C, H, W]
-                except ValueError:
-                    if attempt + 1 == ATTEMPTS:
-                        raise
-        raise AssertionError
+        with drawn(s.seed, "image", s.stage, epoch, index, *([attempt] if attempt else [])):
+            try:
+                return self.transform(image)  # [C, H, W]
+            except ValueError:
+                if attempt + 1 == ATTEMPTS:
+                    raise
+        return self.augmented(image, epoch, index, attempt + 1)
 
     def made(self, images: list[Tensor], labels: list[int], indices: list[int], step: int, micro: int) -> _Made:
         s, classes = self.settings, self.settings.num_classes
@@ -261,15 +227,13 @@ class _Maker(Dataset):
                     break
                 broken[index] = result
             else:
-                first = next(iter(broken.values()))
-                error = f": none of the {len(broken):,} images can be read, as {first}"
+                error = f": none of the {len(broken):,} images can be read, as {next(iter(broken.values()))}"
                 return _Made(None, list(broken.items()), error)
             # a replacement is augmented as the broken image would have been: no copy of itself in this epoch
             images.append(self.augmented(result[0], request.epoch, requested))
             labels.append(result[1])
             indices.append(index)
-        made = self.made(images, labels, indices, request.step, request.micro)
-        return made._replace(broken=list(broken.items()))
+        return self.made(images, labels, indices, request.step, request.micro)._replace(broken=list(broken.items()))
 
 
 def _micro_batch(images: int, most: int, even: bool) -> int:
@@ -278,13 +242,7 @@ def _micro_batch(images: int, most: int, even: bool) -> int:
     if sizes:
         return sizes[-1]
     if images % 2:
-        raise UsageError(
-            f"mixup and cutmix need an even number of images in each process, not {images}: choose another batch size"
-        )
-    raise UsageError(
-        f"mixup and cutmix mix images that are computed together: micro-batch of {most}, at least 2 expected"
-    )
-
-
-def _identity(made: Any) -> Any:
-    return made
+        problem = f"mixup and cutmix need an even number of images in each process, not {images}"
+        raise UsageError(f"{problem}: choose another batch size")
+    rule = "mixup and cutmix mix images that are computed together"
+    raise UsageError(f"{rule}: micro-batch of {most}, at least 2 expected")

@@ -25,21 +25,15 @@ VALIDATION = ("step", "stage", "epoch", *SCORES, "images", "weights", "best")
 INTEGERS = ("step", "stage", "images", "best")  # columns
 
 
-class TrainingLog:
+class TrainingLog(contextlib.AbstractContextManager):
     """Writes FOLDER/metrics.csv, validation.csv, tensorboard/ and, when closed, curve.png. Use as a context manager.
 
     A row of metrics is with the operating system when `write_step` returns, and on the disk after `flush`; validation.csv
     is always whole. If TensorBoard or the picture fails, one line says so, and the run goes on.
 
-    Args:
-        folder: of the run; made where it is missing.
-        stages: their names.
-        resume_step: optimiser steps that are done and saved: rows of later ones are cut. None: a new run, whose rows
-            replace those of an older one.
-        say: see `Listener`.
-
-    Raises (its methods too):
-        BadFile: the files cannot be written, or are not a run's.
+    The folder is made where it is missing. After `resume_step` optimiser steps that are done and saved, rows of later ones
+    are cut; None: a new run, whose rows replace those of an older one. `stages` are their names. The methods too raise
+    `BadFile` where the files cannot be written, or are not a run's.
     """
 
     def __init__(
@@ -56,9 +50,6 @@ class TrainingLog:
             self.file = open(self.metrics, "a", buffering=1, encoding="utf-8", newline="")  # noqa: SIM115
         self.writer = csv.DictWriter(self.file, METRICS, lineterminator="\n")
         self.board = self._open_board(resume_step)
-
-    def __enter__(self) -> TrainingLog:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -112,8 +103,7 @@ class TrainingLog:
         try:
             from sparsify.report import training_plot
 
-            rows = read(self.metrics), read(self.validations)
-            training_plot.draw(*rows, self.folder / "curve.png", self.stages)
+            training_plot.draw(read(self.metrics), read(self.validations), self.folder / "curve.png", self.stages)
         except Exception as error:  # the CSV files hold the figures
             self.say(f"no picture was drawn ({one_line(error)})")
 
@@ -129,7 +119,7 @@ class TrainingLog:
             purge = None if resume_step is None else resume_step + 1
             return SummaryWriter(str(folder), purge_step=purge, flush_secs=20)  # type: ignore[no-untyped-call]
         except Exception as error:
-            self._say_without_board(error)
+            self._give_up_board(error)
         return None
 
     def _add_scalars(self, row: Mapping[str, Value], scalars: Mapping[str, Value]) -> None:
@@ -143,18 +133,17 @@ class TrainingLog:
             if self.board is not None:
                 getattr(self.board, method)(*arguments)
         except Exception as error:
-            self.board = None
-            self._say_without_board(error)
+            self._give_up_board(error)
 
-    def _say_without_board(self, error: Exception) -> None:
+    def _give_up_board(self, error: Exception) -> None:
+        self.board = None
         self.say(f"nothing is written for TensorBoard ({one_line(error)}); the CSV files have it all")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of metrics.csv or validation.csv as numbers, exact; None where a cell is empty. No file: no rows.
 
-    Raises:
-        BadFile: it is not one of these files.
+    Raises `BadFile` where it is not one of these files.
     """
     columns = VALIDATION if path.name.startswith("validation") else METRICS
     try:

@@ -1,12 +1,18 @@
-"""The loop of one stage: steps, validations, saved states. The same code on one CPU and on many GPUs."""
+"""The loop of one stage: steps, validations, saved states. The same code on one CPU and on many GPUs.
+
+Ctrl-C and SIGTERM are requests that are honoured between two steps.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import signal
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -18,61 +24,68 @@ from sparsify import processes
 from sparsify.errors import Interrupted, field
 from sparsify.fit.finetune import saved_state, trainable
 from sparsify.fit.finetune.batches import Batch
-from sparsify.fit.finetune.interrupts import Interrupts
 from sparsify.fit.finetune.log import TrainingLog
-from sparsify.fit.finetune.objective import Forward, Objective, Teacher
-from sparsify.fit.finetune.plan import Plan
+from sparsify.fit.finetune.objective import CachedTeacher, Objective, Teacher
+from sparsify.fit.finetune.plan import Plan, RunOptions
 from sparsify.fit.finetune.run_folder import RunFolder
-from sparsify.fit.finetune.run_status import RunOptions, RunStatus
-from sparsify.fit.finetune.saved_state import SavedState, prefixed
-from sparsify.fit.finetune.teacher_cache import CachedTeacher
+from sparsify.fit.finetune.saved_state import RunStatus, SavedState, prefixed
 from sparsify.fit.finetune.validation import Validator
 from sparsify.images.loaders import drawn_number
 from sparsify.nn.folding import retract
 
 
-@dataclass(frozen=True)
-class RunContext:
-    """What all stages of a run share.
+class Interrupts:
+    """While entered, the first SIGINT or SIGTERM sets `requested`; a second SIGINT raises KeyboardInterrupt as usual.
 
-    Attributes:
-        student: sparse, trained in place; teacher: the dense model that it was made from; both on the accelerator's device.
-        log: None in all processes but the main one.
+    Outside the main thread signals are left alone.
     """
 
-    student: nn.Module
-    teacher: nn.Module
+    def __init__(self) -> None:
+        self.requested = False
+        self.former: dict[int, object] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self.former = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What all stages of a run share."""
+
+    student: nn.Module  # sparse, trained in place
+    teacher: nn.Module  # the dense model that it was made from; both on the accelerator's device
     plan: Plan
     options: RunOptions
     accelerator: Accelerator
     validator: Validator
     status: RunStatus
-    log: TrainingLog | None
+    log: TrainingLog | None  # None in all processes but the main one
     interrupts: Interrupts
 
     def validate(self, model: nn.Module, epoch: float, weights: str) -> None:
-        """Scores the weights of `model`, logs the score, and remembers the weights where they are the best so far.
-
-        Args:
-            epoch: of the stage.
-            weights: what they are: current, ema (running mean) or repaired (by least squares).
-        """
+        """Scores the `weights` (current, ema or repaired) of `model`, logs the score, and remembers the best so far."""
         score = self.validator(model)
         best = self.status.update_best(score, model)
         if self.log is not None:
             self.log.write_validation(self.status.row(epoch, score, weights, best))
-        repaired = weights == "repaired"
-        when = "least squares" if repaired else f"after {epoch:.3g} epochs of stage {self.status.stage + 1}"
+        after = f"after {epoch:.3g} epochs of stage {self.status.stage + 1}"
+        when = "least squares" if weights == "repaired" else after
         self.options.listener.say(f"{when}: {score.words()}{' (best so far)' if best else ''}")
 
 
 class StageRun:
-    """One stage of a run.
-
-    Args:
-        context: of the run.
-        number: of the stage, from 0.
-    """
+    """The stage `number` (from 0) of a run."""
 
     def __init__(self, context: RunContext, number: int) -> None:
         self.context, self.number = context, number
@@ -100,10 +113,9 @@ class StageRun:
             saved_state.unpack(self.optimizer, resume.part("optimiser"), resume.facts["optimiser"])
             if self.ema is not None:
                 self.ema.module.load_state_dict(resume.part("ema"))
-        first, steps = self.status.step, self.planned.steps
+        first, steps, accelerator = self.status.step, self.planned.steps, self.context.accelerator
         if first >= steps:
             return ""
-        accelerator = self.context.accelerator
         if self.stage.cache_teacher:
             folder = self.context.options.folder / f"teacher-{self.number}"
             self.cached_teacher = CachedTeacher(self.teacher, self.planned.images, folder)
@@ -119,10 +131,8 @@ class StageRun:
                 losses = self._step(objective, optimizer, next(batches))
             if not _finite(losses):
                 self.keep_schedule.set_step(None)
-                return (
-                    f"stage '{self.stage.name}' stopped at step {step + 1}: its loss is not finite "
-                    "(lower optimiser.lr, or set optimiser.clip_grad)"
-                )
+                advice = "(lower optimiser.lr, or set optimiser.clip_grad)"
+                return f"stage '{self.stage.name}' stopped at step {step + 1}: its loss is not finite {advice}"
             self.status.step, self.status.done = step + 1, self.status.done + 1
             images += self.stage.batch_size
             epoch = (step + 1) / self.steps_per_epoch
@@ -137,7 +147,7 @@ class StageRun:
         self.keep_schedule.set_step(None)
         return ""
 
-    def _step(self, objective: Forward, optimizer: Any, micro_batches: list[Batch]) -> dict[str, float]:
+    def _step(self, objective: nn.Module, optimizer: Any, micro_batches: list[Batch]) -> dict[str, float]:
         """One optimiser step; the weighted losses by name, means over its images on all processes."""
         accelerator, count = self.context.accelerator, len(micro_batches)
         sums: dict[str, Tensor] = {}
@@ -145,7 +155,7 @@ class StageRun:
             x = batch.x.to(accelerator.device)
             y = None if batch.y is None else batch.y.to(accelerator.device)
             last = i + 1 == count
-            with contextlib.nullcontext() if last else accelerator.no_sync(cast(nn.Module, objective)):
+            with contextlib.nullcontext() if last else accelerator.no_sync(objective):
                 with accelerator.autocast():
                     teacher = self.cached_teacher(x, batch.index) if self.cached_teacher else self.teacher(x)
                 losses = objective(x, y, teacher)
@@ -153,8 +163,8 @@ class StageRun:
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() / count
         means = accelerator.reduce(torch.stack([v.float() for v in sums.values()]), "mean").tolist()
-        found = dict(zip(sums, means, strict=True))
-        if _finite(found):
+        result = dict(zip(sums, means, strict=True))
+        if _finite(result):
             if self.stage.optimiser.clip_grad is not None:
                 accelerator.clip_grad_norm_(self.student.parameters(), self.stage.optimiser.clip_grad)
             optimizer.step()
@@ -163,7 +173,7 @@ class StageRun:
             if self.ema is not None:
                 self.ema.update(self.student)
         optimizer.zero_grad()
-        return found
+        return result
 
     def _report(self, losses: dict[str, float], images_per_s: float, epoch: float) -> None:
         """A row of the log, and the progress bar."""
@@ -171,10 +181,8 @@ class StageRun:
         if self.context.log is not None:
             row = {"step": self.status.done, "stage": self.number, "epoch": epoch, "lr": lr, "loss": loss}
             self.context.log.write_step({**row, **losses, "images_per_s": images_per_s})
-        label, note = (
-            f"{self.stage.name} {self.number + 1}/{len(self.plan.stages)}",
-            training_note(loss, lr, images_per_s),
-        )
+        label = f"{self.stage.name} {self.number + 1}/{len(self.plan.stages)}"
+        note = training_note(loss, lr, images_per_s)
         self.context.options.listener.progress(label, self.status.step, self.planned.steps, note)
 
     def _save_or_stop(self) -> None:
@@ -188,11 +196,9 @@ class StageRun:
             self._save()
         if stop:
             processes.barrier()  # a launcher ends all processes where one has ended: the state is on the disk first
-            steps = sum(planned.steps for planned in self.plan.stages)
-            raise interrupted(
-                f"interrupted after {self.status.done} of {steps} steps; the state is saved in {options.folder}: "
-                f"the same command with {field('resume')} goes on"
-            )
+            done = f"{self.status.done} of {sum(planned.steps for planned in self.plan.stages)} steps"
+            advice = f"the same command with {field('resume')} goes on"
+            raise interrupted(f"interrupted after {done}; the state is saved in {options.folder}: {advice}")
 
     def _save(self) -> None:
         """Saves the state; rows of the log first, so that no saved step lacks its row."""
@@ -203,10 +209,9 @@ class StageRun:
         tensors = prefixed("student", self.student.state_dict()) | prefixed("optimiser", optimiser)
         if self.ema is not None:
             tensors |= prefixed("ema", self.ema.module.state_dict())
-        if status.best_weights is not None:
-            tensors |= prefixed("best", status.best_weights)
+        tensors |= prefixed("best", status.best_weights or {})
         facts = {"identity": self.plan.identity, "stage": self.number, "step": status.step, "done": status.done}
-        facts |= {"optimiser": values, "start": status.start.as_dict(), "best": status.best.as_dict()}
+        facts |= {"optimiser": values, "start": asdict(status.start), "best": asdict(status.best)}
         saved_state.save(RunFolder(self.context.options.folder).state, SavedState(tensors, facts))
         status.saved_at = time.monotonic()
 

@@ -56,10 +56,9 @@ def pooled(teacher: Tensor, student: Tensor) -> Tensor:
 def attention(estimate: Tensor, target: Tensor, form: str, reference_batch: int) -> Tensor:
     """The predictor's attention [B, H, n, N] against the true one, rows of the patch queries; image by image, [B].
 
-    Args:
-        form: 'mse-sum': squares summed over heads, rows and keys, times reference_batch, so that the mean over images is
-            the sum over that many images (Sparsifiner, stage 1); 'kl': KL(target || estimate), nats, mean over rows; the
-            estimate's rows are made positive and normalised.
+    Form 'mse-sum': squares summed over heads, rows and keys, times reference_batch, so that the mean over images is the sum
+    over that many images (Sparsifiner, stage 1). Form 'kl': KL(target || estimate), nats, mean over rows; the estimate's
+    rows are made positive and normalised.
     """
     if form == "mse-sum":
         return (estimate - target).square().sum((1, 2, 3)) * reference_batch
@@ -89,11 +88,8 @@ def soft_top(scores: Tensor, b: int, width: Tensor) -> Tensor:
     """The b highest of scores [..., N] as numbers between 0 and 1 that sum to b: logistic((scores - t) / width).
 
     Newton steps find the threshold t for which they sum to b, and t has a gradient: a key gains only what others lose, and
-    raising all scores changes nothing. (With a constant t, flat scores would keep the most.)
-
-    Args:
-        b: 1 to N - 1.
-        width: > 0, [..., 1]; a narrow one gives numbers near 0 and 1.
+    raising all scores changes nothing. (With a constant t, flat scores would keep the most.) b: 1 to N - 1; width: > 0,
+    [..., 1], a narrow one gives numbers near 0 and 1.
     """
     x = scores / width
     x = x - x.detach().topk(b, dim=-1).values[..., -1:]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
+from sparsify import processes
+from sparsify.files import whole
 from sparsify.fit.finetune import losses
 from sparsify.nn import attention, graft, hosts
 from sparsify.nn.attention import SparseAttention
@@ -21,29 +25,17 @@ from sparsify.recipe import Losses, Stage
 
 
 class Outputs(NamedTuple):
-    """What the losses read of a model; None or empty where no loss needs it.
+    """What the losses read of a model; None or empty where no loss needs it."""
 
-    Attributes:
-        logits: [B, classes], or pooled features of a model without a head.
-        patch: patch tokens after the final norm, [B, n0, C].
-        blocks: output of each block, [B, N0, C], and which of its patches are present, bool [B, n0] or None for all.
-        pairs: number, q and k [B, H, N, d] of each block.
-    """
-
-    logits: Tensor | None = None
-    patch: Tensor | None = None
+    logits: Tensor | None = None  # [B, classes], or pooled features of a model without a head
+    patch: Tensor | None = None  # patch tokens after the final norm, [B, n0, C]
+    # output of each block, [B, N0, C], and which of its patches are present, bool [B, n0] or None for all
     blocks: tuple[tuple[Tensor, Tensor | None], ...] = ()
-    pairs: tuple[tuple[int, Tensor, Tensor], ...] = ()
+    pairs: tuple[tuple[int, Tensor, Tensor], ...] = ()  # number, q and k [B, H, N, d] of each block
 
 
 class Teacher:
-    """The dense model, eval mode, without gradients.
-
-    Args:
-        model: dense, on its device.
-        losses: their weights decide what is computed.
-        pairs: whether queries and keys are needed.
-    """
+    """The dense model, eval mode, without gradients: computes what `losses` weigh, and queries and keys if `pairs`."""
 
     def __init__(self, model: nn.Module, losses: Losses, pairs: bool) -> None:
         self.model, self.losses, self.pairs = model.eval(), losses, pairs
@@ -56,12 +48,49 @@ class Teacher:
         return _outputs(self.model, x, self.losses, self.pairs)[0]
 
 
-class Objective(nn.Module):
-    """The student and its losses: forward(x, y, teacher) -> the weighted losses by name, scalars, means over the images.
+class CachedTeacher:
+    """Reads the teacher's outputs for each image from disk where it can: for stages that see every image in one form only.
 
-    Args:
-        student: sparse.
-        stage: losses and what is trained. `attention: dense` runs the student without sparsity and with all tokens.
+    Files FOLDER/RANK-*.npy, float32, one row an image: classes and n0 C numbers (150 kB an image for DeiT-Tiny), of the
+    losses `logits` and `tokens` only (`Stage` sees to that). A row is marked as present after it was written, so that a
+    killed run leaves nothing half-written behind. `images`: number of training images; `folder`: of this stage.
+    """
+
+    def __init__(self, teacher: Teacher, images: int, folder: Path) -> None:
+        self.teacher, self.images, self.folder = teacher, images, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.rows: dict[str, np.memmap] = {}
+        self.present = self._rows("there", (), bool)
+        weights = {"logits": teacher.losses.logits, "patch": teacher.losses.tokens}
+        self.names = [name for name, weight in weights.items() if weight]
+
+    def __call__(self, x: Tensor, index: Tensor) -> Outputs:
+        """x [B, C, H, W], the images `index` [B] -> logits and patch tokens, float32 on the device of x."""
+        rows = index.numpy()
+        if not self.present[rows].all():
+            outputs = self.teacher(x)
+            for name in self.names:
+                value = getattr(outputs, name)
+                self._rows(name, tuple(value.shape[1:]))[rows] = value.float().cpu().numpy()
+            self.present[rows] = True
+        read = {name: torch.from_numpy(np.array(self._rows(name)[rows])).to(x.device) for name in self.names}
+        return Outputs(read.get("logits"), read.get("patch"))
+
+    def _rows(self, name: str, shape: tuple[int, ...] = (), dtype: type = np.float32) -> np.memmap:
+        """The file of one output, made with zeros where it is missing; a row has that shape."""
+        if name not in self.rows:
+            path = self.folder / f"{processes.rank()}-{name}.npy"
+            if not path.exists():
+                with whole(path) as temporary:
+                    open_memmap(temporary, "w+", dtype, (self.images, *shape)).flush()
+            self.rows[name] = open_memmap(path, "r+")
+        return self.rows[name]
+
+
+class Objective(nn.Module):
+    """The sparse student and its losses: forward(x, y, teacher) -> the weighted losses by name, means over the images.
+
+    A stage with `attention: dense` runs the student without sparsity and with all tokens.
     """
 
     def __init__(self, student: nn.Module, stage: Stage) -> None:
@@ -77,28 +106,25 @@ class Objective(nn.Module):
         if weights.classification:
             terms["classification"] = losses.classification(cast(Tensor, student.logits), cast(Tensor, y))
         if weights.logits:
-            terms["logits"] = self._logits(cast(Tensor, teacher.logits), cast(Tensor, student.logits))
+            logits = cast(Tensor, teacher.logits), cast(Tensor, student.logits)
+            classifies = getattr(self.student, "num_classes", 0)
+            terms["logits"] = losses.kl(*logits, weights.temperature) if classifies else losses.pooled(*logits)
         if weights.tokens:
-            present = _present(tokens)
-            terms["tokens"] = losses.tokens(cast(Tensor, teacher.patch), cast(Tensor, student.patch), present)
+            patches = cast(Tensor, teacher.patch), cast(Tensor, student.patch)
+            terms["tokens"] = losses.tokens(*patches, _present(tokens))
         if weights.features:
-            terms["features"] = self._features(teacher, student)
+            prefix = hosts.num_prefix_tokens(self.student)
+            blocks = zip(teacher.blocks, student.blocks, strict=True)
+            errors = [losses.features(t, s, present, prefix) for (t, _), (s, present) in blocks]
+            terms["features"] = torch.stack(errors).mean()
         if weights.pairs:
             with torch.autocast(x.device.type, enabled=False):  # small differences of large sums: float32
                 terms |= self._attention(teacher, student)
         if weights.basis_l1:
-            terms["basis_l1"] = self._basis_l1()
+            predictors = [module.predictor for module in attention.sparse_modules(self.student).values()]
+            bases = [p.w_up for p in predictors if isinstance(p, TokenLowrankPredictor)]
+            terms["basis_l1"] = torch.stack([w.abs().sum() for w in bases if w is not None]).sum()
         return {name: getattr(weights, name) * term for name, term in terms.items()}
-
-    def _logits(self, teacher: Tensor, student: Tensor) -> Tensor:
-        if getattr(self.student, "num_classes", 0):
-            return losses.kl(teacher, student, self.stage.losses.temperature)
-        return losses.pooled(teacher, student)
-
-    def _features(self, teacher: Outputs, student: Outputs) -> Tensor:
-        prefix = hosts.num_prefix_tokens(self.student)
-        blocks = zip(teacher.blocks, student.blocks, strict=True)
-        return torch.stack([losses.features(t, s, present, prefix) for (t, _), (s, present) in blocks]).mean()
 
     def _attention(self, teacher: Outputs, student: Outputs) -> dict[str, Tensor]:
         """The losses `attention` and `mass` of the predictors, means over the sparse blocks."""
@@ -126,15 +152,6 @@ class Objective(nn.Module):
             terms["mass"] = torch.stack(lost).mean()
         return terms
 
-    def _basis_l1(self) -> Tensor:
-        modules = attention.sparse_modules(self.student).values()
-        bases = [m.predictor.w_up for m in modules if isinstance(m.predictor, TokenLowrankPredictor)]
-        return torch.stack([w.abs().sum() for w in bases if w is not None]).sum()
-
-
-Forward = Callable[[Tensor, Tensor | None, Outputs], dict[str, Tensor]]
-"""An `Objective`, or what accelerate makes of it."""
-
 
 @torch.no_grad()
 def true_attention(q: Tensor, k: Tensor, scale: float, prefix: int, bias: Tensor | None = None) -> Tensor:
@@ -149,22 +166,20 @@ def _outputs(model: nn.Module, x: Tensor, weights: Losses, pairs: bool) -> tuple
 
     The hooks are gone when gradient checkpointing computes a block again.
     """
-    outputs: dict[int, Any] = {}  # by block
-    heads: dict[int, tuple[Tensor, Tensor]] = {}  # q and k, by block
+    outputs: list[Any] = []  # of each block
+    heads: list[tuple[int, Tensor, Tensor]] = []  # number, q and k of each block
     prefix = hosts.num_prefix_tokens(model)
     with contextlib.ExitStack() as hooks:
         if weights.features:
-            for i, block in enumerate(cast(Any, model).blocks):
-                hooks.callback(_store_output(block, i, outputs).remove)
+            for block in cast(Any, model).blocks:
+                hooks.callback(block.register_forward_hook(lambda module, args, out: outputs.append(out)).remove)
         if pairs:
-            hooks.enter_context(watching(model, lambda i, q, k, v: heads.update({i: (q, k)})))
+            hooks.enter_context(watching(model, lambda i, q, k, v: heads.append((i, q, k))))
         full, read_by_head, tokens = _run(model, x)
-    logits = None
-    if weights.classification or weights.logits:
-        logits = cast(Any, model).forward_head(read_by_head)
+    logits = cast(Any, model).forward_head(read_by_head) if weights.classification or weights.logits else None
     patch = full[:, prefix:] if weights.tokens else None
-    blocks = tuple(_on_full_grid(output, prefix) for output in outputs.values())
-    return Outputs(logits, patch, blocks, tuple((i, q, k) for i, (q, k) in heads.items())), tokens
+    blocks = tuple(_on_full_grid(output, prefix) for output in outputs)
+    return Outputs(logits, patch, blocks, tuple(heads)), tokens
 
 
 def _run(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, TokenState | None]:
@@ -181,15 +196,6 @@ def _run(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, TokenState | None
 def _present(tokens: TokenState | None) -> Tensor | None:
     """The patches that were not dropped, bool [B, n0]; None: all."""
     return None if tokens is None or tokens.owner is None else tokens.owner >= 0
-
-
-def _store_output(module: nn.Module, key: int, outputs: dict[int, Any]) -> Any:
-    """A hook that stores the output of `module` under `key`."""
-
-    def hook(module: nn.Module, args: Any, out: Any) -> None:
-        outputs[key] = out
-
-    return module.register_forward_hook(hook)
 
 
 def _on_full_grid(output: Any, prefix: int) -> tuple[Tensor, Tensor | None]:

@@ -4,90 +4,81 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from dataclasses import field as data_field
+from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from sparsify.config import SparsityConfig
 from sparsify.errors import UsageError, field
 from sparsify.files import publishable
 from sparsify.fit.calibrate.repair import check_repairable
-from sparsify.fit.finetune import devices, trainable
+from sparsify.fit.finetune import trainable
 from sparsify.fit.finetune.batches import Batches, BatchSettings
 from sparsify.fit.finetune.validation import Labelled
 from sparsify.images import datasets
 from sparsify.images.loaders import Decoded, ImageBatches, Items, Part, Stream, share
 from sparsify.images.trainset import TrainSet, WithCrops, trainset
-from sparsify.processes import Compute
+from sparsify.processes import Compute, Listener
 from sparsify.recipe import Recipe, Repair, Stage
 
 BATCH = 32  # images per forward pass of validation and least squares
-Images = Iterable[Tensor]
+PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # a recipe's name -> accelerate's
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Images to train and validate on.
+    """Images to train and validate on."""
 
-    Attributes:
-        images: training images (`sparsify.images.trainset`).
-        val: labelled validation images (`sparsify.images.datasets.labelled`); None: a part of `images` is held back.
-    """
+    images: str  # training images (`sparsify.images.trainset`)
+    val: str | None = None  # labelled (`sparsify.images.datasets.labelled`); None: a part of `images` is held back
 
-    images: str
-    val: str | None = None
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What does not change the result of a run."""
+
+    folder: Path  # see `run_folder`
+    device: str = "cpu"
+    save_minutes: float = 5.0  # time between two saved states
+    listener: Listener = data_field(default_factory=Listener)
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage with its batches.
-
-    Attributes:
-        steps: optimiser steps.
-        images: training images; 0 for a stream.
-        validate_every: epochs between two validations; 0: at the end alone.
-    """
+    """A stage with its batches."""
 
     stage: Stage
     batches: Batches
-    steps: int
-    images: int
-    validate_every: int
+    steps: int  # optimiser steps
+    images: int  # training images; 0 for a stream
+    validate_every: int  # epochs between two validations; 0: at the end alone
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run.
-
-    Attributes:
-        stages: in their order.
-        validation: gives the validation images; `validated_on` describes them.
-        note: what was left out, or ''.
-        precision: see `devices.PRECISIONS`.
-        repair: settings of the least squares before the stages, and their images, float32 [B, C, H, W], read anew by each
-            iteration; None: no least squares.
-        unfolds: predictors that may be folded into qkv are trained; folds_again: and folded afterwards, where that is exact.
-        identity: recipe, data and model, JSON-able; a run is resumed only by one of the same identity.
-    """
+    """A run."""
 
     stages: tuple[PlannedStage, ...]
     validation: Labelled
-    validated_on: str
-    note: str
-    precision: str
+    validated_on: str  # describes the validation images
+    note: str  # what was left out, or ''
+    precision: str  # a key of `PRECISIONS`
     seed: int
-    repair: tuple[Repair, Images] | None
-    unfolds: bool
-    folds_again: bool
-    identity: dict[str, Any]
+    # settings of the least squares before the stages, and their images, float32 [B, C, H, W], read anew by each iteration
+    repair: tuple[Repair, Iterable[Tensor]] | None
+    unfolds: bool  # predictors that may be folded into qkv are trained
+    folds_again: bool  # and folded afterwards, where that is exact
+    identity: dict[str, Any]  # recipe, data and model, JSON-able; a run is resumed only by one of the same identity
 
 
 def make_plan(model: nn.Module, recipe: Recipe, data: TrainingData, compute: Compute, dense_sha256: str) -> Plan:
     """The run of `recipe` on `data` for the dense `model`; of `compute` device, micro_batch and workers count.
 
-    Raises:
-        UsageError: stages that do not fit the model, its sparsity or the processes.
-        BadData: no images, too few, other classes than the model's.
+    Raises `UsageError` where stages do not fit the model, its sparsity or the processes, and `BadData` where there are no
+    images, too few, or other classes than the model's.
     """
     classes = int(cast(Any, model).num_classes)
     for stage in recipe.stages:
@@ -95,7 +86,7 @@ def make_plan(model: nn.Module, recipe: Recipe, data: TrainingData, compute: Com
     hold_back = 0.0 if data.val is not None else recipe.hold_back
     if data.val is None and hold_back == 0:
         raise UsageError(f"hold_back 0 leaves nothing to judge by: give {field('val')} PATH with labelled images")
-    precision = devices.resolve_precision(recipe.precision, compute.device)
+    precision = resolve_precision(recipe.precision, compute.device)
     labels = any(stage.losses.classification > 0 for stage in recipe.stages)
     images = trainset(data.images, classes, labels, recipe.seed, hold_back)
     preprocessing = datasets.data_config(model)
@@ -118,8 +109,7 @@ def make_plan(model: nn.Module, recipe: Recipe, data: TrainingData, compute: Com
         trainable.make_optimiser(model, stage)  # refused now, not after the calibration
         steps = trainable.steps_of(stage, batches.steps_per_epoch)
         count = 0 if images.stream else len(cast(Items, images.learn))
-        every = stage.validate_every or (0 if data.val is None else 1)
-        stages.append(PlannedStage(stage, batches, steps, count, every))
+        stages.append(PlannedStage(stage, batches, steps, count, stage.validate_every or int(data.val is not None)))
     identity = {"recipe": recipe.model_dump(mode="json"), "data": images.digest, "dense": dense_sha256}
     identity |= {"val": data.val or "", "precision": precision}
     head_lowrank = recipe.sparsity.predictor == "head-lowrank"
@@ -138,43 +128,52 @@ def make_plan(model: nn.Module, recipe: Recipe, data: TrainingData, compute: Com
     )
 
 
+def resolve_precision(requested: str, device: str) -> str:
+    """A key of `PRECISIONS`; `auto` is bfloat16 where the machine has instructions for it, else float32.
+
+    Raises `UsageError` for float16 on a CPU, which has no such arithmetic.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    if requested == "float16" and on_cpu:
+        raise UsageError("precision float16 needs a GPU: give float32, bfloat16 or auto")
+    if requested != "auto":
+        return requested
+    fast = torch.cpu._is_avx512_bf16_supported() if on_cpu else torch.cuda.is_bf16_supported()
+    return "bfloat16" if fast else "float32"
+
+
 def check_stage(stage: Stage, sparsity: SparsityConfig, classes: int) -> None:
     """Raise `UsageError` where a stage does not fit what is trained; `classes`: outputs of the model, 0 for features."""
-    name, losses = f"stage '{stage.name}'", stage.losses
+    name, losses, predictor = f"stage '{stage.name}'", stage.losses, sparsity.predictor
     if losses.classification > 0 and not classes:
         raise UsageError(f"{name}: the loss classification needs a model with classes; use tokens, features or logits")
     keeps = sparsity.keep if isinstance(sparsity.keep, tuple) else (sparsity.keep,)
-    if stage.train == "predictors" and all(keep == "dense" for keep in keeps):
+    if stage.train == "predictors" and set(keeps) == {"dense"}:
         raise UsageError(f"{name} trains nothing: with keep dense there are no predictors")
     if sparsity.tokens is not None and stage.attention == "sparse" and losses.pairs:
-        raise UsageError(
-            f"{name}: the losses attention and mass compare all tokens, and tokens leave this model: set attention: dense"
-        )
+        reason = "the losses attention and mass compare all tokens, and tokens leave this model"
+        raise UsageError(f"{name}: {reason}: set attention: dense")
     if stage.attention == "dense" and stage.keep is not None:
         raise UsageError(f"{name}: keep has no effect with attention: dense")
-    if losses.basis_l1 > 0 and (sparsity.predictor != "token-lowrank" or sparsity.token_lowrank.shared_projection):
-        raise UsageError(
-            f"{name}: the loss basis_l1 is of W_up, which predictor {sparsity.predictor} does not have here"
-        )
-    if stage.train == "predictors" and sparsity.predictor == "head-lowrank" and not losses.pairs:
-        raise UsageError(
-            f"{name} trains nothing: head-lowrank predictors learn from the losses attention and mass only"
-        )
+    if losses.basis_l1 > 0 and (predictor != "token-lowrank" or sparsity.token_lowrank.shared_projection):
+        raise UsageError(f"{name}: the loss basis_l1 is of W_up, which predictor {predictor} does not have here")
+    if stage.train == "predictors" and predictor == "head-lowrank" and not losses.pairs:
+        reason = "head-lowrank predictors learn from the losses attention and mass only"
+        raise UsageError(f"{name} trains nothing: {reason}")
 
 
 def _repair_images(
     model: nn.Module, recipe: Recipe, images: TrainSet, data: TrainingData, preprocessing: dict[str, Any], workers: int
-) -> tuple[Repair, Images] | None:
+) -> tuple[Repair, Iterable[Tensor]] | None:
     if recipe.repair is None:
         return None
     check_repairable(model)
-    n = recipe.repair.images
+    n, learn = recipe.repair.images, cast(Any, images.learn)
     if images.stream:
-        dataset: Any = Stream(cast(Any, images.learn), datasets.transform(preprocessing), n)
-        return recipe.repair, ImageBatches(dataset, BATCH, 0, name=data.images)
-    learn = cast(Items, images.learn)
-    dataset = WithCrops(Part(learn, datasets.draw(len(learn), n, recipe.seed)), n, preprocessing, recipe.seed)
-    return recipe.repair, ImageBatches(dataset, BATCH, workers, name=data.images)
+        dataset: Any = Stream(learn, datasets.transform(preprocessing), n)
+    else:
+        dataset = WithCrops(Part(learn, datasets.draw(len(learn), n, recipe.seed)), n, preprocessing, recipe.seed)
+    return recipe.repair, ImageBatches(dataset, BATCH, 0 if images.stream else workers, name=data.images)
 
 
 def _validation_images(

@@ -1,42 +1,54 @@
-"""A run from its first stage to its last, and the best weights at its end."""
+"""A run from its first stage to its last, and the best weights at its end.
+
+Processes and mixed precision come from Hugging Face accelerate: `torchrun` and `accelerate launch` just work.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from sparsify import processes
 from sparsify.errors import field
 from sparsify.fit.calibrate.repair import repair
-from sparsify.fit.finetune import devices, trainable
-from sparsify.fit.finetune.interrupts import Interrupts
+from sparsify.fit.finetune import trainable
 from sparsify.fit.finetune.log import TrainingLog
-from sparsify.fit.finetune.loop import RunContext, StageRun, interrupted
-from sparsify.fit.finetune.plan import Plan
-from sparsify.fit.finetune.run_status import RunOptions, RunResult, RunStatus
-from sparsify.fit.finetune.saved_state import SavedState
-from sparsify.fit.finetune.validation import Validator
+from sparsify.fit.finetune.loop import Interrupts, RunContext, StageRun, interrupted
+from sparsify.fit.finetune.plan import PRECISIONS, Plan, RunOptions
+from sparsify.fit.finetune.saved_state import RunStatus, SavedState
+from sparsify.fit.finetune.validation import ValidationScore, Validator
 from sparsify.nn.folding import unfold
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended; the student has the best weights then."""
+
+    start: ValidationScore  # of the model before, on the validation images
+    best: ValidationScore  # and after
+    changed: bool  # the best weights are not those of the start
+    steps: int  # optimiser steps done
+    seconds: float  # wall time of this process, since it began or resumed
+    stopped: str = ""  # why the run ended before its last step
 
 
 def finetune(
     student: nn.Module, teacher: nn.Module, plan: Plan, options: RunOptions, resume: SavedState | None = None
 ) -> RunResult:
-    """Runs the stages of `plan` and leaves the best weights in `student`.
+    """Runs the stages of `plan` and leaves the best weights in `student`; raises `Interrupted` once the state is saved.
 
-    Args:
-        student: sparse, as calibrated; trained in place. Predictors that are trained are unfolded.
-        teacher: the dense model that it was made from.
-        resume: a state that an earlier call with the same arguments saved.
-
-    Raises:
-        Interrupted: Ctrl-C or SIGTERM; the state is saved.
+    `student`: sparse, as calibrated; predictors that are trained are unfolded. `teacher`: the dense model that it was made
+    from. `resume`: a state that an earlier call with the same arguments saved.
     """
     begun = time.monotonic()
-    accelerator = devices.accelerator(plan.precision, options.device)
+    accelerator = _accelerator(plan.precision, options.device)
     student.to(accelerator.device)
     teacher.to(accelerator.device).eval()
     if plan.unfolds:
@@ -56,8 +68,7 @@ def finetune(
             status.stage, resumed = number, resume
             if resume is None or resume.facts["stage"] != number:
                 status.step, resumed = 0, None
-            stopped = StageRun(context, number).run(resumed)
-            if stopped:
+            if stopped := StageRun(context, number).run(resumed):
                 break
     if status.best_weights is not None:
         student.load_state_dict(status.best_weights)
@@ -69,6 +80,14 @@ def finetune(
     return RunResult(status.start, status.best, changed, status.done, seconds, stopped)
 
 
+def _accelerator(precision: str, device: str) -> Accelerator:
+    """A new `Accelerator`: an earlier one of this process may have had another precision."""
+    AcceleratorState._reset_state(reset_partial_state=False)
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # the last block's patch rows may feed no loss
+    on_cpu = torch.device(device).type == "cpu"
+    return Accelerator(mixed_precision=PRECISIONS[precision], cpu=on_cpu, kwargs_handlers=[unused])
+
+
 def _repair(context: RunContext) -> None:
     """The least squares before the first stage, and the first validation."""
     assert context.plan.repair is not None
@@ -76,8 +95,8 @@ def _repair(context: RunContext) -> None:
 
     def report(step: str, done: int, total: int) -> None:
         if context.interrupts.requested:
-            goes_on = f"{field('resume')} goes on from what is in {options.folder}"
-            raise interrupted(f"interrupted before the first step: {goes_on}")
+            note = f"{field('resume')} goes on from what is in {options.folder}"
+            raise interrupted(f"interrupted before the first step: {note}")
         options.listener.progress(step, done, total, "blocks")
 
     student.eval()

@@ -44,24 +44,21 @@ class RunFolder:
     ) -> tuple[bool, SavedState | None]:
         """Whether the start model is to be read from here, and the state to resume from (None: the first step).
 
-        Raises:
-            BadFile: an unfinished run lies here and neither `resume` nor `force` is given; a damaged state.
-            UsageError: the run to be resumed has another recipe, data or model.
+        Raises `BadFile` where an unfinished run lies here and neither `resume` nor `force` is given, or its state is
+        damaged, and `UsageError` where the run to be resumed has another recipe, data or model.
         """
         if not resume:
             if self.unfinished and not force:
-                raise BadFile(
-                    f"{self.path} holds an unfinished run: {field('resume')} goes on with it, {field('force')} throws it "
-                    f"away, another {field('output')} leaves it"
-                )
+                choices = f"{field('resume')} goes on with it, {field('force')} throws it away"
+                choices += f", another {field('output')} leaves it"
+                raise BadFile(f"{self.path} holds an unfinished run: {choices}")
             return False, None
         if not self.unfinished:
             say(f"nothing to resume in {self.path}: starting anew")
             return False, None
         if difference := _difference(self._identity(), json.loads(json.dumps(identity)), ""):
-            raise UsageError(
-                f"{self.path} is another run ({difference}): resume it as it was, or give {field('force')} instead"
-            )
+            advice = f"resume it as it was, or give {field('force')} instead"
+            raise UsageError(f"{self.path} is another run ({difference}): {advice}")
         if not self.state.exists():
             say(f"{self.path}: no state was saved yet, going on from its calibrated model")
             return True, None
@@ -70,11 +67,7 @@ class RunFolder:
         return True, state
 
     def begin(self, identity: dict[str, Any], recipe: str) -> None:
-        """Makes the folder for a new run; what an older run left is removed.
-
-        Raises:
-            BadFile: it cannot be written.
-        """
+        """Makes the folder for a new run; what an older run left is removed. Raises `BadFile` if it cannot be written."""
         self.clear()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -94,16 +87,16 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes what a run leaves here, and nothing else."""
-        names = ("metrics.csv", "validation.csv", "curve.png", "tensorboard")
-        self._remove(self.facts, self.recipe, self.model, *(self.path / name for name in names))
+        written = "metrics.csv validation.csv curve.png tensorboard".split()
+        self._remove(self.facts, self.recipe, self.model, *(self.path / name for name in written))
 
     def _identity(self) -> Any:
         """Of the run that lies here."""
         try:
             return json.loads(self.facts.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            message = f"{self.facts} cannot be read ({one_line(error)}): start anew with {field('force')}"
-            raise BadFile(message) from None
+            problem = f"{self.facts} cannot be read ({one_line(error)})"
+            raise BadFile(f"{problem}: start anew with {field('force')}") from None
 
     def _remove(self, *paths: Path) -> None:
         """Removes `paths` and what only an unfinished run needs."""

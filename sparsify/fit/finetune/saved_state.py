@@ -1,4 +1,4 @@
-"""The state of a run on disk: all that its next step depends on, in one safetensors file.
+"""The state of a run between two steps, and on disk: all that its next step depends on, in one safetensors file.
 
 Random numbers of a step depend on the seed and the step alone, so no generator has to be saved.
 """
@@ -6,17 +6,21 @@ Random numbers of a step depend on the seed and the step alone, so no generator 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from dataclasses import field as data_field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsify.errors import BadFile, field, one_line
 from sparsify.files import whole
+from sparsify.fit.finetune.validation import ValidationScore
 
 FORMAT = "1"
 GROUP = "group"  # of parameters: some optimisers keep a tensor there
@@ -25,10 +29,8 @@ GROUP = "group"  # of parameters: some optimisers keep a tensor there
 class SavedState(NamedTuple):
     """Where a run stands.
 
-    Attributes:
-        tensors: of the student, the running mean of its weights, the best weights so far, and the optimiser; names have the
-            prefixes `student.`, `ema.`, `best.`, `optimiser.`.
-        facts: JSON-able: stage, step within it, steps in all, the optimiser's other values, scores, identity of the run.
+    Names of tensors have the prefixes `student.`, `ema.` (running mean of its weights), `best.` (weights so far) and
+    `optimiser.`. Facts are JSON-able: stage, step within it, steps in all, the optimiser's other values, scores, identity.
     """
 
     tensors: dict[str, Tensor]
@@ -39,28 +41,55 @@ class SavedState(NamedTuple):
         return {key[len(name) + 1 :]: t for key, t in self.tensors.items() if key.startswith(f"{name}.")}
 
 
+@dataclass
+class RunStatus:
+    """Where a run stands between two steps."""
+
+    start: ValidationScore
+    best: ValidationScore
+    best_weights: dict[str, Tensor] | None = None  # None while the start is the best
+    stage: int = 0  # number of the stage
+    step: int = 0  # its steps that are done
+    done: int = 0  # steps of all stages that are done
+    saved_at: float = data_field(default_factory=time.monotonic)
+
+    @classmethod
+    def of(cls, start: ValidationScore, resume: SavedState | None) -> RunStatus:
+        """Of a run that begins with a model of that score, or resumes from a saved state."""
+        if resume is None:
+            return cls(start, start)
+        facts = resume.facts
+        scores = ValidationScore(**facts["start"]), ValidationScore(**facts["best"])
+        return cls(*scores, resume.part("best") or None, facts["stage"], facts["step"], facts["done"])
+
+    def update_best(self, score: ValidationScore, model: nn.Module) -> bool:
+        """Whether `score` is the best so far; if so, the weights of `model` are remembered."""
+        better = score.better_than(self.best)
+        if better:
+            self.best = score
+            self.best_weights = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
+        return better
+
+    def row(self, epoch: float, score: ValidationScore, weights: str, best: bool) -> dict[str, Any]:
+        """A row of `TrainingLog.write_validation`."""
+        row = {"step": self.done, "stage": self.stage, "epoch": epoch, "weights": weights, "best": int(best)}
+        return row | asdict(score)
+
+
 def prefixed(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under `name.`, on the CPU."""
     return {f"{name}.{key}": t.detach().cpu().contiguous() for key, t in tensors.items()}
 
 
 def save(path: Path, state: SavedState) -> None:
-    """Writes the state; whenever the process is killed, the file holds the former state or this one.
-
-    Raises:
-        BadFile: it cannot be written.
-    """
+    """Writes the state, or raises `BadFile`; if the process is killed, the file holds the former state or this one."""
     copies = {key: t.clone() for key, t in state.tensors.items()}  # safetensors refuses tensors that share memory
     with whole(path) as temporary:
         save_file(copies, temporary, metadata={"format": "pt", "run": FORMAT, "facts": json.dumps(state.facts)})
 
 
 def load(path: Path) -> SavedState:
-    """The state that `save` wrote.
-
-    Raises:
-        BadFile: missing, or no such file.
-    """
+    """The state that `save` wrote; raises `BadFile` where it is missing or no such file."""
     try:
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
@@ -75,14 +104,9 @@ def load(path: Path) -> SavedState:
 def pack(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimiser's state as named tensors and JSON-able values."""
     state = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-    for index, entries in state["state"].items():
-        for key, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = value
-            else:
-                values[f"{index}.{key}"] = value
+    entries = {f"{i}.{key}": value for i, values in state["state"].items() for key, value in values.items()}
+    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    values = {name: value for name, value in entries.items() if name not in tensors}
     groups: list[dict[str, Any]] = []
     for number, group in enumerate(state["param_groups"]):
         groups.append({k: v for k, v in group.items() if k != "params" and not isinstance(v, Tensor)})
@@ -93,16 +117,13 @@ def pack(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str,
 def unpack(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Restores what `pack` returned, in an optimiser over the same parameters."""
     state: dict[int, dict[str, Any]] = {}
-    group_tensors: list[dict[str, Tensor]] = [{} for _ in facts["groups"]]
+    groups: list[dict[str, Any]] = optimizer.state_dict()["param_groups"]
+    for group, saved in zip(groups, facts["groups"], strict=True):
+        group |= {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}  # JSON makes lists of tuples
     for name, value in [*facts["values"].items(), *tensors.items()]:
         index, _, key = name.partition(".")
         if index.startswith(GROUP):
-            group_tensors[int(index.removeprefix(GROUP))][key] = value
+            groups[int(index.removeprefix(GROUP))][key] = value
         else:
             state.setdefault(int(index), {})[key] = value
-    groups = []
-    fresh = optimizer.state_dict()["param_groups"]
-    for group, saved, saved_tensors in zip(fresh, facts["groups"], group_tensors, strict=True):
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}  # JSON makes lists of tuples
-        groups.append({**group, **values, **saved_tensors, "params": group["params"]})
     optimizer.load_state_dict({"state": state, "param_groups": groups})

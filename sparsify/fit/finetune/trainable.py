@@ -19,12 +19,9 @@ from sparsify.recipe import Anneal, Stage
 
 
 def select_parameters(model: nn.Module, stage: Stage) -> list[str]:
-    """Names of the parameters that a stage trains; all others are frozen, in place.
+    """Names of the parameters that a stage trains; all others are frozen, in place. Raises `UsageError` if there are none.
 
     Predictors are trained only by the losses that reach them: the choice of keys has no gradient.
-
-    Raises:
-        UsageError: there are none.
     """
     predictors = stage.moves_predictors and stage.losses.predictors
     inside = tuple(f"{name}.predictor." for name in attention.sparse_modules(model))
@@ -37,22 +34,15 @@ def select_parameters(model: nn.Module, stage: Stage) -> list[str]:
         parameter.requires_grad_(trained)
         names += [name] if trained else []
     if not names:
-        raise UsageError(
-            f"stage '{stage.name}' trains nothing: this model's predictors have no parameters of their own"
-        )
+        reason = "this model's predictors have no parameters of their own"
+        raise UsageError(f"stage '{stage.name}' trains nothing: {reason}")
     return names
 
 
 def make_optimiser(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
-    """timm's optimiser over the trainable parameters of `model`.
-
-    Raises:
-        UsageError: timm has no such optimiser, or it refuses an argument.
-    """
-    options = stage.optimiser.model_dump(exclude={"name", "clip_grad"})
-    for name in ("betas", "eps"):
-        if options[name] is None:
-            del options[name]
+    """timm's optimiser over the trainable parameters; `UsageError` where timm has none, or it refuses an argument."""
+    unset = {name for name in ("betas", "eps") if getattr(stage.optimiser, name) is None}
+    options = stage.optimiser.model_dump(exclude={"name", "clip_grad"} | unset)
     try:
         return create_optimizer_v2(model, opt=stage.optimiser.name, **options)
     except Exception as error:
@@ -70,17 +60,13 @@ def lr_schedule(optimizer: torch.optim.Optimizer, stage: Stage, steps: int, step
 
 
 def steps_of(stage: Stage, steps_per_epoch: int | None) -> int:
-    """Optimiser steps of a stage; steps_per_epoch None: of a stream.
-
-    Raises:
-        UsageError: epochs of a stream, whose length is not known.
-    """
-    if steps_per_epoch is None:
-        if stage.steps is None:
-            raise UsageError(f"stage '{stage.name}': a stream has no known length: give steps instead of epochs")
-        return stage.steps
-    limits = [] if stage.epochs is None else [max(1, round(stage.epochs * steps_per_epoch))]
-    return min(limits if stage.steps is None else [*limits, stage.steps])
+    """Optimiser steps of a stage; steps_per_epoch None: of a stream, whose epochs have no length (`UsageError`)."""
+    if steps_per_epoch is None and stage.steps is None:
+        raise UsageError(f"stage '{stage.name}': a stream has no known length: give steps instead of epochs")
+    limits = [] if stage.steps is None else [stage.steps]
+    if steps_per_epoch is not None and stage.epochs is not None:
+        limits.append(max(1, round(stage.epochs * steps_per_epoch)))
+    return min(limits)
 
 
 def set_drop_path(model: nn.Module, rate: float) -> None:
