@@ -71,7 +71,7 @@ class _Made(NamedTuple):
 
 
 class Batches:
-    """What one process computes of a stage. `source`: images by index, or a stream (`TrainSet.learn`), named in messages.
+    """What one process computes of a stage, from images by index or a stream (`TrainSet.learn`), called `name` in messages.
 
     Raises `UsageError` where batch_size cannot be divided evenly, or timm knows no such augmentation, and `BadData` where
     there are fewer images than a batch.
@@ -83,9 +83,9 @@ class Batches:
             problem = f"batch of {batch_size} cannot be divided evenly among {world} processes"
             raise UsageError(f"{problem}: choose a multiple of {world}")
         self.source, self.settings, self.name = source, settings, name
-        self.slice = batch_size // world
-        self.micro = _micro_batch(self.slice, settings.micro_batch, settings.augmentation.mixes)  # images of each
-        # the incomplete rest of an epoch is left out, as by timm; passes of a stream follow each other without a gap
+        self.slice = batch_size // world  # images of a step that this process computes, `micro` of them together
+        self.micro = _micro_batch(self.slice, settings.micro_batch, settings.augmentation.mixes)
+        # the incomplete rest of an epoch is left out, as by timm; None for a stream, whose passes follow without a gap
         self.steps_per_epoch = None if isinstance(source, StreamPart) else len(source) // batch_size
         if self.steps_per_epoch == 0:
             problem = f"batch of {batch_size} is larger than the {len(cast(Items, source)):,} images of {name}"

@@ -29,7 +29,7 @@ GROUP = "group"  # of parameters: some optimisers keep a tensor there
 class SavedState(NamedTuple):
     """Where a run stands.
 
-    Names of tensors have the prefixes `student.`, `ema.` (running mean of its weights), `best.` (weights so far) and
+    Names of tensors have the prefixes `student.`, `ema.` (running mean of its weights), `best.` (best weights so far) and
     `optimiser.`. Facts are JSON-able: stage, step within it, steps in all, the optimiser's other values, scores, identity.
     """
 
