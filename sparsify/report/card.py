@@ -15,65 +15,21 @@ from sparsify.measure.figures import Profile
 from sparsify.models.checkpoint import Header
 from sparsify.models.provenance import Licence
 from sparsify.report import accuracy, profile, words
-from sparsify.report.words import HEADINGS, markdown_table
-
-CITATION = """\
-@InProceedings{wei2023sparsifiner,
-    author    = {Wei, Cong and Duke, Brendan and Jiang, Ruowei and Aarabi, Parham and Taylor, Graham W. and
-                 Shkurti, Florian},
-    title     = {Sparsifiner: Learning Sparse Instance-Dependent Attention for Efficient Vision Transformers},
-    booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
-    year      = {2023},
-    pages     = {22680-22689}
-}"""
-
-USE = """\
-## How to load it
-
-```
-pip install sparsify-vit
-```
-
-```python
-import sparsify
-
-model = sparsify.load("hf-hub:{repo}")  # a timm model in eval mode; model(x) as usual
-```
-
-Or through timm, always in the sparse form:
-
-```python
-import timm, sparsify.registry
-
-model = timm.create_model("hf-hub:{repo}", pretrained=True)
-```
-
-`timm.data.resolve_model_data_config(model)` gives the preprocessing. Without `sparsify` timm does not know the \
-architecture `sparsify_vit`, and says so."""
+from sparsify.report.words import HEADINGS
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card tells.
+    """What a card tells."""
 
-    Attributes:
-        repo: ORG/NAME.
-        header: of the file.
-        profile: theoretical MACs of the model and its dense twin.
-        licence: of the weights.
-        original: what was converted, in words; base: its name on the hub, '' if it has none.
-        evaluation: results of `sparsify eval` with their conditions, of this very file; None: there are none.
-        timing: what `sparsify profile` measured of a model of this shape; None: nothing.
-    """
-
-    repo: str
+    repo: str  # ORG/NAME
     header: Header
-    profile: Profile
-    licence: Licence
-    original: str
-    base: str
-    evaluation: Mapping[str, Any] | None = None
-    timing: Profile | None = None
+    profile: Profile  # theoretical MACs of the model and its dense twin
+    licence: Licence  # of the weights
+    original: str  # what was converted, in words
+    base: str  # its name on the hub, '' if it has none
+    evaluation: Mapping[str, Any] | None = None  # results of `sparsify eval` with their conditions, of this very file
+    timing: Profile | None = None  # what `sparsify profile` measured of a model of this shape
 
     @property
     def classes(self) -> int:
@@ -88,10 +44,29 @@ class Facts:
 
 def card(facts: Facts) -> str:
     """The README.md of a repository: YAML for the hub, then Markdown for people."""
-    sections = [_title(facts), [USE.format(repo=facts.repo)], _settings(facts), _cost(facts), _accuracy(facts)]
-    sections += [_speed(facts), _limits(facts), ["## Citation", "", "```bibtex", CITATION, "```"]]
-    body = "\n\n".join("\n".join(lines) for lines in sections if lines)
-    return f"---\n{yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True)}---\n\n{body}\n"
+    header, result, p = facts.header, facts.evaluation or {}, facts.timing
+    m = None if p is None else p.measured
+    times = [] if m is None else [("dense", m.dense), ("sparse", m.sparse), ("backend=auto", m.auto)]
+    body = words.rendered(
+        "card.md.jinja",
+        facts=facts,
+        name=facts.repo.partition("/")[2],
+        attends=_attends(facts),
+        tokens=header.config.tokens is not None,
+        version=header.provenance.get("versions", {}).get("sparsify-vit", "(version unknown)"),
+        settings=_settings(facts),
+        theoretical=profile.THEORETICAL,
+        headings=HEADINGS,
+        headline=profile.headline(facts.profile),
+        pairs=[row for row in accuracy.pairs(result) if not row[0].startswith("throughput")],
+        singles=[row for row in accuracy.singles(result) if row[0] != "images"],
+        evaluated_on=accuracy.conditions(result) if result else "",
+        times=[(label, words.plain(time.median), words.spread(time)) for label, time in times if time is not None],
+        timed_on="" if p is None or m is None else _timed_on(p),
+        changed=header.backbone_changed,
+        built_in=header.provenance.get("calibration", {}).get("set") == "built-in",
+    )
+    return f"---\n{yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True)}---\n\n{body}"
 
 
 def metadata(facts: Facts) -> dict[str, Any]:
@@ -107,23 +82,19 @@ def metadata(facts: Facts) -> dict[str, Any]:
     return tree
 
 
-def _title(facts: Facts) -> list[str]:
-    keeps, tokens = facts.keeps, facts.header.config.tokens
+def _attends(facts: Facts) -> str:
+    keeps = facts.keeps
     shares = sorted({k for k in keeps if k is not None})
-    attends = "attends densely" if not shares else f"attends to {_range(shares)} of the keys, chosen for each image"
-    some = f" in {len(keeps) - keeps.count(None)} of {len(keeps)} blocks" if shares and None in keeps else ""
-    version = facts.header.provenance.get("versions", {}).get("sparsify-vit", "(version unknown)")
-    lines = [
-        f"# {facts.repo.partition('/')[2]}",
-        "",
-        f"{facts.original} with sparse attention: each patch {attends}{some} by a small predictor"
-        f"{'; tokens leave on the way' if tokens is not None else ''}. "
-        f"The method follows Sparsifiner (CVPR 2023). Converted with `sparsify` {version}.",
-    ]
-    return lines + (["", f"> **Licence:** {facts.licence.note}"] if facts.licence.note else [])
+    if not shares:
+        return "attends densely"
+    low, high = (f"{100 * share:g}" for share in (shares[0], shares[-1]))
+    keys = f"{low} %" if low == high else f"{low} to {high} %"
+    some = f" in {len(keeps) - keeps.count(None)} of {len(keeps)} blocks" if None in keeps else ""
+    return f"attends to {keys} of the keys, chosen for each image{some}"
 
 
-def _settings(facts: Facts) -> list[str]:
+def _settings(facts: Facts) -> list[tuple[str, str]]:
+    """What was done: setting, value."""
     h, c, keeps = facts.header, facts.header.config, facts.keeps
     sparse = [i for i, keep in enumerate(keeps) if keep is not None]
     args = h.architecture["model_args"]
@@ -149,68 +120,15 @@ def _settings(facts: Facts) -> list[str]:
         how = "merge" if c.tokens.way == "merge" else "leave"
         present = " ".join(str(before) for before, _ in facts.profile.tokens)
         rows.append(("tokens", f"they {how} ({c.tokens.way}); present in each block: {present}"))
-    rows += [("calibration", _calibration(h)), ("trained", _training(h))]
-    table = markdown_table(("", ""), rows, left=2)
-    return ["## What was done", "", *table, "", f"Licence: {facts.licence.name or 'unknown'}."]
+    return rows + [("calibration", _calibration(h)), ("trained", _training(h))]
 
 
-def _cost(facts: Facts) -> list[str]:
-    return [
-        "## Cost",
-        "",
-        f"{profile.THEORETICAL}; one multiply-accumulate counts once.",
-        "",
-        *markdown_table(HEADINGS, profile.headline(facts.profile)),
-        "",
-        "Fewer MACs are no promise of speed: that depends on the machine (`sparsify profile` measures it).",
-    ]
-
-
-def _accuracy(facts: Facts) -> list[str]:
-    r, lines = facts.evaluation, ["## Accuracy", ""]
-    if r is None:
-        return [*lines, f"Not measured for this card. `sparsify eval hf-hub:{facts.repo} --imagenet PATH` does it."]
-    pairs = [row for row in accuracy.pairs(r) if not row[0].startswith("throughput")]
-    singles = [row for row in accuracy.singles(r) if row[0] != "images"]
-    lines.append("Measured, dense and sparse on the same images.")
-    lines += ["", *markdown_table(HEADINGS, pairs)] if pairs else []
-    lines += ["", *markdown_table(("sparse beside dense", ""), singles)] if singles else []
-    return [*lines, "", f"Conditions: {accuracy.conditions(r)}."]
-
-
-def _speed(facts: Facts) -> list[str]:
-    p = facts.timing
-    if p is None or p.measured is None:
-        return []
-    c, m = p.conditions, p.measured
-    rows = [
-        (label, words.plain(timing.median), words.spread(timing))
-        for label, timing in (("dense", m.dense), ("sparse", m.sparse), ("backend=auto", m.auto))
-        if timing is not None
-    ]
-    return [
-        "## Speed",
-        "",
-        "Measured on one machine; on another it may be the other way round.",
-        "",
-        *markdown_table(("", "ms/batch (median)", "p10-p90"), rows),
-        "",
-        f"Conditions: {words.setup(c['device_name'], c)}, {words.rectangle(c['img_size'])} px, {c['runs']} interleaved "
-        f"runs, backend {p.backend}, torch {c['torch']}, timm {c['timm']}.",
-    ]
-
-
-def _limits(facts: Facts) -> list[str]:
-    lines = [
-        "Whatever the original cannot do, this model cannot either, and its biases are the same.",
-        "Figures of other data than those above are not known.",
-        "The fast kernels are for CPUs (Linux, x86-64, AVX2 and a C++ compiler); elsewhere a slow reference computes.",
-    ]
-    if facts.header.provenance.get("calibration", {}).get("set") == "built-in" and not facts.header.backbone_changed:
-        lines.insert(1, "It was calibrated on a small built-in set: for images of another kind, calibrate on your own.")
-    if facts.header.backbone_changed:
-        lines.insert(1, "Its weights are not the original's any more: it cannot be turned back into the dense model.")
-    return ["## Limits", "", *(f"- {line}" for line in lines)]
+def _timed_on(p: Profile) -> str:
+    c = p.conditions
+    return (
+        f"{words.setup(c['device_name'], c)}, {words.rectangle(c['img_size'])} px, {c['runs']} interleaved runs, "
+        f"backend {p.backend}, torch {c['torch']}, timm {c['timm']}"
+    )
 
 
 def _calibration(h: Header) -> str:
@@ -242,11 +160,6 @@ def _cells(c: Any, sparse: Sequence[int]) -> str:
     if c.tail not in ("cells", "clusters") or c.cells is None:
         return ""
     return f", {_listed([words.rectangle(c.cells_of(i)) for i in sparse])} cells"
-
-
-def _range(shares: Sequence[float]) -> str:
-    low, high = (f"{100 * share:g}" for share in (shares[0], shares[-1]))
-    return f"{low} %" if low == high else f"{low} to {high} %"
 
 
 def _listed(values: Sequence[Any]) -> str:

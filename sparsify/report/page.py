@@ -10,7 +10,6 @@ import base64
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from sparsify.version import __version__
 
 SIDE = 280  # pixels of a panel, which is shown at half that size or smaller
 LARGE = 448  # of the photograph
-TEMPLATE = "page.html.jinja"
 
 
 @dataclass(frozen=True)
@@ -57,11 +55,7 @@ class Content:
 
 def render(content: Content) -> str:
     """The page, HTML."""
-    from jinja2 import Environment, StrictUndefined
-
-    text = (resources.files("sparsify.report") / TEMPLATE).read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(text).render(**_context(content)) + "\n"
+    return words.rendered("page.html.jinja", escape=True, **_context(content))
 
 
 def parts(content: Content) -> list[str]:

@@ -27,21 +27,7 @@ NO_DENSE = "No dense figures: the weights are not the dense original's, which wa
 
 def to_markdown(profile: Profile, title: str = "Profile") -> str:
     """The whole profile as GitHub Markdown: headline, breakdown, what was measured, and the module tree in full."""
-    size = words.rectangle(profile.conditions["img_size"])
-    lines = [f"# {title}", "", f"## {THEORETICAL}", "", f"Image size {size}.", ""]
-    lines += words.markdown_table(HEADINGS, headline(profile))
-    lines += [part for line in remarks(profile) for part in ("", f"{line}.")]
-    if warning := uncounted(profile.unsupported):
-        lines += ["", f"**{warning}**"]
-    summary = verdict(profile)
-    if profile.measured is not None:
-        lines += ["", "## Measured", "", *words.markdown_table(HEADINGS, measured(profile))]
-        lines += ["", f"{conditions(profile)}.", "", f"**{summary}**", ""]
-        lines += [*(f"- {line}" for line in auto(profile)), "", NOT_SPEED]
-    else:
-        lines += ["", f"**{summary}**"] if summary else []
-        lines += ["", "Nothing was measured: fewer MACs are no promise of speed (`sparsify profile` measures)."]
-    rows = [
+    modules = [
         (
             "&nbsp;" * 2 * row["depth"] + (row["name"].rpartition(".")[2] or "(model)"),
             row["type"],
@@ -50,9 +36,22 @@ def to_markdown(profile: Profile, title: str = "Profile") -> str:
         )
         for row in profile.modules
     ]
-    lines += ["", "## By module (theoretical, MACs per image)", ""]
-    lines += words.markdown_table(("module", "type", "parameters", *HEADINGS[1:]), rows, left=2)
-    return "\n".join(lines) + "\n"
+    return words.rendered(
+        "profile.md.jinja",
+        title=title,
+        theoretical=THEORETICAL,
+        size=words.rectangle(profile.conditions["img_size"]),
+        headings=HEADINGS,
+        headline=headline(profile),
+        remarks=remarks(profile),
+        uncounted=uncounted(profile.unsupported),
+        measured=measured(profile),
+        conditions=conditions(profile),
+        verdict=verdict(profile),
+        auto=auto(profile),
+        not_speed=NOT_SPEED,
+        modules=modules,
+    )
 
 
 def headline(p: Profile) -> list[Row]:

@@ -22,10 +22,6 @@ from sparsify.report.sweep_plot import plot, top1_error
 from sparsify.report.words import number
 
 FORMAT = 1  # of the JSON
-SPEED = (
-    "Speed: time of the dense model over that of the setting, round by round; the median, in brackets the 10th and 90th "
-    "percentile. The sparse form is timed, without a dense fallback."
-)
 
 
 def label(setting: Setting) -> str:
@@ -70,36 +66,29 @@ def seen(sweep: Sweep) -> str:
 
 def to_markdown(sweep: Sweep, prefix: str, picture: bool) -> str:
     """The sweep as GitHub Markdown; the names of its files begin with `prefix`."""
-    lines = [f"# Sweep of {sweep.model}", "", *_table(sweep), ""]
-    lines += [
-        "MACs are of one image, and theoretical; MHSA is the attention without its projections. `keep`: sparse attention,",
-        "all tokens stay. `target`: a schedule of keeps and tokens was searched for that share of the dense model's MACs.",
-        "No setting was trained.",
-        "",
-        f"Measured on {seen(sweep)}.",
-    ]
-    if sweep.settings[0].evaluation.top1 is not None:
-        lines.append("Change in top-1: points, with its standard error over the same images.")
-    lines += ["", f"Timed on {conditions(sweep)}. {SPEED} {profile.NOT_SPEED}"]
-    if warning := profile.uncounted({k: v for s in sweep.settings for k, v in s.profile.unsupported.items()}):
-        lines += ["", f"**{warning}**"]
-    if sweep.skipped:
-        lines += ["", *(f"Left out, {reason}." for reason in sweep.skipped.values())]
-    if picture:
-        lines += ["", f"![accuracy over MACs and time]({prefix}.png)"]
-    if published(sweep):
-        lines += ["", _published_words(sweep)]
-    lines += ["", "## Settings", "", "A setting again, as a model:", ""]
-    example = sweep.settings[-1].choice.name
-    lines += [f"    {' '.join(sweep.convert)} --recipe {prefix}.recipes/{example}.yaml -o {example}.safetensors", ""]
-    headings = ("setting", "recipe", "keep of each block", "tokens into each block, and out")
-    rows = [
-        (label(s), f"{s.choice.name}.yaml", " ".join(_keeps(s)), " ".join(map(str, _tokens(s)))) for s in sweep.settings
-    ]
-    return "\n".join([*lines, *words.markdown_table(headings, rows, left=4)]) + "\n"
+    e = sweep.settings[0].evaluation
+    return words.rendered(
+        "sweep.md.jinja",
+        sweep=sweep,
+        figures=_table(sweep),
+        seen=seen(sweep),
+        top1=e.top1 is not None,
+        conditions=conditions(sweep),
+        not_speed=profile.NOT_SPEED,
+        uncounted=profile.uncounted({k: v for s in sweep.settings for k, v in s.profile.unsupported.items()}),
+        picture=picture,
+        prefix=prefix,
+        published_dense=f"{PUBLISHED_DENSE_TOP1:g}" if published(sweep) else "",
+        measured_dense=number(e.dense_top1, ".2f", ""),
+        example=sweep.settings[-1].choice.name,
+        settings=[
+            (label(s), f"{s.choice.name}.yaml", " ".join(_keeps(s)), " ".join(map(str, _tokens(s))))
+            for s in sweep.settings
+        ],
+    )
 
 
-def _table(sweep: Sweep) -> list[str]:
+def _table(sweep: Sweep) -> str:
     """All settings beside dense; the first figure of `quality` has its change beside it, if that is top-1."""
     first, *others = quality(sweep.settings[0].evaluation)
     change = sweep.settings[0].evaluation.top1 is not None
@@ -217,17 +206,6 @@ def _move(made: Path, prefix: Path, names: Sequence[str]) -> list[Path]:
         else:
             target.unlink(missing_ok=True)  # the plot of an earlier sweep
     return [*paths, recipes]
-
-
-def _published_words(sweep: Sweep) -> str:
-    measured = number(sweep.settings[0].evaluation.dense_top1, ".2f", "")
-    return (
-        "Published, fine-tuned: Sparsifiner (CVPR 2023) and the token pruning it compares with, DeiT-S on ImageNet's "
-        "50,000 validation images, trained after conversion. The picture places them by what they lose against their own "
-        f"dense model ({PUBLISHED_DENSE_TOP1:g} %), from the dense accuracy measured here ({measured} %). The paper gives "
-        "the attention's MACs alone, in its own accounting; the share of the whole model is worked out from them: 4.599 G "
-        "less what the attention saves, and for pruned tokens the total that the same formulae give."
-    )
 
 
 def _keeps(setting: Setting) -> list[str]:

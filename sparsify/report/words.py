@@ -1,8 +1,9 @@
-"""Figures as words: counts, times, memory, changes, conditions; tables in Markdown."""
+"""Figures as words: counts, times, memory, changes, conditions; templates and tables in Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -85,7 +86,16 @@ def mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Lines of a Markdown table; all but the first `left` columns are aligned to the right."""
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table; all but the first `left` columns are aligned to the right."""
     rule = ["---" if i < left else "---:" for i in range(len(headings))]
-    return [f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows))
+
+
+def rendered(template: str, *, escape: bool = False, **context: Any) -> str:
+    """A template of this package with its values, which include `table` (`markdown_table`); `escape`: for HTML."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = (resources.files("sparsify.report") / template).read_text(encoding="utf-8")
+    return environment.from_string(text).render(table=markdown_table, **context) + "\n"
