@@ -20,43 +20,30 @@ Output = tuple[Tensor, Tensor]  # of a model without a head: pooled features [B,
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results; None where a figure does not apply (`docs/glossary.md` has the words), or where there is no dense model.
+    """Results; None where a figure does not apply (`docs/glossary.md` has the words), or where there is no dense model."""
 
-    Attributes:
-        model, param_count, img_size, crop_pct, interpolation: what was evaluated, in timm's words.
-        images: images counted; broken: images that could not be read.
-        top1, top5, dense_top1, dense_top5: percent.
-        agreement: percent of images with the same top-1 class as dense.
-        images_lost, images_gained: dense right and sparse wrong, and the reverse.
-        kl: KL(dense || sparse) of class probabilities, nats, mean per image.
-        cosine_pooled, cosine_patch: cosine similarity of features, mean over images.
-        rel_error_pooled, rel_error_patch: relative error of features (`relative_error`), mean over images.
-        knn_top1, dense_knn_top1: leave-one-out nearest-neighbour accuracy over the pooled features, percent.
-        throughput_sparse, throughput_dense: images/s, measured in this pass; of several processes the sum.
-    """
-
-    model: str = ""
+    model: str = ""  # this and the next four: what was evaluated, in timm's words
     param_count: int | None = None
     img_size: int | None = None
     crop_pct: float | None = None
     interpolation: str | None = None
-    images: int = 0
-    broken: int = 0
-    top1: float | None = None
+    images: int = 0  # images counted
+    broken: int = 0  # images that could not be read
+    top1: float | None = None  # percent, as all accuracies
     top5: float | None = None
     dense_top1: float | None = None
     dense_top5: float | None = None
-    agreement: float | None = None
-    images_lost: int | None = None
-    images_gained: int | None = None
-    kl: float | None = None
-    cosine_pooled: float | None = None
+    agreement: float | None = None  # percent of images with the same top-1 class as dense
+    images_lost: int | None = None  # dense right and sparse wrong
+    images_gained: int | None = None  # the reverse
+    kl: float | None = None  # KL(dense || sparse) of class probabilities, nats, mean per image
+    cosine_pooled: float | None = None  # cosine similarity of features, mean over images
     cosine_patch: float | None = None
-    rel_error_pooled: float | None = None
+    rel_error_pooled: float | None = None  # relative error of features (`relative_error`), mean over images
     rel_error_patch: float | None = None
-    knn_top1: float | None = None
+    knn_top1: float | None = None  # leave-one-out nearest-neighbour accuracy over the pooled features
     dense_knn_top1: float | None = None
-    throughput_sparse: float | None = None
+    throughput_sparse: float | None = None  # images/s, measured in this pass; of several processes the sum
     throughput_dense: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -94,18 +81,11 @@ class Logits:
 
     def result(self, n: int) -> Evaluation:
         top1, top5, dense_top1, dense_top5 = (100 * h / n for h in self.hits.tolist())
+        alone = Evaluation(top1=top1, top5=top5)
         if not self.compared:
-            return Evaluation(top1=top1, top5=top5)
-        return Evaluation(
-            top1=top1,
-            top5=top5,
-            dense_top1=dense_top1,
-            dense_top5=dense_top5,
-            agreement=100 * self.agree / n,
-            images_lost=self.lost,
-            images_gained=self.gained,
-            kl=self.kl / n,
-        )
+            return alone
+        alone = replace(alone, dense_top1=dense_top1, dense_top5=dense_top5, agreement=100 * self.agree / n)
+        return replace(alone, images_lost=self.lost, images_gained=self.gained, kl=self.kl / n)
 
 
 class Features:
@@ -141,15 +121,9 @@ class Features:
         alone = Evaluation(knn_top1=knn(torch.cat(self.pooled["sparse"]), y))
         if not self.pooled["dense"]:
             return alone
-        cos_pooled, err_pooled, cos_patch, err_patch = (self.sums / n).tolist()
-        return replace(
-            alone,
-            cosine_pooled=cos_pooled,
-            rel_error_pooled=err_pooled,
-            cosine_patch=cos_patch,
-            rel_error_patch=err_patch,
-            dense_knn_top1=knn(torch.cat(self.pooled["dense"]), y),
-        )
+        names = ("cosine_pooled", "rel_error_pooled", "cosine_patch", "rel_error_patch")
+        figures = dict(zip(names, (self.sums / n).tolist(), strict=True))
+        return replace(alone, **figures, dense_knn_top1=knn(torch.cat(self.pooled["dense"]), y))
 
 
 def kl_terms(dense: Tensor, sparse: Tensor) -> Tensor:
@@ -173,8 +147,7 @@ def distance(dense: Tensor, sparse: Tensor, logits: bool) -> float:
 def knn(features: Tensor, labels: Tensor, k: int = NEIGHBOURS) -> float | None:
     """Leave-one-out accuracy (percent) of a vote of the k nearest by cosine, each weighted by its similarity.
 
-    Args:
-        features: [n, C]; labels: [n]. None for fewer than two images.
+    features: [n, C]; labels: [n]. None for fewer than two images.
     """
     n = len(features)
     if n < 2:

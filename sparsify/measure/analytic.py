@@ -35,31 +35,23 @@ from sparsify.ops.tails import LLOYD_STEPS, known
 
 @dataclass(frozen=True)
 class Analytic:
-    """MACs of one call.
+    """MACs of one call."""
 
-    Attributes:
-        total: the whole model.
-        by_module: what each counted module does itself (not its children), by name.
-        pairs: query-key pairs inside the blocks' attention: kept pairs and prefix rows, or all pairs where it is dense.
-        predictor, tail, stages: as in `sparsify.measure.figures.Profile`.
-        tokens: N into the attention and N into the MLP of each block, prefix included.
-    """
-
-    total: int
-    by_module: Mapping[str, int]
-    pairs: int
-    predictor: int
+    total: int  # the whole model
+    by_module: Mapping[str, int]  # what each counted module does itself (not its children), by name
+    pairs: (
+        int  # query-key pairs inside the blocks' attention: kept pairs and prefix rows, or all pairs where it is dense
+    )
+    predictor: int  # this and the next two: as in `sparsify.measure.figures.Profile`
     tail: int
     stages: int
-    tokens: tuple[tuple[int, int], ...]
+    tokens: tuple[tuple[int, int], ...]  # N into the attention and N into the MLP of each block, prefix included
 
 
 def count(model: nn.Module, images: Tensor) -> Analytic:
     """Count the MACs of `model(images)` by running it once (meta tensors will do).
 
-    Args:
-        model: a timm model that is understood, dense or sparse, in eval mode.
-        images: [B, C, H, W]; all counts are for the B images together.
+    model: of a family that `sparsify.nn.hosts` knows, dense or sparse, in eval mode; images: [B, C, H, W], counted together.
     """
     macs: Counter[str] = Counter()
     parts: Counter[str] = Counter()
@@ -81,8 +73,9 @@ def count(model: nn.Module, images: Tensor) -> Analytic:
             elif isinstance(module, projection.SUPPORTED):
                 found = host_attention(module, args[0].shape[1])
             if found:
-                parts.update({part: args[0].shape[0] * m for part, m in found.items()})
-                macs[name] += args[0].shape[0] * sum(found.values())
+                B = args[0].shape[0]
+                parts.update({part: B * m for part, m in found.items()})
+                macs[name] += B * sum(found.values())
             else:
                 macs[name] += layer(module, args[0], output)
 
@@ -135,9 +128,7 @@ def token_block(block: Any, x: Tensor, tokens: TokenState) -> dict[str, int]:
     if block.attn.importance is not None:
         importance = n * C * (4 + 1)  # fvcore's estimate for a norm, and one product
     pairs = 0
-    if (
-        stage.way == "merge"
-    ):  # in every round two look for each token that leaves, 256 at once among all behind the first
+    if stage.way == "merge":  # in each round, 2r tokens search among all others for r merges, 256 at a time
         for before, after in itertools.pairwise([n, *rounds(n, left)]):
             looking = min(before - 1, 2 * (before - after))
             pairs += sum(min(256, looking - i) * (before - 1 - i) for i in range(0, looking, 256))

@@ -34,30 +34,21 @@ REFERENCES = {
 
 @dataclass(frozen=True)
 class Layer:
-    """What the attention of one block does. Weights and shares from 0 to 1; float32 on the CPU.
+    """What the attention of one block does. Weights and shares from 0 to 1; float32 on the CPU; blocks count from 0.
 
-    Attributes:
-        block: counted from 0.
-        sparse: whether a predictor selects keys; otherwise all are kept.
-        budget: b, keys kept by each patch row.
-        owner: token that contains each of the n0 patches, counted without prefix, -1 for dropped patches: int64 [n0].
-        rows: token of each query's patch, counted with prefix, -1 for dropped patches: int64 [Q].
-        kept: keys that each query keeps, bool [H, Q, N]; none for dropped queries.
-        weight: attention that a query gives to each kept key, [H, Q, N]; tail: to the means of the dropped keys, [H, Q].
-        mass: share of the true attention that lies on the kept keys, mean over the patch rows, [H].
-        best: the same for the b keys with the most true attention: the highest share that b keys can reach, [H].
+    The true attention is that of `Inspection.reference`; `mass` and `best` are means over the patch rows.
     """
 
     block: int
-    sparse: bool
-    budget: int
-    owner: Tensor
-    rows: Tensor
-    kept: Tensor
-    weight: Tensor
-    tail: Tensor
-    mass: Tensor
-    best: Tensor
+    sparse: bool  # whether a predictor selects keys; otherwise all are kept
+    budget: int  # b, keys kept by each patch row
+    owner: Tensor  # token that contains each of the n0 patches, counted without prefix, -1 if dropped: int64 [n0]
+    rows: Tensor  # token of each query's patch, counted with prefix, -1 if dropped: int64 [Q]
+    kept: Tensor  # keys that each query keeps, bool [H, Q, N]; none for dropped queries
+    weight: Tensor  # attention that a query gives to each kept key, [H, Q, N]
+    tail: Tensor  # attention that it gives to the means of the dropped keys, [H, Q]
+    mass: Tensor  # share of the true attention that lies on the kept keys, [H]
+    best: Tensor  # the highest share that b keys can reach: the keys with the most true attention, [H]
 
     @property
     def tokens(self) -> int:
@@ -67,42 +58,26 @@ class Layer:
 
 @dataclass(frozen=True)
 class Survivors:
-    """The tokens that remain after the stage of a block.
+    """The patch tokens before and after the stage of a block."""
 
-    Attributes:
-        block: counted from 0.
-        before, after: number of patch tokens.
-        owner: as `Layer.owner`, after the stage.
-    """
-
-    block: int
+    block: int  # from 0
     before: int
     after: int
-    owner: Tensor
+    owner: Tensor  # as `Layer.owner`, after the stage
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """One image inside a sparse model.
+    """One image inside a sparse model."""
 
-    Attributes:
-        grid: rows and columns of patches, h*w = n0.
-        prefix: names of the P prefix tokens: cls, dist, reg.
-        queries: Q patches.
-        heads, depth: H of each block, and the number of blocks.
-        layers: those whose patch rows are computed, in order.
-        stages: in order; none if all tokens remain.
-        reference: which attention `mass` is a share of, a key of `REFERENCES`.
-    """
-
-    grid: tuple[int, int]
-    prefix: tuple[str, ...]
-    queries: tuple[int, ...]
-    heads: int
-    depth: int
-    layers: tuple[Layer, ...]
-    stages: tuple[Survivors, ...]
-    reference: str
+    grid: tuple[int, int]  # rows and columns of patches, h*w = n0
+    prefix: tuple[str, ...]  # names of the P prefix tokens: cls, dist, reg
+    queries: tuple[int, ...]  # Q patches
+    heads: int  # H of each block
+    depth: int  # number of blocks
+    layers: tuple[Layer, ...]  # those whose patch rows are computed, in order
+    stages: tuple[Survivors, ...]  # in order; none if all tokens remain
+    reference: str  # which attention `mass` is a share of, a key of `REFERENCES`
 
     def layer(self, block: int) -> Layer | None:
         """The layer of a block, counted from 0; None if its patch rows are not computed."""
@@ -111,17 +86,12 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Shown:
-    """One image and what the model does with it.
+    """One image and what the model does with it."""
 
-    Attributes:
-        name: of its pictures: the file's stem, with a number if another file has the same.
-        layers, heads: whose keys are drawn, counted from 0.
-    """
-
-    name: str
+    name: str  # of its pictures: the file's stem, with a number if another file has the same
     photo: Photograph
     found: Inspection
-    layers: tuple[int, ...]
+    layers: tuple[int, ...]  # whose keys are drawn, from 0
     heads: tuple[int, ...]
 
 
@@ -147,11 +117,9 @@ class _Map(NamedTuple):
 
 @torch.inference_mode()
 def inspect(model: nn.Module, x: Tensor, queries: Sequence[int] = (), dense: nn.Module | None = None) -> Inspection:
-    """Inspect one image inside a sparse model.
+    """Inspect the preprocessed image x [C, H, W] inside a sparse model in eval mode, which does not change.
 
     Args:
-        model: a timm model with sparse attention, eval mode; it does not change.
-        x: the preprocessed image, [C, H, W].
         queries: patches, 0 to n0 - 1; empty: `default_queries`.
         dense: the dense original; None: `mass` is of the model's own attention.
 

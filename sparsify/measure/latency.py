@@ -27,12 +27,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall-clock times of one candidate, in ms per batch.
-
-    Attributes:
-        median, p10, p90: of all runs.
-        runs: how many.
-    """
+    """Wall-clock times of one candidate, in ms per batch: median, 10th and 90th percentile of all `runs`."""
 
     median: float
     p10: float
@@ -57,14 +52,12 @@ def interleaved(
     synchronize: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time every candidate once in each round, in alternating order (ABC CBA ABC ...), after a warm-up.
+    """Time every candidate, a call by its name, once in each round, in alternating order (ABC CBA ABC ...).
 
     Args:
-        candidates: calls to time, by name.
         rounds: None: at least `MIN_ROUNDS`, then until `budget_s` seconds have passed.
         warmup: untimed runs of each candidate before the first round.
-        synchronize: called before each reading of the clock (waits for an accelerator).
-        clock: seconds.
+        synchronize: called before each reading of the clock, in seconds (waits for an accelerator).
     """
     names = list(candidates)
     times: dict[str, list[float]] = {name: [] for name in names}

@@ -38,22 +38,15 @@ DENSE_OPS = ("scaled_dot_product_attention", "matmul")  # matmul: timm with TIMM
 
 @dataclass(frozen=True)
 class Counts:
-    """MACs of one image.
+    """MACs of one image."""
 
-    Attributes:
-        total: the whole model.
-        by_module: inclusive count of every module, by name; '' is the model.
-        attention: for every module named in `count`, what its attention counts, by part: kept, prefix, predictor and
-            tail where it is sparse, `full` where it is dense.
-        stages: importance and matching of the tokens, in all stages (`sparsify.nn.tokens`).
-        unsupported: ops without a handle that are not known to be elementwise, and how often they occur; they count 0.
-    """
-
-    total: int
-    by_module: Mapping[str, int]
-    attention: Mapping[str, Mapping[str, int]]
-    stages: int
-    unsupported: Mapping[str, int]
+    total: int  # the whole model
+    by_module: Mapping[str, int]  # inclusive count of every module, by name; '' is the model
+    attention: Mapping[str, Mapping[str, int]]  # of every module named in `count`, by part: `PARTS`, `full` where dense
+    stages: int  # importance and matching of the tokens, in all stages (`sparsify.nn.tokens`)
+    unsupported: Mapping[
+        str, int
+    ]  # ops that were not counted, neither handled nor elementwise, and how often they occur
 
     def part(self, name: str) -> int:
         """Sum of one part over all attention modules."""
@@ -66,12 +59,9 @@ class Counts:
 
 
 def count(model: nn.Module, image: tuple[int, int, int], attention: list[str]) -> Counts:
-    """Count the MACs of `model` for one image.
+    """Count the MACs of `model`, in eval mode, for one image of these channels, height and width.
 
-    Args:
-        model: on any device; in eval mode.
-        image: channels, height and width.
-        attention: names of the modules whose attention is the blocks' own (`Counts.attention`).
+    attention: names of the modules whose attention is the blocks' own (`Counts.attention`).
     """
     parameter = next(model.parameters())
     analysis = FlopCountAnalysis(model, torch.zeros(1, *image, device=parameter.device, dtype=parameter.dtype))

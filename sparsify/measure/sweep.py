@@ -15,19 +15,12 @@ from sparsify.recipe import Recipe
 
 @dataclass(frozen=True)
 class SweepChoice:
-    """A setting before it is measured.
+    """A setting before it is measured."""
 
-    Attributes:
-        name: keep-0.1 (sparse attention, all tokens) or macs-0.7 (a searched schedule); names its recipe.
-        asked: the requested share of keys, or of the dense model's MACs; it is part of the name.
-        config: of the sparse model, complete.
-        damage: KL that the search predicts for its schedule; None: nothing was searched.
-    """
-
-    name: str
-    asked: float
-    config: SparsityConfig
-    damage: float | None
+    name: str  # keep-0.1 (sparse attention, all tokens) or macs-0.7 (a searched schedule); names its recipe
+    asked: float  # the requested share of keys, or of the dense model's MACs; it is part of the name
+    config: SparsityConfig  # of the sparse model, complete
+    damage: float | None  # KL that the search predicts for its schedule; None: nothing was searched
 
     @property
     def kind(self) -> str:
@@ -37,22 +30,14 @@ class SweepChoice:
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting with its figures.
-
-    Attributes:
-        choice: what it is; recipe: converts the model to it.
-        profile: MACs, theoretical.
-        evaluation: on the same images as all others; its throughput is not measured.
-        timing: of the sparse form without dense fallback, in one interleaved run with all others; ms.
-        speed: time of the dense model divided by the setting's, by round.
-    """
+    """A setting with its figures."""
 
     choice: SweepChoice
-    recipe: Recipe
-    profile: Profile
-    evaluation: Evaluation
-    timing: Timing
-    speed: Timing
+    recipe: Recipe  # converts the model to it
+    profile: Profile  # MACs, theoretical
+    evaluation: Evaluation  # on the same images as all others; its throughput is not measured
+    timing: Timing  # of the sparse form without dense fallback, in one interleaved run with all others; ms
+    speed: Timing  # time of the dense model divided by the setting's, by round
 
     @property
     def share(self) -> float:
@@ -62,28 +47,18 @@ class Setting:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What `sweep` measured.
+    """What `sweep` measured."""
 
-    Attributes:
-        model, weights: as requested; architecture: timm's name; classes: outputs, 0 without a classifier.
-        images: evaluation images, in words; calibration: calibration images, in words.
-        labelled: whether those images have labels.
-        settings: keeps first, in the requested order; dense: the dense model's time.
-        skipped: impossible settings, with the reason.
-        conditions: of the timing: batch_size, img_size, dtype, device, device_name, threads, runs, backend and versions.
-        convert: the command that makes a setting's model, up to its recipe.
-    """
-
-    model: str
+    model: str  # as requested, as `weights`
     weights: str | None
-    architecture: str
-    classes: int
-    images: str
-    calibration: str
-    labelled: bool
-    settings: tuple[Setting, ...]
-    dense: Timing
-    skipped: Mapping[str, str]
-    conditions: Mapping[str, Any]
-    convert: tuple[str, ...]
+    architecture: str  # timm's name
+    classes: int  # outputs, 0 without a classifier
+    images: str  # evaluation images, in words
+    calibration: str  # calibration images, in words
+    labelled: bool  # whether the evaluation images have labels
+    settings: tuple[Setting, ...]  # keeps first, in the requested order
+    dense: Timing  # of the dense model
+    skipped: Mapping[str, str]  # impossible settings, with the reason
+    conditions: Mapping[str, Any]  # of the timing: the keys `sparsify.measure.conditions.SWEEP`
+    convert: tuple[str, ...]  # the command that makes a setting's model, up to its recipe
     seconds: float

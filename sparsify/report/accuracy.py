@@ -32,29 +32,28 @@ def pairs(result: Mapping[str, Any]) -> list[Row]:
             rows.append((label, number(dense, ".2f"), number(sparse, ".2f"), points))
     dense, sparse = result.get("throughput_dense"), result.get("throughput_sparse")
     if dense is not None or sparse is not None:
-        figures = [NOTHING if rate is None else plain(rate) for rate in (dense, sparse)]
+        dense_rate, sparse_rate = (NOTHING if rate is None else plain(rate) for rate in (dense, sparse))
         both = "" if dense is None or sparse is None else change(dense, sparse)
-        rows.append(("throughput, images/s", figures[0], figures[1], both))
+        rows.append(("throughput, images/s", dense_rate, sparse_rate, both))
     return rows
+
+
+SINGLES = (
+    ("images", "images", ",d"),
+    ("agreement of predicted classes, %", "agreement", ".2f"),
+    ("KL(dense || sparse), nats per image", "kl", ".4f"),
+    ("images lost (dense right, sparse wrong)", "images_lost", ",d"),
+    ("images gained (dense wrong, sparse right)", "images_gained", ",d"),
+    ("cosine similarity, pooled features", "cosine_pooled", ".4f"),
+    ("cosine similarity, patch features", "cosine_patch", ".4f"),
+    ("relative error, pooled features", "rel_error_pooled", ".4f"),
+    ("relative error, patch features", "rel_error_patch", ".4f"),
+)
 
 
 def singles(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What, and its figure."""
-    return [
-        (label, format(result[key], form))
-        for label, key, form in (
-            ("images", "images", ",d"),
-            ("agreement of predicted classes, %", "agreement", ".2f"),
-            ("KL(dense || sparse), nats per image", "kl", ".4f"),
-            ("images lost (dense right, sparse wrong)", "images_lost", ",d"),
-            ("images gained (dense wrong, sparse right)", "images_gained", ",d"),
-            ("cosine similarity, pooled features", "cosine_pooled", ".4f"),
-            ("cosine similarity, patch features", "cosine_patch", ".4f"),
-            ("relative error, pooled features", "rel_error_pooled", ".4f"),
-            ("relative error, patch features", "rel_error_patch", ".4f"),
-        )
-        if result.get(key) is not None
-    ]
+    return [(label, format(result[key], form)) for label, key, form in SINGLES if result.get(key) is not None]
 
 
 def conditions(result: Mapping[str, Any]) -> str:

@@ -211,11 +211,7 @@ def _bar(axes: Any, scale: panels.Scale) -> None:
 
 
 def can_write(folder: Path) -> None:
-    """Raise where `write` is going to fail, before anything is computed.
-
-    Raises:
-        BadFile: a file lies there, or the folder that it is to be made in is missing.
-    """
+    """Raise `BadFile` where `write` would fail, before anything is computed: a file lies there, or its parent is missing."""
     if folder.exists() and not folder.is_dir():
         raise BadFile(f"cannot write to {folder}: it is a file, a folder is expected")
     if not folder.exists() and not folder.absolute().parent.is_dir():
@@ -223,11 +219,7 @@ def can_write(folder: Path) -> None:
 
 
 def write(files: Mapping[str, bytes], folder: Path) -> list[Path]:
-    """Write them, each whole or not at all; the folder is made where there is none. Other files stay.
-
-    Raises:
-        BadFile: they cannot be written.
-    """
+    """Write them, each whole or not at all, into a folder that is made if missing; raises `BadFile` if that fails."""
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:

@@ -31,21 +31,14 @@ LARGE = 448  # of the photograph
 
 @dataclass(frozen=True)
 class Content:
-    """What a page shows; a part that is None or empty is left out, with a line that says how to get it.
+    """What a page shows; a part that is None or empty is left out, with a line that says how to get it."""
 
-    Attributes:
-        file: the model's; header: its header.
-        profile: MACs, and what was measured, if anything was.
-        evaluation: of eval's results file; sweep: of a sweep's files.
-        shown: what the model does with images.
-    """
-
-    file: Path
+    file: Path  # the model's
     header: Header
-    profile: Profile
-    evaluation: Mapping[str, Any] | None = None
+    profile: Profile  # MACs, and what was measured, if anything was
+    evaluation: Mapping[str, Any] | None = None  # of eval's results file
     sweep: SweepFiles | None = None
-    shown: Sequence[Shown] = ()
+    shown: Sequence[Shown] = ()  # what the model does with images
 
     @property
     def images(self) -> str:

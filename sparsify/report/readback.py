@@ -1,4 +1,7 @@
-"""Results that other commands wrote, read again for a report or a card: profile's and eval's JSON, and a sweep's."""
+"""Results that other commands wrote, read again for a report or a card: profile's and eval's JSON, and a sweep's.
+
+A file that is missing, holds something else, or holds results of another model raises `BadFile`.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,12 @@ from sparsify.report.words import mapping
 
 
 class SweepFiles(NamedTuple):
-    """A sweep's figures (`sparsify.report.sweep.as_dict`), and its picture; None: there is none beside them."""
-
-    figures: Mapping[str, Any]
-    picture: bytes | None
+    figures: Mapping[str, Any]  # `sparsify.report.sweep.as_dict`
+    picture: bytes | None  # None: there is none beside them
 
 
 def profile(path: Path) -> Profile:
-    """What `sparsify profile --json` wrote.
-
-    Raises:
-        BadFile: missing, or something else.
-    """
+    """What `sparsify profile --json` wrote."""
     figures = _profile_in(path)
     if figures is None:
         raise BadFile(f"{path} is no profile: 'sparsify profile FILE --json {path.name}' writes one")
@@ -35,11 +32,7 @@ def profile(path: Path) -> Profile:
 
 
 def times(path: Path, macs: int, params: int) -> Profile:
-    """What `sparsify profile --json` measured of a model with as many MACs and parameters.
-
-    Raises:
-        BadFile: unreadable, nothing measured, or of another model.
-    """
+    """What `sparsify profile --json` measured of a model with as many MACs and parameters."""
     figures = _profile_in(path)
     if figures is None or figures.measured is None:
         raise BadFile(f"{path} has no measured times: 'sparsify profile FILE --json NAME.json' writes them")
@@ -49,11 +42,7 @@ def times(path: Path, macs: int, params: int) -> Profile:
 
 
 def evaluation(path: Path) -> Mapping[str, Any]:
-    """What `sparsify eval --results-file` wrote as JSON.
-
-    Raises:
-        BadFile: missing, or something else.
-    """
+    """What `sparsify eval --results-file` wrote as JSON."""
     tree = read_json(path)
     numbers = ("top1", "agreement", "cosine_pooled", "knn_top1")
     figures = [tree.get(name) for name in (*numbers, "images", "kl", "dense_top1", "param_count")]
@@ -64,11 +53,7 @@ def evaluation(path: Path) -> Mapping[str, Any]:
 
 
 def results(path: Path, digest: str) -> Mapping[str, Any]:
-    """What `sparsify eval --results-file` wrote as JSON, with its conditions, of the file with this digest.
-
-    Raises:
-        BadFile: unreadable, without conditions, or of another file.
-    """
+    """What `sparsify eval --results-file` wrote as JSON, with its conditions, of the file with this digest."""
     tree = read_json(path)
     if not isinstance(tree.get("conditions"), dict) or not tree.get("images"):
         raise BadFile(
@@ -80,11 +65,7 @@ def results(path: Path, digest: str) -> Mapping[str, Any]:
 
 
 def sweep(path: Path) -> SweepFiles:
-    """A sweep's PREFIX.json, or the folder that contains one, and the picture beside it.
-
-    Raises:
-        BadFile: missing, something else, or a folder with none or several of them.
-    """
+    """A sweep's PREFIX.json, or the folder that contains exactly one, and the picture beside it."""
     file = _sweep_in(path) if path.is_dir() else path
     tree = read_json(file)
     if not _is_sweep(tree):

@@ -144,11 +144,7 @@ def _setting_dict(s: Setting, prefix: str) -> dict[str, Any]:
 
 
 def can_write(prefix: Path) -> None:
-    """Raise where `write` is going to fail, before anything is computed.
-
-    Raises:
-        BadFile: no such folder, one that cannot be written, or other things in the way.
-    """
+    """Raise `BadFile` where `write` would fail, before anything is computed: no folder, or things in the way."""
     folder = prefix.parent
     if not prefix.name or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise BadFile(f"cannot write {prefix}.md: {folder} is no folder that can be written")
@@ -161,15 +157,10 @@ def can_write(prefix: Path) -> None:
 
 
 def write(sweep: Sweep, prefix: Path) -> tuple[list[Path], str]:
-    """Writes PREFIX.md, PREFIX.json, PREFIX.png and PREFIX.recipes in place of those of an earlier sweep.
+    """Writes PREFIX.md, .json, .png and .recipes in place of those of an earlier sweep; raises `BadFile` if it cannot.
 
-    All are written to a temporary folder first, so that an error or Ctrl-C leaves the old ones.
-
-    Returns:
-        The files and the folder; and one line if the plot failed, else ''.
-
-    Raises:
-        BadFile: they cannot be written.
+    All are written to a temporary folder first, so that an error or Ctrl-C leaves the old ones. Returns the files and the
+    folder; and one line if the plot failed, else ''.
     """
     name, note = prefix.name, ""
     try:

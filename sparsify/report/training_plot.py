@@ -34,9 +34,9 @@ KL = (Curve("kl", "KL", PURPLE),)
 
 
 class Span(NamedTuple):
-    """The steps of a stage, `begin` + 1 to `end`; its number counts from 1."""
+    """The steps of a stage, `begin` + 1 to `end`."""
 
-    number: int
+    number: int  # from 1
     name: str
     begin: int
     end: int
@@ -45,11 +45,7 @@ class Span(NamedTuple):
 def draw(steps: Sequence[Row], scores: Sequence[Row], target: Path, stages: Sequence[str] = ()) -> None:
     """Draw steps and validations (`sparsify.fit.finetune.log`) as a PNG, 1800 pixels wide; nothing without rows.
 
-    Args:
-        stages: their names; without, 'stage 1' and so on.
-
-    Raises:
-        BadFile: `target` cannot be written.
+    stages: their names; without, 'stage 1' and so on. Raises `BadFile` if `target` cannot be written.
     """
     if not steps and not scores:
         return
