@@ -16,18 +16,14 @@ from sparsify.version import __version__
 
 EVALUATION = "data batch_size dtype device device_name threads processes backend torch timm sparsify python".split()
 PROFILE = "batch_size dtype device device_name threads runs torch timm sparsify".split()
-SWEEP = (
-    "batch_size img_size dtype device device_name threads runs backend platform python torch timm sparsify"
-).split()
+SWEEP = "batch_size img_size dtype device device_name threads runs backend platform python torch timm sparsify".split()
 """Keys of the results of `eval`, `profile` and `sweep`."""
 
 
 def conditions(keys: Iterable[str], compute: Compute, **known: Any) -> dict[str, Any]:
     """The conditions of a measurement on this machine under `keys`, in their order; fit for JSON.
 
-    Args:
-        known: values of keys that neither `compute` nor this machine tells (data, img_size, runs, backend), or that
-            differ from theirs.
+    known: values that neither `compute` nor this machine tells (data, img_size, runs, backend), or that differ from theirs.
     """
     device = compute.torch_device
     told = {

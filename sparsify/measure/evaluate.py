@@ -47,16 +47,15 @@ def evaluate_images(
     compute: Compute = Compute(),
     listener: Listener = Listener(),
 ) -> Evaluation:
-    """Evaluates a sparse model and its dense original on a labelled folder or data set.
+    """Evaluates a sparse model and its dense original on labelled images (`sparsify.images.datasets.labelled`).
 
     Of several processes every one must call it; the images are shared out, and `cuda` is a GPU of its own for each.
 
     Args:
         model: sparse; it is moved to the device and dtype of `compute`, and `dense` with it.
-        images: see `sparsify.images.datasets.labelled`.
         dense: the original. None: the model's own weights without sparsity, which are the original's if it was only
             calibrated; with `backbone_changed` no dense model, and no dense figures.
-        name: name of the model in the results.
+        name: of the model in the results.
         strict: an image that cannot be read is an error.
         compute: batch_size: 32 images if None; micro_batch has no effect.
 
@@ -97,9 +96,8 @@ def evaluate_images(
     broken, first = sum(part.broken for part in parts), next((p.first_broken for p in parts if p.first_broken), "")
     result = figures_of(parts)
     if not result.images:
-        raise BadData(
-            f"{images}: none of the {broken} images could be read" + (f"; the first: {first}" if first else "")
-        )
+        which = f"; the first: {first}" if first else ""
+        raise BadData(f"{images}: none of the {broken} images could be read{which}")
     if broken:
         listener.say(f"{broken} images could not be read and are left out; the first: {first}")
     return replace(
@@ -115,12 +113,9 @@ def evaluate_images(
 def evaluate(
     sparse: nn.Module, dense: nn.Module | None, batches: Batches, compute: Compute | None = None
 ) -> Evaluation:
-    """Runs both models over `batches`, in this process alone.
+    """Runs both models over `batches`, in this process alone. dense: None leaves every dense figure None.
 
-    Args:
-        sparse, dense: on the device and in the dtype of `compute` already, eval mode. dense: None leaves every dense
-            figure None.
-        compute: None: CPU, float32, and the model's own backend and kernel precision.
+    compute: the device and dtype that the models, in eval mode, are on already. None: `own_compute`.
     """
     compute = compute or own_compute(sparse)
     with sparse_form(sparse, compute.backend, compute.kernel_precision):
@@ -143,8 +138,7 @@ def compare(
 ) -> dict[str, Evaluation]:
     """Every sparse model, as it executes now, beside the dense one, which computes once; throughput is not measured.
 
-    Raises:
-        SparsifyError: there are no images.
+    Raises `SparsifyError` if there are no images.
     """
     unknown = ["throughput_sparse", "throughput_dense"]
     if not labelled:
@@ -157,15 +151,10 @@ def compare(
 
 @dataclass
 class Pass:
-    """Sums of one process over its images.
+    """Sums of one process over its images."""
 
-    Attributes:
-        sums: of each sparse model, by name.
-        seconds: of each model, the dense one among them.
-    """
-
-    sums: dict[str, Logits | Features]
-    seconds: dict[str, float]
+    sums: dict[str, Logits | Features]  # of each sparse model, by name
+    seconds: dict[str, float]  # of each model, the dense one among them
     images: int = 0
     broken: int = 0
     first_broken: str = ""
@@ -178,20 +167,15 @@ def run_pass(
     compute: Compute,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Pass:
-    """Sums up one pass of all models over the images.
+    """Sums up one pass of all models over the images; `progress` is called with the number of images done.
 
-    Args:
-        models: sparse ones by name, and first among them 'dense', if there is a dense model; on the device and in the
-            dtype of `compute`, eval mode.
-        progress: called with the number of images done.
+    models: on the device and in the dtype of `compute`, eval mode; sparse ones by name, before them 'dense' if there is one.
     """
     host = next(iter(models.values()))
     classifier, compared = bool(getattr(host, "num_classes", 0)), DENSE in models
     prefix = int(getattr(host, "num_prefix_tokens", 0))
-    summed = Pass(
-        {name: Logits() if classifier else Features(prefix) for name in models if name != DENSE},
-        dict.fromkeys(models, 0.0),
-    )
+    sums = {name: Logits() if classifier else Features(prefix) for name in models if name != DENSE}
+    summed = Pass(sums, dict.fromkeys(models, 0.0))
     for x, y in batches:
         if not len(x):
             continue

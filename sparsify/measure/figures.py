@@ -26,6 +26,9 @@ class PaperMacs(TypedDict):
     mhsa_macs_sparse: int
 
 
+_APART = {"measured", "choices", "paper"}  # fields with keys of their own, if any
+
+
 @dataclass(frozen=True)
 class Measured:
     """Times of `dense`, `sparse` and `auto` from one interleaved run; peak memory in bytes. None: no dense model."""
@@ -41,8 +44,9 @@ class Measured:
 class Profile:
     """Cost of a sparse model beside its dense original. MACs are per image, and theoretical.
 
-    `as_dict` gives these keys, whole numbers unless stated otherwise. If the sparse model's weights were changed and no
-    dense model was given, everything of the dense one (`..._dense`, `speedup_sparse`) is None.
+    `as_dict` gives these keys, whole numbers unless stated otherwise; attributes are named as the keys, but latencies,
+    throughputs and memory are in `measured` (None: nothing was measured). If the sparse model's weights were changed and
+    no dense model was given, everything of the dense one (`..._dense`, `speedup_sparse`) is None.
 
     MACs (one multiply-accumulate counts once; sums, softmax, top-k and elementwise products count 0; norms by fvcore's
     estimate), counted by fvcore and by `analytic`, which must agree to the unit:
@@ -63,9 +67,7 @@ class Profile:
                                             what is executed, and not checked by a second count
         unsupported                         mapping op -> occurrences: ops that fvcore could not count; best empty
 
-    Parameters:
-
-        param_count, param_count_dense      of the sparse and of the dense model
+        param_count, param_count_dense      parameters of the sparse and of the dense model
 
     Measured, absent if nothing was measured (floats):
 
@@ -78,13 +80,10 @@ class Profile:
         speedup_sparse                      latency_ms_dense / latency_ms_sparse, of the same interleaved run; below 1:
                                             slower than dense
         peak_memory_dense, peak_memory_sparse   bytes of the weights, the input and the peak of all other live tensors
-        choices                             paths selected by `backend=auto`; list of
-                                            blocks  numbers of the blocks, from 0
-                                            shape   what the decision is for: batch, heads, tokens, head_dim, dtype, ...
-                                            taken   cpu, reference (sparse), dense-cpu (our dense kernel) or sdpa
-                                            ms      mapping path -> median in ms of the attention call alone; empty if
-                                                    there was only one path
-                                            reason  one line
+        choices                             paths selected by `backend=auto`: list of blocks (numbers from 0), shape
+                                            (what the decision is for: batch, heads, tokens, head_dim, dtype, ...), taken
+                                            (cpu, reference (sparse), dense-cpu (our dense kernel) or sdpa), ms (path ->
+                                            median of the attention call alone; empty if there was only one path), reason
 
     Conditions:
 
@@ -97,9 +96,6 @@ class Profile:
                                             params (of the sparse model), macs_dense, macs_sparse (all inclusive of
                                             children); attention modules: mhsa_macs_dense, mhsa_macs_sparse, kept_macs,
                                             prefix_macs, predictor_macs, tail_macs, full_macs
-
-    Attributes are named as the keys; latencies, throughputs and memory are in `measured` (None: nothing was measured).
-    `dense` has the dense model's MACs as whole numbers, never None.
     """
 
     macs_dense: int | None
@@ -125,15 +121,10 @@ class Profile:
 
     @property
     def dense(self) -> DenseMacs:
-        """`macs_dense` and `mhsa_macs_dense` of a profile that has a dense model.
-
-        Raises:
-            SparsifyError: it has none.
-        """
+        """`macs_dense` and `mhsa_macs_dense`; raises `SparsifyError` if the profile has no dense model."""
         if self.macs_dense is None or self.mhsa_macs_dense is None:
-            raise SparsifyError(
-                "this profile has no dense figures: the weights are not the dense original's, which was not given"
-            )
+            reason = "the weights are not the dense original's, which was not given"
+            raise SparsifyError(f"this profile has no dense figures: {reason}")
         return DenseMacs(self.macs_dense, self.mhsa_macs_dense)
 
     @property
@@ -143,8 +134,7 @@ class Profile:
 
     def as_dict(self) -> dict[str, Any]:
         """The documented keys, fit for JSON."""
-        apart = ("measured", "choices", "paper")
-        tree = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in apart}
+        tree = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in _APART}
         tree |= {name: dict(tree[name]) for name in ("unsupported", "conditions")}
         tree["tokens"] = [list(pair) for pair in self.tokens]
         if self.paper is not None:
@@ -168,13 +158,8 @@ class Profile:
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Profile:
-        """The profile with these keys of `as_dict`, also if they come from JSON.
-
-        Raises:
-            KeyError, TypeError, ValueError: not a profile's keys or values.
-        """
-        names = cls.__dataclass_fields__.keys() - {"measured", "choices", "paper", "tokens", "modules"}
-        figures = {name: tree[name] for name in names}
+        """The profile with these keys of `as_dict`, also from JSON; `KeyError`, `TypeError`, `ValueError` if they do not fit."""
+        figures = {name: tree[name] for name in cls.__dataclass_fields__.keys() - _APART - {"tokens", "modules"}}
         measured = None
         if tree.get("latency_ms_sparse") is not None:
             dense, sparse, auto = (_timing(tree, name) for name in ("dense", "sparse", "auto"))

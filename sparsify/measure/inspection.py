@@ -96,22 +96,22 @@ class Shown:
 
 
 class _Call(NamedTuple):
-    """A call of a block's attention, as `sparsify.nn.observe.watching_calls` reports it; q, k [1, H, N, d]."""
+    """A call of a block's attention, as `sparsify.nn.observe.watching_calls` reports it."""
 
     block: int
     module: GraftedAttention
-    q: Tensor
+    q: Tensor  # [1, H, N, d], as k
     k: Tensor
     mask: Tensor | None
     tokens: TokenState | None
 
 
 class _Map(NamedTuple):
-    """What a block of the dense original attends by: q, k [1, H, N, d], additive mask [1, H, N, N], scale."""
+    """What a block of the dense original attends by."""
 
-    q: Tensor
+    q: Tensor  # [1, H, N, d], as k
     k: Tensor
-    bias: Tensor | None
+    bias: Tensor | None  # additive mask [1, H, N, N]
     scale: float
 
 
@@ -230,10 +230,8 @@ def _layer(call: _Call, P: int, patches: int, queries: Sequence[int], original: 
     for h, ranked in enumerate(_rankings(module, q, k, mask, tokens, H)):
         one = slice(h, h + 1)
         head_bias = None if bias is None else bias[:, one]
-        a = None
-        if ranked is None:
-            chosen = torch.ones(1, 1, N, N, dtype=torch.bool, device=q.device)
-        else:
+        chosen, a = torch.ones(1, 1, N, N, dtype=torch.bool, device=q.device), None
+        if ranked is not None:
             ranking, spec = ranked
             budget = spec.budget
             context = Context(mask if head_bias is None else head_bias, size, place)
@@ -271,8 +269,7 @@ def _rankings(
 def _on_tokens(original: _Map, h: int, owner: Tensor, P: int, N: int) -> tuple[Tensor, Tensor]:
     """The dense attention of the m remaining patches in head h, summed over the patches of each of N tokens.
 
-    Returns:
-        [m, N], without the attention that goes to dropped patches; and the token of each patch, [m].
+    [m, N], without the attention that goes to dropped patches; and the token of each patch, [m].
     """
     q, k, bias, scale = original
     one = slice(h, h + 1)

@@ -36,13 +36,7 @@ class Mhsa(NamedTuple):
 
 
 def count(attention: Sequence[GraftedAttention], tokens: Sequence[int], prefix: int) -> Mhsa:
-    """The authors' MHSA of a model and of its dense original.
-
-    Args:
-        attention: of every block.
-        tokens: N into the attention of every block, prefix included.
-        prefix: P.
-    """
+    """The authors' MHSA of a model and of its dense original: every block's attention, N tokens into it, and P."""
     dense, sparse, full = 0, 0.0, tokens[0]
     for module, N in zip(attention, tokens, strict=True):
         H, D = module.num_heads, module.num_heads * module.head_dim

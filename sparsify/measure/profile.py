@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,24 +61,21 @@ def profile(
         (8780800, 201728, 4942336, 7727104)
 
     Raises:
-        UsageError: an unknown dtype, backend, device or accounting, a backend that cannot be used here, a batch size
-            below 1, an image size that the model cannot take, a dense model that cannot be compared with it.
+        UsageError: a value of `compute`, `repeats` or `count_as` that is unknown, too small or cannot be used here; an
+            image size that the model cannot take; a dense model that cannot be compared with it.
         SparsifyError: not a sparse model; or the two counts of MACs differ, which is a bug.
     """
     attention = list(attention_modules(model))
     if not attention:
         raise SparsifyError("this model has no sparse attention: convert it first")
     _check(compute, repeats, count_as)
-    check_execution(
-        Execution(compute.backend, compute.kernel_precision),
-        compute.torch_device,
-        compute.torch_dtype,
-        hosts.biased(model),
-    )
+    execution = Execution(compute.backend, compute.kernel_precision)
+    check_execution(execution, compute.torch_device, compute.torch_dtype, hosts.biased(model))
     image = _image(model, img_size)
     if dense is not None:
         graft.check_original(dense, model)
-    sparse, beside = _replicas(model, dense, backbone_changed, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    sparse, beside = _replicas(model, dense, backbone_changed, partial(macs.replica, device=device))
     set_execution(sparse, Execution("reference"))  # MACs do not depend on it; no kernels are built to count
     dense_counts = None if beside is None else _count("dense", beside, image, attention)[0]
     sparse_counts, expected = _count("sparse", sparse, image, attention)
@@ -91,17 +88,15 @@ def profile(
     choices: list[dict[str, Any]] = []
     backend, circumstances = compute.backend, {"img_size": list(image[1:])}
     if measure:
-        models = _measured_models(model, dense, backbone_changed, compute)
-        images = torch.randn(
-            compute.batch_size or 1, *image, generator=torch.Generator().manual_seed(0)
-        )  # (B, C, H, W)
+        models = _timed(model, dense, backbone_changed, compute)
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(compute.batch_size or 1, *image, generator=generator)  # (B, C, H, W)
         images = images.to(compute.torch_device, compute.torch_dtype)
         choices = paths.taken(models["auto"], images)
         measured = _measure(models, images, repeats)
         backend = backends.describe(backend, compute.kernel_precision, images.device, images.dtype, hosts.biased(model))
-        circumstances |= conditions(
-            PROFILE, compute, batch_size=len(images), device=str(images.device), runs=measured.sparse.runs
-        )
+        known = {"batch_size": len(images), "device": str(images.device), "runs": measured.sparse.runs}
+        circumstances |= conditions(PROFILE, compute, **known)
     return Profile(
         macs_dense=dense_counts.total if dense_counts else None,
         macs_sparse=sparse_counts.total,
@@ -147,23 +142,18 @@ def _image(model: nn.Module, img_size: int | tuple[int, int] | None) -> tuple[in
         return image
     hosts.check_image_size(model, *image[1:])
     if not hosts.takes_any_size(model):
-        raise UsageError(
-            f"image size {image[1]}x{image[2]}: this model takes {own[1]}x{own[2]}; load it with that image size"
-        )
+        size = f"image size {image[1]}x{image[2]}"
+        raise UsageError(f"{size}: this model takes {own[1]}x{own[2]}; load it with that image size")
     return image
 
 
 def _replicas(
-    model: nn.Module,
-    dense: nn.Module | None,
-    backbone_changed: bool,
-    device: torch.device,
-    dtype: torch.dtype | None = None,
+    model: nn.Module, dense: nn.Module | None, backbone_changed: bool, replica: Callable[[nn.Module], nn.Module]
 ) -> tuple[nn.Module, nn.Module | None]:
-    """Replicas of the sparse model, and of the dense model that was given or else of the twin, if there is one."""
-    sparse = macs.replica(model, device, dtype)
+    """Replicas of the sparse model, and of the dense model or its twin, if there is one."""
+    sparse = replica(model)
     if dense is not None:
-        return sparse, macs.replica(dense, device, dtype)
+        return sparse, replica(dense)
     return sparse, None if backbone_changed else graft.dense_twin(sparse)
 
 
@@ -173,9 +163,8 @@ def _count(
     """Both counts of a model, held against each other unless fvcore met an op that it cannot count."""
     counts = macs.count(model, image, attention)
     dtype = next(model.parameters()).dtype
-    expected = analytic.count(
-        macs.replica(model, torch.device("meta")), torch.zeros(1, *image, device="meta", dtype=dtype)
-    )
+    images = torch.zeros(1, *image, device="meta", dtype=dtype)
+    expected = analytic.count(macs.replica(model, images.device), images)
     if not counts.unsupported:
         verify(name, counts, expected)
     return counts, expected
@@ -198,14 +187,12 @@ def verify(name: str, counted: macs.Counts, expected: analytic.Analytic) -> None
             )
 
 
-def _measured_models(
-    model: nn.Module, dense: nn.Module | None, backbone_changed: bool, compute: Compute
-) -> dict[str, nn.Module]:
+def _timed(model: nn.Module, dense: nn.Module | None, backbone_changed: bool, compute: Compute) -> dict[str, nn.Module]:
     """Replicas to time by name: dense (if there is one), sparse, and auto, which may fall back to dense attention."""
-    device, dtype = compute.torch_device, compute.torch_dtype
-    sparse, beside = _replicas(model, dense, backbone_changed, device, dtype)
+    replica = partial(macs.replica, device=compute.torch_device, dtype=compute.torch_dtype)
+    sparse, beside = _replicas(model, dense, backbone_changed, replica)
     set_execution(sparse, Execution(compute.backend, compute.kernel_precision))
-    auto = macs.replica(sparse, device, dtype)
+    auto = replica(sparse)
     set_execution(auto, Execution("auto", compute.kernel_precision, not backbone_changed, Chooser()))
     models = {"sparse": sparse, "auto": auto}
     return models if beside is None else {"dense": beside, **models}
@@ -214,7 +201,8 @@ def _measured_models(
 def _measure(models: Mapping[str, nn.Module], images: torch.Tensor, repeats: int | latency.Budget | None) -> Measured:
     candidates: dict[str, Callable[[], object]] = {name: partial(model, images) for name, model in models.items()}
     wait = partial(torch.cuda.synchronize, images.device) if images.device.type == "cuda" else lambda: None
-    memory = [latency.peak_memory(models[name], images) if name in models else None for name in ("dense", "sparse")]
+    dense_memory = latency.peak_memory(models["dense"], images) if "dense" in models else None
+    memory = latency.peak_memory(models["sparse"], images)
     rounds, budget = (repeats, latency.Budget()) if isinstance(repeats, int) else (None, repeats or latency.Budget())
     times = latency.interleaved(candidates, rounds=rounds, budget_s=budget.seconds, synchronize=wait)
-    return Measured(times.get("dense"), times["sparse"], times["auto"], memory[0], cast(int, memory[1]))
+    return Measured(times.get("dense"), times["sparse"], times["auto"], dense_memory, memory)
