@@ -158,7 +158,7 @@ class Profile:
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Profile:
-        """The profile with these keys of `as_dict`, also from JSON; `KeyError`, `TypeError`, `ValueError` if they do not fit."""
+        """The profile with these keys of `as_dict`; `KeyError`, `TypeError` or `ValueError` if they are not a profile's."""
         figures = {name: tree[name] for name in cls.__dataclass_fields__.keys() - _APART - {"tokens", "modules"}}
         measured = None
         if tree.get("latency_ms_sparse") is not None:

@@ -71,10 +71,8 @@ def keys(shown: Shown, query: int) -> bytes:
             if i == 0:
                 axes.set_title(f"head {head + 1}", fontsize=10, pad=5)
             if layer is None:
-                axes.set_facecolor(EMPTY)
                 axes.set_axis_on()
-                axes.set_xticks([])
-                axes.set_yticks([])
+                axes.set(facecolor=EMPTY, xticks=[], yticks=[])
                 axes.spines[:].set_visible(False)
                 axes.text(0.5, 0.5, "not computed", ha="center", va="center", fontsize=8, color=INK)
                 continue

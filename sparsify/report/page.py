@@ -22,7 +22,7 @@ from sparsify.measure.inspection import Inspection, Shown
 from sparsify.models.checkpoint import Header
 from sparsify.report import accuracy, captions, figures, header, panels, profile, words
 from sparsify.report.readback import SweepFiles
-from sparsify.report.words import NOTHING, mapping, number
+from sparsify.report.words import NOTHING, mapping
 from sparsify.version import __version__
 
 SIDE = 280  # pixels of a panel, which is shown at half that size or smaller
@@ -48,7 +48,27 @@ class Content:
 
 def render(content: Content) -> str:
     """The page, HTML."""
-    return words.rendered("page.html.jinja", escape=True, **_context(content))
+    sweep = content.sweep
+    return words.rendered(
+        "page.html.jinja",
+        escape=True,
+        content=content,
+        figures=content.profile,
+        file=content.file.name,
+        version=__version__,
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        tiles=_tiles(content),
+        swept_on="" if sweep is None else _without_folders(sweep.figures.get("data", "")),
+        timed_on="" if sweep is None else _timed_on(mapping(sweep.figures.get("conditions"))),
+        sweep_picture=None if sweep is None or sweep.picture is None else _uri(sweep.picture, "png"),
+        pictures=[_picture(each) for each in content.shown],
+        mass_legend=_mass_legend(content.shown),
+        # modules whose words the template asks for
+        header=header,
+        profile=profile,
+        accuracy=accuracy,
+        words=words,
+    )
 
 
 def parts(content: Content) -> list[str]:
@@ -58,28 +78,6 @@ def parts(content: Content) -> list[str]:
     named += ["accuracy"] if content.evaluation is not None else []
     named += ["sweep"] if content.sweep is not None else []
     return named + ([content.images] if content.shown else [])
-
-
-def _context(c: Content) -> dict[str, Any]:
-    return {
-        "title": header.title(c.header),
-        "file": c.file.name,
-        "version": __version__,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "tiles": _tiles(c),
-        "origin": header.origin(c.header, c.file),
-        "settings": header.settings(c.header.config),
-        "profile": profile,  # the module, whose words the template asks for
-        "figures": c.profile,
-        "pixels": words.rectangle(c.profile.conditions["img_size"]),
-        "shares": _shares(c.profile),
-        "tokens": _tokens(c.profile),
-        "tree": _tree(c.profile),
-        "accuracy": None if c.evaluation is None else _accuracy(c.evaluation),
-        "sweep": None if c.sweep is None else _sweep(c.sweep),
-        "pictures": [_picture(each) for each in c.shown],
-        "mass_legend": _mass_legend(c.shown),
-    }
 
 
 def _tiles(c: Content) -> list[tuple[str, str, str]]:
@@ -111,63 +109,10 @@ def _signed(text: str) -> str:
     return text.replace("-", "−", 1)
 
 
-def _shares(p: Profile) -> list[tuple[str, float]]:
-    """MACs of the whole model and of its attention in percent of dense; none without a dense model."""
-    if not p.macs_dense or not p.mhsa_macs_dense:
-        return []
-    return [
-        ("whole model", 100 * p.macs_sparse / p.macs_dense),
-        ("attention (MHSA)", 100 * p.mhsa_macs_sparse / p.mhsa_macs_dense),
-    ]
-
-
-def _tokens(p: Profile) -> list[tuple[int, float]]:
-    """Tokens into each layer, also in percent of the first layer's; none if all tokens remain."""
-    counts = [before for before, _ in p.tokens]
-    if len({*counts, p.tokens[-1][1]}) == 1:
-        return []
-    return [(count, 100 * count / counts[0]) for count in counts]
-
-
-def _tree(p: Profile) -> list[tuple[int, str, str, str, str]]:
-    return [
-        (row["depth"], label or "model", *profile.module_cells(row, words.human)) for label, row in profile.tree_rows(p)
-    ]
-
-
-def _accuracy(e: Mapping[str, Any]) -> dict[str, Any]:
-    model = [f"results of the model called {e['model']}"] if e.get("model") else []
-    return {
-        "pairs": accuracy.pairs(e),
-        "singles": [row for row in accuracy.singles(e) if row[0] != "images"],
-        "conditions": ", ".join([accuracy.conditions(e), *model]),
-        "broken": accuracy.broken(e),
-    }
-
-
-def _sweep(sweep: SweepFiles) -> dict[str, Any]:
-    tree = sweep.figures
-    rows = [
-        (
-            f"{'keep' if each.get('kind') == 'keep' else 'target'} {each.get('asked', '')}",
-            f"{100 * each['macs_share']:.1f}",
-            number(each.get("top1"), ".2f"),
-            number(each.get("agreement"), ".2f"),
-            f"{each['speed']:.2f}×",
-        )
-        for each in tree["settings"]
-    ]
-    c = mapping(tree.get("conditions"))
-    timed = [str(c.get("device_name", "")), words.threads(c["threads"]) if c.get("threads") else ""]
-    timed += [str(c.get("dtype", "")), f"batch {c['batch_size']}" if c.get("batch_size") else ""]
-    timed += [f"{c['runs']} runs in turns" if c.get("runs") else ""]
-    return {
-        "of": f"{tree.get('model', '')} over {tree.get('images', '')} images of {_without_folders(tree.get('data', ''))}",
-        "rows": rows,
-        "dense_top1": number(mapping(tree["dense"]).get("top1"), ".2f"),
-        "timed": ", ".join(part for part in timed if part),
-        "picture": None if sweep.picture is None else _uri(sweep.picture, "png"),
-    }
+def _timed_on(c: Mapping[str, Any]) -> str:
+    parts = [str(c.get("device_name", "")), words.threads(c["threads"]) if c.get("threads") else ""]
+    parts += [str(c.get("dtype", "")), f"batch {c['batch_size']}" if c.get("batch_size") else ""]
+    return ", ".join(part for part in (*parts, f"{c['runs']} runs in turns" if c.get("runs") else "") if part)
 
 
 def _without_folders(data: Any) -> str:

@@ -138,12 +138,10 @@ def _outline(picture: Array, owner: Array, grid: tuple[int, int], cell: int, gre
     many = _merged(owner).reshape(grid)
     square, width = owner.reshape(grid), max(1, round(cell / 14))
     line = np.zeros(picture.shape[:2], dtype=bool)
-    for i in range(1, grid[0]):
-        cut = (square[i] != square[i - 1]) & (many[i] | many[i - 1])
-        line[i * cell - width // 2 : i * cell - width // 2 + width] |= cut.repeat(cell)
-    for j in range(1, grid[1]):
-        cut = (square[:, j] != square[:, j - 1]) & (many[:, j] | many[:, j - 1])
-        line[:, j * cell - width // 2 : j * cell - width // 2 + width] |= cut.repeat(cell)[:, None]
+    for lines, tokens_of, merged in ((line, square, many), (line.T, square.T, many.T)):  # between rows; between columns
+        for i in range(1, len(tokens_of)):
+            cut = (tokens_of[i] != tokens_of[i - 1]) & (merged[i] | merged[i - 1])
+            lines[i * cell - width // 2 : i * cell - width // 2 + width] |= cut.repeat(cell)
     picture[line] = alpha * grey + (1 - alpha) * picture[line]
 
 

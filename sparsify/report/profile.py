@@ -180,12 +180,7 @@ def _mean_ms(selected: str, choices: list[Mapping[str, Any]]) -> str:
 
 def _ranges(blocks: list[int]) -> str:
     """[0, 1, 2, 5] -> 'blocks 0-2, 5'."""
-    runs: list[list[int]] = []
-    for block in blocks:
-        if runs and block == runs[-1][-1] + 1:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
+    runs = [[block for _, block in run] for _, run in groupby(enumerate(blocks), lambda pair: pair[1] - pair[0])]
     ranges = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
     return f"{'block' if len(blocks) == 1 else 'blocks'} {ranges}"
 
