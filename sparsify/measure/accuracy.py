@@ -7,8 +7,9 @@ which fine-tuning lowers (`sparsify.fit.finetune.losses.pooled`).
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -54,38 +55,38 @@ class Logits:
     """Sums over logits [B, classes]; without dense ones only the sparse model's own figures."""
 
     def __init__(self) -> None:
-        self.hits = torch.zeros(4, dtype=torch.int64)  # top-1 sparse, top-5 sparse, top-1 dense, top-5 dense
-        self.lost = self.gained = self.agree = self.compared = 0
+        self.counts: Counter[str] = Counter()  # images, by the figure of `Evaluation`
+        self.compared = 0
         self.kl = 0.0
 
     def add(self, dense: Tensor | None, sparse: Tensor, y: Tensor) -> None:
         sparse = sparse.float().cpu()
         s, s5 = _right(sparse, y)
-        self.hits[:2] += torch.stack([s.sum(), s5.sum()])
-        if dense is None:
-            return
-        dense = dense.float().cpu()
-        d, d5 = _right(dense, y)
-        self.hits[2:] += torch.stack([d.sum(), d5.sum()])
-        self.compared += len(y)
-        self.lost += int((d & ~s).sum())
-        self.gained += int((s & ~d).sum())
-        self.agree += int((dense.argmax(1) == sparse.argmax(1)).sum())
-        self.kl += float(kl_terms(dense, sparse).sum())
+        images = {"top1": s, "top5": s5}
+        if dense is not None:
+            dense = dense.float().cpu()
+            d, d5 = _right(dense, y)
+            same = dense.argmax(1) == sparse.argmax(1)
+            images |= {
+                "dense_top1": d,
+                "dense_top5": d5,
+                "agreement": same,
+                "images_lost": d & ~s,
+                "images_gained": s & ~d,
+            }
+            self.compared += len(y)
+            self.kl += float(kl_terms(dense, sparse).sum())
+        self.counts.update({name: int(which.sum()) for name, which in images.items()})
 
     def merge(self, other: Logits) -> None:
         """Adds the sums over other images."""
-        self.hits = self.hits + other.hits  # not in place: they may stem from inference mode
-        for name in ("lost", "gained", "agree", "compared", "kl"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.counts.update(other.counts)
+        self.compared += other.compared
+        self.kl += other.kl
 
     def result(self, n: int) -> Evaluation:
-        top1, top5, dense_top1, dense_top5 = (100 * h / n for h in self.hits.tolist())
-        alone = Evaluation(top1=top1, top5=top5)
-        if not self.compared:
-            return alone
-        alone = replace(alone, dense_top1=dense_top1, dense_top5=dense_top5, agreement=100 * self.agree / n)
-        return replace(alone, images_lost=self.lost, images_gained=self.gained, kl=self.kl / n)
+        figures = {name: k if name.startswith("images_") else 100 * k / n for name, k in self.counts.items()}
+        return Evaluation(**cast(Any, figures), kl=self.kl / n if self.compared else None)
 
 
 class Features:

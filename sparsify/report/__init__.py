@@ -5,5 +5,5 @@ profile, accuracy, sweep, captions   tables and sentences
 figures, panels                      pictures of one image inside the model
 sweep_plot, training_plot            plots
 header, card, page                   facts of a file; its model card; its HTML page
-readback, published                  results read from files; the paper's own figures
+readback                             results read from files
 """

@@ -52,9 +52,9 @@ def card(facts: Facts) -> str:
         facts=facts,
         name=facts.repo.partition("/")[2],
         attends=_attends(facts),
-        tokens=header.config.tokens is not None,
+        config=header.config,
         version=header.provenance.get("versions", {}).get("sparsify-vit", "(version unknown)"),
-        settings=_settings(facts),
+        **_settings(facts),
         theoretical=profile.THEORETICAL,
         headings=HEADINGS,
         headline=profile.headline(facts.profile),
@@ -93,34 +93,25 @@ def _attends(facts: Facts) -> str:
     return f"attends to {keys} of the keys, chosen for each image{some}"
 
 
-def _settings(facts: Facts) -> list[tuple[str, str]]:
-    """What was done: setting, value."""
+def _settings(facts: Facts) -> dict[str, Any]:
+    """The settings of the blocks in words, by the name that the template has for them."""
     h, c, keeps = facts.header, facts.header.config, facts.keeps
     sparse = [i for i, keep in enumerate(keeps) if keep is not None]
-    args = h.architecture["model_args"]
-    size = args.get("img_size") or h.architecture["pretrained_cfg"].get("input_size", [3, 224, 224])[1:]
-    sides = (size, size) if isinstance(size, int) else size
-    rows = [
-        ("converted from", facts.original),
-        ("architecture (timm)", f"`{h.architecture['architecture']}`"),
-        ("image size, classes", f"{words.rectangle(sides)}, {facts.classes or 'none (features)'}"),
-        ("keep: share of keys of a query", _listed([keep if keep is not None else "dense" for keep in keeps])),
-    ]
-    if sparse:
-        folded = c.predictor == "head-lowrank" and facts.profile.param_count == facts.profile.param_count_dense
-        ranks = [round(sum(r) / len(r), 1) for r in (c.ranks_of(i, _heads(c.rank, i)) for i in sparse)]
-        tiles = f"one for each tile of {words.rectangle(c.tile)}"
-        rows += [
-            ("predictor", c.predictor + (", folded into qkv" if folded else "")),
-            ("rank, mean over heads", _listed([f"{rank:g}" for rank in ranks])),
-            ("tail: what stands for dropped keys", c.tail + _cells(c, sparse)),
-            ("key sets", "one for each query" if c.granularity == "token" else tiles),
-        ]
-    if c.tokens is not None:
-        how = "merge" if c.tokens.way == "merge" else "leave"
-        present = " ".join(str(before) for before, _ in facts.profile.tokens)
-        rows.append(("tokens", f"they {how} ({c.tokens.way}); present in each block: {present}"))
-    return rows + [("calibration", _calibration(h)), ("trained", _training(h))]
+    ranks = [round(sum(r) / len(r), 1) for r in (c.ranks_of(i, _heads(c.rank, i)) for i in sparse)]
+    size = h.architecture["model_args"].get("img_size")
+    sides = size or h.architecture["pretrained_cfg"].get("input_size", [3, 224, 224])[1:]
+    return {
+        "size": words.rectangle((sides, sides) if isinstance(sides, int) else sides),
+        "keeps": _listed([keep if keep is not None else "dense" for keep in keeps]),
+        "sparse": bool(sparse),
+        "folded": c.predictor == "head-lowrank" and facts.profile.param_count == facts.profile.param_count_dense,
+        "ranks": _listed([f"{rank:g}" for rank in ranks]) if sparse else "",
+        "cells": _cells(c, sparse),
+        "tile": words.rectangle(c.tile),
+        "present": " ".join(str(before) for before, _ in facts.profile.tokens),
+        "calibration": _calibration(h),
+        "training": _training(h),
+    }
 
 
 def _timed_on(p: Profile) -> str:

@@ -17,8 +17,7 @@ from sparsify.measure.latency import Timing
 from sparsify.measure.sweep import Setting, Sweep
 from sparsify.recipe import recipe_yaml
 from sparsify.report import profile, words
-from sparsify.report.published import PUBLISHED_DENSE_TOP1, published
-from sparsify.report.sweep_plot import plot, top1_error
+from sparsify.report.sweep_plot import PUBLISHED_DENSE_TOP1, plot, published, top1_error
 from sparsify.report.words import number
 
 FORMAT = 1  # of the JSON
