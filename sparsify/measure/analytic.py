@@ -1,14 +1,12 @@
-"""MACs counted a second time, apart from fvcore and from the ops' formulas: from weights' shapes and the mask's size.
+"""A second count of MACs, independent of fvcore and of `sparsify.ops.macs`; if the two differ, one of them has a bug.
 
-Linear, convolution and norm layers are counted where they are called, from the shape of their input and of their
-weight. Attention is counted from the number of non-zeros of its mask, which for a budget of b keys is
+Hooks count linear, convolution and norm layers from the shapes of their input and weight, and attention from the number
+of non-zeros of its mask, which for a budget of b keys is
 
     nnz = P N + (N - P) b        for each head of each image: prefix rows in full, b keys for each patch row
 
-Where tokens leave, a block calls its attention's parts itself, and N falls from block to block: there the hook is the
-block's, and what it counts is known from the tokens that come in and the share of its stage.
-
-Nothing here reads `sparsify.ops.macs`; a difference between the two counts is a bug in one of them.
+A block that drops or merges tokens calls the parts of its attention itself, so the hook is on the block, and counts from
+the number of tokens that come in and the share that its stage keeps.
 """
 
 from __future__ import annotations
@@ -110,9 +108,9 @@ def layer(module: nn.Module, x: Tensor, y: Tensor) -> int:
 
 
 def token_block(block: Any, x: Tensor, tokens: TokenState) -> dict[str, int]:
-    """MACs of one image in a block with tokens x [B, N, C], beside its submodules: attention, and the stage's choice.
+    """MACs of one image in a block with tokens x [B, N, C], submodules aside: attention, and the choice of its stage.
 
-    `slices` are the projections of a block that only its prefix rows leave: queries of P rows, keys and values of all.
+    `slices`: if only prefix tokens remain, the block projects the queries of P rows, and keys and values of all.
     """
     (_, N, C), P, stage = x.shape, block.prefix, block.stage
     patches = None if tokens.place is None else tokens.patches
@@ -136,8 +134,7 @@ def token_block(block: Any, x: Tensor, tokens: TokenState) -> dict[str, int]:
 
 
 def host_attention(module: Any, N: int) -> dict[str, int]:
-    """MACs of timm's own attention over N tokens of one image: pairs, and a projection that is no module's call because
-    its bias is the attention's."""
+    """MACs of timm's own attention over N tokens of one image: pairs, and qkv if its bias is the attention's."""
     width = module.proj.weight.shape[1]  # H d
     found = {"pairs": N * N * 2 * width}
     if getattr(module, "q_bias", None) is not None and not module.qkv_bias_separate:
@@ -146,10 +143,7 @@ def host_attention(module: Any, N: int) -> dict[str, int]:
 
 
 def attention(module: GraftedAttention, N: int, patches: int | None = None) -> dict[str, int]:
-    """MACs of a block's attention over N tokens of one image, projections excluded: pairs, predictor, tail.
-
-    patches: of the whole grid, where some tokens have left.
-    """
+    """MACs of a block's attention over N tokens of one image alone; patches: of the grid, if some were dropped."""
     width, H = int(module.proj.weight.shape[1]), module.num_heads
     d = width // H
     if not isinstance(module, SparseAttention):
@@ -164,11 +158,8 @@ def attention(module: GraftedAttention, N: int, patches: int | None = None) -> d
 
 
 def _predictor(p: Predictor, H: int, N: int, P: int, d: int) -> tuple[int, int, int]:
-    """MACs of the scores of every patch query; products shared with a kept logit and features of a key, over all heads.
-
-    A predictor of another class tells its own.
-    """
-    if not isinstance(p, HeadLowrankPredictor | TokenLowrankPredictor):
+    """MACs of the scores of every patch query; products shared with a kept logit and features of a key, over all heads."""
+    if not isinstance(p, HeadLowrankPredictor | TokenLowrankPredictor):  # another class reports its own
         return p.macs(N, P), p.shared(), p.compared(H, d)
     scores = H * (N - P) * N  # score entries
     if isinstance(p, HeadLowrankPredictor):

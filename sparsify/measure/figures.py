@@ -62,9 +62,8 @@ class Profile:
         stage_macs                          importance and matching of tokens at the stages; no part of MHSA
         tokens                              of each block a pair, prefix included: tokens into its attention, and into its
                                             MLP (of the sparse model; the dense one has as many everywhere)
-        paper                               with count_as='paper' only: mapping mhsa_macs_dense, mhsa_macs_sparse by the
-                                            accounting of Sparsifiner's authors (`sparsify.measure.paper`), which is not
-                                            what is executed, and not checked by a second count
+        paper                               with count_as='paper' only: mhsa_macs_dense, mhsa_macs_sparse as Sparsifiner's
+                                            authors count (`sparsify.measure.paper`): not what is executed, not checked
         unsupported                         mapping op -> occurrences: ops that fvcore could not count; best empty
 
         param_count, param_count_dense      parameters of the sparse and of the dense model

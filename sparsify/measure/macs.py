@@ -87,7 +87,7 @@ def count(model: nn.Module, image: tuple[int, int, int], attention: list[str]) -
 
 
 def _take_out(operators: dict[str, Counter[str]], name: str) -> None:
-    """Forget what a predictor computes in PyTorch: the attention op counts it, by `Ranking.macs`."""
+    """Subtract what a predictor computes in PyTorch: the attention op counts it, by `Ranking.macs`."""
     own = operators[name].copy()
     parts = name.split(".")
     for i in range(len(parts) + 1):
@@ -119,10 +119,7 @@ def _parts(module: nn.Module, operators: Counter[str]) -> dict[str, int]:
 
 
 def replica(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy in eval mode whose tensors are on `device` and of `dtype`; `model` stays as it is.
-
-    Tensors that already are where they should be are shared, not copied. No parameter requires a gradient.
-    """
+    """A copy in eval mode whose tensors are on `device` and of `dtype`, without gradients; tensors that fit are shared."""
     memo: dict[int, Any] = {}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(p.detach().to(device, dtype or p.dtype), requires_grad=False)

@@ -45,7 +45,10 @@ class Facts:
 def card(facts: Facts) -> str:
     """The README.md of a repository: YAML for the hub, then Markdown for people."""
     header, result, p = facts.header, facts.evaluation or {}, facts.timing
-    m = None if p is None else p.measured
+    m, timed_on = None if p is None else p.measured, ""
+    if p is not None and m is not None:
+        c, runs = p.conditions, f"{p.conditions['runs']} interleaved runs"
+        timed_on = words.timed_on(c["device_name"], c, runs, p.backend, " px")
     times = [] if m is None else [("dense", m.dense), ("sparse", m.sparse), ("backend=auto", m.auto)]
     body = words.rendered(
         "card.md.jinja",
@@ -62,9 +65,10 @@ def card(facts: Facts) -> str:
         singles=[row for row in accuracy.singles(result) if row[0] != "images"],
         evaluated_on=accuracy.conditions(result) if result else "",
         times=[(label, words.plain(time.median), words.spread(time)) for label, time in times if time is not None],
-        timed_on="" if p is None or m is None else _timed_on(p),
+        timed_on=timed_on,
         changed=header.backbone_changed,
-        built_in=header.provenance.get("calibration", {}).get("set") == "built-in",
+        provenance=header.provenance,
+        calibration=header.provenance.get("calibration") or {},
     )
     return f"---\n{yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True)}---\n\n{body}"
 
@@ -109,37 +113,7 @@ def _settings(facts: Facts) -> dict[str, Any]:
         "cells": _cells(c, sparse),
         "tile": words.rectangle(c.tile),
         "present": " ".join(str(before) for before, _ in facts.profile.tokens),
-        "calibration": _calibration(h),
-        "training": _training(h),
     }
-
-
-def _timed_on(p: Profile) -> str:
-    c = p.conditions
-    return (
-        f"{words.setup(c['device_name'], c)}, {words.rectangle(c['img_size'])} px, {c['runs']} interleaved runs, "
-        f"backend {p.backend}, torch {c['torch']}, timm {c['timm']}"
-    )
-
-
-def _calibration(h: Header) -> str:
-    calibration = h.provenance.get("calibration") or {}
-    if not calibration.get("images"):
-        return "none"
-    kind = {"built-in": "built in", "user": "of the converter's own"}.get(str(calibration.get("set")), "")
-    return f"{calibration['images']} images {kind}".strip()
-
-
-def _training(h: Header) -> str:
-    parts = []
-    tuned = h.provenance.get("finetuned")
-    if tuned:
-        stages = ", ".join(str(s.get("name")) for s in (h.provenance.get("recipe") or {}).get("stages", []))
-        worse = "" if tuned.get("kept") == "fine-tuned" else ", and the calibrated weights kept: they were better"
-        parts.append(f"{tuned.get('steps')} steps" + (f" ({stages})" if stages else "") + worse)
-    if h.provenance.get("further"):
-        parts.append("further by a training loop of its owner's")
-    return "; then ".join(parts) or "not at all: closed form only"
 
 
 def _heads(rank: Any, block: int) -> int:

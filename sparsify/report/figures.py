@@ -61,7 +61,9 @@ def keys(shown: Shown, query: int) -> bytes:
     drawing.title(figure, f"{photo.path.name}: the keys that a patch attends to")
     for i, block in enumerate(shown.layers):
         layer, y = found.layer(block), head_room + i * (INCH * tall + words_room)
-        words = "not computed" if layer is None else f"{layer.tokens} tokens\n{_budget(layer)}"
+        words = "not computed"
+        if layer is not None:
+            words = f"{layer.tokens} tokens\n" + (f"{layer.budget} keys" if layer.sparse else "dense")
         middle = y + INCH * tall / 2
         write(side - gap, middle, f"layer {block + 1}", 10, ha="right", va="bottom")
         write(side - gap, middle + 0.03, words, 7.5, ha="right", color=INK, linespacing=1.3)
@@ -138,13 +140,12 @@ def mass(shown: Shown) -> bytes:
     axes.imshow(cells, aspect="auto")
     for i in range(found.depth):
         for j in range(found.heads):
-            ink = INK if dense[i] or np.isnan(value[i, j]) else ink_on(cells[i, j, :3])
-            style: dict[str, Any] = dict(ha="center", va="center_baseline", color=ink)
-            if dense[i] or np.isnan(value[i, j]):
-                axes.text(j, i, "–" if np.isnan(value[i, j]) else f"{100 * value[i, j]:.0f}", fontsize=9.5, **style)
-                continue
-            axes.text(j, i - 0.1, f"{100 * value[i, j]:.0f}", fontsize=9.5, **style)
-            axes.text(j, i + 0.3, f"of {100 * best[i, j]:.0f}", fontsize=6, **style)
+            alone = dense[i] or np.isnan(value[i, j])
+            style = {"ha": "center", "va": "center_baseline", "color": INK if alone else ink_on(cells[i, j, :3])}
+            share = "–" if np.isnan(value[i, j]) else f"{100 * value[i, j]:.0f}"
+            axes.text(j, i if alone else i - 0.1, share, fontsize=9.5, **style)
+            if not alone:
+                axes.text(j, i + 0.3, f"of {100 * best[i, j]:.0f}", fontsize=6, **style)
     axes.set_xticks(range(found.heads), [str(j + 1) for j in range(found.heads)], fontsize=9)
     names = [f"{'dense  ' if dense[i] else ''}{i + 1}" for i in range(found.depth)]
     axes.set_yticks(range(found.depth), names, fontsize=9)
@@ -179,10 +180,6 @@ def ink_on(rgb: np.ndarray) -> str:
     """Black or white, whichever reads better on a colour (0 to 1)."""
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     return "black" if float(linear @ np.array([0.2126, 0.7152, 0.0722])) > 0.179 else "white"
-
-
-def _budget(layer: Any) -> str:
-    return f"{layer.budget} keys" if layer.sparse else "dense"
 
 
 def _key_legend(found: Inspection) -> str:

@@ -23,7 +23,10 @@ def origin(header: Header, file: Path) -> list[Fact]:
     size = words.mapping(built.get("model_args")).get("img_size") or pretrained.get("input_size")
     sides: list[Any] = size[-2:] if isinstance(size, list) else [size, size]
     kind = {"user": "images of the user's", "built-in": "built-in pictures"}.get(str(calibration.get("set")), "images")
-    versions = words.mapping(about.get("versions"))
+    versions, weights = words.mapping(about.get("versions")), "the original's, not trained further"
+    if header.backbone_changed:
+        known = about.get("backbone_changed") is True
+        weights = "fine-tuned after the conversion" if known else "fine-tuned, or not: the file does not say"
     facts = [
         ("file", f"{file.name}, {words.memory(file.stat().st_size)}"),
         ("converted from", str(about.get("source") or "")),
@@ -33,7 +36,7 @@ def origin(header: Header, file: Path) -> list[Fact]:
         ("licence of the weights", str(pretrained.get("license") or "unknown")),
         ("recipe", str(recipe.get("description") or "")),
         ("calibrated on", f"{calibration['images']} {kind}" if calibration.get("images") else ""),
-        ("weights", _weights(header)),
+        ("weights", weights),
         ("date", str(about.get("date") or "")[:10]),
         ("made with", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
@@ -62,13 +65,6 @@ def settings(config: SparsityConfig) -> list[Fact]:
 def title(header: Header) -> str:
     """What was converted, in a few words."""
     return str(header.provenance.get("source") or header.architecture.get("architecture") or "model")
-
-
-def _weights(header: Header) -> str:
-    if header.provenance.get("backbone_changed") is True:
-        return "fine-tuned after the conversion"
-    unknown = "fine-tuned, or not: the file does not say"
-    return unknown if header.backbone_changed else "the original's, not trained further"
 
 
 def _tail(config: SparsityConfig) -> str:

@@ -131,11 +131,7 @@ def _picture(shown: Shown) -> dict[str, Any]:
         for stage in found.stages
     ]
     queries = [
-        {
-            "name": f"Query {query + 1}",
-            "where": captions.where(shown, query),
-            "layers": [_layer(shown, block, query, scale, small) for block in shown.layers],
-        }
+        (captions.where(shown, query), [_layer(shown, block, query, scale, small) for block in shown.layers])
         for query in every
     ]
     return {
@@ -159,25 +155,22 @@ def _layer(shown: Shown, block: int, query: int, scale: panels.Scale, cell: int)
     return {"name": f"Layer {block + 1}", "about": captions.layer(layer), "heads": heads}
 
 
-def _mass(found: Inspection) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """Rows of the kept share: the layer, and for each head the figure, the best possible, and the cell's style."""
+def _mass(found: Inspection) -> list[list[tuple[str, str, str]]]:
+    """The kept share by layer and head: the figure, the best possible, and the cell's style."""
     from matplotlib import colormaps
 
     value, best, dense = figures.mass_table(found)
-    rows = []
-    for i in range(found.depth):
-        cells: list[tuple[str, str, str]] = []
-        for j in range(found.heads):
-            if np.isnan(value[i, j]):
-                cells.append((NOTHING, "", ""))
-            elif dense[i]:
-                cells.append((f"{100 * value[i, j]:.0f}", "dense", ""))
-            else:
-                rgb = np.asarray(colormaps[figures.SHARES](value[i, j]))[:3]
-                style = f"background: {_css(rgb)}; color: {figures.ink_on(rgb)}"
-                cells.append((f"{100 * value[i, j]:.0f}", f"of {100 * best[i, j]:.0f}", style))
-        rows.append((str(i + 1), cells))
-    return rows
+
+    def cell(i: int, j: int) -> tuple[str, str, str]:
+        if np.isnan(value[i, j]):
+            return NOTHING, "", ""
+        share = f"{100 * value[i, j]:.0f}"
+        if dense[i]:
+            return share, "dense", ""
+        rgb = np.asarray(colormaps[figures.SHARES](value[i, j]))[:3]
+        return share, f"of {100 * best[i, j]:.0f}", f"background: {_css(rgb)}; color: {figures.ink_on(rgb)}"
+
+    return [[cell(i, j) for j in range(found.heads)] for i in range(found.depth)]
 
 
 def _mass_legend(shown: Sequence[Shown]) -> str:

@@ -123,10 +123,7 @@ def conditions(p: Profile) -> str:
     c = p.conditions
     if p.measured is None:
         return f"{words.rectangle(c['img_size'])} pixels"
-    return (
-        f"{words.setup(words.device(c), c)}, {words.rectangle(c['img_size'])}, {c['runs']} interleaved runs, "
-        f"backend {p.backend}, torch {c['torch']}, timm {c['timm']}"
-    )
+    return words.timed_on(words.device(c), c, f"{c['runs']} interleaved runs", p.backend)
 
 
 def verdict(p: Profile) -> str:

@@ -49,10 +49,8 @@ def quality(e: Evaluation) -> list[tuple[str, str, str]]:
 def conditions(sweep: Sweep) -> str:
     """Where and how the times were measured, in one line."""
     c = sweep.conditions
-    return (
-        f"{words.setup(words.device(c), c)}, {words.rectangle(c['img_size'])}, all models in turns, {c['runs']} runs, "
-        f"backend {c['backend']}, torch {c['torch']}, timm {c['timm']}, sparsify {c['sparsify']}"
-    )
+    runs = f"all models in turns, {c['runs']} runs"
+    return f"{words.timed_on(words.device(c), c, runs, c['backend'])}, sparsify {c['sparsify']}"
 
 
 def seen(sweep: Sweep) -> str:
@@ -112,13 +110,9 @@ def as_dict(sweep: Sweep, prefix: str) -> dict[str, Any]:
     Figures of the evaluation are `sparsify.measure.accuracy.Evaluation`'s, percent from 0 to 100.
     """
     one, e = sweep.settings[0], sweep.settings[0].evaluation
-    tree: dict[str, Any] = {
-        "format": FORMAT,
-        "model": sweep.model,
-        "weights": sweep.weights,
-        "architecture": sweep.architecture,
-    }
-    tree |= {"classes": sweep.classes, "data": sweep.images, "labelled": sweep.labelled, "images": e.images}
+    tree: dict[str, Any] = {"format": FORMAT, "model": sweep.model, "weights": sweep.weights}
+    tree |= {"architecture": sweep.architecture, "classes": sweep.classes}
+    tree |= {"data": sweep.images, "labelled": sweep.labelled, "images": e.images}
     tree |= {"broken": e.broken, "calibration": sweep.calibration, "seed": one.recipe.seed}
     dense: dict[str, Any] = {"macs": one.profile.dense.macs, "mhsa_macs": one.profile.dense.mhsa_macs}
     dense |= {"top1": e.dense_top1, "top5": e.dense_top5, "knn_top1": e.dense_knn_top1}

@@ -75,10 +75,12 @@ def device(conditions: Mapping[str, Any]) -> str:
     return name if conditions["device"] == "cpu" else f"{name} ({conditions['device']})"
 
 
-def setup(where: str, conditions: Mapping[str, Any]) -> str:
-    """The device `where`, threads, dtype and batch size of a measurement."""
-    c = conditions
-    return f"{where}, {threads(c['threads'])}, {c['dtype']}, batch {c['batch_size']}"
+def timed_on(where: str, c: Mapping[str, Any], runs: str, backend: str, unit: str = "") -> str:
+    """The device `where` and the other conditions `c` of a measurement, in one line; `unit` of the image size."""
+    return (
+        f"{where}, {threads(c['threads'])}, {c['dtype']}, batch {c['batch_size']}, {rectangle(c['img_size'])}{unit}, "
+        f"{runs}, backend {backend}, torch {c['torch']}, timm {c['timm']}"
+    )
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
