@@ -135,8 +135,6 @@ def _check(compute: Compute, repeats: int | latency.Budget | None, count_as: str
 def _image(model: nn.Module, img_size: int | tuple[int, int] | None) -> tuple[int, int, int]:
     """Channels, height and width; refuses a size that the model would refuse."""
     own = macs.image_shape(model)
-    if img_size is None:
-        return own
     image = macs.image_shape(model, (img_size, img_size) if isinstance(img_size, int) else img_size)
     if image == own:
         return image

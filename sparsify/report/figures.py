@@ -96,12 +96,9 @@ def keys(shown: Shown, query: int) -> bytes:
 def tokens(shown: Shown) -> bytes:
     """The tokens after each stage, of which there is at least one: a PNG."""
     found, photo = shown.found, shown.photo
-    cell = panels.cell_size(found.grid, SIDE)
-    count = 1 + len(found.stages)
+    cell, count = panels.cell_size(found.grid, SIDE), 1 + len(found.stages)
     columns = min(count, 5 if count > 8 else 4)
-    rows = math.ceil(count / columns)
-    tall = found.grid[0] / found.grid[1]
-    side = 2.0
+    rows, tall, side = math.ceil(count / columns), found.grid[0] / found.grid[1], 2.0
     figure = drawing.figure((side + 0.12) * columns + 0.2, 0.5 + (side * tall + 0.42) * rows + 0.35)
     drawing.title(figure, f"{photo.path.name}: tokens that go on")
     width, height = figure.get_size_inches()

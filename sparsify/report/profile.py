@@ -201,8 +201,7 @@ def tree_rows(profile: Profile, *, full: bool = False) -> list[tuple[str, Mappin
     """Label and row of each line of the tree; neighbouring blocks with the same figures share lines unless `full`."""
     subtrees: list[list[Mapping[str, Any]]] = []  # of the children of `blocks`; every other row stands alone
     for row in profile.modules:
-        parts = row["name"].split(".")
-        if len(parts) > 2 and parts[0] == "blocks":
+        if row["name"].startswith("blocks.") and row["name"].count(".") > 1:
             subtrees[-1].append(row)
         else:
             subtrees.append([row])

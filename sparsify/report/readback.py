@@ -19,6 +19,8 @@ from sparsify.report.words import mapping
 
 
 class SweepFiles(NamedTuple):
+    """A sweep's figures and its plot."""
+
     figures: Mapping[str, Any]  # `sparsify.report.sweep.as_dict`
     picture: bytes | None  # None: there is none beside them
 
@@ -56,9 +58,8 @@ def results(path: Path, digest: str) -> Mapping[str, Any]:
     """What `sparsify eval --results-file` wrote as JSON, with its conditions, of the file with this digest."""
     tree = read_json(path)
     if not isinstance(tree.get("conditions"), dict) or not tree.get("images"):
-        raise BadFile(
-            f"{path} has no results with their conditions: 'sparsify eval FILE --results-file NAME.json' writes them"
-        )
+        how = "'sparsify eval FILE --results-file NAME.json' writes them"
+        raise BadFile(f"{path} has no results with their conditions: {how}")
     if tree["conditions"].get("file_sha256") != digest:
         raise BadFile(f"{path} has the results of another file: evaluate this one")
     return tree
@@ -92,9 +93,8 @@ def check_evaluation(path: Path, figures: Mapping[str, Any], file: Path, model: 
         raise BadFile(f"{path} has the results of another file than {file}: evaluate this one")
     stated, count = figures.get("param_count"), count_parameters(model) / 1e6  # millions, as timm has it
     if stated is not None and abs(stated - round(count, 2)) > 0.006:
-        raise BadFile(
-            f"{path} has results of a model with {stated:g} M parameters, {file} has {count:.2f} M: evaluate this one"
-        )
+        found = f"{path} has results of a model with {stated:g} M parameters"
+        raise BadFile(f"{found}, {file} has {count:.2f} M: evaluate this one")
 
 
 def _profile_in(path: Path) -> Profile | None:

@@ -85,9 +85,8 @@ def published(sweep: Sweep) -> list[PublishedResult]:
     if not (deit and sweep.labelled and sweep.conditions["img_size"] == [224, 224]):
         return []
     results = []
-    for model, token_keep, keep, mhsa, top1, gmacs in yaml.safe_load(
-        (resources.files("sparsify.report") / "published.yaml").read_text()
-    ):
+    rows = yaml.safe_load((resources.files("sparsify.report") / "published.yaml").read_text(encoding="utf-8"))
+    for model, token_keep, keep, mhsa, top1, gmacs in rows:
         total = PUBLISHED_DENSE_GMACS - (PUBLISHED_DENSE_MHSA - mhsa) / 1000 if gmacs is None else gmacs
         results.append(PublishedResult(model, token_keep, keep, mhsa, top1, total / PUBLISHED_DENSE_GMACS))
     return results
