@@ -17,6 +17,7 @@ from sparsify.fit.schedule import choose, search
 from sparsify.fit.schedule import costs as costing
 from sparsify.fit.schedule.costs import BlockCost
 from sparsify.fit.schedule.sensitivity import Sensitivity
+from sparsify.images import datasets
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint
 from sparsify.nn import execution, graft, token_models
@@ -221,8 +222,9 @@ def test_convert_for_a_target_writes_a_recipe_that_gives_the_model_again(tmp_pat
     again.mkdir()
     other = checkpoint.load(convert(again, "--recipe", str(recipe)))
     assert profile(other, measure=False).macs_sparse == p.macs_sparse
-    x = torch.randn(2, *p.conditions.get("shape", (3, *p.conditions["img_size"])))
-    x = x[:, : model.patch_embed.proj.in_channels]
+    # Not on noise: the two fold different blocks, the importance differs by rounding, and tokens of noise are nearly tied.
+    transform = datasets.transform(datasets.data_config(model))
+    x, _ = next(iter(datasets.labelled("digits", 10, transform, batch_size=64)))
     with torch.no_grad():
         torch.testing.assert_close(other(x), model(x), rtol=1e-3, atol=1e-3)
 
