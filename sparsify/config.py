@@ -25,7 +25,7 @@ Side = Annotated[int, Field(ge=1, le=64)]
 class Frozen(BaseModel):
     """Values that do not change; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 def validate(model: type[M], tree: Any, source: str) -> M:
@@ -51,14 +51,22 @@ def _refuse_truth(value: Any) -> Any:
 class TokenLowrank(Frozen):
     """Options of the paper's predictor besides its rank (names as in `docs/glossary.md`)."""
 
-    channels: Count | None = None  # c: size of q' and k' inside a head; null: that of the head (the paper's figure)
-    scale: Literal["head-size", "heads"] = "head-size"  # q' K_down' is scaled by 1/sqrt of it; authors' code: heads
-    coef_topk: Count | None = 8  # coefficients kept in each row; null keeps all
-    coef_threshold: NonNegative | None = None  # coefficients up to this value become 0; used when coef_topk is null
-    basis: Literal["signed", "absolute"] = "signed"  # W_up as fitted, or its absolute value
-    basis_threshold: NonNegative = 0.0  # entries of W_up up to this value become 0
-    shared_projection: bool = False  # W_up is the transpose of W_down (SHARE_INOUT_PROJ)
-    shared_heads: bool = False  # one W_up for all heads, as in the authors' code
+    channels: Count | None = None
+    """c: size of q' and k' inside a head; null: that of the head (the paper's figure)"""
+    scale: Literal["head-size", "heads"] = "head-size"
+    """q' K_down' is scaled by 1/sqrt of it; authors' code: heads"""
+    coef_topk: Count | None = 8
+    """coefficients kept in each row; null keeps all"""
+    coef_threshold: NonNegative | None = None
+    """coefficients up to this value become 0; used when coef_topk is null"""
+    basis: Literal["signed", "absolute"] = "signed"
+    """W_up as fitted, or its absolute value"""
+    basis_threshold: NonNegative = 0.0
+    """entries of W_up up to this value become 0"""
+    shared_projection: bool = False
+    """W_up is the transpose of W_down (SHARE_INOUT_PROJ)"""
+    shared_heads: bool = False
+    """one W_up for all heads, as in the authors' code"""
 
 
 class Tokens(Frozen):
@@ -68,13 +76,14 @@ class Tokens(Frozen):
     i-th stage. A list has a rate for each block (1: no stage); ceil(n times the product of the rates so far) remain.
     """
 
-    # merge: similar tokens become one; evit: the least important are dropped; evit-fused: fused into one
     way: Literal["merge", "evit", "evit-fused"] = "merge"
-    # of a token; fitted: how much later rows read of it, predicted from the token by a linear map fitted in
-    # calibration; attention: what this block's cls row gives it
+    """merge: similar tokens become one; evit: the least important are dropped; evit-fused: fused into one"""
     importance: Literal["fitted", "attention"] = "fitted"
+    """of a token; fitted: how much later rows read of it, predicted from the token by a linear map fitted in
+    calibration; attention: what this block's cls row gives it"""
     keep: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | tuple[Share, ...] = 0.7
-    stages: tuple[Count, ...] = (4, 7, 10)  # blocks, counted from 1
+    stages: tuple[Count, ...] = (4, 7, 10)
+    """blocks, counted from 1"""
 
     _numbers = field_validator("keep", "stages", mode="before")(_refuse_truth)
 
@@ -138,17 +147,21 @@ class SparsityConfig(Frozen):
 
     predictor: Literal["head-lowrank", "token-lowrank"] = "head-lowrank"
     keep: Keep | tuple[Keep, ...] = 0.1
-    # r: coordinates of the head (head-lowrank) or rows of W_down; one, or by block, or by block and head
     rank: Rank | tuple[Rank, ...] | tuple[tuple[Rank, ...], ...] = 16
+    """r: coordinates of the head (head-lowrank) or rows of W_down; one, or by block, or by block and head"""
     tail: Literal["none", "mean", "cells", "clusters"] = "clusters"
-    # rows and columns of the grid of cells; one grid, or one a block; null: by N and keep
     cells: tuple[Side, Side] | tuple[tuple[Side, Side], ...] | None = None
-    spread_rank: bool = True  # an integer rank is the mean over heads (head-lowrank)
+    """rows and columns of the grid of cells; one grid, or one a block; null: by N and keep"""
+    spread_rank: bool = True
+    """an integer rank is the mean over heads (head-lowrank)"""
     granularity: Literal["token", "tile"] = "token"
-    tile: tuple[Side, Side] = (4, 4)  # rows and columns of a tile of queries
-    fold: bool = True  # fold head-lowrank into qkv where that is exact
+    tile: tuple[Side, Side] = (4, 4)
+    """rows and columns of a tile of queries"""
+    fold: bool = True
+    """fold head-lowrank into qkv where that is exact"""
     token_lowrank: TokenLowrank = TokenLowrank()
-    tokens: Tokens | None = None  # removal of tokens; null keeps all
+    tokens: Tokens | None = None
+    """removal of tokens; null keeps all"""
 
     _numbers = field_validator("keep", "rank", mode="before")(_refuse_truth)
 

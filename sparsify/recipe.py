@@ -25,24 +25,35 @@ PositiveShare = Annotated[float, Field(gt=0, le=1)]
 class Losses(Frozen):
     """Weights of the losses (0: off) and how they are computed. p_t, p_s: class probabilities of teacher and student."""
 
-    classification: Weight = 0.0  # cross-entropy with the labels (soft under mixup); needs labels
-    logits: Weight = 0.0  # T^2 KL(p_t || p_s) at temperature T, nats, mean over images
-    temperature: Annotated[float, Field(gt=0)] = 1.0  # T of `logits`
-    tokens: Weight = 0.0  # mean squared error of the remaining patch tokens after the final norm
-    features: Weight = 0.0  # squared error after each block relative to the teacher's squares, mean over blocks
-    attention: Weight = 0.0  # predicted against true attention, in the form of `attention_form`
-    # mse-sum: squares summed over images, heads, rows and keys (the paper); kl: nats, mean over rows
+    classification: Weight = 0.0
+    """cross-entropy with the labels (soft under mixup); needs labels"""
+    logits: Weight = 0.0
+    """T^2 KL(p_t || p_s) at temperature T, nats, mean over images"""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """T of `logits`"""
+    tokens: Weight = 0.0
+    """mean squared error of the remaining patch tokens after the final norm"""
+    features: Weight = 0.0
+    """squared error after each block relative to the teacher's squares, mean over blocks"""
+    attention: Weight = 0.0
+    """predicted against true attention, in the form of `attention_form`"""
     attention_form: Literal["mse-sum", "kl"] = "mse-sum"
-    # how the `attention` of an image's blocks becomes one number; rms (root mean square): the blocks with the
-    # largest error count most
+    """mse-sum: squares summed over images, heads, rows and keys (the paper); kl: nats, mean over rows"""
     attention_blocks: Literal["mean", "rms"] = "mean"
-    mass: Weight = 0.0  # share of the true attention on keys that the predictor drops, mean over rows and blocks
-    # whose dense attention is the true one: the teacher's, or the student's own (authors' option)
+    """how the `attention` of an image's blocks becomes one number; rms (root mean square): the blocks with the
+    largest error count most"""
+    mass: Weight = 0.0
+    """share of the true attention on keys that the predictor drops, mean over rows and blocks"""
     attention_target: Literal["teacher", "self"] = "teacher"
-    coefficients: Literal["all", "kept"] = "all"  # token-lowrank: those that `attention` and `mass` see; paper: all
-    basis: Literal["raw", "used"] = "raw"  # token-lowrank: W_up with signs (paper), or with sign and threshold as used
-    basis_l1: Weight = 0.0  # sum of |W_up| over all blocks (token-lowrank)
-    reference_batch: Count = 168  # images over which a summed loss is summed: B images count reference_batch / B
+    """whose dense attention is the true one: the teacher's, or the student's own (authors' option)"""
+    coefficients: Literal["all", "kept"] = "all"
+    """token-lowrank: those that `attention` and `mass` see; paper: all"""
+    basis: Literal["raw", "used"] = "raw"
+    """token-lowrank: W_up with signs (paper), or with sign and threshold as used"""
+    basis_l1: Weight = 0.0
+    """sum of |W_up| over all blocks (token-lowrank)"""
+    reference_batch: Count = 168
+    """images over which a summed loss is summed: B images count reference_batch / B"""
 
     @property
     def any(self) -> bool:
@@ -71,10 +82,13 @@ class Optimiser(Frozen):
     name: str = "adamw"
     lr: Positive = 2e-4
     weight_decay: Weight = 0.05
-    betas: tuple[Share, Share] | None = None  # null: the optimiser's own, (0.9, 0.999) of adamw
+    betas: tuple[Share, Share] | None = None
+    """null: the optimiser's own, (0.9, 0.999) of adamw"""
     eps: Annotated[float, Field(gt=0)] | None = None
-    momentum: Share = 0.9  # of sgd and its relatives
-    clip_grad: Annotated[float, Field(gt=0)] | None = None  # largest norm of the gradient
+    momentum: Share = 0.9
+    """of sgd and its relatives"""
+    clip_grad: Annotated[float, Field(gt=0)] | None = None
+    """largest norm of the gradient"""
     layer_decay: PositiveShare | None = None
 
 
@@ -82,8 +96,10 @@ class Schedule(Frozen):
     """Learning rate by step: from `warmup_lr` up to the optimiser's lr, then down to `min_lr`."""
 
     name: Literal["cosine", "constant"] = "cosine"
-    warmup: NonNegative = 0.0  # epochs
-    warmup_share: Share = 0.0  # the same as a share of the stage's steps; the larger counts
+    warmup: NonNegative = 0.0
+    """epochs"""
+    warmup_share: Share = 0.0
+    """the same as a share of the stage's steps; the larger counts"""
     warmup_lr: Weight = 0.0
     min_lr: Weight = 0.0
 
@@ -92,18 +108,26 @@ class Augmentation(Frozen):
     """timm's training transform and mixup; with `form: eval` the model's own evaluation transform."""
 
     form: Literal["eval", "train"] = "train"
-    scale: tuple[Share, Share] = (0.08, 1.0)  # share of the image's area that is cropped
+    scale: tuple[Share, Share] = (0.08, 1.0)
+    """share of the image's area that is cropped"""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: Share = 0.5
     color_jitter: Weight = 0.0
-    auto_augment: str | None = None  # timm's string: rand-m9-mstd0.5-inc1, ...
-    interpolation: str | None = None  # null: the model's own
-    erase: Share = 0.0  # probability of random erasing (pixels)
-    mixup: Weight = 0.0  # alpha
-    cutmix: Weight = 0.0  # alpha
+    auto_augment: str | None = None
+    """timm's string: rand-m9-mstd0.5-inc1, ..."""
+    interpolation: str | None = None
+    """null: the model's own"""
+    erase: Share = 0.0
+    """probability of random erasing (pixels)"""
+    mixup: Weight = 0.0
+    """alpha"""
+    cutmix: Weight = 0.0
+    """alpha"""
     mixup_prob: Share = 1.0
-    mixup_switch: Share = 0.5  # probability of cutmix where both are on
-    smoothing: Share = 0.0  # label smoothing
+    mixup_switch: Share = 0.5
+    """probability of cutmix where both are on"""
+    smoothing: Share = 0.0
+    """label smoothing"""
 
     @property
     def mixes(self) -> bool:
@@ -115,30 +139,40 @@ class Anneal(Frozen):
     """The share of keys kept falls linearly from `start` to the model's own over the first part of a stage."""
 
     start: PositiveShare = 1.0
-    until: PositiveShare = 0.5  # share of the stage's steps
+    until: PositiveShare = 0.5
+    """share of the stage's steps"""
 
 
 class Stage(Frozen):
     """A stage of fine-tuning; it has `epochs`, `steps` or both, and ends with the first that is reached."""
 
     name: str = "distill"
-    # what learns; attention: only the attention modules of the backbone, so that MLPs, norms and head, which a few
-    # hundred images cannot teach anew, stay as pretrained
     train: Literal["predictors", "attention", "backbone", "all"] = "backbone"
-    attention: Literal["sparse", "dense"] = "sparse"  # of the student's forward pass; dense: no sparsity, all tokens
+    """what learns; attention: only the attention modules of the backbone, so that MLPs, norms and head, which a few
+    hundred images cannot teach anew, stay as pretrained"""
+    attention: Literal["sparse", "dense"] = "sparse"
+    """of the student's forward pass; dense: no sparsity, all tokens"""
     epochs: Positive | None = None
-    steps: Count | None = None  # optimiser steps
-    batch_size: Count = 16  # images of a step, over all processes and micro-batches
+    steps: Count | None = None
+    """optimiser steps"""
+    batch_size: Count = 16
+    """images of a step, over all processes and micro-batches"""
     losses: Losses = Losses()
     optimiser: Optimiser = Optimiser()
     schedule: Schedule = Schedule()
     augmentation: Augmentation = Augmentation()
-    keep: Anneal | PositiveShare | None = None  # share of keys kept in training; null: the model's own
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0  # stochastic depth of the last block
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of the weights' running mean
-    cache_teacher: bool = False  # keep the teacher's outputs on disk; needs augmentation.form eval
-    grad_checkpointing: bool = False  # recompute each block in the backward: less memory, 1.3x time
-    validate_every: Count | None = 1  # epochs between validations; null: 1 with own validation data, else at the end
+    keep: Anneal | PositiveShare | None = None
+    """share of keys kept in training; null: the model's own"""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """stochastic depth of the last block"""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """decay of the weights' running mean"""
+    cache_teacher: bool = False
+    """keep the teacher's outputs on disk; needs augmentation.form eval"""
+    grad_checkpointing: bool = False
+    """recompute each block in the backward: less memory, 1.3x time"""
+    validate_every: Count | None = 1
+    """epochs between validations; null: 1 with own validation data, else at the end"""
 
     @property
     def moves_backbone(self) -> bool:
@@ -177,10 +211,13 @@ class Stage(Frozen):
 class Repair(Frozen):
     """Least squares before the first stage: the last linear map of each attention and MLP is fitted to the dense model."""
 
-    images: Count = 512  # to fit to; random crops make up the number where the data has fewer
+    images: Count = 512
+    """to fit to; random crops make up the number where the data has fewer"""
     layers: tuple[Literal["attention", "mlp"], ...] = ("attention",)
-    ridge: Positive = 0.3  # lambda as a share of the mean square of the map's inputs
-    prefix_weight: Positive = 3.0  # of the row of a prefix token, which the classifier reads; a patch: 1
+    ridge: Positive = 0.3
+    """lambda as a share of the mean square of the map's inputs"""
+    prefix_weight: Positive = 3.0
+    """of the row of a prefix token, which the classifier reads; a patch: 1"""
 
 
 class Recipe(Frozen):
@@ -190,12 +227,14 @@ class Recipe(Frozen):
     sparsity: SparsityConfig = SparsityConfig()
     calib_images: Count = 128
     seed: Annotated[int, Field(ge=0)] = 0
-    start: Literal["closed-form", "random"] = "closed-form"  # predictors before the first stage; random: as the authors
-    # of the passes of the fine-tuning; auto: bfloat16 where the machine has instructions for it
+    start: Literal["closed-form", "random"] = "closed-form"
+    """predictors before the first stage; random: as the authors"""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    # share of the images (at most 1024) not trained on, which decide the weights that are kept
+    """of the passes of the fine-tuning; auto: bfloat16 where the machine has instructions for it"""
     hold_back: Annotated[float, Field(ge=0, lt=1)] = 0.125
-    repair: Repair | None = None  # before the stages; changes the backbone; null: none
+    """share of the images (at most 1024) not trained on, which decide the weights that are kept"""
+    repair: Repair | None = None
+    """before the stages; changes the backbone; null: none"""
     stages: tuple[Stage, ...] = ()
 
     @property
