@@ -6,7 +6,7 @@
     python benchmarks/families.py eva beit     the comparison for these modules of timm
 
 The models are random, one block deep and 64 channels wide on a grid of 4x4 patches, with attention made uneven
-(`tests/timm_names.py`).
+(`tests/helpers/timm_names.py`).
 """
 
 from __future__ import annotations
