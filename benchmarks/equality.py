@@ -2,8 +2,8 @@
 
     python benchmarks/equality.py
 
-The small versions of this are in `tests/nn/test_graft.py`. Weights are random (attention made uneven), predictors are fitted on
-two random images; logits go through predictor, selection and sparse op with b = N. Some minutes on two cores.
+The small versions of this are in `tests/nn/test_graft.py`. Weights are random (attention made uneven), predictors are
+fitted on two random images; logits go through predictor, selection and sparse op with b = N. Some minutes on two cores.
 """
 
 from __future__ import annotations

@@ -16,21 +16,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sparsify.version import __version__
-
 if TYPE_CHECKING:
     from sparsify.api import convert, evaluate, export, load, profile, save
     from sparsify.config import SparsityConfig
+    from sparsify.version import __version__
 
 __all__ = ["SparsityConfig", "__version__", "convert", "evaluate", "export", "load", "profile", "save"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "SparsityConfig":
-        return import_module("sparsify.config").SparsityConfig
-    if name in __all__:
-        return getattr(import_module("sparsify.api"), name)
-    raise AttributeError(f"module 'sparsify' has no attribute '{name}'")
+    if name not in __all__:
+        raise AttributeError(f"module 'sparsify' has no attribute '{name}'")
+    room = {"SparsityConfig": "config", "__version__": "version"}.get(name, "api")
+    return getattr(import_module(f"sparsify.{room}"), name)
 
 
 def __dir__() -> list[str]:

@@ -225,9 +225,10 @@ class SparseAttention(GraftedAttention):
         """[B, H, N, d] x 3 -> [B, N, H*d], by the path that `execution` selects."""
         self._refuse_dropout()
         spec = self.spec(q.shape[2], tokens)
-        if backends.needs_grad(q, k, v):
+        learns = torch.is_grad_enabled()  # asked once: a look at all parameters takes 2 us
+        if learns and backends.needs_grad(q, k, v):
             path = backends.training(self.execution.backend, q, mask)
-        elif backends.needs_grad(*self.predictor.parameters()):
+        elif learns and backends.needs_grad(*self.predictor.parameters()):
             # only the predictor could learn, and a choice of keys has no gradient: the op's backward gives None
             path = "reference"
         else:

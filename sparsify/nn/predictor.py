@@ -86,6 +86,7 @@ class HeadLowrankPredictor(Predictor):
     def __init__(self, head_dim: int, ranks: tuple[int, ...], folded: bool) -> None:
         super().__init__()
         self.head_dim, self.ranks, self.folded = head_dim, ranks, folded
+        self.products = sum(ranks)  # of one score, over all heads
         if folded:
             self.a_q = self.a_k = None
         else:  # before fitting: the first r coordinates
@@ -105,14 +106,14 @@ class HeadLowrankPredictor(Predictor):
         return Ranking(row, col, None, shift, 1 / spec.scale, self.ranks, self.macs(int(q.shape[2]), spec.prefix))
 
     def macs(self, N: int, P: int) -> int:
-        projections = 0 if self.folded else 2 * N * self.head_dim * sum(self.ranks)
-        return (N - min(P, N)) * N * sum(self.ranks) + projections
+        projections = 0 if self.folded else 2 * N * self.head_dim
+        return ((N - min(P, N)) * N + projections) * self.products
 
     def shared(self) -> int:
-        return sum(self.ranks) if self.folded else 0
+        return self.products if self.folded else 0
 
     def compared(self, heads: int, head_dim: int) -> int:
-        return sum(self.ranks)
+        return self.products
 
     def reconstruct(
         self, q: Tensor, k: Tensor, scale: float, form: Reconstruction, bias: Tensor | None = None
@@ -127,7 +128,7 @@ class HeadLowrankPredictor(Predictor):
     def kind(self) -> Kind:
         """Mean ranks that differ by less than 4 count as one."""
         heads, largest = len(self.ranks), max(self.ranks)
-        total = min(heads * largest, max(largest + heads - 1, heads * 4 * -(-sum(self.ranks) // (4 * heads))))
+        total = min(heads * largest, max(largest + heads - 1, heads * 4 * -(-self.products // (4 * heads))))
         return Kind("head-folded" if self.folded else "head", total, largest)
 
     def extra_repr(self) -> str:

@@ -154,6 +154,8 @@ def _path(backend: str, q: Tensor, k: Tensor, v: Tensor, ranking: Ranking, conte
         return "masked"
     if not _kernel(backend, q, context):
         return "op"
+    if not torch.is_grad_enabled():
+        return "kernel"
     if backends.needs_grad(q, k, v):
         return "trained"
     # where only the predictor learns, the op gives a result that asks for a gradient, which is none
