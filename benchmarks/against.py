@@ -2,10 +2,11 @@
 
     python benchmarks/against.py --old DIR [--rounds 40] [--threads 2]
 
-Each checkout gets a process of its own, which loads the same file of a DeiT-Small (converted by this one, random weights).
-The two take turns call by call; what is told is the median of the ratio new / old, and its quartiles. Timed are whole
-models at 224 pixels, batch 1, in float32 and bfloat16, one sparse attention call at 197 tokens, `import sparsify` and
-`sparsify --help`. DIR needs nothing but its source; both run under this Python.
+The other checkout converts a DeiT-Small (random weights). Each checkout gets a process of its own, which loads that file;
+the outputs of the two must be equal to the bit. They take turns call by call; printed are the median of the ratio new / old
+by round, its quartiles, and the ratio of the two medians. Timed are whole models at 224 pixels, batch 1, in float32 and
+bfloat16, one sparse attention call at 197 tokens, `import sparsify` and `sparsify --help`.
+DIR needs nothing but its source; both run under this Python.
 """
 
 from __future__ import annotations
@@ -21,13 +22,11 @@ from pathlib import Path
 
 from harness import conditions, start
 
-import sparsify
-
 ROOT = Path(__file__).resolve().parents[1]
 CALLS = {"model, float32": 2, "model, bfloat16": 2, "attention, float32": 100, "attention, bfloat16": 100}
 PROGRAMS = {"import sparsify": ["-c", "import sparsify"], "sparsify --help": ["-m", "sparsify", "--help"]}
 WORKER = """
-import sys, time, torch, sparsify
+import hashlib, sys, time, torch, sparsify
 torch.set_num_threads(int(sys.argv[2]))
 x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 runs = {}
@@ -41,7 +40,7 @@ with torch.inference_mode():
     for run in runs.values():
         for _ in range(5):
             run()
-    print("ready", flush=True)
+    print(hashlib.sha256(runs["model, float32"]().numpy().tobytes()).hexdigest(), flush=True)
     for line in sys.stdin:
         name, _, count = line.strip().rpartition(" ")
         begin = time.perf_counter()
@@ -59,7 +58,7 @@ class Worker:
         # Threads that wait must not spin: the other process needs the cores.
         pipe, environment = subprocess.PIPE, os.environ | {"PYTHONPATH": str(root), "OMP_WAIT_POLICY": "PASSIVE"}
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=root, env=environment)
-        assert self.read() == "ready"
+        self.outputs = self.read()  # of the float32 model, a digest
 
     def read(self) -> str:
         assert self.process.stdout is not None
@@ -100,9 +99,15 @@ def main() -> None:
 
         weights, file = Path(folder) / "dense.safetensors", Path(folder) / "model.safetensors"
         save_file(timm.create_model("deit_small_patch16_224").state_dict(), weights)
-        sparsify.convert("deit_small", keep=0.1, weights=weights, output=file)
+        made = (
+            f"import sparsify; sparsify.convert('deit_small', keep=0.1, weights={str(weights)!r}, output={str(file)!r})"
+        )
+        program(arguments.old.resolve(), ["-W", "ignore", "-c", made])
         workers = [Worker(root, file, arguments.threads) for root in (arguments.old.resolve(), ROOT)]
-        print(f"{conditions(arguments)}\n\n| | new / old, median | quartiles | of medians |\n|---|---|---|---|")
+        if workers[0].outputs != workers[1].outputs:
+            raise SystemExit("the two checkouts compute different outputs from one file")
+        print(f"a file of the old checkout: equal outputs\n\n{conditions(arguments)}\n")
+        print("| | new / old, median | quartiles | of medians |\n|---|---|---|---|")
         for name in CALLS:
             times: list[list[float]] = [[], []]
             for i in range(arguments.rounds):
