@@ -115,9 +115,9 @@ def convert(name: str, **options: Unpack[ConvertOptions]) -> Conversion:
 
     Args:
         name: alias, timm name, `hf-hub:` or `local-dir:` name, or `digits`.
-        keep: share of keys that each query attends to, 0 < keep <= 1, or 'dense'; one value, or one for each block.
-        target_macs, target_latency: choose keep and tokens of every block for this share of the dense model's (one of them;
-            `keep` must be left out then).
+        keep: fraction of keys that each query attends to, 0 < keep <= 1, or 'dense'; one value, or one for each block.
+        target_macs, target_latency: choose keep and tokens of every block for this fraction of the dense model's MACs or
+            time (give one of them, and no `keep`).
         recipe: name, YAML file or `Recipe`; None: `distill` with `data`, else `calibrate`.
         calibrate_only: leave out the stages of the recipe.
         output: file to write, default model.safetensors; its reports go beside it.

@@ -72,7 +72,7 @@ class TokenLowrank(Frozen):
 class Tokens(Frozen):
     """How tokens are removed: stages between attention and MLP of some blocks (`docs/glossary.md`, token keep).
 
-    A number `keep` is the share of patch tokens kept at each of `stages`: of n patches ceil(keep^i n) remain after the
+    A number `keep` is the fraction of patch tokens kept at each of `stages`: of n patches ceil(keep^i n) remain after the
     i-th stage. A list has a rate for each block (1: no stage); ceil(n times the product of the rates so far) remain.
     """
 
@@ -88,7 +88,7 @@ class Tokens(Frozen):
     _numbers = field_validator("keep", "stages", mode="before")(_refuse_truth)
 
     def shares(self, depth: int) -> tuple[float | None, ...]:
-        """Share of the patches that remain after each block's stage; None where a block has none."""
+        """Fraction of the patches that remain after each block's stage; None where a block has none."""
         if isinstance(self.keep, tuple):
             products = accumulate(self.keep, mul)
             return tuple(None if rate == 1 else share for rate, share in zip(self.keep, products, strict=True))
@@ -122,13 +122,13 @@ class Geometry(NamedTuple):
 class BlockPlan(NamedTuple):
     """A configuration resolved for one block."""
 
-    keep: float | None  # share of keys that each patch query attends to; None: dense attention
+    keep: float | None  # fraction of keys that each patch query attends to; None: dense attention
     ranks: tuple[int, ...]  # r of each head
     cells: tuple[int, int]  # rows and columns of the tail's grid of cells
 
 
 def growth(tokens: int) -> float:
-    """What the number of cells is a share of: N up to 197 tokens, sqrt(197 N) beyond."""
+    """What the number of cells is a fraction of: N up to 197 tokens, sqrt(197 N) beyond."""
     return min(tokens, (197 * tokens) ** 0.5)
 
 
@@ -141,8 +141,9 @@ def grid_of(cells: float) -> tuple[int, int]:
 class SparsityConfig(Frozen):
     """A sparse attention: predictor, budget and tail.
 
-    `keep` is the share of all N keys that each patch query attends to, 0 < keep <= 1; the budget is b = ceil(keep N - 1e-9)
-    of the N remaining tokens. A list gives one value for each block; `dense` leaves the attention of a block as it is.
+    `keep` is the fraction of all N keys that each patch query attends to, 0 < keep <= 1; the budget is
+    b = ceil(keep N - 1e-9) of the N remaining tokens. A list gives one value for each block; `dense` leaves the attention
+    of a block as it is.
     """
 
     predictor: Literal["head-lowrank", "token-lowrank"] = "head-lowrank"
@@ -166,7 +167,7 @@ class SparsityConfig(Frozen):
     _numbers = field_validator("keep", "rank", mode="before")(_refuse_truth)
 
     def keep_of(self, block: int) -> float | None:
-        """Keep share of block `block` (counted from 0); None: dense."""
+        """Keep fraction of block `block` (counted from 0); None: dense."""
         keep = self.keep[block] if isinstance(self.keep, tuple) else self.keep
         return None if keep == "dense" else float(keep)
 
@@ -226,9 +227,9 @@ class SparsityConfig(Frozen):
 
 
 class Target(Frozen):
-    """What a schedule is chosen for: `macs` or `latency`, as a share of the dense model's.
+    """What a schedule is chosen for: `macs` or `latency`, as a fraction of the dense model's.
 
-    `keeps` are the shares of keys that a block may have, null for dense; `batch_size` is that of the timing.
+    `keeps` are the fractions of keys that a block may have, null for dense; `batch_size` is that of the timing.
     """
 
     macs: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None

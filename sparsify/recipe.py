@@ -43,7 +43,7 @@ class Losses(Frozen):
     """how the `attention` of an image's blocks becomes one number; rms (root mean square): the blocks with the
     largest error count most"""
     mass: Weight = 0.0
-    """share of the true attention on keys that the predictor drops, mean over rows and blocks"""
+    """fraction of the true attention on keys that the predictor drops, mean over rows and blocks"""
     attention_target: Literal["teacher", "self"] = "teacher"
     """whose dense attention is the true one: the teacher's, or the student's own (authors' option)"""
     coefficients: Literal["all", "kept"] = "all"
@@ -99,7 +99,7 @@ class Schedule(Frozen):
     warmup: NonNegative = 0.0
     """epochs"""
     warmup_share: Share = 0.0
-    """the same as a share of the stage's steps; the larger counts"""
+    """the same as a fraction of the stage's steps; the larger counts"""
     warmup_lr: Weight = 0.0
     min_lr: Weight = 0.0
 
@@ -109,7 +109,7 @@ class Augmentation(Frozen):
 
     form: Literal["eval", "train"] = "train"
     scale: tuple[Share, Share] = (0.08, 1.0)
-    """share of the image's area that is cropped"""
+    """fraction of the image's area that is cropped"""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: Share = 0.5
     color_jitter: Weight = 0.0
@@ -136,11 +136,11 @@ class Augmentation(Frozen):
 
 
 class Anneal(Frozen):
-    """The share of keys kept falls linearly from `start` to the model's own over the first part of a stage."""
+    """The fraction of keys kept falls linearly from `start` to the model's own over the first part of a stage."""
 
     start: PositiveShare = 1.0
     until: PositiveShare = 0.5
-    """share of the stage's steps"""
+    """fraction of the stage's steps"""
 
 
 class Stage(Frozen):
@@ -162,7 +162,7 @@ class Stage(Frozen):
     schedule: Schedule = Schedule()
     augmentation: Augmentation = Augmentation()
     keep: Anneal | PositiveShare | None = None
-    """share of keys kept in training; null: the model's own"""
+    """fraction of keys kept in training; null: the model's own"""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """stochastic depth of the last block"""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -215,7 +215,7 @@ class Repair(Frozen):
     """to fit to; random crops make up the number where the data has fewer"""
     layers: tuple[Literal["attention", "mlp"], ...] = ("attention",)
     ridge: Positive = 0.3
-    """lambda as a share of the mean square of the map's inputs"""
+    """lambda as a fraction of the mean square of the map's inputs"""
     prefix_weight: Positive = 3.0
     """of the row of a prefix token, which the classifier reads; a patch: 1"""
 
@@ -232,7 +232,7 @@ class Recipe(Frozen):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """of the passes of the fine-tuning; auto: bfloat16 where the machine has instructions for it"""
     hold_back: Annotated[float, Field(ge=0, lt=1)] = 0.125
-    """share of the images (at most 1024) not trained on, which decide the weights that are kept"""
+    """fraction of the images (at most 1024) not trained on, which decide the weights that are kept"""
     repair: Repair | None = None
     """before the stages; changes the backbone; null: none"""
     stages: tuple[Stage, ...] = ()

@@ -56,7 +56,7 @@ class Photograph:
 
 
 class ImagePoint(NamedTuple):
-    """A point of an image: pixels, counted from 0 at the top left, or shares of width and height; `text` as typed."""
+    """A point of an image: pixels, counted from 0 at the top left, or fractions of width and height; `text` as typed."""
 
     x: float
     y: float
@@ -69,7 +69,7 @@ class ImagePoint(NamedTuple):
 
 
 def point(text: str) -> ImagePoint:
-    """'120,80': pixels; '0.5,0.25', with a decimal point in both and up to 1: shares of width and height."""
+    """'120,80': pixels; '0.5,0.25', with a decimal point in both and up to 1: fractions of width and height."""
     parts = [part.strip() for part in text.split(",")]
     pixels = all(re.fullmatch(r"[0-9]{1,6}", part) for part in parts)
     shares = all(re.fullmatch(r"[0-9]?\.[0-9]*", part) and part != "." and float(part) <= 1 for part in parts)

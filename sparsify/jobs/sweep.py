@@ -63,7 +63,8 @@ def sweep(
 
     Args:
         recipe: how to calibrate; each setting has its own keep and tokens.
-        targets: shares of the dense model's MACs; a schedule is searched for each. keeps: shares of keys, all tokens stay.
+        targets: fractions of the dense model's MACs; a schedule is searched for each.
+        keeps: fractions of keys; all tokens stay.
         calib: images to calibrate on; None: the built-in set.
         compute: its batch size is that of the timed forward passes (default 1).
 

@@ -1,7 +1,7 @@
 """Accuracy of sparse models and of their dense original, and how far they agree, in one pass over the images.
 
 The sparse form is always computed: there is no dense fallback here. All percentages run from 0 to 100. Of several processes
-(`sparsify.processes`) each computes its share of the images in `evaluate_images`, and all get the figures of the whole.
+(`sparsify.processes`) each computes its part of the images in `evaluate_images`, and all get the figures of the whole.
 """
 
 from __future__ import annotations

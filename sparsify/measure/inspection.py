@@ -47,7 +47,7 @@ class Layer:
     kept: Tensor  # keys that each query keeps, bool [H, Q, N]; none for dropped queries
     weight: Tensor  # attention that a query gives to each kept key, [H, Q, N]
     tail: Tensor  # attention that it gives to the means of the dropped keys, [H, Q]
-    mass: Tensor  # share of the true attention that lies on the kept keys, [H]
+    mass: Tensor  # fraction of the true attention that lies on the kept keys, [H]
     best: Tensor  # the highest share that b keys can reach: the keys with the most true attention, [H]
 
     @property
@@ -77,7 +77,7 @@ class Inspection:
     depth: int  # number of blocks
     layers: tuple[Layer, ...]  # those whose patch rows are computed, in order
     stages: tuple[Survivors, ...]  # in order; none if all tokens remain
-    reference: str  # which attention `mass` is a share of, a key of `REFERENCES`
+    reference: str  # which attention `mass` is a fraction of, a key of `REFERENCES`
 
     def layer(self, block: int) -> Layer | None:
         """The layer of a block, counted from 0; None if its patch rows are not computed."""

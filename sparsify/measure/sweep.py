@@ -18,7 +18,7 @@ class SweepChoice:
     """A setting before it is measured."""
 
     name: str  # keep-0.1 (sparse attention, all tokens) or macs-0.7 (a searched schedule); names its recipe
-    asked: float  # the requested share of keys, or of the dense model's MACs; it is part of the name
+    asked: float  # the requested fraction of keys, or of the dense model's MACs; it is part of the name
     config: SparsityConfig  # of the sparse model, complete
     damage: float | None  # KL that the search predicts for its schedule; None: nothing was searched
 

@@ -50,14 +50,14 @@ def stage(stage: Survivors) -> str:
 
 
 def true_attention(reference: str) -> str:
-    """Which attention the kept share is a share of, in one line."""
+    """Which attention the kept fraction refers to, in one line."""
     if reference == OWN:
         return "True attention: softmax of all q.k of the layer, inside the sparse model"
     return "True attention: that of the layer in the dense original"
 
 
 def mass(inspection: Inspection) -> str:
-    """The share of the true attention on the kept keys over all sparse layers, and the smallest, in one line."""
+    """The fraction of the true attention on the kept keys over all sparse layers, and the smallest, in one line."""
     sparse = [each for each in inspection.layers if each.sparse]
     if not sparse:
         return "No sparse attention: every key is kept"

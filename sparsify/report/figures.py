@@ -1,4 +1,4 @@
-"""The pictures of `sparsify show` as PNGs: keys of a query, remaining tokens, kept share of the attention."""
+"""The pictures of `sparsify show` as PNGs: keys of a query, remaining tokens, kept fraction of the attention."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def tokens(shown: Shown) -> bytes:
 
 
 def mass(shown: Shown) -> bytes:
-    """The share of the true attention on the kept keys, and the best share for as many keys, by layer and head: a PNG."""
+    """A PNG: the fraction of the true attention on the kept keys, and the best one for as many keys, by layer and head."""
     from matplotlib import colormaps
 
     found = shown.found

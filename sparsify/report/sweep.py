@@ -105,7 +105,7 @@ def _table(sweep: Sweep) -> str:
 
 
 def as_dict(sweep: Sweep, prefix: str) -> dict[str, Any]:
-    """Every figure, fit for JSON. MACs per image, theoretical; ms per batch; shares of the dense model's from 0 to 1.
+    """Every figure, fit for JSON. MACs per image, theoretical; ms per batch; fractions of the dense model's from 0 to 1.
 
     Figures of the evaluation are `sparsify.measure.accuracy.Evaluation`'s, percent from 0 to 100.
     """

@@ -78,7 +78,7 @@ def plot(sweep: Sweep, path: Path) -> None:
 def published(sweep: Sweep) -> list[PublishedResult]:
     """The paper's figures if they are of the swept model: DeiT-S at 224 pixels with ImageNet's classes and labels.
 
-    The paper gives the attention's MACs alone. Share of the whole model: 1 - (dense MHSA - MHSA) / 4.599 G; where tokens
+    The paper gives the attention's MACs alone. Fraction of the whole model: 1 - (dense MHSA - MHSA) / 4.599 G; where tokens
     are pruned, the total that the same formulae give over 4.599 G.
     """
     deit = sweep.architecture == "deit_small_patch16_224" and sweep.classes == 1000

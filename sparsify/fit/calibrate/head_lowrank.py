@@ -24,8 +24,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-CONDITION = 1e-4  # eigenvalues are raised to this share of the largest: cond(C^{1/2}) <= 100, exact inverse to rounding
-STEP = 4  # ranks move four at a time: a multiple of every vector width's share of a row of scores
+CONDITION = (
+    1e-4  # eigenvalues are raised to this fraction of the largest: cond(C^{1/2}) <= 100, exact inverse to rounding
+)
+STEP = 4  # ranks move four at a time: a multiple of what each vector width takes of a row of scores
 
 
 class Moments:

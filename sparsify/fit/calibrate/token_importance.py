@@ -22,7 +22,7 @@ from sparsify.nn import attention, graft, hosts, projection, token_models
 from sparsify.nn.importance import TINY, features, ranking_attention
 from sparsify.nn.token_blocks import AnyTokenBlock
 
-RIDGE = 1e-4  # lambda as a share of the mean diagonal of the features' Gram matrix
+RIDGE = 1e-4  # lambda as a fraction of the mean diagonal of the features' Gram matrix
 CHUNK = 16  # maximum images per forward pass
 HELD = 1 << 27  # maximum features of all blocks in memory: 512 MB, or those of one image
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsify.nn.predictor import TokenLowrankPredictor
 from sparsify.ops.tails import grid_cells
 
-RIDGE = 1e-3  # lambda as a share of the mean diagonal of C'C
+RIDGE = 1e-3  # lambda as a fraction of the mean diagonal of C'C
 
 
 def pooling(rank: int, prefix: int, grid: tuple[int, int]) -> Tensor:

@@ -74,7 +74,7 @@ def over_blocks(errors: list[Tensor], form: str) -> Tensor:
 
 
 def lost_mass(scores: Tensor, target: Tensor, b: int) -> Tensor:
-    """Share of the true attention `target` [..., N] on keys that are dropped, 0 to 1, mean over rows.
+    """Fraction of the true attention `target` [..., N] on keys that are dropped, 0 to 1, mean over rows.
 
     The b highest scores [..., N] are kept, with a soft step (`soft_top`) that is `SOFTNESS` of the row's deviation wide.
     """

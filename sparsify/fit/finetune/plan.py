@@ -179,7 +179,7 @@ def _repair_images(
 def _validation_images(
     images: TrainSet, data: TrainingData, preprocessing: dict[str, Any], classes: int, workers: int
 ) -> tuple[Labelled, str]:
-    """This process's share of the validation images, and a description of all of them."""
+    """This process's part of the validation images, and a description of all of them."""
     transform = datasets.transform(preprocessing)
     if data.val is not None:
         labelled = share(datasets.labelled(data.val, classes, transform, BATCH, workers))

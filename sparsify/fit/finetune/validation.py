@@ -43,7 +43,7 @@ class ValidationScore:
 
 
 class Validator:
-    """Scores models on the same images. Every process must call it; each computes its share of the images.
+    """Scores models on the same images. Every process must call it; each computes its part of the images.
 
     The outputs of `teacher`, dense on `device`, are computed once and kept (images x classes numbers).
     """

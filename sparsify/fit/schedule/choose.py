@@ -1,4 +1,4 @@
-"""Chooses token keep and keep of every block for a target: a share of the dense model's MACs or time."""
+"""Chooses token keep and keep of every block for a target: a fraction of the dense model's MACs or time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sparsify.nn import graft, hosts
 
 KEEPS: tuple[Keep, ...] = (None, 0.25, 0.1, 0.05)  # that a search tries
 TRIES = 4  # searches for a latency
-TOLERANCE = 0.03  # share of a latency target by which the measured time may miss it
+TOLERANCE = 0.03  # fraction of a latency target by which the measured time may miss it
 
 
 @dataclass(frozen=True)

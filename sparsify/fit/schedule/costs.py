@@ -19,7 +19,7 @@ from sparsify.nn.merging import cosines
 from sparsify.nn.tokens import TokenStage, TokenState
 from sparsify.ops.macs import dense_macs, sparse_macs
 
-POINTS = (0.1, 0.25, 0.5, 0.75, 1.0)  # shares of the tokens at which parts are timed
+POINTS = (0.1, 0.25, 0.5, 0.75, 1.0)  # fractions of the tokens at which parts are timed
 ROUNDS = 9  # of every timing
 
 Keep = float | None  # None: dense

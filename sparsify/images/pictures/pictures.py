@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "china", "coffee", "flower", "raccoon", "rocket")
 SIDE = 288  # pixels, both sides of every picture
-LEAF_SHARE = 0.5  # share of collages; measured in the docstring of `CalibrationImages`
+LEAF_SHARE = 0.5  # fraction of images that are collages; measured in the docstring of `CalibrationImages`
 
 
 class CalibrationImages(Sequence[Image.Image]):

@@ -28,7 +28,7 @@ from sparsify.version import __version__
 
 FORMATS = {"onnx": onnx_file, "pt2": pt2_file}
 TOLERANCE = 1e-3  # difference of an output that is reported
-WRONG = 1e-2  # difference, as a share of the model's largest output, that no rounding explains
+WRONG = 1e-2  # difference, as a fraction of the model's largest output, that no rounding explains
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 PICTURES = 8  # on which program and model are compared
 
