@@ -28,17 +28,15 @@ from sparsify.models.original import opened
 from sparsify.nn import execution, graft
 from sparsify.nn.attention import Execution
 from sparsify.ops.auto import Chooser
-from sparsify.processes import Compute, Listener
+from sparsify.processes import Compute, Listener, Say
 from sparsify.recipe import Recipe, default_recipe, load_recipe
 
-Say = Callable[[str], None]
 ModelOrFile = nn.Module | str | Path
 
 
 class RecipeOptions(TypedDict, total=False):
     """Keywords of `convert` that are fields of `SparsityConfig` or `Recipe`."""
 
-    keep: float | str | Sequence[float | str] | None
     predictor: str | None
     rank: Any
     tail: str | None
@@ -60,20 +58,15 @@ class RecipeOptions(TypedDict, total=False):
 
 
 class ConvertOptions(RecipeOptions, total=False):
-    """Keywords of `convert`: also what is converted, from which images, and where the result goes."""
+    """Further keywords of `convert`: target, training, model and device."""
 
     target_macs: float | None
     target_latency: float | None
-    recipe: str | Recipe | None
     calibrate_only: bool
-    output: str | Path
-    weights: str | Path | None
-    data: str | Path | None
     val: str | Path | None
     resume: bool
     num_classes: int | None
     img_size: int | None
-    force: bool
     device: str
     say: Say
 
@@ -110,24 +103,34 @@ class EvaluateOptions(ComputeOptions, total=False):
     progress: Callable[[int, int | None], None]
 
 
-def convert(name: str, **options: Unpack[ConvertOptions]) -> Conversion:
+def convert(
+    name: str,
+    *,
+    keep: float | str | Sequence[float | str] | None = None,
+    recipe: str | Recipe | None = None,
+    data: str | Path | None = None,
+    weights: str | Path | None = None,
+    output: str | Path = "model.safetensors",
+    force: bool = False,
+    **options: Unpack[ConvertOptions],
+) -> Conversion:
     """Convert a timm model and write it to `output`.
 
     Args:
         name: alias, timm name, `hf-hub:` or `local-dir:` name, or `digits`.
         keep: fraction of keys that each query attends to, 0 < keep <= 1, or 'dense'; one value, or one for each block.
+        recipe: name, YAML file or `Recipe`; None: `distill` with `data`, else `calibrate`.
+        data: folder or data set to calibrate on and to learn from. None: the built-in pictures, calibration only.
+        weights: local checkpoint (.safetensors, .pth) of that architecture.
+        output: file to write; its reports go beside it.
+        force: overwrite a file that holds another model.
         target_macs, target_latency: choose keep and tokens of every block for this fraction of the dense model's MACs or
             time (give one of them, and no `keep`).
-        recipe: name, YAML file or `Recipe`; None: `distill` with `data`, else `calibrate`.
         calibrate_only: leave out the stages of the recipe.
-        output: file to write, default model.safetensors; its reports go beside it.
-        weights: local checkpoint (.safetensors, .pth) of that architecture.
-        data: folder or data set to calibrate on and to learn from. None: the built-in pictures, calibration only.
         val: labelled images that decide which weights are written; None: a part of `data` is held back.
         resume: continue the interrupted fine-tuning of this output (folder STEM.run beside it).
         num_classes: outputs of `weights`, 0 for features; None: read off the file. img_size: in pixels; None: the model's.
-        force: overwrite a file that holds another model. say: called with a line now and then.
-        device: of torch: cpu (default), cuda, cuda:1, mps.
+        device: of torch: cpu (default), cuda, cuda:1, mps. say: called with a line now and then.
         predictor, rank, tail, cells, spread_rank, granularity, tile, fold, token_lowrank, tokens: fields of
             `SparsityConfig`; tokens is a mapping:
             {"keep": 0.7, "stages": (4, 7, 10), "way": "merge", "importance": "fitted"}.
@@ -136,34 +139,29 @@ def convert(name: str, **options: Unpack[ConvertOptions]) -> Conversion:
     Raises:
         SparsifyError: one line: what was wrong, what was expected, what to do.
     """
-    of_job = ConvertOptions.__optional_keys__ - RecipeOptions.__optional_keys__
-    changes: dict[str, Any] = {key: value for key, value in options.items() if key not in of_job}
-    data, calibrate_only, keep = options.get("data"), options.get("calibrate_only", False), options.get("keep")
-    recipe = options.get("recipe") or default_recipe(data is not None and not calibrate_only)
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe)
-    if keep is not None and not isinstance(keep, float | int | str):
-        changes["keep"] = tuple(keep)
-    recipe = recipe.override(**changes)
+    calibrate_only, val = options.pop("calibrate_only", False), options.pop("val", None)
+    model = DenseRequest(
+        name,
+        None if weights is None else Path(weights),
+        options.pop("num_classes", None),
+        options.pop("img_size", None),
+    )
+    written = OutputOptions(Path(output), force, options.pop("resume", False))
+    compute, listener = Compute(device=options.pop("device", "cpu")), Listener(_in_python(options.pop("say", None)))
+    target, wanted = None, {"macs": options.pop("target_macs", None), "latency": options.pop("target_latency", None)}
+    if recipe is None:
+        recipe = default_recipe(data is not None and not calibrate_only)
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    keeps = keep if keep is None or isinstance(keep, float | int | str) else tuple(keep)
+    chosen = chosen.override(keep=keeps, **options)
     if calibrate_only:
-        recipe = recipe.without_training()
-    target, shares = None, {"macs": options.get("target_macs"), "latency": options.get("target_latency")}
-    if any(share is not None for share in shares.values()):
+        chosen = chosen.without_training()
+    if any(share is not None for share in wanted.values()):
         if keep is not None:
             raise UsageError("keep and a target: the search chooses keep; leave one of them out")
-        target = validate(Target, shares, "argument target")
-    weights, val = options.get("weights"), options.get("val")
-    path = None if weights is None else Path(weights)
-    output = Path(options.get("output", "model.safetensors"))
-    return convert_job(
-        DenseRequest(name, path, options.get("num_classes"), options.get("img_size")),
-        recipe,
-        OutputOptions(output, options.get("force", False), options.get("resume", False)),
-        images=ImageSources(None if data is None else str(data), None if val is None else str(val)),
-        target=target,
-        compute=Compute(device=options.get("device", "cpu")),
-        listener=Listener(_in_python(options.get("say"))),
-    )
+        target = validate(Target, wanted, "argument target")
+    images = ImageSources(None if data is None else str(data), None if val is None else str(val))
+    return convert_job(model, chosen, written, images=images, target=target, compute=compute, listener=listener)
 
 
 def load(

@@ -25,7 +25,7 @@ Side = Annotated[int, Field(ge=1, le=64)]
 class Frozen(BaseModel):
     """Values that do not change; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def validate(model: type[M], tree: Any, source: str) -> M:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+Say = Callable[[str], None]  # takes lines for the person at the terminal
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -56,7 +57,7 @@ class Listener:
     """Who is told how far a job is."""
 
     # called with a line for the user, in which fields are marked (`sparsify.errors.field`)
-    say: Callable[[str], None] = lambda line: None
+    say: Say = lambda line: None
     # called with the name of a step, images or steps done, their total (None: unknown), and maybe a note
     progress: Callable[..., None] = lambda *step: None
 

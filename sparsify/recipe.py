@@ -172,7 +172,7 @@ class Stage(Frozen):
     grad_checkpointing: bool = False
     """recompute each block in the backward: less memory, 1.3x time"""
     validate_every: Count | None = 1
-    """epochs between validations; null: 1 with own validation data, else at the end"""
+    """epochs between validations; null: 1 where labelled images are given (`val`), else only at the end"""
 
     @property
     def moves_backbone(self) -> bool:

@@ -71,7 +71,7 @@ _DENSE = "Dense original to compare with: name, or checkpoint. Needed for fine-t
 Dense = Annotated[str | None, option("NAME|FILE", _DENSE, MODEL, "the file's own weights", completion.models)]
 _WEIGHTS = "Your own checkpoint of that architecture, .safetensors or .pth."
 Weights = Annotated[Path | None, option("FILE", _WEIGHTS, MODEL, "timm's")]
-_CLASSES = "Classes of that checkpoint; 0: features."
+_CLASSES = "Classes of --weights; 0: features."
 NumClasses = Annotated[int | None, option("N", _CLASSES, MODEL, "read off the file", min=0)]
 ImgSize = Annotated[int | None, option("PIXELS", "Side of the image in pixels.", MODEL, "the model's own", min=1)]
 Device = Annotated[str, option("NAME", "Device of torch: cpu, cuda, cuda:1, mps.", RUNNING, words=completion.DEVICES)]

@@ -166,7 +166,7 @@ def _write(made: Conversion, recipe: Recipe) -> None:
 
 
 def _calibrated_config(recipe: Recipe, target: Target | None) -> SparsityConfig:
-    """What is calibrated first: a search chooses the stages of token reduction itself, afterwards."""
+    """The configuration to calibrate: without tokens where a search chooses them afterwards."""
     return recipe.sparsity if target is None else recipe.sparsity.model_copy(update={"tokens": None})
 
 

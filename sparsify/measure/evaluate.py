@@ -248,4 +248,4 @@ def images_of(
     else:  # drawn, in their order: the first images of a folder are those of its first classes
         drawn = sorted(random.Random(seed).sample(range(cast(int, every.total)), limit))
         dataset = Subset(every.dataset, drawn)
-    return LabelledBatches(dataset, EVAL_BATCH, every.workers, False, every.note, images, every.num_classes), True
+    return replace(every, dataset=dataset), True

@@ -31,11 +31,13 @@ def skeleton(source: Source, num_classes: int | None = None, img_size: int | Non
         img_size: pixels, square; None: the model's own.
 
     Raises:
-        UsageError: a negative number of classes, or an image size that is not a multiple of the patch size.
+        UsageError: a negative number of classes, or an image size that is not a positive multiple of the patch size.
         UnsupportedModel: timm cannot build it with these arguments.
     """
     if num_classes is not None and num_classes < 0:
         raise UsageError(f"number of classes {num_classes}: 0 (features) or more is expected")
+    if img_size is not None and img_size < 1:
+        raise UsageError(f"image size {img_size}: a positive number of pixels is expected")
     args = arguments(source, num_classes, img_size)
     config = source.pretrained_cfg or tag(source)
     if img_size is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,8 +12,7 @@ from sparsify.errors import BadFile, field
 from sparsify.models import building, checkpoint, names, pretrained
 from sparsify.models.checkpoint import Header
 from sparsify.models.hub import CHECKPOINTS
-
-Say = Callable[[str], None]
+from sparsify.processes import Say
 
 
 @dataclass(frozen=True)

@@ -247,8 +247,11 @@ class SparseAttention(GraftedAttention):
         """
         size, place = (None, None) if tokens is None else (tokens.size, tokens.place)
         ranking, context = self.predictor(q, k, mask, tokens, spec), Context(mask, size, place)
-        if not tails.known(self.sparsity.tail):
-            cell, count = cells_of(self.sparsity.tail, ranking.written(q, k), context, spec)
+        tail = self.sparsity.tail
+        if not tail.stands_for_dropped_keys:
+            spec = spec._replace(tail="none")
+        elif not tails.known(tail):
+            cell, count = cells_of(tail, ranking.written(q, k), context, spec)
             context = context._replace(cell=cell)
             spec = spec._replace(tail=tails.ASSIGNED, cells=(1, count - min(spec.prefix, q.shape[2])))
         return attention.attention(q, k, v, ranking, context, spec, backend, self.execution.precision)
@@ -265,7 +268,8 @@ class SparseAttention(GraftedAttention):
         return choice.taken, choice
 
     def _timed(self, q: Tensor, k: Tensor, v: Tensor, context: Context, spec: Spec, backend: str) -> Tensor:
-        """The sparse form as `auto` times it: merged tokens rank as if they had been removed."""
+        """The sparse form as `auto` times it. Nobody tracks owners there: token-lowrank takes the columns of the remaining
+        patches instead of the sums over merged ones, which costs a little less."""
         tokens = None
         if context.size is not None or context.place is not None:
             tokens = TokenState(spec.grid[0] * spec.grid[1], context.size, context.place)

@@ -59,7 +59,7 @@ class Predictor(nn.Module):
 
     def kind(self) -> Kind:
         """What of this predictor decides how long a call takes."""
-        return Kind(type(self).__name__, 0, 0)
+        return Kind(type(self).__name__, sum(p.numel() for p in self.parameters()), self.shared())
 
     def reconstruct(
         self, q: Tensor, k: Tensor, scale: float, form: Reconstruction, bias: Tensor | None = None

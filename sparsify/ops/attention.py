@@ -1,4 +1,4 @@
-"""Sparse attention as one torch.library op: tensors in, tensors out; nothing above this folder is known here.
+"""Sparse attention as one torch.library op: tensors in, tensors out. Imports nothing of the packages above.
 
 `sparsify::sparse_attention` holds selection, attention over the kept keys and tail, so that a fast path never writes the
 scores out. A predictor (`sparsify.nn.predictor`) says by a `Ranking` which keys each query wants:
@@ -158,7 +158,7 @@ def _path(backend: str, q: Tensor, k: Tensor, v: Tensor, ranking: Ranking, conte
         return "kernel"
     if backends.needs_grad(q, k, v):
         return "trained"
-    # where only the predictor learns, the op gives a result that asks for a gradient, which is none
+    # only the predictor requires gradients: the op keeps the output in the graph, and its backward returns None for it
     return "op" if backends.needs_grad(*ranking[:4]) else "kernel"
 
 

@@ -37,7 +37,7 @@ class Ranking(NamedTuple):
     col: Tensor | None  # [B, H, N, r], or [B or 1, H or 1, N, r]
     features: Tensor | None  # of the keys, compared by the `clusters` tail, [B, H, N, *]; None: those of col
     shift: Tensor | None  # added to the scores of every row, [B, N]; None: nothing
-    ranked: float  # factor of an additive mask in the scores; 0: only what the mask hides counts there
+    ranked: float  # an additive mask times this is added to the scores; 0: the mask only hides keys
     ranks: tuple[int, ...]  # coordinates of each head, 1 <= r; columns of row and col past a head's own are 0
     macs: int = 0  # multiply-accumulates of the predictor for one image, all scores included
 
@@ -46,9 +46,8 @@ class Ranking(NamedTuple):
         row, col = self.row, self.col
         if row is None or col is None:
             row, col = q[..., : max(self.ranks)], k[..., : max(self.ranks)] * rank_mask(self.ranks, k)
-        if col.dim() == 3:
-            col = col.unsqueeze(0)
-        return self._replace(row=row, col=col, features=col if self.features is None else self.features)
+        features = col.expand(*row.shape[:2], -1, -1) if self.features is None else self.features
+        return self._replace(row=row, col=col, features=features)
 
     def to(self, dtype: torch.dtype) -> Ranking:
         """The same with tensors of that dtype."""

@@ -36,6 +36,15 @@ class Tail:
     name: str
     stands_for_dropped_keys = True
 
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __repr__(self) -> str:
+        return self.name
+
     def count(self, grid: Grid, cells: Grid) -> int:
         """M, cells of the patch keys alone.
 
@@ -123,7 +132,7 @@ TAILS: dict[str, Tail] = {tail.name: tail for tail in (NoTail(), Mean(), GridCel
 
 def known(tail: Tail) -> bool:
     """Whether the op computes this tail; else its cells are given to it (`ASSIGNED`)."""
-    return type(TAILS.get(tail.name)) is type(tail)
+    return TAILS.get(tail.name) == tail
 
 
 def grid_cells(grid: Grid, cells: Grid, device: torch.device | None = None) -> Tensor:

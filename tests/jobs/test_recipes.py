@@ -10,13 +10,12 @@ from safetensors.torch import save_file
 from helpers import small_runs
 from helpers.error_lines import the_error
 from helpers.image_folders import class_folders
-from sparsify.config import TokenLowrank
 from sparsify.errors import UsageError
 from sparsify.jobs import dense
 from sparsify.models import pretrained
 from sparsify.models.digits import network
 from sparsify.nn import graft
-from sparsify.recipe import Losses, default_recipe, load_recipe, recipe_names, recipe_text, recipe_yaml
+from sparsify.recipe import default_recipe, load_recipe, recipe_names, recipe_text, recipe_yaml
 
 NAMES = ("calibrate", "distill", "paper", "paper-calibrated", "paper-digits")
 
@@ -284,8 +283,3 @@ def test_recipes_do_not_change():
     chosen = load_recipe("distill")
     with pytest.raises(Exception, match="frozen"):
         chosen.seed = 3
-
-
-@pytest.mark.parametrize("model", [Losses, TokenLowrank])
-def test_what_a_field_means_is_part_of_the_schema(model):
-    assert all(field.description for field in model.model_fields.values())

@@ -1,5 +1,6 @@
 """A new predictor and a new tail take one class each and no change elsewhere: they attend, train, are timed and counted."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -49,6 +50,23 @@ class Columns(Tail):
     def cell(self, features, weight, grid, cells, place):
         patches = torch.arange(grid[0] * grid[1], device=features.device) if place is None else place[:, None]
         return (patches % grid[1]).expand(*features.shape[:2], -1)
+
+
+class Lost(Tail):
+    """Dropped keys are lost, under another name."""
+
+    name, stands_for_dropped_keys = "lost", False
+
+    def count(self, grid, cells):
+        return 0
+
+
+class OneRow(Projected):
+    """The same keys for all images and heads: column factors that broadcast, and none for `clusters` but these."""
+
+    def forward(self, q, k, mask, tokens, spec):
+        ranking = super().forward(q, k, mask, tokens, spec)
+        return ranking._replace(col=ranking.col[:1, :1])
 
 
 def grafted(predictor=None, tail=None, keep=0.3):
@@ -116,6 +134,32 @@ def test_auto_times_them_and_profile_counts_them_twice(parts):
         cells = model.patch_embed.grid_size[1] + 1  # the columns and the cls key
         N, width, depth = 1 + model.patch_embed.num_patches, model.embed_dim, 2
         assert figures.tail_macs == depth * (N - 1) * cells * 2 * width
+
+
+def test_a_new_tail_may_be_none_and_a_ranking_may_broadcast():
+    model, plain = (
+        grafted(tail=Lost),
+        graft.graft(build("deit", depth=2), SparsityConfig(keep=0.3, rank=4, tail="none")),
+    )
+    x = images(model)
+    torch.testing.assert_close(through(model, x, "auto"), through(plain.requires_grad_(False).eval(), x, "auto"))
+    assert profile(model, measure=False).tail_macs == 0
+    for tail in (None, Columns):
+        model = grafted(OneRow, tail)
+        module = next(iter(sparse_modules(model).values()))
+        q, k, v = torch.randn(3, 2, 3, 37, 64, generator=torch.Generator().manual_seed(2)).unbind(0)
+        mask = torch.ones(37, 37, dtype=torch.bool).tril()
+        out = module.attend(q, k, v, mask, None)
+        assert out.shape == (2, 37, 192) and out.isfinite().all()
+
+
+def test_copies_of_a_tail_are_the_tail():
+    sparsity = next(iter(sparse_modules(grafted()).values())).sparsity
+    assert copy.deepcopy(sparsity) == sparsity and "tail=clusters" in repr(sparsity)
+
+
+def test_predictors_of_one_class_with_other_parameters_are_timed_apart():
+    assert Projected(8).kind() != Projected(16).kind()
 
 
 def test_a_new_tail_is_written_by_hand():

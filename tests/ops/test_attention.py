@@ -181,6 +181,15 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert half.dtype == dtype and torch.equal(half, full.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_papers_predictor_ranks_half_precision_in_float32(dtype):
+    q, k, v, w_down, w_up, *reduce = token_inputs(torch.float32, grid=(5, 5), d=8, c=3)
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    arguments = (w_down, w_up, reduce, None, None, None, 0.3, (0.4, 2), (3, 1, "clusters", (5, 5), (2, 2), ()))
+    half, full = (token_lowrank(*tensors, *arguments) for tensors in ((q, k, v), (q.float(), k.float(), v.float())))
+    assert half.dtype == dtype and torch.equal(half, full.to(dtype))
+
+
 def test_gradients_are_those_of_the_reference():
     torch.manual_seed(0)
     q, k, v, a = (torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -45,7 +46,7 @@ def report(
     from sparsify.images import photograph
     from sparsify.jobs.show import look
     from sparsify.measure.profile import profile as measure_profile
-    from sparsify.models.original import opened
+    from sparsify.models.original import load_original, opened
     from sparsify.report import page, readback
 
     say = options.say(quiet)
@@ -53,11 +54,13 @@ def report(
     evaluation = None if eval_file is None else readback.evaluation(eval_file)
     swept = None if sweep is None else readback.sweep(sweep)
     figures = None if profile is None else readback.profile(profile)
-    one = opened(file, dense, say=say)
+    one = opened(file)
     if profile is not None and figures is not None:
         readback.check_profile(profile, figures, file, one.header, one.model)
     if eval_file is not None and evaluation is not None:
         readback.check_evaluation(eval_file, evaluation, file, one.model)
+    if dense is not None:  # loaded last: it may be a download
+        one = replace(one, dense=load_original(one.header, dense, say=say))
     with Reporter(quiet) as reporter:
         progress, files = partial(reporter.update, "look"), [*(images or []), *(more_images or [])]
         shown = look(one.model, files, points, layers=layer, heads=head, dense=one.dense, progress=progress)

@@ -128,7 +128,7 @@ class Batches:
             sampler=self._requests(len(items), step),
             num_workers=self.settings.workers,
             collate_fn=nn.Identity(),
-            worker_init_fn=ignore_interrupt if self.settings.workers else None,
+            worker_init_fn=ignore_interrupt,
             generator=torch.Generator(),  # else it draws from the global one
         )
         return batches_of(loader)

@@ -6,15 +6,15 @@ import contextlib
 import csv
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparsify.errors import BadFile, one_line
 from sparsify.files import write_text
+from sparsify.processes import Say
 
 Value = float | int | str | None
-Say = Callable[[str], None]
 
 LOSSES = ("classification", "logits", "tokens", "features", "attention", "mass", "basis_l1")
 """Terms of the loss, as weighted in it."""

@@ -173,7 +173,7 @@ def _repair_images(
         dataset: Any = Stream(learn, datasets.transform(preprocessing), n)
     else:
         dataset = WithCrops(Part(learn, datasets.draw(len(learn), n, recipe.seed)), n, preprocessing, recipe.seed)
-    return recipe.repair, ImageBatches(dataset, BATCH, 0 if images.stream else workers, name=data.images)
+    return recipe.repair, ImageBatches(dataset, BATCH, workers, name=data.images)
 
 
 def _validation_images(
@@ -186,7 +186,7 @@ def _validation_images(
         return lambda: iter(labelled), f"the labelled images of {publishable(data.val)}"
     if images.stream:
         dataset: Any = Stream(cast(Any, images.held), transform)
-        described, workers = f"the first images of {publishable(data.images)}", 0
+        described = f"the first images of {publishable(data.images)}"
     else:
         dataset = Decoded(cast(Items, images.held), transform)
         described = f"{len(dataset)} images of {publishable(data.images)} that nothing learns from"

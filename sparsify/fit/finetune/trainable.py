@@ -89,8 +89,10 @@ class KeepSchedule:
 
     def set_step(self, step: int | None) -> None:
         """Sets the keeps for a step, counted from 0; None: the model's own."""
+        if self.keep is None:
+            return
         for module, target in zip(self.modules, self.targets, strict=True):
-            if step is None or self.keep is None:
+            if step is None:
                 keep = target
             elif isinstance(self.keep, Anneal):
                 remaining = max(0.0, 1 - step / max(1.0, self.keep.until * self.steps))

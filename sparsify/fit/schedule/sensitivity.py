@@ -84,8 +84,10 @@ def measure(model: nn.Module, way: str, options: Options, images: Iterable[Tenso
         tokens, keeps = np.zeros((depth, len(shares))), np.zeros((depth, len(options)))
         done = patches = 0
         for x in (part for batch in images for part in batch.split(CHUNK)):
-            states, dense = _run(host, blocks, host.start(x, host.full_grid))
-            patches = states[0][1].patches
+            states = [host.start(x, host.full_grid)]  # before each block, and after the last
+            for block in blocks:
+                states.append(block(*states[-1]))
+            dense, patches = _output(host, states[-1]), states[0][1].patches
             for i, block in enumerate(blocks):
                 for j, share in enumerate(shares[1:], 1):
                     if share or (host.reads_prefix and i == depth - 1):
@@ -129,16 +131,15 @@ def _dense_with_stages(model: nn.Module, way: str) -> Iterator[tuple[Any, list[A
             token_models.install(model, former_way, [None if s is None else s.share for s in before], tracked)
 
 
-def _run(host: Any, blocks: list[Any], state: State) -> tuple[list[State], Tensor]:
-    """States before and after each of the last `blocks`, and the output: logits, or else normed tokens on the full grid."""
-    states = [state]
-    for block in blocks:
-        states.append(block(*states[-1]))
-    h, tokens = states[-1]
-    h = host.norm(host.whole(h, tokens) if host.full_grid else h)
-    return states, host.forward_head(h) if host.num_classes else h
-
-
 def _damage(host: Any, blocks: list[Any], state: State, dense: Tensor) -> float:
     """Distance from the output `dense` when `blocks` run from `state`."""
-    return distance(dense, _run(host, blocks, state)[1], bool(host.num_classes))
+    for block in blocks:
+        state = block(*state)
+    return distance(dense, _output(host, state), bool(host.num_classes))
+
+
+def _output(host: Any, state: State) -> Tensor:
+    """Logits, or for models without a classifier the normed tokens on the full grid."""
+    h, tokens = state
+    h = host.norm(host.whole(h, tokens) if host.full_grid else h)
+    return host.forward_head(h) if host.num_classes else h
