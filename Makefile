@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST_TIMM := 1.0.28
 
-.PHONY: venv demo test test-oldest sanitize lint format bench bench-kernels-accuracy bench-auto bench-accuracy bench-equality \
+.PHONY: venv demo test test-oldest fuzz sanitize lint format bench bench-kernels-accuracy bench-auto bench-accuracy bench-equality \
 	bench-families bench-tokens bench-finetune bench-survive bench-compiled bench-exported bench-quantised \
 	bench-same bench-against house families frontier names docs clean
 
@@ -33,6 +33,10 @@ test-oldest: venv
 	rm -rf .venv-oldest
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv-oldest timm==$(OLDEST_TIMM)
 	PYTHONPATH=.venv-oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Thousands of drawn model files, recipes, images and command lines: each is taken or refused in one line.
+fuzz: venv
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py
 
 # Overruns and undefined behaviour of the CPU kernels on small drawn calls; needs a compiler with its sanitizers.
 sanitize: venv
