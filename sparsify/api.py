@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -10,7 +10,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import nn
 
-from sparsify.config import Target, validate
+from sparsify import config
 from sparsify.errors import UsageError, as_arguments
 from sparsify.jobs.convert import Conversion, ImageSources, OutputOptions
 from sparsify.jobs.convert import convert as convert_job
@@ -148,18 +148,16 @@ def convert(
     )
     written = OutputOptions(Path(output), force, options.pop("resume", False))
     compute, listener = Compute(device=options.pop("device", "cpu")), Listener(_in_python(options.pop("say", None)))
-    target, wanted = None, {"macs": options.pop("target_macs", None), "latency": options.pop("target_latency", None)}
+    target = config.target(options.pop("target_macs", None), options.pop("target_latency", None))
     if recipe is None:
         recipe = default_recipe(data is not None and not calibrate_only)
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    keeps = keep if keep is None or isinstance(keep, float | int | str) else tuple(keep)
+    keeps = tuple(keep) if isinstance(keep, Iterable) and not isinstance(keep, str) else keep
     chosen = chosen.override(keep=keeps, **options)
     if calibrate_only:
         chosen = chosen.without_training()
-    if any(share is not None for share in wanted.values()):
-        if keep is not None:
-            raise UsageError("keep and a target: the search chooses keep; leave one of them out")
-        target = validate(Target, wanted, "argument target")
+    if target is not None and keep is not None:
+        raise UsageError("keep and a target: the search chooses keep; leave one of them out")
     images = ImageSources(None if data is None else str(data), None if val is None else str(val))
     return convert_job(model, chosen, written, images=images, target=target, compute=compute, listener=listener)
 

@@ -5,47 +5,108 @@ Frozen pydantic models that refuse unknown keys, so a typing error in a recipe i
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Callable, Iterable
 from itertools import accumulate
+from numbers import Integral
 from operator import mul
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from sparsify.errors import UsageError, field
+from sparsify.errors import UsageError, brief, field
 
 M = TypeVar("M", bound=BaseModel)
-Keep = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | Literal["dense"]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Rank = Annotated[int, Field(ge=1, le=1024)]
-Side = Annotated[int, Field(ge=1, le=64)]
+_NAME = re.compile("(?!(?:float|int)$)[a-z][a-z0-9_]*")  # of a field
+
+
+def _whole(value: Any) -> Any:
+    """A whole number of another type (numpy's, 3.0) as an int; anything else as it is."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return int(value) if whole or (isinstance(value, float) and value.is_integer()) else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole), Field(strict=True)]  # strict: not from a boolean, and not from text
+Number = Annotated[float, Field(strict=True)]
+PositiveShare = Annotated[Number, Field(gt=0, le=1)]
+Keep = PositiveShare | Literal["dense"]
+Share = Annotated[Number, Field(ge=0, le=1)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Count = Annotated[Whole, Field(ge=1, le=10**9)]
+Rank = Annotated[Whole, Field(ge=1, le=1024)]
+Side = Annotated[Whole, Field(ge=1, le=64)]
 
 
 class Frozen(BaseModel):
-    """Values that do not change; unknown keys are refused."""
+    """Values that do not change; unknown fields are refused, and so are NaN and infinities."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, tree: Any) -> Any:
+        """`tree`; an error that names the field that does not exist, and the nearest ones, if it has one."""
+        for name in tree if isinstance(tree, dict) else ():
+            if name not in cls.model_fields:
+                raise ValueError(unknown(name, cls.model_fields))
+        return tree
 
 
-def validate(model: type[M], tree: Any, source: str) -> M:
-    """`model` built from `tree`, or a `UsageError`: where `tree` comes from (`source`) and the first thing wrong in it."""
+def unknown(name: Any, known: Iterable[str], kind: str = "field") -> str:
+    """What is said of a field that does not exist: the nearest one, or all that do."""
+    near = difflib.get_close_matches(str(name)[:80], known := list(known), n=1)
+    return f"unknown {kind} {brief(name)}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
+
+
+_PLAIN = {  # pydantic's names of errors
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "a number of at least {ge:g}",
+    "int_type": "a whole number",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "a number of at most {le:g}",
+    "literal_error": "{expected}",
+    "missing": "one more value",
+    "model_type": "fields with values",
+    "string_type": "text",
+    "too_long": "{max_length} values",
+    "tuple_type": "a list",
+}
+
+
+def validate(model: type[M], tree: Any, source: str | Callable[[str], str]) -> M:
+    """`model` built from `tree`, or a `UsageError` that says where `tree` comes from and the first thing wrong in it.
+
+    `source` stands before the path of the field, or is called with it for what is to stand there instead.
+    """
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        parts = [str(p) for p in first["loc"] if not str(p).startswith(("constrained", "tuple", "float", "int"))]
-        path = ".".join(parts) or "content"
-        message = first["msg"].removeprefix("Value error, ")
-        given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
-        raise UsageError(f"{source} {path}: {message}{given}") from None
+        found = [(_path(each["loc"]), each) for each in error.errors(include_url=False)]
+    top = _field(found[0][0])
+    path = max((path for path, _ in found if _field(path)[: len(top)] == top), key=len)  # the furthest of a union
+    here = [each for place, each in found if place == path]
+    plain = list(dict.fromkeys(_PLAIN[e["type"]].format(**e.get("ctx", {})) for e in here if e["type"] in _PLAIN))
+    ways = " or ".join(filter(None, (", ".join(plain[:-1]), *plain[-1:])))
+    message = f"expected {ways}" if plain else here[0]["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(here[0]["input"], dict | BaseModel) else f" (given: {brief(here[0]['input'])})"
+    where = ".".join(path)
+    where = source(where) if callable(source) else f"{source} {where}"
+    raise UsageError(f"{where.rstrip(' :')}: {message}{given}")
 
 
-def _refuse_truth(value: Any) -> Any:
-    """The value unless it is, or lists, a boolean: YAML's `yes` is no share."""
-    if any(isinstance(each, bool) for each in (value if isinstance(value, list | tuple) else [value])):
-        raise ValueError("a number is expected")
-    return value
+def _path(location: tuple[int | str, ...]) -> tuple[str, ...]:
+    """Names and indices of a field's place; pydantic also names the branches of unions."""
+    return tuple(str(part) for part in location if isinstance(part, int) or _NAME.fullmatch(part))
+
+
+def _field(path: tuple[str, ...]) -> tuple[str, ...]:
+    """A path without the indices at its end."""
+    return _field(path[:-1]) if path and path[-1].isdecimal() else path
 
 
 class TokenLowrank(Frozen):
@@ -81,11 +142,9 @@ class Tokens(Frozen):
     importance: Literal["fitted", "attention"] = "fitted"
     """of a token; fitted: how much later rows read of it, predicted from the token by a linear map fitted in
     calibration; attention: what this block's cls row gives it"""
-    keep: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | tuple[Share, ...] = 0.7
+    keep: PositiveShare | tuple[Share, ...] = 0.7
     stages: tuple[Count, ...] = (4, 7, 10)
     """blocks, counted from 1"""
-
-    _numbers = field_validator("keep", "stages", mode="before")(_refuse_truth)
 
     def shares(self, depth: int) -> tuple[float | None, ...]:
         """Fraction of the patches that remain after each block's stage; None where a block has none."""
@@ -164,8 +223,6 @@ class SparsityConfig(Frozen):
     tokens: Tokens | None = None
     """removal of tokens; null keeps all"""
 
-    _numbers = field_validator("keep", "rank", mode="before")(_refuse_truth)
-
     def keep_of(self, block: int) -> float | None:
         """Keep fraction of block `block` (counted from 0); None: dense."""
         keep = self.keep[block] if isinstance(self.keep, tuple) else self.keep
@@ -232,7 +289,17 @@ class Target(Frozen):
     `keeps` are the fractions of keys that a block may have, null for dense; `batch_size` is that of the timing.
     """
 
-    macs: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    latency: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    keeps: tuple[Annotated[float, Field(gt=0, le=1)] | None, ...] = (None, 0.25, 0.1, 0.05)
+    macs: PositiveShare | None = None
+    latency: PositiveShare | None = None
+    keeps: tuple[PositiveShare | None, ...] = (None, 0.25, 0.1, 0.05)
     batch_size: Count = 1
+
+
+def target(macs: Any, latency: Any, keeps: Any = None) -> Target | None:
+    """The `Target` of a caller's arguments (`keeps`: None for the usual ones), or None; `UsageError` where it has both."""
+    if macs is None and latency is None:
+        return None
+    if macs is not None and latency is not None:
+        raise UsageError(f"give either {field('target_macs')} or {field('target_latency')}")
+    tree = {"macs": macs, "latency": latency} | ({} if keeps is None else {"keeps": keeps})
+    return validate(Target, tree, lambda path: field("keep" if path.startswith("keeps") else f"target_{path}"))

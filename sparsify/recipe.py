@@ -6,43 +6,53 @@ path (`Recipe.set`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
-from sparsify.config import Count, Frozen, NonNegative, Share, SparsityConfig, validate
-from sparsify.errors import UsageError, field
+from sparsify.config import (
+    Count,
+    Frozen,
+    NonNegative,
+    Number,
+    PositiveShare,
+    Share,
+    SparsityConfig,
+    Whole,
+    unknown,
+    validate,
+)
+from sparsify.errors import UsageError, brief, field, one_line, short
+from sparsify.files import LONGEST, read_yaml, to_yaml
 
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-PositiveShare = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[Number, Field(gt=0)]
 
 
 class Losses(Frozen):
     """Weights of the losses (0: off) and how they are computed. p_t, p_s: class probabilities of teacher and student."""
 
-    classification: Weight = 0.0
+    classification: NonNegative = 0.0
     """cross-entropy with the labels (soft under mixup); needs labels"""
-    logits: Weight = 0.0
+    logits: NonNegative = 0.0
     """T^2 KL(p_t || p_s) at temperature T, nats, mean over images"""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Positive = 1.0
     """T of `logits`"""
-    tokens: Weight = 0.0
+    tokens: NonNegative = 0.0
     """mean squared error of the remaining patch tokens after the final norm"""
-    features: Weight = 0.0
+    features: NonNegative = 0.0
     """squared error after each block relative to the teacher's squares, mean over blocks"""
-    attention: Weight = 0.0
+    attention: NonNegative = 0.0
     """predicted against true attention, in the form of `attention_form`"""
     attention_form: Literal["mse-sum", "kl"] = "mse-sum"
     """mse-sum: squares summed over images, heads, rows and keys (the paper); kl: nats, mean over rows"""
     attention_blocks: Literal["mean", "rms"] = "mean"
     """how the `attention` of an image's blocks becomes one number; rms (root mean square): the blocks with the
     largest error count most"""
-    mass: Weight = 0.0
+    mass: NonNegative = 0.0
     """fraction of the true attention on keys that the predictor drops, mean over rows and blocks"""
     attention_target: Literal["teacher", "self"] = "teacher"
     """whose dense attention is the true one: the teacher's, or the student's own (authors' option)"""
@@ -50,7 +60,7 @@ class Losses(Frozen):
     """token-lowrank: those that `attention` and `mass` see; paper: all"""
     basis: Literal["raw", "used"] = "raw"
     """token-lowrank: W_up with signs (paper), or with sign and threshold as used"""
-    basis_l1: Weight = 0.0
+    basis_l1: NonNegative = 0.0
     """sum of |W_up| over all blocks (token-lowrank)"""
     reference_batch: Count = 168
     """images over which a summed loss is summed: B images count reference_batch / B"""
@@ -81,13 +91,13 @@ class Optimiser(Frozen):
 
     name: str = "adamw"
     lr: Positive = 2e-4
-    weight_decay: Weight = 0.05
+    weight_decay: NonNegative = 0.05
     betas: tuple[Share, Share] | None = None
     """null: the optimiser's own, (0.9, 0.999) of adamw"""
-    eps: Annotated[float, Field(gt=0)] | None = None
+    eps: Positive | None = None
     momentum: Share = 0.9
     """of sgd and its relatives"""
-    clip_grad: Annotated[float, Field(gt=0)] | None = None
+    clip_grad: Positive | None = None
     """largest norm of the gradient"""
     layer_decay: PositiveShare | None = None
 
@@ -100,8 +110,8 @@ class Schedule(Frozen):
     """epochs"""
     warmup_share: Share = 0.0
     """the same as a fraction of the stage's steps; the larger counts"""
-    warmup_lr: Weight = 0.0
-    min_lr: Weight = 0.0
+    warmup_lr: NonNegative = 0.0
+    min_lr: NonNegative = 0.0
 
 
 class Augmentation(Frozen):
@@ -110,18 +120,18 @@ class Augmentation(Frozen):
     form: Literal["eval", "train"] = "train"
     scale: tuple[Share, Share] = (0.08, 1.0)
     """fraction of the image's area that is cropped"""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     hflip: Share = 0.5
-    color_jitter: Weight = 0.0
+    color_jitter: NonNegative = 0.0
     auto_augment: str | None = None
     """timm's string: rand-m9-mstd0.5-inc1, ..."""
     interpolation: str | None = None
     """null: the model's own"""
     erase: Share = 0.0
     """probability of random erasing (pixels)"""
-    mixup: Weight = 0.0
+    mixup: NonNegative = 0.0
     """alpha"""
-    cutmix: Weight = 0.0
+    cutmix: NonNegative = 0.0
     """alpha"""
     mixup_prob: Share = 1.0
     mixup_switch: Share = 0.5
@@ -163,9 +173,9 @@ class Stage(Frozen):
     augmentation: Augmentation = Augmentation()
     keep: Anneal | PositiveShare | None = None
     """fraction of keys kept in training; null: the model's own"""
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    drop_path: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """stochastic depth of the last block"""
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ema: Annotated[Number, Field(gt=0, lt=1)] | None = None
     """decay of the weights' running mean"""
     cache_teacher: bool = False
     """keep the teacher's outputs on disk; needs augmentation.form eval"""
@@ -226,12 +236,12 @@ class Recipe(Frozen):
     description: str = ""
     sparsity: SparsityConfig = SparsityConfig()
     calib_images: Count = 128
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
     start: Literal["closed-form", "random"] = "closed-form"
     """predictors before the first stage; random: as the authors"""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """of the passes of the fine-tuning; auto: bfloat16 where the machine has instructions for it"""
-    hold_back: Annotated[float, Field(ge=0, lt=1)] = 0.125
+    hold_back: Annotated[Number, Field(ge=0, lt=1)] = 0.125
     """fraction of the images (at most 1024) not trained on, which decide the weights that are kept"""
     repair: Repair | None = None
     """before the stages; changes the backbone; null: none"""
@@ -249,13 +259,15 @@ class Recipe(Frozen):
     def override(self, **changes: Any) -> Recipe:
         """A copy with `changes`; `None` values are ignored; keys of `SparsityConfig` reach into `sparsity`.
 
-        `UsageError` names a value that is out of range.
+        `UsageError` names an unknown argument, or a value that is out of range.
         """
-        tree = self.model_dump()
+        tree, outer, inner = self.model_dump(), Recipe.model_fields, SparsityConfig.model_fields
         for key, value in changes.items():
+            if key not in outer and key not in inner:
+                raise UsageError(unknown(key, [*inner, *outer], "argument"))
             if value is not None:
-                (tree if key in type(self).model_fields else tree["sparsity"])[key] = value
-        return validate(Recipe, tree, "option")
+                (tree if key in outer else tree["sparsity"])[key] = value
+        return validate(Recipe, tree, _argument)
 
     def set(self, assignments: Sequence[str]) -> Recipe:
         """A copy with fields set by their paths: `stages.0.epochs=3`, `sparsity.tail=none`; values are YAML.
@@ -267,32 +279,42 @@ class Recipe(Frozen):
         for assignment in assignments:
             path, equals, value = assignment.partition("=")
             if not equals or not path:
-                raise UsageError(f"{option} {assignment}: FIELD=VALUE is expected, as in {option} stages.0.epochs=3")
+                example = f"FIELD=VALUE is expected, as in {option} stages.0.epochs=3"
+                raise UsageError(f"{option} {short(assignment, 80)}: {example}")
             try:
-                _set(tree, path.split("."), yaml.safe_load(value))
-            except (KeyError, IndexError, ValueError, TypeError):
-                hint = f"'sparsify recipes show NAME' shows them; it has {len(self.stages)} stages, counted from 0"
-                raise UsageError(f"{option} {path}: this recipe has no such field ({hint})") from None
-            except yaml.YAMLError:
-                raise UsageError(f"{option} {path}: '{value}' is not a YAML value") from None
+                _set(tree, path.split("."), read_yaml(value))
+            except LookupError as error:
+                raise UsageError(f"{option} {short(path, 80)}: {error.args[0]}") from None
+            except ValueError as error:
+                raise UsageError(f"{option} {short(path, 80)}: {brief(value)} is not a YAML value: {error}") from None
         return validate(Recipe, tree, option)
 
 
+def _argument(path: str) -> str:
+    """A field of a recipe as who calls `override` named it: `rank.3` of `sparsity.rank.3`."""
+    name, dot, rest = path.removeprefix("sparsity.").partition(".")
+    return f"{name if name == 'tokens' else field(name)}{dot}{rest}"
+
+
 def _set(tree: Any, path: list[str], value: Any) -> None:
-    """Set the field of a nested dict or list that already has it."""
-    for name in path[:-1]:
-        tree = tree[int(name)] if isinstance(tree, list) else tree[name]
-    if isinstance(tree, list):
-        tree[int(path[-1])] = value
-    elif tree is None or path[-1] not in tree:
-        raise KeyError(path[-1])
+    """Set the field of nested dicts and lists that have it already; `LookupError` says what is there instead."""
+    name, *rest = path
+    if not isinstance(tree, dict | list):
+        raise LookupError(f"no field {brief(name)}, as what stands there is {brief(tree)}")
+    names = {key: key for key in tree} if isinstance(tree, dict) else {str(i): i for i in range(len(tree))}
+    if name not in names and isinstance(tree, list):
+        raise LookupError(f"no item {brief(name)} in the list, which has {len(tree)}, counted from 0")
+    if name not in names:
+        raise LookupError(unknown(name, names))
+    if rest:
+        _set(tree[names[name]], rest, value)
     else:
-        tree[path[-1]] = value
+        tree[names[name]] = value
 
 
 def recipe_yaml(recipe: Recipe) -> str:
     """A recipe as the YAML that `load_recipe` reads."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+    return to_yaml(recipe.model_dump(mode="json"))
 
 
 def recipe_names() -> list[str]:
@@ -309,9 +331,10 @@ def recipe_text(name_or_file: str) -> str:
     """The YAML of the built-in recipe of that name, or of a file; `UsageError` where there is neither."""
     if name_or_file in recipe_names():
         return str((_recipes() / f"{name_or_file}.yaml").read_text(encoding="utf-8"))
-    if Path(name_or_file).is_file():
-        return Path(name_or_file).read_text(encoding="utf-8", errors="replace")
-    raise UsageError(f"no recipe '{name_or_file}': give a YAML file or one of {', '.join(recipe_names())}")
+    if os.path.isfile(name_or_file):
+        with open(name_or_file, encoding="utf-8", errors="replace") as file:
+            return file.read(LONGEST + 1)
+    raise UsageError(f"no recipe {brief(str(name_or_file))}: give a YAML file or one of {', '.join(recipe_names())}")
 
 
 def load_recipe(name_or_file: str) -> Recipe:
@@ -321,10 +344,12 @@ def load_recipe(name_or_file: str) -> Recipe:
         UsageError: no such recipe, not YAML, an unknown key or a value out of range.
     """
     try:
-        tree = yaml.safe_load(recipe_text(name_or_file))
-    except yaml.YAMLError as error:
-        raise UsageError(f"recipe {name_or_file} is not YAML: {' '.join(str(error).split())}") from None
-    return validate(Recipe, tree or {}, f"recipe {name_or_file}:")
+        tree = read_yaml(recipe_text(name_or_file))
+    except ValueError as error:
+        raise UsageError(f"recipe {name_or_file} cannot be read as YAML: {error}") from None
+    except OSError as error:
+        raise UsageError(f"recipe {name_or_file} cannot be read: {one_line(error)}") from None
+    return validate(Recipe, {} if tree is None else tree, f"recipe {name_or_file}:")
 
 
 def _recipes() -> Any:

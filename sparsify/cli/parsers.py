@@ -77,18 +77,12 @@ def target(macs: float | None, latency: float | None, keep: str | None, token_ke
     Raises:
         UsageError: both targets, one that is out of range, or rates that the search is to choose.
     """
-    from sparsify.config import Target, validate
+    from sparsify import config
 
-    if macs is None and latency is None:
-        return None
-    if macs is not None and latency is not None:
-        raise UsageError("give either --target-macs or --target-latency")
-    if token_keep is not None:
+    if token_keep is not None and (macs is not None or latency is not None):
         raise UsageError("--token-keep and a target: the search chooses the tokens; leave one of them out")
-    tree: dict[str, Any] = {"macs": macs, "latency": latency}
-    if keep is not None:
-        tree["keeps"] = [None if value == "dense" else value for value in _tuple(keeps(keep))]
-    return validate(Target, tree, "option target")
+    chosen = None if keep is None else [None if value == "dense" else value for value in _tuple(keeps(keep))]
+    return config.target(macs, latency, chosen)
 
 
 def rectangle(text: str | None, name: str) -> tuple[int, int] | None:
@@ -96,7 +90,7 @@ def rectangle(text: str | None, name: str) -> tuple[int, int] | None:
     if text is None:
         return None
     sides = text.lower().split("x")
-    if len(sides) not in (1, 2) or not all(side.isdecimal() for side in sides):
+    if len(sides) not in (1, 2) or not all(side.isdecimal() and len(side) < 10 for side in sides):
         raise UsageError(f"{name} {text}: ROWSxCOLUMNS such as 4x3 is expected")
     return int(sides[0]), int(sides[-1])
 

@@ -159,5 +159,5 @@ def test_files(tmp_path):
 def test_an_unknown_kind_is_refused_in_one_line():
     from sparsify.config import validate
 
-    with pytest.raises(SparsifyError, match="^option tokens.importance: Input should be 'fitted' or 'attention'"):
+    with pytest.raises(SparsifyError, match="^option tokens.importance: expected 'fitted' or 'attention'"):
         validate(SparsityConfig, {"tokens": {"importance": "magic"}}, "option")

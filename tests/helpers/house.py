@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "images": {"nn", *ROOTS},
     "nn": {"ops", "config", "errors", "version"},
     "ops": {"errors", "version"},
-    "recipe": {"config", "errors", "version"},
+    "recipe": {"config", "files", "errors", "version"},
     "config": {"errors", "version"},
     "files": {"errors", "version"},
     "processes": {"errors", "version"},

@@ -88,8 +88,8 @@ def test_messages_of_the_library_name_fields_not_options():
 def test_a_field_is_an_argument_in_python_and_an_option_at_the_terminal():
     with pytest.raises(UsageError) as error:
         Recipe().set(["stages.9.epochs=1"])
-    assert str(error.value).startswith("set stages.9.epochs: this recipe has no such field")
-    assert error.value.for_command_line().startswith("--set stages.9.epochs: this recipe has no such field")
+    assert str(error.value).startswith("set stages.9.epochs: no item")
+    assert error.value.for_command_line().startswith("--set stages.9.epochs: no item")
 
 
 # ---- what an import loads ----
