@@ -1,4 +1,4 @@
-"""Folders, archives and data sets -> batches, through timm's readers and the model's own preprocessing.
+"""Folders, archives and data sets -> batches, through the model's own preprocessing.
 
 `unlabelled` gives images (calibration), `labelled` images and labels (eval). Both loaders are deterministic.
 """
@@ -6,17 +6,17 @@
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from timm.data import ImageNetInfo, create_dataset, create_transform, infer_imagenet_subset, resolve_model_data_config
+from timm.data import create_dataset, create_transform, resolve_model_data_config
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
 from sparsify.errors import BadData, SparsifyError, UsageError, one_line
+from sparsify.images import folders, labels
 from sparsify.images.digits import scans
+from sparsify.images.folders import Files
 from sparsify.images.loaders import (
     Decoded,
     ImageBatches,
@@ -29,13 +29,13 @@ from sparsify.images.loaders import (
     Transform,
 )
 from sparsify.images.pictures.pictures import CalibrationImages
+from sparsify.images.splits import splits_of
 from sparsify.nn import hosts
 from sparsify.recipe import Augmentation
 
 PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")  # timm's data set prefixes
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-VAL = ("val", "valid", "validation", "eval", "evaluation")  # timm's names of the split
-TRAIN = ("train", "training")
+Purpose = Literal["learn", "measure"]
+"""Which split of a data set is taken (`splits`): `learn` is calibrated on too."""
 
 
 def data_config(model: nn.Module, img_size: int | None = None) -> dict[str, Any]:
@@ -84,17 +84,18 @@ def unlabelled(
     """Up to `n` images without labels, drawn without replacement by `seed`, in random order.
 
     Args:
-        path: folder (images at any depth), .tar, timm data set (`hfds/...`), or `digits` (its train split).
+        path: folder (images at any depth), .tar, timm data set (`hfds/...`), or `digits` (its train split). Of a folder
+            or .tar with splits (`splits`) the one to learn from.
 
     Raises:
         BadData: nothing there, or no images.
     """
-    images = all_images(path, split)
+    images, note = all_images(path, split)
     if isinstance(images, IterableDataset):
         dataset: Dataset = Stream(images, transform, n)
     else:
         dataset = Decoded(Part(images, draw(len(images), n, seed)), transform)
-    return ImageBatches(dataset, batch_size, workers, strict, name=str(path))
+    return ImageBatches(dataset, batch_size, workers, strict, note, str(path))
 
 
 def labelled(
@@ -109,17 +110,16 @@ def labelled(
     """Images with labels for a model of `num_classes` outputs (0 or None: features only; classes are only counted).
 
     Args:
-        path: ImageNet root with `val/`, the val folder, any folder of class folders, a .tar of them, a timm data set
-            (`hfds/NAME`, `torch/NAME:ROOT`, ...), `digits` (test split) or `digits:train`.
+        path: a folder of class folders or a .tar of them, of whose splits (`splits`) the one to measure on is taken; a timm
+            data set (`hfds/NAME`, `torch/NAME:ROOT`, ...), `digits` (test split) or `digits:train`.
         split: of timm data sets.
 
-    If the model has as many classes as an ImageNet set, folders named by wnid (n01440764), however many, have the class
-    index of their wnid. Other folders are numbered in timm's (natural) order of their names.
+    Which label an image has: `labels.labelled`.
 
     Raises:
         BadData: nothing there, no class folders, or another number of classes than the model's.
     """
-    images, note = class_images(path, num_classes, split, "test", VAL)
+    images, note = class_images(path, num_classes, split, "measure")
     dataset = Stream(images, transform) if isinstance(images, IterableDataset) else Decoded(images, transform)
     return LabelledBatches(dataset, batch_size, workers, strict, note, str(path), num_classes)
 
@@ -134,30 +134,29 @@ def builtin_calibration(
     return ImageBatches(Decoded(pictures, transform), batch_size, workers, name="built-in pictures")
 
 
-def all_images(path: str | Path, split: str) -> Items | IterableDataset:
-    """All images of `path` in the listed order; path and errors as in `unlabelled`."""
+def all_images(path: str | Path, split: str) -> tuple[Items | IterableDataset, str]:
+    """All images to learn from in `path`, in the listed order, and one line for the user; see `unlabelled`."""
     spec = str(path)
     if is_digits(spec):
-        return Mapped(scans.Digits(_digits_split(spec, "train")))
+        return Mapped(scans.Digits(_digits_split(spec, "train"))), ""
     if is_prefixed(spec):
-        return _of(_timm_dataset(spec, split))
-    reader = _reader(Path(path))
-    return Reader(reader, range(len(reader)))
+        return _of(_timm_dataset(spec, split)), ""
+    files, _, notes = _from_files(path, "learn")
+    return files, "; ".join(notes)
 
 
 def class_images(
-    path: str | Path, num_classes: int | None, split: str, digits_split: str, folders: Sequence[str]
+    path: str | Path, num_classes: int | None, split: str, purpose: Purpose
 ) -> tuple[Items | IterableDataset, str]:
-    """The images of `path` with the model's labels, in the listed order, and one line for the user; see `labelled`.
-
-    `digits` stands for `digits_split`; the first of `folders` (names) that lies in `path` is used instead of it.
-    """
+    """The images of `path` with the model's labels, in the listed order, and one line for the user; see `labelled`."""
     spec = str(path)
     if is_digits(spec):
         _same_count(spec, len(scans.Digits.classes), num_classes)
-        return Mapped(scans.Digits(_digits_split(spec, digits_split))), ""
+        return Mapped(scans.Digits(_digits_split(spec, "train" if purpose == "learn" else "test"))), ""
     if not is_prefixed(spec):
-        return _folder_items(split_folder(Path(path), folders), num_classes)
+        files, beside, notes = _from_files(path, purpose)
+        files, more = labels.labelled(files, beside, num_classes)
+        return files, "; ".join(notes + more)
     dataset = _timm_dataset(spec, split)
     classes = getattr(dataset, "classes", None)
     if classes is not None and not isinstance(dataset, IterableDataset):
@@ -182,58 +181,14 @@ def _digits_split(spec: str, default: str) -> str:
     return split
 
 
-def _reader(path: Path) -> Any:
-    """timm's reader of a folder tree or .tar."""
-    if not path.exists():
-        raise BadData(f"{path} does not exist")
-    if path.is_file() and path.suffix != ".tar":
-        raise BadData(f"{path} is a file: a folder of images, a .tar or a timm data set is expected")
-    extra: dict[str, Any] = {} if path.is_file() else {"input_key": ";".join(EXTENSIONS)}
-    try:
-        reader = create_dataset("", root=str(path), search_split=False, **extra).reader
-        if hasattr(reader, "cache_tarfiles"):
-            reader.cache_tarfiles = False  # workers would inherit an open archive with one shared position
-        return reader
-    except Exception as error:
-        if path.is_dir():
-            raise BadData(f"{path} holds no images ({' '.join(EXTENSIONS)})") from error
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise BadData(f"{path} is not a .tar of images: {reason}") from error
-
-
-def split_folder(path: Path, names: Sequence[str]) -> Path:
-    """The first of the folders `names` that lies in `path`; `path` where there is none."""
-    return next((path / name for name in names if (path / name).is_dir()), path)
-
-
-def _folder_items(path: Path, num_classes: int | None) -> tuple[Reader, str]:
-    """The images of class folders with the model's labels, and one line for the user."""
-    reader = _reader(path)
-    names: dict[str, int] = getattr(reader, "class_to_idx", None) or reader.class_name_to_idx
-    labels = [int(t) for t in (reader.targets if hasattr(reader, "targets") else [t for _, t in reader.samples])]
-    loose = names.get("") if path.is_dir() else None
-    outside = labels.count(loose) if loose is not None else 0
-    names = {name: index for name, index in names.items() if name}
-    if not names:
-        layout = "labels are taken from folders, PATH/<class>/<image>"
-        flat = "the flat ImageNet validation set must first be sorted into folders named by wnid (n01440764, ...)"
-        raise BadData(f"{path} holds {outside:,} images but no class folders: {layout}; {flat}")
-    notes = [f"{outside} images outside class folders left out"] if outside else []
-    wnids = all(re.fullmatch(r"n\d{8}", name) for name in names)
-    subset = infer_imagenet_subset({"num_classes": num_classes}) if wnids and num_classes else None
-    if subset:
-        order = {wnid: index for index, wnid in enumerate(ImageNetInfo(subset).label_names())}
-        unknown = sorted(set(names) - set(order))
-        if unknown:
-            some = ", ".join(unknown[:3])
-            raise BadData(f"{path}: {len(unknown)} folders are no {subset} classes, among them {some}")
-        classes = {index: order[name] for name, index in names.items()}
-        notes.append(f"{len(names)} of {num_classes:,} {subset} classes, mapped by wnid")
-    else:
-        _same_count(str(path), len(names), num_classes)
-        classes = {index: label for label, index in enumerate(sorted(names.values()))}  # timm's order, without loose
-    keep = [i for i, label in enumerate(labels) if label != loose]
-    return Reader(reader, keep, classes), "; ".join(notes)
+def _from_files(path: str | Path, purpose: Purpose) -> tuple[Files, list[str], list[str]]:
+    """The images of a folder or .tar for `purpose`, names of the folders beside them, and what to tell the user."""
+    tree = folders.opened(path)
+    splits = splits_of(tree)
+    at = splits.learn if purpose == "learn" else splits.measure
+    files = tree.images(at)
+    notes = [f"the images of {files.place}"] if at else []
+    return files, tree.folders(at), notes + ([folders.left_out(files.left)] if files.left else [])
 
 
 def _same_count(name: str, classes: int, num_classes: int | None) -> None:
@@ -250,7 +205,7 @@ def _of(dataset: Any) -> Items | IterableDataset:
     """timm's own data sets replace a broken image by the next, so only their reader is used; torchvision's as they are."""
     if isinstance(dataset, IterableDataset):
         return dataset
-    return Reader(dataset.reader, range(len(dataset.reader))) if hasattr(dataset, "reader") else Mapped(dataset)
+    return Reader(dataset.reader) if hasattr(dataset, "reader") else Mapped(dataset)
 
 
 def _timm_dataset(spec: str, split: str) -> Any:

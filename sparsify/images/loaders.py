@@ -35,24 +35,20 @@ class Items(Protocol):
 
 
 class Reader:
-    """Images at `indices` of timm's folder, tar and hub readers; `classes` maps their class index to the model's."""
+    """The images of timm's readers of hubs."""
 
-    def __init__(self, reader: Any, indices: Sequence[int], classes: dict[int, int] | None = None) -> None:
-        self.reader, self.indices, self.classes = reader, indices, classes
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.reader)
 
     def fetch(self, index: int) -> tuple[Any, int]:
-        image, label = self.reader[self.indices[index]][:2]
-        label = -1 if label is None else int(label)
-        return image, label if self.classes is None else self.classes[label]
+        image, label = self.reader[index][:2]
+        return image, -1 if label is None else int(label)
 
     def name(self, index: int) -> str:
-        try:
-            return str(self.reader.filename(self.indices[index]))
-        except Exception:  # hub readers have no file names
-            return f"image {self.indices[index]}"
+        return f"image {index}"
 
 
 class Mapped:

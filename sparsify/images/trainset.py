@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from sparsify.errors import BadData
 from sparsify.images import datasets
-from sparsify.images.datasets import TRAIN, VAL, all_images, class_images, draw, is_digits, is_prefixed, split_folder
+from sparsify.images.datasets import all_images, class_images, draw, is_digits, is_prefixed
 from sparsify.images.loaders import Items, Part, StreamPart, drawn, read, read_whole
 from sparsify.recipe import Augmentation
 
@@ -42,8 +42,8 @@ def trainset(
     """The images of `path`, divided for `seed`: `hold_back` (0 to below 1) of them, 1 to 1024, are held back.
 
     Args:
-        path: folder, .tar, timm data set (`hfds/NAME`, ...), `digits` (its train split) or `digits:SPLIT`. In a folder,
-            `train/` (or `training/`) is used if it holds folders or has a validation folder beside it.
+        path: folder, .tar, timm data set (`hfds/NAME`, ...), `digits` (its train split) or `digits:SPLIT`. Of a folder or
+            .tar with splits (`splits`) the one to learn from is taken.
         num_classes: outputs of the model, which the labels must fit; ignored without `labels`.
         labels: False: every label is -1, and images of a folder may lie at any depth. True: as `datasets.labelled`.
         split: of timm data sets.
@@ -53,15 +53,9 @@ def trainset(
     Raises:
         BadData: nothing there, no images, fewer than two images with `hold_back` above 0; as `datasets.labelled`.
     """
-    spec, note = str(path), ""
+    spec = str(path)
     plain = not is_digits(spec) and not is_prefixed(spec)
-    folder = _train_folder(Path(path)) if plain else path
-    if labels:
-        images, note = class_images(folder, num_classes, split, "train", ())
-    else:
-        images = all_images(folder, split)
-    if plain and folder != Path(path):
-        note = "; ".join(filter(None, (f"the images of {folder}", note)))
+    images, note = class_images(path, num_classes, split, "learn") if labels else all_images(path, split)
     if isinstance(images, IterableDataset):
         return _of_stream(images, labels, hold_back, spec, split)
     total = len(images)
@@ -80,14 +74,6 @@ def _of_stream(images: Any, labels: bool, hold_back: float, spec: str, split: st
     held = _held(total, hold_back, spec) if total else HELD_OF_UNKNOWN * (hold_back > 0)
     parts = StreamPart(images, held, None, labels), StreamPart(images, 0, held, labels)
     return TrainSet(*parts, spec, "", True, _digest(*_source(spec, split, False), total))
-
-
-def _train_folder(path: Path) -> Path:
-    """The train folder of a data set; a folder that holds only images, alone, is a class called `train`."""
-    folder = split_folder(path, TRAIN)
-    if folder == path or split_folder(path, (*VAL, "test")) != path:
-        return folder
-    return folder if any(inside.is_dir() for inside in folder.iterdir()) else path
 
 
 def _held(total: int, hold_back: float, name: str) -> int:

@@ -97,6 +97,8 @@ class Calibrator:
         n, size, device = recipe.calib_images, compute.batch_size or BATCH_SIZE, compute.torch_device
         if images is not None:
             loader = datasets.unlabelled(images, n, recipe.seed, transform, size, compute.workers)
+            if loader.note:
+                listener.say(f"{field(option)}: {loader.note}")
             words = f"up to {n} images of {images} (labels are not used)"
         else:
             digits = dense.source.architecture == network.ARCHITECTURE

@@ -237,7 +237,7 @@ def images_of(
     transform, classes = datasets.transform(datasets.data_config(model)), int(getattr(model, "num_classes", 0))
     folder = Path(images)
     if not must_be_labelled and folder.is_dir() and not any(child.is_dir() for child in folder.iterdir()):
-        items = cast(Items, datasets.all_images(images, "train"))  # files alone: nothing could name a class
+        items = cast(Items, datasets.all_images(images, "train")[0])  # files alone: nothing could name a class
         some = Part(items, datasets.draw(len(items), limit or len(items), seed), labels=False)
         return LooseBatches(Decoded(some, transform), EVAL_BATCH, workers, name=images), False
     every = datasets.labelled(images, classes, transform, EVAL_BATCH, workers)
