@@ -1,46 +1,206 @@
-"""Files: written whole or not at all, JSON and YAML, and names of data and models fit to be published."""
+"""Files: written whole or not at all, JSON and YAML, and names of data and models fit to be
+published.
+
+While a file is written, a folder `.sparsify-*` lies beside it; while long work makes it, a file `.NAME.lock` does. Both are
+gone afterwards. What a killed process left of them holds no lock any more, and the next write removes it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-import secrets
+import shutil
+import stat
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from safetensors import SafetensorError
 
-from sparsify.errors import BadFile, brief, one_line
+from sparsify.errors import BadFile, brief, field, one_line
+
+SCRATCH = ".sparsify-"  # beginning of the names of folders for what is being written
 
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[str]:
-    """A temporary file beside `path` to write to; it replaces `path` when the block ends without error.
+    """A temporary file to write to; what it holds becomes the file `path` when the block ends without error.
 
-    A crash, Ctrl-C or a full disk leaves the old file, if any, unchanged.
+    A crash, Ctrl-C or a full disk leaves the old file, if any, unchanged. A symbolic link stays one, and its target is
+    replaced; mode and owner of an existing file are kept. Devices, pipes and open files (/dev/null, /dev/stdout, /dev/fd/3)
+    are written to and not replaced.
 
     Raises:
         BadFile: the folder is missing, or cannot be written.
+        BrokenPipeError: whoever read the pipe has gone.
     """
-    path = Path(path)
-    temporary = os.path.join(path.parent, f".{path.name}.{secrets.token_hex(4)}")
     try:
-        open(temporary, "xb").close()
-        mode = os.stat(temporary).st_mode & 0o777  # what the umask leaves
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, mode)  # safetensors writes with 0600
-        os.replace(temporary, path)
+        target = _Target.of(path)
+        with scratch(target.folder) as folder:
+            temporary = folder / "file"
+            temporary.touch()
+            mode = temporary.stat().st_mode & 0o777  # what the umask leaves
+            yield str(temporary)
+            if target.straight:
+                with open(temporary, "rb") as content, _opened(target.path) as stream:
+                    shutil.copyfileobj(content, stream)
+                return
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            if target.info is not None:
+                mode = stat.S_IMODE(target.info.st_mode)
+                with contextlib.suppress(PermissionError, AttributeError):  # another user's file; Windows
+                    os.chown(temporary, target.info.st_uid, target.info.st_gid)
+            os.chmod(temporary, mode)  # safetensors writes with 0600
+            os.replace(temporary, target.path)
+    except BrokenPipeError:
+        raise
     except (OSError, SafetensorError) as error:
         raise BadFile(f"cannot write {path}: {one_line(error)}; the old file, if any, is unchanged") from error
+
+
+@contextmanager
+def scratch(folder: str | Path) -> Iterator[Path]:
+    """A new folder in `folder`, removed after the block; first those that killed processes of this user left there.
+
+    A living process holds a lock in its own, which ends with it: process numbers, which repeat, say nothing.
+    """
+    from filelock import FileLock
+
+    while True:
+        made = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=folder))
+        lock = FileLock(made / "lock")
+        try:
+            lock.acquire()
+        except FileNotFoundError:  # taken for a killed one's before it was locked
+            continue
+        except OSError:  # a file system without locks: nobody removes it
+            pass
+        break
+    try:
+        for other in Path(folder).glob(f"{SCRATCH}*"):
+            with contextlib.suppress(OSError):  # `Timeout`: its process lives
+                info = other.lstat()
+                if stat.S_ISDIR(info.st_mode) and info.st_uid == made.stat().st_uid:
+                    with FileLock(other / "lock", timeout=0):
+                        shutil.rmtree(other, ignore_errors=True)
+        yield made
     finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        shutil.rmtree(made, ignore_errors=True)
+        lock.release()
+
+
+@contextmanager
+def reserved(*paths: str | Path | None) -> Iterator[None]:
+    """Holds outputs while long work makes them, so that it does not fail at its end; None: no output.
+
+    Raises:
+        BadFile: an output that cannot be written (`check_file`), or that another process is making.
+    """
+    from filelock import FileLock, Timeout
+
+    with contextlib.ExitStack() as held:
+        for path in paths:
+            if path is None:
+                continue
+            check_file(path)
+            target = _Target.of(path)
+            if target.straight:
+                continue
+            name = os.path.join(target.folder, f".{os.path.basename(target.path)}.lock")
+            lock = FileLock(name, timeout=0)
+            try:
+                lock.acquire()
+            except Timeout:
+                advice = f"wait until it is done, or choose another {field('output')}"
+                raise BadFile(f"another process is making {path}: {advice}") from None
+            except OSError:  # a file system without locks
+                continue
+            held.callback(lock.release)
+            held.callback(Path(name).unlink, missing_ok=True)  # before it is released
+        yield
+
+
+def check_file(path: str | Path) -> None:
+    """Raise `BadFile` where `whole` could not write: a folder lies there, or its own is missing or cannot be written."""
+    try:
+        _Target.of(path)
+    except OSError as error:
+        raise BadFile(f"cannot write {path}: {one_line(error)}") from None
+
+
+def check_folder(path: Path) -> None:
+    """Raise `BadFile` where `path` is no folder that can be written, and none that can be made."""
+    try:
+        if path.is_dir():
+            _check_writable(path)
+        elif path.exists():
+            raise NotADirectoryError("it is a file, a folder is expected")
+        else:
+            _Target.of(path)
+    except OSError as error:
+        raise BadFile(f"cannot write to {path}: {one_line(error)}") from None
+
+
+class _Target(NamedTuple):
+    """What a write to a path reaches."""
+
+    path: str  # links followed
+    info: os.stat_result | None  # of the file that lies there
+    straight: bool  # a device, pipe or open file: written to, not replaced
+
+    @classmethod
+    def of(cls, path: str | Path) -> _Target:
+        """Of `path`; raises OSError where that cannot be written."""
+        info = None
+        with contextlib.suppress(FileNotFoundError):
+            info = os.stat(path)
+        if info is not None and stat.S_ISDIR(info.st_mode):
+            raise IsADirectoryError("it is a folder")
+        if _descriptor(path) is not None or (info is not None and not stat.S_ISREG(info.st_mode)):
+            return cls(str(path), info, True)
+        target = cls(os.path.realpath(path), info, False)
+        _check_writable(target.folder)
+        return target
+
+    @property
+    def folder(self) -> str:
+        """Where the content is collected."""
+        return tempfile.gettempdir() if self.straight else os.path.dirname(self.path)
+
+
+def _check_writable(folder: str | Path) -> None:
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"there is no folder {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"the folder {folder} cannot be written")
+
+
+def _descriptor(path: str | Path) -> int | None:
+    """The descriptor of this process that `path` names, as /dev/stdout and /dev/fd/3 do."""
+    where = os.path.abspath(path)
+    while True:
+        folder, name = os.path.split(where)
+        folder = os.path.realpath(folder)
+        if name.isdecimal() and folder in (f"/proc/{os.getpid()}/fd", "/dev/fd"):
+            return int(name)
+        if not os.path.islink(where):
+            return None
+        where = os.path.join(folder, os.readlink(where))
+
+
+def _opened(path: str) -> Any:
+    """A binary stream into a device or pipe; an open file goes on where it stands."""
+    number = _descriptor(path)
+    if number is None:
+        return open(path, "wb")
+    print(end="", flush=True)  # what was printed comes first
+    return open(os.dup(number), "wb")
 
 
 def publishable(name: str, parts: int = 2) -> str:
@@ -158,11 +318,20 @@ def _bad(problem: str, where: Any) -> yaml.MarkedYAMLError:
 
 
 def write_json(path: str | Path, tree: Mapping[str, Any]) -> None:
-    """Write a report as JSON with all digits; see `write_text`."""
-    write_text(path, json.dumps(tree, indent=2) + "\n")
+    """Write a report as JSON with all digits, whole or not at all (`whole`)."""
+    write_all({Path(path): tree})
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8, whole or not at all (`whole`)."""
-    with whole(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
+    write_all({Path(path): text})
+
+
+def write_all(contents: Mapping[Path, Mapping[str, Any] | str | bytes]) -> None:
+    """Write several files, mappings as JSON, text as UTF-8: where one of them cannot be written, none is (`whole`)."""
+    with contextlib.ExitStack() as files:
+        for path, content in contents.items():
+            if isinstance(content, Mapping):
+                content = json.dumps(content, indent=2) + "\n"
+            data = content.encode() if isinstance(content, str) else content
+            Path(files.enter_context(whole(path))).write_bytes(data)

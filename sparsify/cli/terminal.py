@@ -49,9 +49,13 @@ def console(*, stderr: bool = False) -> Console:
     """
     from rich.console import Console
 
+    class Pipe(Console):
+        def on_broken_pipe(self) -> None:  # rich would end the process with 1
+            raise
+
     stream = sys.stderr if stderr else sys.stdout
     wide = not stream.isatty() and "COLUMNS" not in os.environ
-    made = Console(stderr=stderr, width=WIDE if wide else None)
+    made = Pipe(stderr=stderr, width=WIDE if wide else None)
     if not stderr and made.width < NARROW:
         made.width = NARROW
     return made

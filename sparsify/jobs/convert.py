@@ -18,7 +18,7 @@ from torch import nn
 from sparsify import processes
 from sparsify.config import SparsityConfig, Target
 from sparsify.errors import UsageError, as_arguments, field
-from sparsify.files import publishable, write_json, write_text
+from sparsify.files import publishable, reserved, write_all
 from sparsify.fit.calibrate.calibrate import Calibration
 from sparsify.fit.finetune.plan import Plan, RunOptions, TrainingData, check_stage, make_plan
 from sparsify.fit.finetune.run import RunResult
@@ -98,6 +98,23 @@ def convert(
     """
     compute = replace(compute, device=processes.local_device(compute.device))
     processes.start(compute.device)
+    with contextlib.ExitStack() as held:
+        with processes.agree():
+            if processes.main():
+                held.enter_context(reserved(output.path, output.beside("report.json"), output.beside("report.md")))
+        return _convert(request, recipe, output, images, target, compute, listener)
+
+
+def _convert(
+    request: DenseRequest,
+    recipe: Recipe,
+    output: OutputOptions,
+    images: ImageSources,
+    target: Target | None,
+    compute: Compute,
+    listener: Listener,
+) -> Conversion:
+    """`convert`, while nobody else writes the output."""
     with processes.agree():
         if recipe.start == "random" and recipe.sparsity.predictor != "token-lowrank":
             raise UsageError("start random is the authors' way for predictor token-lowrank: use start closed-form")
@@ -159,10 +176,10 @@ def convert(
 def _write(made: Conversion, recipe: Recipe) -> None:
     """The model's file and what lies beside it."""
     checkpoint.save(made.model, made.path, made.header)
-    write_json(made.report_json, made.profile.as_dict())
-    write_text(made.report_md, to_markdown(made.profile))
+    beside: dict[Path, Any] = {made.report_json: made.profile.as_dict(), made.report_md: to_markdown(made.profile)}
     if made.recipe is not None:
-        write_text(made.recipe, recipe_yaml(recipe))
+        beside[made.recipe] = recipe_yaml(recipe)
+    write_all(beside)
 
 
 def _calibrated_config(recipe: Recipe, target: Target | None) -> SparsityConfig:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.errors import BadFile, SparsifyError, UsageError, field, one_line
-from sparsify.files import whole, write_text
+from sparsify.files import whole, write_all
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint, hub, provenance
 from sparsify.models.hub import ARCHITECTURE
@@ -95,8 +95,7 @@ def write(made: Package, folder: Path, force: bool = False) -> None:
     if not (folder / hub.WEIGHTS).exists() or not (folder / hub.WEIGHTS).samefile(made.file):
         with whole(folder / hub.WEIGHTS) as temporary:
             shutil.copyfile(made.file, temporary)
-    for name, text in ((hub.CONFIG, made.config), (hub.CARD, made.card)):
-        write_text(folder / name, text)
+    write_all({folder / hub.CONFIG: made.config, folder / hub.CARD: made.card})
 
 
 def push(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparsify.config import SparsityConfig
 from sparsify.errors import UsageError, one_line
+from sparsify.files import check_file
 from sparsify.measure.profile import profile
 from sparsify.models import building, checkpoint
 from sparsify.models.names import Source
@@ -44,6 +45,7 @@ def save(model: nn.Module, path: Path, like: Path, force: bool = False) -> Heade
         UsageError: a model that is not sparse, or that a file cannot describe (other modules than those of `like`).
         BadFile: `like` cannot be read, `path` cannot be written or holds another model.
     """
+    check_file(path)
     host = unwrap_model(model)
     if not isinstance(host, nn.Module) or not attention.attention_modules(host):
         raise UsageError("no sparse attention in this model: save takes a model that sparsify.load gave")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sparsify.errors import BadFile, one_line
-from sparsify.files import whole
+from sparsify.files import write_all
 from sparsify.measure.inspection import Inspection, Shown
 from sparsify.report import captions, drawing, panels
 
@@ -202,21 +202,11 @@ def _bar(axes: Any, scale: panels.Scale) -> None:
     axes.spines[:].set_visible(False)
 
 
-def can_write(folder: Path) -> None:
-    """Raise `BadFile` where `write` would fail, before anything is computed: a file lies there, or its parent is missing."""
-    if folder.exists() and not folder.is_dir():
-        raise BadFile(f"cannot write to {folder}: it is a file, a folder is expected")
-    if not folder.exists() and not folder.absolute().parent.is_dir():
-        raise BadFile(f"cannot make {folder}: there is no folder {folder.absolute().parent}")
-
-
 def write(files: Mapping[str, bytes], folder: Path) -> list[Path]:
-    """Write them, each whole or not at all, into a folder that is made if missing; raises `BadFile` if that fails."""
+    """Write them, all or none, into a folder that is made if missing; raises `BadFile` if that fails."""
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise BadFile(f"cannot make {folder}: {one_line(error)}") from error
-    for name, content in files.items():
-        with whole(folder / name) as temporary:
-            Path(temporary).write_bytes(content)
+    write_all({folder / name: content for name, content in files.items()})
     return [folder / name for name in files]

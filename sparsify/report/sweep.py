@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sparsify.errors import BadFile, one_line
-from sparsify.files import write_json, write_text
+from sparsify.files import write_all
 from sparsify.measure.accuracy import Evaluation
 from sparsify.measure.latency import Timing
 from sparsify.measure.sweep import Setting, Sweep
@@ -136,60 +132,39 @@ def _setting_dict(s: Setting, prefix: str) -> dict[str, Any]:
     return tree | {"recipe": f"{prefix}.recipes/{c.name}.yaml", "sparsity": c.config.model_dump(mode="json")}
 
 
-def can_write(prefix: Path) -> None:
-    """Raise `BadFile` where `write` would fail, before anything is computed: no folder, or things in the way."""
-    folder = prefix.parent
-    if not prefix.name or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise BadFile(f"cannot write {prefix}.md: {folder} is no folder that can be written")
-    for ending in ("md", "json", "png"):
-        if Path(f"{prefix}.{ending}").is_dir():
-            raise BadFile(f"cannot write {prefix}.{ending}: it is a folder")
-    recipes = Path(f"{prefix}.recipes")
-    if recipes.exists() and not recipes.is_dir():
-        raise BadFile(f"cannot write {recipes}: it is no folder")
+def outputs(prefix: Path) -> tuple[Path, Path, Path]:
+    """PREFIX.md, .json and .png."""
+    return Path(f"{prefix}.md"), Path(f"{prefix}.json"), Path(f"{prefix}.png")
+
+
+def recipe_folder(prefix: Path) -> Path:
+    """PREFIX.recipes."""
+    return Path(f"{prefix}.recipes")
 
 
 def write(sweep: Sweep, prefix: Path) -> tuple[list[Path], str]:
     """Writes PREFIX.md, .json, .png and .recipes in place of those of an earlier sweep; raises `BadFile` if it cannot.
 
-    All are written to a temporary folder first, so that an error or Ctrl-C leaves the old ones. Returns the files and the
-    folder; and one line if the plot failed, else ''.
+    An error or Ctrl-C leaves the old ones. Returns the files and the folder; and one line if the plot failed, else ''.
     """
-    name, note = prefix.name, ""
+    name, note, recipes = prefix.name, "", recipe_folder(prefix)
+    markdown, tree, picture = outputs(prefix)
+    contents: dict[Path, Any] = {recipes / f"{s.choice.name}.yaml": recipe_yaml(s.recipe) for s in sweep.settings}
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=prefix.parent) as made:
-            folder = Path(made)
-            try:
-                plot(sweep, folder / "png")
-            except Exception as error:  # a missing font must not cost figures that took an hour
-                note = f"no picture was drawn: {one_line(error)}"
-                (folder / "png").unlink(missing_ok=True)
-            write_text(folder / "md", to_markdown(sweep, name, not note))
-            write_json(folder / "json", as_dict(sweep, name))
-            for s in sweep.settings:
-                write_text(folder / f"{s.choice.name}.yaml", recipe_yaml(s.recipe))
-            return _move(folder, prefix, [s.choice.name for s in sweep.settings]), note
+        contents[picture] = plot(sweep)
+    except Exception as error:  # a missing font must not cost figures that took an hour
+        note = f"no picture was drawn: {one_line(error)}"
+    contents[markdown] = to_markdown(sweep, name, not note)
+    contents[tree] = as_dict(sweep, name)
+    try:
+        recipes.mkdir(exist_ok=True)
+        write_all(contents)
+        for stale in (*recipes.glob("keep-*.yaml"), *recipes.glob("macs-*.yaml"), picture):
+            if stale not in contents:  # of an earlier sweep
+                stale.unlink(missing_ok=True)
     except OSError as error:
-        raise BadFile(f"cannot write {prefix}.md and what goes with it: {one_line(error)}") from error
-
-
-def _move(made: Path, prefix: Path, names: Sequence[str]) -> list[Path]:
-    recipes = Path(f"{prefix}.recipes")
-    recipes.mkdir(exist_ok=True)
-    for stale in (*recipes.glob("keep-*.yaml"), *recipes.glob("macs-*.yaml")):
-        if stale.stem not in names:
-            stale.unlink()
-    for name in names:
-        shutil.move(made / f"{name}.yaml", recipes / f"{name}.yaml")
-    paths = []
-    for ending in ("md", "json", "png"):
-        target = Path(f"{prefix}.{ending}")
-        if (made / ending).exists():
-            os.replace(made / ending, target)
-            paths.append(target)
-        else:
-            target.unlink(missing_ok=True)  # the plot of an earlier sweep
-    return [*paths, recipes]
+        raise BadFile(f"cannot write {markdown} and what goes with it: {one_line(error)}") from error
+    return [path for path in (markdown, tree, picture) if path in contents] + [recipes], note
 
 
 def _keeps(setting: Setting) -> list[str]:

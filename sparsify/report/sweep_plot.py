@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
@@ -32,8 +31,8 @@ class PublishedResult(NamedTuple):
     macs_share: float  # of the whole model
 
 
-def plot(sweep: Sweep, path: Path) -> None:
-    """Accuracy (or agreement, or cosine) over MACs, and over time, both in percent of dense: PNG, 1600 pixels wide."""
+def plot(sweep: Sweep) -> bytes:
+    """Accuracy (or agreement, or cosine) over MACs, and over time, both in percent of dense: a PNG, 1600 pixels wide."""
     field, y_label, dense = _axis(sweep.settings[0].evaluation)
     figure = drawing.figure(8, 4.4, 200, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -72,7 +71,7 @@ def plot(sweep: Sweep, path: Path) -> None:
     )
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    figure.savefig(path, format="png")
+    return drawing.png(figure)
 
 
 def published(sweep: Sweep) -> list[PublishedResult]:

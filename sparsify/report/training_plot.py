@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsify.files import whole
+from sparsify.files import write_all
 from sparsify.report import drawing
 from sparsify.report.drawing import BLUE, GREEN, ORANGE, PURPLE
 
@@ -78,8 +78,7 @@ def draw(steps: Sequence[Row], scores: Sequence[Row], target: Path, stages: Sequ
     last.xaxis.get_major_locator().set_params(integer=True)
     last.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     figure.align_ylabels(panels)
-    with whole(target) as temporary:
-        figure.savefig(temporary, format="png")
+    write_all({target: drawing.png(figure)})
 
 
 def _spans(rows: Sequence[Row], names: Sequence[str]) -> list[Span]:

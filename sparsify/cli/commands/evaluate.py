@@ -41,6 +41,10 @@ def evaluate(
         raise UsageError("give the labelled images: either --imagenet PATH or --data NAME")
     if results_file is not None and results_file.suffix not in (".csv", ".json"):
         raise UsageError(f"--results-file {results_file}: a name that ends in .csv or .json is expected")
+    if results_file is not None and processes.main():
+        from sparsify.files import check_file
+
+        check_file(results_file)
     quiet = quiet or not processes.main()
     device = processes.local_device(device)
     compute = parsers.compute(device, dtype, backend, kernel_precision, batch_size=batch_size, workers=workers)

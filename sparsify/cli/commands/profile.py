@@ -33,9 +33,12 @@ def profile(
 
     Example: sparsify profile model.safetensors --tree
     """
+    from sparsify.files import check_file, write_json, write_text
+
+    for output in filter(None, (markdown, json)):
+        check_file(output)
     compute = parsers.compute(device, dtype, backend, kernel_precision, batch_size=batch_size)
     from sparsify.cli import tables
-    from sparsify.files import write_json, write_text
     from sparsify.measure import profile
     from sparsify.models.original import opened
     from sparsify.report.profile import to_markdown

@@ -10,7 +10,7 @@ from typing import Annotated
 from sparsify.cli import options
 from sparsify.cli.options import argument, flag, option
 from sparsify.cli.preflight import preflight
-from sparsify.errors import BadFile, UsageError
+from sparsify.errors import UsageError
 
 PROFILE = "What 'profile --json' wrote."
 SWEEP = "What 'sweep' wrote: its PREFIX.json, or the folder of it."
@@ -38,11 +38,11 @@ def report(
     """
     if measure and profile is not None:
         raise UsageError("give either --profile, figures of an earlier run, or --measure")
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise BadFile(f"cannot write {output}: a file name in a folder that exists is expected")
+    from sparsify.files import check_file, write_text
+
+    check_file(output)
     preflight()
     from sparsify.cli.progress import Reporter
-    from sparsify.files import write_text
     from sparsify.images import photograph
     from sparsify.jobs.show import look
     from sparsify.measure.profile import profile as measure_profile

@@ -31,6 +31,7 @@ def show(
     """
     preflight()
     from sparsify.cli.progress import Reporter
+    from sparsify.files import check_folder
     from sparsify.images import photograph
     from sparsify.jobs.show import look
     from sparsify.measure.inspection import DENSE, OWN, REFERENCES
@@ -38,7 +39,7 @@ def show(
     from sparsify.report import captions, figures
 
     say = options.say(quiet)
-    figures.can_write(output)
+    check_folder(output)
     points = [photograph.point(text) for text in query or []]
     one = opened(file, dense, img_size, say)
     with Reporter(quiet) as reporter:

@@ -45,14 +45,15 @@ def sweep(
     compute = parsers.compute(device, dtype, backend, batch_size=batch_size, workers=workers)
     from sparsify.cli import tables
     from sparsify.cli.progress import Reporter
+    from sparsify.files import check_folder, reserved
     from sparsify.jobs import sweep
     from sparsify.jobs.dense import DenseRequest
     from sparsify.processes import Listener
-    from sparsify.report.sweep import can_write, write
+    from sparsify.report.sweep import outputs, recipe_folder, write
 
     say = options.say(quiet)
-    can_write(output)
-    with Reporter(quiet) as reporter:
+    with reserved(*outputs(output)), Reporter(quiet) as reporter:
+        check_folder(recipe_folder(output))
         result = sweep.sweep(
             DenseRequest(name, weights, num_classes, img_size),
             recipe,
@@ -63,7 +64,7 @@ def sweep(
             compute=compute,
             listener=Listener(say, reporter.update),
         )
-    paths, note = write(result, output)
+        paths, note = write(result, output)
     if not quiet:
         tables.show(tables.sweep_table(result))
     if note:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -83,6 +84,9 @@ class CachedTeacher:
             if not path.exists():
                 with whole(path) as temporary:
                     open_memmap(temporary, "w+", dtype, (self.images, *shape)).flush()
+                    if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and not a SIGBUS later
+                        with open(temporary, "rb+") as file:
+                            os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
             self.rows[name] = open_memmap(path, "r+")
         return self.rows[name]
 

@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.errors import BadFile, UsageError, field, one_line
-from sparsify.files import write_text
+from sparsify.files import check_folder, scratch, write_all
 from sparsify.fit.finetune import saved_state
 from sparsify.fit.finetune.saved_state import SavedState
-
-PARTIAL = (".*.*.????????", ".tmp*")  # files that a kill left half-written: of `sparsify.files` and of safetensors
 
 
 class RunFolder:
@@ -44,9 +42,10 @@ class RunFolder:
     ) -> tuple[bool, SavedState | None]:
         """Whether the start model is to be read from here, and the state to resume from (None: the first step).
 
-        Raises `BadFile` where an unfinished run lies here and neither `resume` nor `force` is given, or its state is
-        damaged, and `UsageError` where the run to be resumed has another recipe, data or model.
+        Raises `BadFile` where an unfinished run lies here and neither `resume` nor `force` is given, its state is damaged or
+        the folder cannot be written, and `UsageError` where the run to be resumed has another recipe, data or model.
         """
+        check_folder(self.path)
         if not resume:
             if self.unfinished and not force:
                 choices = f"{field('resume')} goes on with it, {field('force')} throws it away"
@@ -73,16 +72,20 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadFile(f"cannot write {self.path}: {one_line(error)}") from error
-        write_text(self.facts, json.dumps(identity, indent=1))
-        write_text(self.recipe, recipe)
+        write_all({self.facts: identity, self.recipe: recipe})
 
     def finish(self, model: Path) -> None:
         """Adds the final file (a hard link where the file system has them) and removes what only resuming needs."""
-        self.model.unlink(missing_ok=True)
         try:
-            os.link(model, self.model)
-        except OSError:
-            shutil.copyfile(model, self.model)
+            with scratch(self.path) as folder:
+                copy = folder / "file"
+                try:
+                    os.link(os.path.realpath(model), copy)
+                except OSError:
+                    shutil.copyfile(model, copy)
+                os.replace(copy, self.model)
+        except OSError as error:
+            raise BadFile(f"cannot write {self.model}: {one_line(error)}") from error
         self._remove()
 
     def clear(self) -> None:
@@ -100,8 +103,7 @@ class RunFolder:
 
     def _remove(self, *paths: Path) -> None:
         """Removes `paths` and what only an unfinished run needs."""
-        rest = [path for pattern in ("teacher-*", *PARTIAL) for path in self.path.glob(pattern)]
-        for path in (self.start, self.state, *paths, *rest):
+        for path in (self.start, self.state, *paths, *self.path.glob("teacher-*")):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:

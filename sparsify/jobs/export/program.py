@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import BadFile, SparsifyError, UsageError, field, one_line
-from sparsify.files import whole
+from sparsify.files import reserved, whole
 from sparsify.images import datasets
 from sparsify.jobs.export import onnx_file, pt2_file
 from sparsify.models import checkpoint
@@ -93,8 +93,17 @@ def export(
         raise UsageError(f"{field('output')} {path}: a name that ends in .{format} is expected")
     if path.exists() and not force:
         raise BadFile(f"{path} exists: choose another {field('output')} or overwrite it with {field('force')}")
+    FORMATS[format].check_packages()
+    with reserved(path):
+        checked = _write(file, path, format, batch_size, img_size, say)
+    return Exported(path, format, batch_size, path.stat().st_size, checked, time.perf_counter() - start)
+
+
+def _write(
+    file: Path, path: Path, format: str, batch_size: int | None, img_size: int | None, say: Callable[[str], None]
+) -> Checked | None:
+    """Writes the program to `path` if its outputs are the model's; None: nothing on this machine runs it."""
     writer = FORMATS[format]
-    writer.check_packages()
     header = checkpoint.read_header(file)
     model = checkpoint.load(file, img_size).requires_grad_(False)
     writer.check_size(sum(t.nbytes for t in model.state_dict().values()))
@@ -111,8 +120,7 @@ def export(
         except Exception as error:
             raise SparsifyError(f"{file} cannot be written as {format}: {one_line(error)}") from error
         pictures = _pictures(model, header.architecture["architecture"])
-        checked = None if run is None else compare(model, run, pictures, batch_size)
-    return Exported(path, format, batch_size, path.stat().st_size, checked, time.perf_counter() - start)
+        return None if run is None else compare(model, run, pictures, batch_size)
 
 
 def output_name(model: nn.Module) -> str:

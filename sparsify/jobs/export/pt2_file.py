@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from io import BytesIO
 
 import torch
 from torch import Tensor
@@ -18,8 +19,10 @@ def check_size(nbytes: int) -> None:
 
 def write(program: torch.export.ExportedProgram, path: str, described: Mapping[str, str], output: str) -> None:
     """Writes the program with all its weights to `path`; outputs have no names there."""
+    content = BytesIO()  # torch's own writer of files ends the process where the disk is full
+    torch.export.save(program, content, extra_files=dict(described))
     with open(path, "wb") as file:
-        torch.export.save(program, file, extra_files=dict(described))
+        file.write(content.getbuffer())
 
 
 def runner(path: str) -> Callable[[Tensor], Tensor]:
