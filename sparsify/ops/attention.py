@@ -73,6 +73,7 @@ def sparse_attention(
     Returns:
         [B, N, H*d], contiguous, dtype of q.
     """
+    _refuse_forward_mode()
     ranking = Ranking(row, col, features, shift, ranked, tuple(ranks), macs)
     context = Context(mask, size, place, cell)
     spec = Spec(budget, prefix, tail, (grid[0], grid[1]), (cells[0], cells[1]), tuple(tile), scale)
@@ -143,10 +144,10 @@ def _path(backend: str, q: Tensor, k: Tensor, v: Tensor, ranking: Ranking, conte
     """What computes a call.
 
     Returns:
-        'kernel'; 'trained', the kernel with gradients; 'masked'; 'inline', the reference's operators for an export; or
-        'op', torch.library's.
+        'kernel'; 'trained', the kernel with gradients; 'masked'; 'inline', the reference's operators for an export or a
+        transformation; or 'op', torch.library's.
     """
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or backends.transformed():
         return "inline"
     if backend == "reference" or context.mask is not None or not backends.eager(q) or backends.needs_grad(context.size):
         return "op"
@@ -168,7 +169,16 @@ def _kernel(backend: str, q: Tensor, context: Context) -> bool:
     return backends.resolve(backend, q, context.mask) == "cpu"
 
 
+def _refuse_forward_mode() -> None:
+    """torch.library would lose the derivative, and the result would be 0."""
+    if backends.forward_mode():
+        raise NotImplementedError(
+            "sparsify::sparse_attention has no forward-mode derivative: call ops.attention.attention"
+        )
+
+
 def _fake(q: Tensor, *_: Any) -> Tensor:
+    _refuse_forward_mode()
     B, H, N, d = q.shape
     return q.new_empty(B, N, H * d)
 
@@ -180,20 +190,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
     """Gradients of the reference, recomputed; the choice of keys has none."""
-    needed = ctx.needs_input_grad
-    saved: list[Any] = [
-        None if t is None else t.detach().requires_grad_(needed[i]) for i, t in enumerate(ctx.saved_tensors)
-    ]
-    with torch.enable_grad():
-        q, k, v, row, col, features, shift, *context = saved
-        ranked, ranks, macs, *spec, _, _ = ctx.constants
+    ranked, ranks, macs, *spec, _, _ = ctx.constants
+
+    def call(*tensors: Any) -> Tensor:
+        q, k, v, row, col, features, shift, *context = tensors
         ranking = Ranking(row, col, features, shift, ranked, tuple(ranks), macs)
-        out = reference.attend(q, k, v, ranking, Context(*context), Spec(*spec))
-    if not out.requires_grad:  # only the predictor was to get a gradient
-        return (None,) * (TENSORS + len(ctx.constants))
-    wanted = [t for t in saved if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
-    grads = [next(found) if t is not None and t.requires_grad else None for t in saved]
+        return reference.attend(q, k, v, ranking, Context(*context), Spec(*spec))
+
+    grads = reference.gradients(call, ctx.saved_tensors, ctx.needs_input_grad[:TENSORS], grad)
     return (*grads, *[None] * len(ctx.constants))
 
 

@@ -13,6 +13,7 @@ import platform
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from sparsify.ops.cpu import kernels
@@ -83,10 +84,20 @@ def note(backend: str, device: torch.device, dtype: torch.dtype, biased: bool = 
 
 def eager(q: Tensor) -> bool:
     """Whether a call with these queries computes now: no compiler, exporter or tracer, no fake or meta tensor, no dispatch
-    mode that has to see every op."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
+    mode that has to see every op, no transformation."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode() or transformed():
         return False
     return type(q) in (Tensor, torch.nn.Parameter) and not q.is_meta
+
+
+def transformed() -> bool:
+    """Whether a transformation of torch.func or forward-mode differentiation is active: kernels would lose derivatives."""
+    return forward_mode() or torch._C._are_functorch_transforms_active()
+
+
+def forward_mode() -> bool:
+    """Whether tensors may have a forward-mode derivative."""
+    return forward_ad._current_level >= 0
 
 
 def compiling() -> bool:

@@ -7,6 +7,7 @@ outputs to rounding. Under a tracer nothing branches on values, so that `torch.e
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,23 +44,58 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ranking: Ranking, context: Context, 
     Returns:
         [B, N, H*d], the layout that `proj` reads, dtype of q.
     """
-    dtype = q.dtype
+    dtype, (B, H, N, _) = q.dtype, q.shape
     ranking = ranking.written(q, k)
     if dtype in (torch.float16, torch.bfloat16):
         q, k, v, ranking = q.float(), k.float(), v.float(), ranking.to(torch.float32)
-    B, H, N, d = q.shape
     mask = context.mask
     bias = None if mask is None else selection.additive(mask, q.dtype).expand(B, H, N, N)
     size = None if context.size is None else context.size.to(q.dtype)[:, None]  # (B, 1, N)
     hides = bias is not None and mask is not None and _hides(mask, bias)
     keys = _Keys(k, v, *selection.cells(ranking, context, spec), size, hides, spec.scale)
-    kept = selection.selector(ranking, context, spec)
+    return _attend(q, keys, selection.selector(ranking, context, spec), bias).to(dtype)
+
+
+def attend_chosen(
+    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, cells: tuple[Tensor | None, int], size: Tensor | None, scale: float
+) -> Tensor:
+    """The same over keys and cells that are known: kept bool [B, H, N, N]; cells as `selection.cells`; size [B, N]."""
+    dtype = q.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        q, k, v = q.float(), k.float(), v.float()
+    keys = _Keys(k, v, *cells, None if size is None else size.to(q.dtype)[:, None], False, scale)
+    return _attend(q, keys, lambda rows: kept[:, :, rows], None).to(dtype)
+
+
+def gradients(
+    call: Callable[..., Tensor], tensors: Sequence[Tensor | None], needed: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """For a backward: gradients of call(*tensors) where `needed`, recomputed. They are differentiable in turn where the
+    backward itself is recorded (create_graph)."""
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [
+            # a view: gradients end here also where one of the tensors was computed from another
+            t if t is None else t.view_as(t) if recorded and need else t.detach().requires_grad_(need)
+            for t, need in zip(tensors, needed, strict=True)
+        ]
+        out = call(*inputs)
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    if not out.requires_grad:  # only the predictor was to get a gradient
+        return [None] * len(inputs)
+    found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True, create_graph=recorded))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+
+
+def _attend(q: Tensor, keys: _Keys, kept: Callable[[slice], Tensor], bias: Tensor | None) -> Tensor:
+    """All rows, chunk by chunk: [B, N, H*d]."""
+    B, H, N, d = q.shape
     step = N if torch.compiler.is_compiling() else max(1, CHUNK // (B * H * N))  # B may be symbolic there
     out = []
     for i in range(0, N, step):
         rows = slice(i, min(i + step, N))
         out.append(_rows(q[:, :, rows], keys, kept(rows), None if bias is None else bias[:, :, rows]))
-    return torch.cat(out, dim=2).transpose(1, 2).reshape(B, N, H * d).to(dtype)
+    return torch.cat(out, dim=2).transpose(1, 2).reshape(B, N, H * d)
 
 
 def _hides(mask: Tensor, bias: Tensor) -> bool:

@@ -80,13 +80,19 @@ def top_b(scores: Tensor, b: int) -> Tensor:
     s = scores.detach().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     threshold = s.topk(b, dim=-1).values[..., -1:]  # (..., 1)
     kept = s >= threshold
-    if not torch.compiler.is_compiling() and type(s) is Tensor and not s.is_meta:  # values can be looked at
+    if readable(s):
         without_ties = bool((kept.sum(-1) == b).all())  # the usual case
         if without_ties:
             return kept
     above, tie = s > threshold, s == threshold
     free = b - above.sum(-1, keepdim=True)  # (..., 1)
     return above | (tie & (tie.cumsum(-1) <= free))
+
+
+def readable(t: Tensor) -> bool:
+    """Whether Python can look at values: no compiler, no fake or meta tensor, no transformation of torch.func."""
+    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or t.is_meta
+    return type(t) is Tensor and not hidden
 
 
 def pool_tiles(scores: Tensor, grid: tuple[int, int], tile: tuple[int, int], place: Tensor | None = None) -> Tensor:

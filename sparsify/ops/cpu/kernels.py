@@ -12,13 +12,13 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsify.ops import tails
+from sparsify.ops import reference, tails
 from sparsify.ops.cpu import build
 from sparsify.ops.selection import Context, Ranking, grid_of
 from sparsify.ops.spec import Spec
@@ -140,18 +140,32 @@ class _Trained(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, size, kept, cells)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
         q, k, v, size, kept, cells = ctx.saved_tensors
         spec, m = ctx.constants
         if grad is None:
             return (None,) * 7
+        if torch.is_grad_enabled():  # create_graph: the gradients are to be differentiated in turn
+            chosen = _chosen(kept, cells, spec, m)
+            call = partial(reference.attend_chosen, kept=chosen[0], cells=chosen[1], size=size, scale=spec.scale)
+            return *reference.gradients(call, (q, k, v), ctx.needs_input_grad[:3], grad), None, None, None, None
         grad = _flat(grad.unflatten(-1, (q.shape[1], -1)).transpose(1, 2))
         tail = TAILS[spec.tail]
         found = torch.ops.sparsify_cpu.sparse_backward.default(
             grad, _flat(q), _flat(k), _flat(v), kept, cells, size, spec.scale, spec.prefix, tail, m, _load()[0]
         )
         return *found, None, None, None, None
+
+
+def _chosen(kept: Tensor, cells: Tensor, spec: Spec, m: int) -> tuple[Tensor, tuple[Tensor | None, int]]:
+    """The kernels' kept keys [B, H, N, b] and cells [B, H, N], -1 for prefix tokens, as the reference has them."""
+    (B, H, N, _), P = kept.shape, min(spec.prefix, kept.shape[2])
+    mask = torch.zeros(B, H, N, N, dtype=torch.bool).scatter(-1, kept.clamp_min(0).long(), True)
+    mask[:, :, :P] = True
+    if not tails.TAILS[spec.tail].stands_for_dropped_keys:
+        return mask, (None, 0)
+    own = torch.arange(N)  # every prefix token is a cell of its own
+    return mask, (torch.where(own < P, own, cells.long() + P), P + m)
 
 
 def trained(q: Tensor, k: Tensor, v: Tensor, context: Context, spec: Spec, call: Callable[..., Any]) -> Tensor:
