@@ -26,7 +26,7 @@ from sparsify.cli.commands.report import report
 from sparsify.cli.commands.show import show
 from sparsify.cli.commands.sweep import sweep
 from sparsify.cli.helptext import App
-from sparsify.errors import SparsifyError
+from sparsify.errors import SparsifyError, one_line, short
 from sparsify.version import __version__
 
 INTERRUPTED = 130
@@ -46,7 +46,7 @@ app = App(
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"sparsify {__version__}")
+        terminal.line(f"sparsify {__version__}")
         raise typer.Exit
 
 
@@ -84,6 +84,11 @@ def main(arguments: list[str] | None = None) -> None:
         code = INTERRUPTED
     except terminal.ReaderGone:
         code = READER_GONE
+    except OSError as error:  # a path that the system refuses, a full disk
+        named = f": {error.filename}" if error.filename else ""
+        code = _fail(f"{error.strerror or one_line(error)}{named}", 1, "--debug" in given)
+    except MemoryError:
+        code = _fail("there is not enough memory for this", 1, "--debug" in given)
     except Exception as error:
         code = _fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1, "--debug" in given)
     if code == INTERRUPTED and processes.main():  # typer turns Ctrl-C into this code
@@ -95,6 +100,7 @@ def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         import traceback
 
-        traceback.print_exc()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        for row in traceback.format_exc().splitlines():
+            terminal.note(row)
+    terminal.note(f"error: {short(' '.join(message.split()))}")
     return code

@@ -5,14 +5,13 @@ A help text that does not fit on the line of its option stands above it.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sparsify.cli import completion
+from sparsify.cli import completion, terminal
 from sparsify.cli.helptext import FILES, FORM, KEPT, LEARNING, MODEL, RUNNING, TALK
 from sparsify.errors import as_options
 from sparsify.processes import DTYPES
@@ -57,7 +56,7 @@ def model_file(name: str | Path) -> Path:
 
 def say(quiet: bool) -> Callable[[str], None]:
     """What takes lines for the person at the terminal: prints them on stderr at once, or drops them where `quiet`."""
-    return (lambda line: None) if quiet else (lambda line: print(as_options(line), file=sys.stderr, flush=True))
+    return (lambda line: None) if quiet else (lambda line: terminal.note(as_options(line)))
 
 
 # of several commands

@@ -115,4 +115,4 @@ class Reporter:
         last.printed, last.done = now, done
         count = f"{step}: {done}{f'/{total}' if total else ''}"
         parts = [count, note, last.left(now, done, total)] if note else [f"{count} {self.unit}"]
-        print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
+        terminal.note("  ".join(part for part in parts if part))

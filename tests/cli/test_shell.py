@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import re
@@ -17,11 +18,13 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from helpers.error_lines import the_error
 from sparsify import config
-from sparsify.cli import completion, helptext, tables, terminal
+from sparsify.cli import completion, helptext, options, tables, terminal
 from sparsify.cli.app import app, main
 from sparsify.cli.helptext import tidy
 from sparsify.cli.progress import Reporter
+from sparsify.errors import BadFile, SparsifyError
 from sparsify.models import building, names
 from sparsify.ops import backends
 from sparsify.processes import DTYPES, Compute
@@ -342,3 +345,88 @@ def test_stdout_has_the_result_and_stderr_the_rest(run, tmp_path):
 
 def test_version_is_one_line():
     assert spoken("--version") == (0, f"sparsify {__import__('sparsify').__version__}\n", "")
+
+
+# words from outside
+
+HOSTILE = "\x1b]0;x\x07\x1b[2Ja\u202eb\udce9\r"
+SHOWN = r"\x1b]0;x\x07\x1b[2Ja\u202eb\udce9\r"
+
+
+def test_control_characters_are_shown_on_both_streams(shell):
+    out, err = shell(tty=True)
+    terminal.prepare()
+    table = Table(HOSTILE)
+    table.add_row(Text(HOSTILE))
+    tables.show(table)
+    terminal.line(HOSTILE)
+    terminal.lines(f"{HOSTILE}\n\t{HOSTILE}\n")
+    assert (
+        out.text().count(SHOWN) == 3
+        and out.text().count(SHOWN[:6]) == 5
+        and "\x1b]" not in out.text()
+        and "\x1b[2J" not in out.text()
+    )
+    options.say(False)(f"note: {HOSTILE}")
+    with Reporter() as reporter:
+        reporter.update(HOSTILE, 1, 2, HOSTILE)
+        options.say(False)(HOSTILE)
+    assert err.text().count(SHOWN) >= 2 and "\x1b]" not in err.text() and "\x1b[2J" not in err.text()
+
+
+def test_errors_show_control_characters_in_python_too(run):
+    for how in (str, SparsifyError.for_command_line):
+        assert how(BadFile(f"no file {HOSTILE}\n")) == f"no file {SHOWN}\\n"
+    for arguments in (["profile", HOSTILE], ["convert", HOSTILE], [HOSTILE], ["convert", "digits", f"--{HOSTILE}"]):
+        code, _, err = run(*arguments)
+        assert code in (1, 2) and "a\\u202eb" in the_error(err) and err.rstrip("\n").isprintable()
+
+
+def test_nothing_is_printed_past_the_terminal():
+    for path in sorted((HERE / "sparsify" / "cli").rglob("*.py")):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        printed = [call for call in calls if isinstance(call, ast.Name) and call.id == "print"]
+        assert path.name == "terminal.py" or not printed, path
+
+
+@pytest.mark.parametrize(
+    "path", ["a" * 4000, "a/" * 3000, "a\0b", "file/inside", "\udce9.safetensors", "locked/inside"]
+)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["profile", "{}"], ["eval", "{}", "--data", "digits"], ["show", "{}", "x.jpg"], ["report", "{}"], ["export", "{}"],
+        ["convert", "{}"], ["convert", "digits", "--recipe", "{}"], ["convert", "digits", "--weights", "{}"],
+        ["convert", "digits", "--data", "{}"], ["push", "{}", "a/b", "--dry-run"],
+    ],
+)  # fmt: skip
+def test_a_path_that_the_system_refuses_is_one_line(run, tmp_path, path, arguments, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "locked").mkdir(mode=0)
+    code, _, err = run(*(each.format(path) for each in arguments))
+    assert code in (1, 2) and "unexpected" not in err and len(the_error(err)) < 1100
+
+
+def test_closed_streams_are_no_error(tmp_path):
+    shell = f"exec {sys.executable} -m sparsify"
+    for closed, code in (("recipes >&-", 0), ("recipes show lost >&- 2>&-", 2), ("--version <&- >&- 2>&-", 0)):
+        done = subprocess.run(["sh", "-c", f"{shell} {closed}"], capture_output=True, env=environment(), timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
+
+
+def test_a_full_disk_behind_stdout_is_one_line():
+    with open("/dev/full", "wb") as full:
+        how = [sys.executable, "-m", "sparsify", "recipes"]
+        done = subprocess.run(how, stdout=full, stderr=subprocess.PIPE, env=environment(), timeout=60, text=True)
+    assert done.returncode == 1 and "No space left on device" in the_error(done.stderr)
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_reader_that_leaves_a_table_is_gone(monkeypatch):
+    class Pipe(Stream):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Pipe())
+    with pytest.raises(terminal.ReaderGone), terminal.read_to_the_end():
+        tables.show(wide())

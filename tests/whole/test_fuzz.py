@@ -1,7 +1,6 @@
 """A few hundred drawn inputs of each class: one line or a result, never anything else (`make fuzz` draws thousands)."""
 
 import pytest
-
 from fuzz import harness
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsify.cli import options, parsers
+from sparsify.cli import options, parsers, terminal
 from sparsify.errors import SparsifyError
 
 
@@ -91,6 +91,8 @@ def convert(
         tables.show(tables.profile_table(made.profile))
     also = f"{made.recipe.name}, " if made.recipe else ""
     run = f"; the run is in {made.run}" if made.run else ""
-    print(f"wrote {made.path}, {also}{made.report_json.name} and {made.report_md.name} in {made.seconds:.0f} s{run}")
+    terminal.line(
+        f"wrote {made.path}, {also}{made.report_json.name} and {made.report_md.name} in {made.seconds:.0f} s{run}"
+    )
     if made.tuning is not None and made.tuning.stopped:
         raise SparsifyError(f"{made.tuning.stopped}; {made.path} has the best weights up to there")

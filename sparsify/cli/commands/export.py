@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from sparsify.cli import options
+from sparsify.cli import options, terminal
 from sparsify.cli.options import flag, option
 from sparsify.cli.preflight import preflight
 from sparsify.errors import UsageError
@@ -33,5 +33,5 @@ def export(
 
     say, size = options.say(quiet), None if dynamic_batch else batch_size or 1
     made = program.export(file, format, output, batch_size=size, img_size=img_size, force=force, say=say)
-    print(f"wrote {made.path} ({made.bytes / 1e6:.1f} MB) in {made.seconds:.0f} s")
+    terminal.line(f"wrote {made.path} ({made.bytes / 1e6:.1f} MB) in {made.seconds:.0f} s")
     say(made.checked.words() if made.checked else onnx_file.UNCHECKED)

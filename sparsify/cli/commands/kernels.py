@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from sparsify.cli import options
+from sparsify.cli import options, terminal
 from sparsify.cli.options import flag
 from sparsify.cli.preflight import preflight
 from sparsify.errors import SparsifyError
@@ -25,6 +25,6 @@ def build_kernels(
     built = build(force=force, verbose=verbose, say=options.say(False))
     if reason := built.reason or kernels.available():
         raise SparsifyError(f"the CPU kernels cannot be used, the reference is: {reason}")
-    print(f"library: {built.path}")
-    print(f"instruction set of this machine: {kernels.isa()}")
-    print(f"built in {built.seconds:.0f} s" if built.seconds else "already built")
+    terminal.line(f"library: {built.path}")
+    terminal.line(f"instruction set of this machine: {kernels.isa()}")
+    terminal.line(f"built in {built.seconds:.0f} s" if built.seconds else "already built")

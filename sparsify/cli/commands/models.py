@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from sparsify.cli import completion
+from sparsify.cli import completion, terminal
 from sparsify.cli.options import argument
 from sparsify.cli.preflight import preflight
 from sparsify.errors import UsageError, as_options
@@ -24,4 +24,4 @@ def models(
     if not found:
         raise UsageError(f"no model matches '{pattern}': 'sparsify models' lists all")
     for name, note in found:
-        print(as_options(f"{name}  {note}").rstrip())
+        terminal.line(as_options(f"{name}  {note}").rstrip())

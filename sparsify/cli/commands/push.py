@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from sparsify.cli import options
+from sparsify.cli import options, terminal
 from sparsify.cli.options import argument, flag, option
 from sparsify.cli.preflight import preflight
 from sparsify.errors import UsageError
@@ -51,15 +51,15 @@ def push(
     for note in made.notes:
         say(f"note: {note}")
     if dry_run:
-        print(made.card, end="")
+        terminal.lines(made.card)
         return
     if output is not None:
         push.write(made, output, force)
-        print(f"wrote model.safetensors, config.json and README.md in {output}; nothing was sent")
+        terminal.line(f"wrote model.safetensors, config.json and README.md in {output}; nothing was sent")
         return
     if quiet:
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
     done = push.push(made, private, revision, message, force, say)
-    print(f"pushed to {done.url}, commit {done.commit[:8]}; sparsify.load({done.name!r}) loads it")
+    terminal.line(f"pushed to {done.url}, commit {done.commit[:8]}; sparsify.load({done.name!r}) loads it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from sparsify.cli import completion
+from sparsify.cli import completion, terminal
 from sparsify.cli.options import argument
 from sparsify.errors import UsageError
 
@@ -22,7 +22,7 @@ def recipes(
     if action not in ("", "show") or bool(action) != bool(name):
         raise UsageError("'sparsify recipes' lists the recipes, 'sparsify recipes show NAME' prints one")
     if action:
-        print(recipe_text(name), end="")
+        terminal.lines(recipe_text(name))
         return
     for each in recipe_names():
-        print(f"{each}  {load_recipe(each).description}")
+        terminal.line(f"{each}  {load_recipe(each).description}")

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from sparsify.cli import options
+from sparsify.cli import options, terminal
 from sparsify.cli.options import argument, flag, option
 from sparsify.cli.preflight import preflight
 from sparsify.errors import UsageError
@@ -72,4 +72,4 @@ def report(
     content = page.Content(file, one.header, figures, evaluation, swept, shown)
     text = page.render(content)
     write_text(output, text)
-    print(f"wrote {output}, {len(text.encode()) / 1e6:.1f} MB: {', '.join(page.parts(content))}")
+    terminal.line(f"wrote {output}, {len(text.encode()) / 1e6:.1f} MB: {', '.join(page.parts(content))}")

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from sparsify.cli import options
+from sparsify.cli import options, terminal
 from sparsify.cli.options import argument, option
 from sparsify.cli.preflight import preflight
 
@@ -48,9 +48,9 @@ def show(
         files = figures.draw(shown, partial(reporter.update, "draw"))
     paths = figures.write(files, output)
     if not quiet:
-        print(f"true attention: {REFERENCES[OWN if one.dense is None else DENSE]}")
+        terminal.line(f"true attention: {REFERENCES[OWN if one.dense is None else DENSE]}")
         for each in shown:
-            print(f"{each.photo.path.name}: {captions.mass(each.found)}.")
+            terminal.line(f"{each.photo.path.name}: {captions.mass(each.found)}.")
     if not shown[0].found.stages:
         say("no tokens leave in this model: no pictures of tokens")
-    print(f"wrote {len(paths)} pictures to {output}: {', '.join(path.name for path in paths)}")
+    terminal.line(f"wrote {len(paths)} pictures to {output}: {', '.join(path.name for path in paths)}")

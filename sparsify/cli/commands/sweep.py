@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparsify.cli import options, parsers
+from sparsify.cli import options, parsers, terminal
 from sparsify.errors import UsageError
 
 
@@ -69,4 +69,4 @@ def sweep(
         tables.show(tables.sweep_table(result))
     if note:
         say(note)
-    print(f"wrote {', '.join(str(path) for path in paths)} in {result.seconds:.0f} s")
+    terminal.line(f"wrote {', '.join(str(path) for path in paths)} in {result.seconds:.0f} s")
