@@ -18,7 +18,7 @@ from sparsify.files import whole, write_all
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint, hub, provenance
 from sparsify.models.hub import ARCHITECTURE
-from sparsify.models.provenance import licence_of
+from sparsify.models.licence import licence_of
 from sparsify.nn import graft
 from sparsify.report import readback
 from sparsify.report.card import Facts, card
@@ -66,11 +66,10 @@ def package(
         raise UsageError(f"{repo}: give the revision with {field('revision')}")
     header, model, digest = checkpoint.read_header(file), checkpoint.load(file), checkpoint.digest_in(file)
     figures = profile(model, dense=graft.dense_twin(model), measure=False)
-    known = licence_of(header, licence)
-    original, base = provenance.origin(header)
+    known = licence_of(header.architecture, header.provenance, licence)
     results = None if evaluation is None else readback.results(evaluation, digest)
     measured = None if timing is None else readback.times(timing, figures.macs_sparse, figures.param_count)
-    facts = Facts(name, header, figures, known, original, base, results, measured)
+    facts = Facts(name, header, figures, known, provenance.origin(header), results, measured)
     notes = [known.note] if known.note else []
     if local := _LOCAL.search(json.dumps(header.provenance)):
         what = f"names a folder of this machine ({local[0]})"

@@ -6,6 +6,6 @@ dense_weights              tensors of a user's own checkpoint
 hub                        names and downloads of sparse models
 checkpoint                 the file format
 original                   a file with the dense model that it was made from
-provenance                 origin and licence
+licence, provenance        licence of the weights; what a file was made from
 digits                     the built-in model
 """

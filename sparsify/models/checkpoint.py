@@ -9,7 +9,7 @@ Metadata keys (strings; all but `format` hold JSON or plain text):
     sparsify.provenance    source, recipe, calibration, seed, library versions, date, whether the backbone changed,
                            dense_sha256: digest of the dense model that was converted
     sparsify.report        headline figures (theoretical MACs)
-    sparsify.licence       licence of the weights that were converted
+    sparsify.licence       licence of the weights that were converted; unknown for a user's own checkpoint
     sparsify.sha256        digest of every other key and every tensor
 """
 
@@ -31,6 +31,7 @@ from sparsify.config import SparsityConfig, validate
 from sparsify.errors import BadFile, UsageError, field, one_line
 from sparsify.files import whole
 from sparsify.models import building
+from sparsify.models.licence import licence_of
 from sparsify.nn import graft, hosts
 
 FORMAT = 1
@@ -62,7 +63,7 @@ def save(model: nn.Module, path: Path, header: Header) -> None:
     """Write `model`; a crash or a full disk leaves an existing file unchanged. `BadFile`: it cannot be written."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     meta = {"format": "pt", "sparsify.format": str(FORMAT)}
-    meta["sparsify.licence"] = str(header.architecture.get("pretrained_cfg", {}).get("license") or "unknown")
+    meta["sparsify.licence"] = licence_of(header.architecture, header.provenance).name or "unknown"
     content = header._replace(config=header.config.model_dump(mode="json"))._asdict()  # type: ignore[arg-type]
     meta |= {f"sparsify.{key}": json.dumps(content[key], sort_keys=True) for key in JSON_KEYS}
     meta["sparsify.sha256"] = _digest(meta, tensors)

@@ -40,9 +40,14 @@ def local(name: str | Path) -> Path:
     return fetch(text) if is_name and not Path(name).exists() else Path(name)
 
 
+def is_name(name: str) -> bool:
+    """Whether `name` has the form ORG/NAME or ORG/NAME@REVISION."""
+    return bool(_NAME.fullmatch(name))
+
+
 def split(name: str) -> tuple[str, str | None]:
     """'ORG/NAME@REVISION' -> ('ORG/NAME', 'REVISION'), 'ORG/NAME' -> ('ORG/NAME', None); else `UsageError`."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise UsageError(f"'{name}' is no name of a model on the hub: ORG/NAME is expected, or ORG/NAME@REVISION")
     repository, _, revision = name.partition("@")
     return repository, revision or None

@@ -35,6 +35,7 @@ def load(
     """
     if weights is not None:
         model = _load_file(source, Path(weights), num_classes, img_size)
+        cast(dict, model.pretrained_cfg).pop("license", None)  # of timm's weights, not of these
     else:
         classes = building.skeleton(source).num_classes
         if num_classes not in (None, 0, classes):

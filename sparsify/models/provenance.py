@@ -1,9 +1,8 @@
-"""Origin and licence of a file's weights, in the hub's words and in plain ones, as far as the file tells."""
+"""What a file was made from, as far as it tells."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import timm
 
@@ -11,71 +10,31 @@ from sparsify.errors import SparsifyError
 from sparsify.models import hub, names
 from sparsify.models.checkpoint import Header
 
-_IDENTIFIERS = (
-    "apache-2.0 mit bsd-3-clause cc-by-4.0 cc-by-nc-4.0 cc-by-sa-4.0 cc-by-nc-sa-4.0 cc0-1.0 gemma openrail apple-ascl "
-    "apple-amlr"
-)
-KNOWN = set(_IDENTIFIERS.split())  # the hub's identifiers of the licences that timm's weights have
-_NON_COMMERCIAL = re.compile(r"(^|[-_ ])nc([-_ ]|$)|non-?commercial|research|amlr", re.IGNORECASE)
-_UNKNOWN = "The licence of these weights is unknown: "
+
+class Origin(NamedTuple):
+    """The model that was converted."""
+
+    name: str  # of the model or of its architecture
+    more: str = ""  # words that follow the name, or ''
+    base: str = ""  # its repository on the hub, ORG/NAME; '' where it has none
 
 
-@dataclass(frozen=True)
-class Licence:
-    """A licence of weights."""
-
-    name: str  # as given; '' where it is unknown
-    note: str  # one sentence that a reader must know, or ''
-
-    @property
-    def identifier(self) -> str:
-        """The hub's name for it: one of `KNOWN`, else `other`, or `unknown`."""
-        lower = self.name.lower()
-        return lower if lower in KNOWN else "other" if self.name else "unknown"
-
-    @property
-    def non_commercial(self) -> bool:
-        return bool(_NON_COMMERCIAL.search(self.name))
-
-
-def licence_of(header: Header, given: str | None = None) -> Licence:
-    """The licence of the weights in a file: `given` by their owner, else that of the weights that were converted.
-
-    A user's own checkpoint has the licence that its owner gives it: what timm says of the architecture's weights does not
-    apply to it.
-    """
-    if given:
-        return _licence(given)
-    if header.provenance.get("weights"):
-        return Licence("", _UNKNOWN + "they come from a checkpoint that does not say.")
-    name = str(header.architecture.get("pretrained_cfg", {}).get("license") or "unknown")
-    if name.lower() == "unknown":
-        return Licence("", _UNKNOWN + "ask where the original was published before using them.")
-    return _licence(name)
-
-
-def _licence(name: str) -> Licence:
-    note = f"The licence, {name}, forbids or restricts commercial use: read it before using the weights."
-    return Licence(name, note if Licence(name, "").non_commercial else "")
-
-
-def origin(header: Header) -> tuple[str, str]:
-    """The model that was converted, in Markdown for a model card, and its name on the hub ('' where it has none)."""
+def origin(header: Header) -> Origin:
+    """The model that was converted. Folders and file names of the user's machine are not told."""
     source, architecture = str(header.provenance.get("source") or ""), header.architecture["architecture"]
     if header.provenance.get("weights"):
-        return f"`{architecture}` with a checkpoint of its owner's", ""
+        return Origin(architecture, " with a checkpoint of its owner's")
     if source.startswith(hub.SCHEMES):
         name = source.partition(":")[2].partition("@")[0]
-        return f"[{name}](https://huggingface.co/{name})", name
+        return Origin(name, "", name if hub.is_name(name) else "")
     if source.startswith("local-dir:") or not source:
-        return f"`{architecture}` with weights from a folder of its owner's", ""
+        return Origin(architecture, " with weights from a folder of its owner's")
     if source == names.DIGITS:
-        return "The `digits` model that comes with sparsify", ""
+        return Origin(source, " (the model that comes with sparsify)")
     try:
         full = names.resolve(source).pretrained_name
         config = timm.get_pretrained_cfg(full)
     except (SparsifyError, RuntimeError):
-        return f"`{source}`", ""
+        return Origin(source)
     repository = (config.hf_hub_id if config else None) or ""
-    name = f"{repository}{full}" if repository.endswith("/") else repository
-    return (f"[{full}](https://huggingface.co/{name})" if name else f"`{full}`"), name
+    return Origin(full, "", f"{repository}{full}" if repository.endswith("/") else repository)

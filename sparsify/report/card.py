@@ -13,7 +13,8 @@ import yaml
 
 from sparsify.measure.figures import Profile
 from sparsify.models.checkpoint import Header
-from sparsify.models.provenance import Licence
+from sparsify.models.licence import Licence
+from sparsify.models.provenance import Origin
 from sparsify.report import accuracy, profile, words
 from sparsify.report.words import HEADINGS
 
@@ -26,8 +27,7 @@ class Facts:
     header: Header
     profile: Profile  # theoretical MACs of the model and its dense twin
     licence: Licence  # of the weights
-    original: str  # what was converted, in words
-    base: str  # its name on the hub, '' if it has none
+    original: Origin  # what was converted
     evaluation: Mapping[str, Any] | None = None  # results of `sparsify eval` with their conditions, of this very file
     timing: Profile | None = None  # what `sparsify profile` measured of a model of this shape
 
@@ -80,8 +80,8 @@ def metadata(facts: Facts) -> dict[str, Any]:
         tree["license_name"] = facts.licence.name
     tree["library_name"] = "sparsify"
     tree["pipeline_tag"] = "image-classification" if facts.classes else "image-feature-extraction"
-    if facts.base:
-        tree["base_model"] = facts.base
+    if facts.original.base:
+        tree["base_model"] = facts.original.base
     tree["tags"] = ["sparsify", "timm", "vision-transformer", "sparse-attention", tree["pipeline_tag"]]
     return tree
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from sparsify.config import SparsityConfig
 from sparsify.models.checkpoint import Header
+from sparsify.models.licence import licence_of
 from sparsify.report import words
 
 Fact = tuple[str, str]  # what, in words
@@ -33,7 +34,7 @@ def origin(header: Header, file: Path) -> list[Fact]:
         ("checkpoint", str(about.get("weights") or "")),
         ("architecture", f"{built.get('architecture', '')}{tag}"),
         ("image", f"{words.rectangle(sides)} pixels" if all(isinstance(side, int) for side in sides) else ""),
-        ("licence of the weights", str(pretrained.get("license") or "unknown")),
+        ("licence of the weights", licence_of(built, about).name or "unknown"),
         ("recipe", str(recipe.get("description") or "")),
         ("calibrated on", f"{calibration['images']} {kind}" if calibration.get("images") else ""),
         ("weights", weights),

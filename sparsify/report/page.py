@@ -51,7 +51,6 @@ def render(content: Content) -> str:
     sweep = content.sweep
     return words.rendered(
         "page.html.jinja",
-        escape=True,
         content=content,
         figures=content.profile,
         file=content.file.name,

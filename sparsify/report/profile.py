@@ -22,14 +22,14 @@ PATHS = {
 }
 """Paths of `Profile.choices` in words."""
 NOT_SPEED = "Fewer MACs are no promise of speed: the measured part says what this machine makes of them."
-NO_DENSE = "No dense figures: the weights are not the dense original's, which was not given (`--dense`)."
+NO_DENSE = "No dense figures: the weights are not the dense original's, which was not given (--dense)."
 
 
 def to_markdown(profile: Profile, title: str = "Profile") -> str:
     """The whole profile as GitHub Markdown: headline, breakdown, what was measured, and the module tree in full."""
     modules = [
         (
-            "&nbsp;" * 2 * row["depth"] + (row["name"].rpartition(".")[2] or "(model)"),
+            "\u00a0" * 2 * row["depth"] + (row["name"].rpartition(".")[2] or "(model)"),
             row["type"],
             f"{row['params']:,}",
             *module_cells(row, lambda count: f"{count:,}"),

@@ -27,16 +27,17 @@ class SweepFiles(NamedTuple):
 
 def profile(path: Path) -> Profile:
     """What `sparsify profile --json` wrote."""
-    figures = _profile_in(path)
-    if figures is None:
-        raise BadFile(f"{path} is no profile: 'sparsify profile FILE --json {path.name}' writes one")
-    return figures
+    tree = read_json(path)
+    try:
+        return Profile.from_dict(tree)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise BadFile(f"{path} is no profile: 'sparsify profile FILE --json {path.name}' writes one") from None
 
 
 def times(path: Path, macs: int, params: int) -> Profile:
     """What `sparsify profile --json` measured of a model with as many MACs and parameters."""
-    figures = _profile_in(path)
-    if figures is None or figures.measured is None:
+    figures = profile(path)
+    if figures.measured is None:
         raise BadFile(f"{path} has no measured times: 'sparsify profile FILE --json NAME.json' writes them")
     if (figures.macs_sparse, figures.param_count) != (macs, params):
         raise BadFile(f"{path} has the times of another model: profile this one")
@@ -95,14 +96,6 @@ def check_evaluation(path: Path, figures: Mapping[str, Any], file: Path, model: 
     if stated is not None and abs(stated - round(count, 2)) > 0.006:
         found = f"{path} has results of a model with {stated:g} M parameters"
         raise BadFile(f"{found}, {file} has {count:.2f} M: evaluate this one")
-
-
-def _profile_in(path: Path) -> Profile | None:
-    tree = read_json(path)
-    try:
-        return Profile.from_dict(tree)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return None
 
 
 def _sweep_in(folder: Path) -> Path:

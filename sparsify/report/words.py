@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,11 @@ if TYPE_CHECKING:
 Row = tuple[str, str, str, str]  # what, dense, sparse, change
 HEADINGS = ("", "dense", "sparse", "change")
 NOTHING = "–"  # in the place of a missing figure
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+_PLAIN = re.compile(r"[\w.:/@+-]+", re.ASCII)
+# what begins something in Markdown; of underscores those at the edge of a word, of colons and dots those of addresses
+_MARKS = re.compile(r"[\\`*\[\]#|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.", re.IGNORECASE)
+_AT_START = re.compile(r"^(\s*\d*)((?<!\d)[-+=](?!\d)|(?<=\d)[.)](?=\s))")
 
 
 def human(count: float) -> str:
@@ -88,16 +95,50 @@ def mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table; all but the first `left` columns are aligned to the right."""
-    rule = ["---" if i < left else "---:" for i in range(len(headings))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows))
+class Markdown(str):
+    """Text in Markdown; any other text is escaped before it becomes part of Markdown."""
 
 
-def rendered(template: str, *, escape: bool = False, **context: Any) -> str:
-    """A template of this package with its values, which include `table` (`markdown_table`); `escape`: for HTML."""
+def markdown(text: Any) -> Markdown:
+    """Plain text as Markdown on one line: no link, image, heading, list, table cell or HTML comes of it."""
+    if isinstance(text, Markdown):
+        return text
+    escaped = html.escape(_verbatim(text), quote=False)
+    escaped = _MARKS.sub(r"\\\g<0>", escaped)
+    return Markdown(_AT_START.sub(r"\1\\\2", escaped))
+
+
+def _verbatim(text: Any) -> Markdown:
+    """`text` for a block of code: on one line, without control characters."""
+    return Markdown(_CONTROL.sub(" ", str(text)))
+
+
+def _code(text: Any) -> Markdown:
+    """A name as code; escaped text where it is no plain name."""
+    return Markdown(f"`{text}`") if _PLAIN.fullmatch(str(text)) else markdown(text)
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Markdown:
+    """A Markdown table; all but the first `left` columns are aligned to the right. Cells are escaped."""
+    rule = [Markdown("---" if i < left else "---:") for i in range(len(headings))]
+    return Markdown("\n".join(f"| {' | '.join(map(markdown, cells))} |" for cells in (headings, rule, *rows)))
+
+
+def rendered(template: str, **context: Any) -> str:
+    """A template of this package, NAME.html.jinja or NAME.md.jinja, with its values, each escaped for that format.
+
+    In Markdown `table` is `markdown_table`; the filter `code` shows a name as code, `verbatim` leaves a text as it is.
+    """
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(autoescape=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    to_html = ".html" in template
+    environment = Environment(
+        autoescape=to_html,
+        finalize=None if to_html else markdown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(code=_code, verbatim=_verbatim)
     text = (resources.files("sparsify.report") / template).read_text(encoding="utf-8")
     return environment.from_string(text).render(table=markdown_table, **context) + "\n"

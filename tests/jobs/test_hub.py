@@ -3,11 +3,14 @@
 import json
 import re
 import socket
+from collections import Counter
 
 import pytest
 import timm
 import torch
 import yaml
+from markdown_it import MarkdownIt
+from safetensors.torch import save_file
 
 import sparsify
 import sparsify.registry
@@ -18,9 +21,10 @@ from sparsify.errors import BadFile, SparsifyError, UsageError
 from sparsify.jobs import push
 from sparsify.jobs.convert import OutputOptions, convert
 from sparsify.jobs.dense import DenseRequest
-from sparsify.models import checkpoint
+from sparsify.models import checkpoint, names, pretrained
 from sparsify.nn import attention
 from sparsify.recipe import Recipe
+from sparsify.report import header
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +275,7 @@ def test_measured_figures_come_with_their_conditions_and_of_this_file_only(made,
     (tmp_path / "broken.json").write_text("{")
     for option, name, message in (
         ("--eval", "other", "another file"), ("--eval", "bare", "conditions"), ("--eval", "broken", "as JSON"),
-        ("--eval", "none", "no file none.json"), ("--profile", "e", "no measured times"),
+        ("--eval", "none", "no file none.json"), ("--profile", "e", "is no profile"),
     ):  # fmt: skip
         code, _, err = run("push", made.path, "someone/m", "--dry-run", option, f"{name}.json")
         assert code == 1 and message in err and err.count("\n") == 1
@@ -323,6 +327,78 @@ def test_card_names_the_original(made, tmp_path):
     assert head["license"] == "unknown"  # what timm says of its own weights is no answer for the user's
     head, body, package = described(made, tmp_path, source="local-dir:/home/me/models/own")
     assert "/home" not in body and "base_model" not in head and "/home/me/models/own" in package.notes[0]
+
+
+EVIL = (
+    "x <script>alert(1)</script> | [l](javascript:alert(2)) ![i](http://evil.example/i.png) `c` https://evil.example "
+    "www.evil.example **b** _e_\n\n# Heading\n\n- item\n\n---\nlicense: mit\n---\n\nLicence: mit.\n\x1b[2J"
+)
+
+
+def rendered(body):
+    """Kinds of all tokens of a text in Markdown, its links and images, and the words that a reader sees."""
+    blocks = MarkdownIt("commonmark").enable("table").parse(body)
+    inline = [child for block in blocks for child in block.children or []]
+    kinds = [token.type for token in (*blocks, *inline)]
+    asked = [str(token.attrs.get("href") or token.attrs.get("src")) for token in inline if token.attrs]
+    return Counter(kinds), asked, " ".join(token.content for token in inline)
+
+
+def test_words_from_a_header_become_no_markup(made, tmp_path):
+    stage = {"name": EVIL, "epochs": 1}
+    past = {
+        "source": "hf-hub:" + EVIL,
+        "recipe": {"stages": [stage]},
+        "finetuned": {"steps": EVIL, "kept": EVIL},
+        "calibration": {"images": EVIL, "set": "user"},
+        "versions": {"sparsify-vit": EVIL},
+    }
+    calm = json.loads(json.dumps(past).replace(json.dumps(EVIL)[1:-1], "calm"))
+    expected = rendered(described(made, tmp_path, "calm", **calm)[1])
+    head, body, _ = described(made, tmp_path, EVIL, **past)
+    kinds, asked, words = rendered(body)
+    assert expected[0] - Counter({"link_open": 1, "link_close": 1}) <= kinds | expected[0]
+    for kind in (
+        "html_block",
+        "html_inline",
+        "image",
+        "link_open",
+        "heading_open",
+        "bullet_list_open",
+        "td_open",
+        "hr",
+    ):
+        assert kinds[kind] <= expected[0][kind], kind
+    assert asked == [] and "javascript:alert(2)" in words and "<script>" in words and "\x1b" not in body
+    assert words.count("# Heading") >= 4 and not re.search(r"(https:|www\.)(//)?evil", body)
+    assert head["license"] == "other" and "base_model" not in head and body.count("\nLicence: ") == 1
+
+
+def test_results_in_a_card_become_no_markup(made, run, tmp_path):
+    pictures = class_folders(tmp_path / "photos", "0123456789", 1)
+    assert run("eval", made.path, "--data", pictures, "--results-file", "e.json", "-q")[0] == 0
+    results = json.loads((tmp_path / "e.json").read_text())
+    results["interpolation"], results["conditions"]["device_name"] = EVIL, EVIL
+    (tmp_path / "e.json").write_text(json.dumps(results))
+    body = parts(push.package(made.path, "someone/m", evaluation=tmp_path / "e.json").card)[1]
+    kinds, asked, words = rendered(body)
+    assert asked == [] and not {"html_block", "html_inline", "image"} & kinds.keys()
+    assert words.count("# Heading") == 2 and "KL(dense || sparse), nats per image" in words  # a cell may hold a pipe
+
+
+def test_a_checkpoint_has_no_licence_until_its_owner_says_one(tmp_path, run):
+    weights = tmp_path / "own.safetensors"
+    save_file(pretrained.load(names.resolve("digits")).state_dict(), weights)
+    path = tmp_path / "own-sparse.safetensors"
+    recipe = Recipe().override(calib_images=8, spread_rank=False)
+    own = convert(DenseRequest("digits", weights), recipe, OutputOptions(path))
+    stored = checkpoint.metadata(path)
+    assert stored["sparsify.licence"] == "unknown" and "license" not in stored["sparsify.architecture"]
+    assert ("licence of the weights", "unknown") in header.origin(own.header, path)
+    old = own.header.architecture["pretrained_cfg"] | {"license": "mit"}  # as files of before have it
+    old_header = own.header._replace(architecture=own.header.architecture | {"pretrained_cfg": old})
+    assert ("licence of the weights", "unknown") in header.origin(old_header, path)
+    assert push.package(path, "someone/m", licence="mit").notes == ()
 
 
 def test_owner_can_say_the_licence(made):

@@ -23,6 +23,7 @@ from sparsify.images import datasets
 from sparsify.jobs.export import onnx_file, pt2_file
 from sparsify.models import checkpoint
 from sparsify.models.digits import network
+from sparsify.models.licence import licence_of
 from sparsify.nn import execution
 from sparsify.version import __version__
 
@@ -109,6 +110,7 @@ def _write(
     writer.check_size(sum(t.nbytes for t in model.state_dict().values()))
     described = checkpoint.metadata(file) | metadata(model, format, batch_size)
     described.pop("format", None)  # safetensors' own
+    described["sparsify.licence"] = licence_of(header.architecture, header.provenance).name or "unknown"  # as of today
     program = trace(model, batch_size)
     with whole(path) as temporary:
         say(f"writing {path}")
