@@ -242,7 +242,7 @@ class Recipe(Frozen):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """of the passes of the fine-tuning; auto: bfloat16 where the machine has instructions for it"""
     hold_back: Annotated[Number, Field(ge=0, lt=1)] = 0.125
-    """fraction of the images (at most 1024) not trained on, which decide the weights that are kept"""
+    """fraction of the images (at most 1024) neither calibrated nor trained on, which decide the weights that are kept"""
     repair: Repair | None = None
     """before the stages; changes the backbone; null: none"""
     stages: tuple[Stage, ...] = ()

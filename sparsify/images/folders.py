@@ -53,6 +53,10 @@ class Files:
         """Below the data set's folder, or in the archive."""
         return _join(self.at, self.names[index]) if self.spans else self.names[index]
 
+    def path(self, index: int) -> str:
+        """What it is, however the data set was named: real path of the folder or archive, and place in it."""
+        return os.path.join(os.path.realpath(self.root), self.at, self.names[index])
+
     @property
     def place(self) -> str:
         """The folder as a path; of an archive the folder in it stands behind."""

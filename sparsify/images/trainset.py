@@ -1,4 +1,4 @@
-"""Training images and images held back from them: one data set, divided by a seed; crops of images for least squares."""
+"""Images to fit to and images to judge by: one data set, divided by a seed; crops of images for least squares."""
 
 from __future__ import annotations
 
@@ -15,7 +15,19 @@ from torch.utils.data import Dataset, IterableDataset
 from sparsify.errors import BadData
 from sparsify.images import datasets
 from sparsify.images.datasets import all_images, class_images, draw, is_digits, is_prefixed
-from sparsify.images.loaders import Items, Part, StreamPart, drawn, read, read_whole
+from sparsify.images.folders import Files
+from sparsify.images.loaders import (
+    Decoded,
+    ImageBatches,
+    Items,
+    Part,
+    Stream,
+    StreamPart,
+    Transform,
+    drawn,
+    read,
+    read_whole,
+)
 from sparsify.recipe import Augmentation
 
 MOST_HELD = 1024
@@ -25,9 +37,9 @@ CROP = Augmentation(scale=(0.5, 1.0))  # at least half of the image, flipped or 
 
 @dataclass(frozen=True)
 class TrainSet:
-    """A data set in two parts without a common image."""
+    """A data set in two parts without a common image: everything is fitted to the first, calibration included."""
 
-    learn: Items | StreamPart  # training images, in the listed order
+    learn: Items | StreamPart  # images to calibrate on and to learn from, in the listed order
     # images held back, in random order; empty for `hold_back` 0. Those of a stream are the first of each pass
     held: Items | StreamPart
     name: str  # as the user gave it
@@ -35,11 +47,37 @@ class TrainSet:
     stream: bool  # both parts are a `StreamPart` (wds, tfds, hfids), without a length and read from the beginning
     digest: str  # SHA-256 (hex) over the number of all images and the names of files; not over their bytes
 
+    def calibration(
+        self, n: int, seed: int, transform: Transform, batch_size: int = 32, workers: int = 0
+    ) -> ImageBatches:
+        """Up to `n` images of `learn`, without labels: drawn by `seed`, in random order; of a stream its first."""
+        if isinstance(self.learn, StreamPart):
+            dataset: Dataset = Stream(self.learn, transform, n)
+        else:
+            dataset = Decoded(Part(self.learn, draw(len(self.learn), n, seed), labels=False), transform)
+        return ImageBatches(dataset, batch_size, workers, name=self.name)
+
+    def fitted(self, images: Any) -> int:
+        """How many of `images` are also among `learn`, where both are files; 0 where they are not."""
+        mine: Any = self.learn
+        if not isinstance(images, Files) or not isinstance(mine, Part) or not isinstance(mine.items, Files):
+            return 0
+        known = {mine.items.path(index) for index in mine.indices}
+        return sum(images.path(index) in known for index in range(len(images)))
+
 
 def trainset(
-    path: str | Path, num_classes: int | None, labels: bool, seed: int, hold_back: float, split: str = "train"
+    path: str | Path,
+    num_classes: int | None = None,
+    labels: bool = False,
+    seed: int = 0,
+    hold_back: float = 0.0,
+    split: str = "train",
 ) -> TrainSet:
     """The images of `path`, divided for `seed`: `hold_back` (0 to below 1) of them, 1 to 1024, are held back.
+
+    The only place where images of a conversion are drawn: what judges it has no image that it was calibrated on or learnt
+    from.
 
     Args:
         path: folder, .tar, timm data set (`hfds/NAME`, ...), `digits` (its train split) or `digits:SPLIT`. Of a folder or
@@ -48,7 +86,8 @@ def trainset(
         labels: False: every label is -1, and images of a folder may lie at any depth. True: as `datasets.labelled`.
         split: of timm data sets.
 
-    A stream holds back its first images: `hold_back` of them where its length is known, else 256.
+    A stream holds back its first images: `hold_back` of them where its length is known, else 256. The parts of a stream
+    have no common image if each pass over it has the same order.
 
     Raises:
         BadData: nothing there, no images, fewer than two images with `hold_back` above 0; as `datasets.labelled`.

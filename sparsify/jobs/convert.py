@@ -24,6 +24,7 @@ from sparsify.fit.finetune.plan import Plan, RunOptions, TrainingData, check_sta
 from sparsify.fit.finetune.run import RunResult
 from sparsify.fit.finetune.run_folder import RunFolder
 from sparsify.fit.schedule import choose
+from sparsify.images.trainset import TrainSet, trainset
 from sparsify.jobs.dense import Calibrator, Dense, DenseRequest, load_dense
 from sparsify.jobs.tune import Calibrated, Tuned, tune
 from sparsify.measure.figures import Profile
@@ -125,13 +126,14 @@ def _convert(
         architecture, dense_sha256 = building.describe(model, dense.source), checkpoint.digest_of(model)
         checkpoint.may_overwrite(output.path, architecture, output.force)
         plan = _plan(model, recipe, images, dense_sha256, target, compute)
+        fitted_to = plan.images if plan else trainset(images.train) if images.train else None
     start = time.perf_counter()
     about = {
         "source": _public_name(dense.source.asked),
         "weights": request.weights.name if request.weights else None,
         "dense_sha256": dense_sha256,
     }
-    calibrated = partial(_calibrated, dense, recipe, images.train, target, compute, listener)
+    calibrated = partial(_calibrated, dense, recipe, fitted_to, target, compute, listener)
 
     def header(found: Calibrated, config: SparsityConfig, tuned: Tuned | None = None) -> checkpoint.Header:
         provenance = about | _provenance(found, images.train is not None) | (tuned.provenance() if tuned else {})
@@ -202,7 +204,7 @@ def _plan(
 
 
 def _calibrated(
-    dense: Dense, recipe: Recipe, images: str | None, target: Target | None, compute: Compute, listener: Listener
+    dense: Dense, recipe: Recipe, images: TrainSet | None, target: Target | None, compute: Compute, listener: Listener
 ) -> Calibrated:
     """The model with its predictors fitted (or drawn at random, as the recipe says), and a schedule chosen for a target."""
     model = dense.model

@@ -16,6 +16,7 @@ from sparsify.fit.calibrate.calibrate import Calibration, calibrate, first_image
 from sparsify.fit.schedule.choose import KEEPS, sensitivity
 from sparsify.fit.schedule.sensitivity import Sensitivity
 from sparsify.images import datasets
+from sparsify.images.trainset import TrainSet
 from sparsify.models import building, names, pretrained
 from sparsify.models.digits import network
 from sparsify.nn import graft, hosts
@@ -82,24 +83,24 @@ class Calibrator:
     @classmethod
     def on(
         cls,
-        images: str | None,
+        images: TrainSet | None,
         dense: Dense,
         recipe: Recipe,
         compute: Compute,
         listener: Listener,
         option: str = "data",
     ) -> Calibrator:
-        """On `recipe.calib_images` images of a folder or data set (None: the built-in set), drawn by the recipe's seed.
+        """On `recipe.calib_images` of the images to learn from (None: the built-in set), drawn by the recipe's seed.
 
         `option`: the argument that `images` was given by, for the description.
         """
         transform = datasets.transform(datasets.data_config(dense.model))
         n, size, device = recipe.calib_images, compute.batch_size or BATCH_SIZE, compute.torch_device
         if images is not None:
-            loader = datasets.unlabelled(images, n, recipe.seed, transform, size, compute.workers)
-            if loader.note:
-                listener.say(f"{field(option)}: {loader.note}")
-            words = f"up to {n} images of {images} (labels are not used)"
+            if images.note:
+                listener.say(f"{field(option)}: {images.note}")
+            loader = images.calibration(n, recipe.seed, transform, size, compute.workers)
+            words = f"up to {n} images of {images.name} (labels are not used)"
         else:
             digits = dense.source.architecture == network.ARCHITECTURE
             loader = datasets.builtin_calibration(digits, n, recipe.seed, transform, size, compute.workers)

@@ -21,6 +21,7 @@ from torch import nn
 from sparsify.config import SparsityConfig
 from sparsify.errors import BadFile, UsageError, as_options, field
 from sparsify.fit.schedule.choose import dense_macs, for_macs
+from sparsify.images.trainset import trainset
 from sparsify.jobs.dense import Calibrator, DenseRequest, load_dense
 from sparsify.measure import evaluate, latency
 from sparsify.measure.conditions import SWEEP, conditions
@@ -84,7 +85,9 @@ def sweep(
     if not labelled:
         say(f"{images.path} has no class folders: no accuracy, only how far the models agree with dense")
 
-    calibrator = Calibrator.on(calib, loaded, recipe, replace(compute, batch_size=None), listener, "calib")
+    calibrator = Calibrator.on(
+        trainset(calib) if calib else None, loaded, recipe, replace(compute, batch_size=None), listener, "calib"
+    )
     calibrated = calibrator.calibrate(model, recipe.sparsity)
     config = calibrated.config.model_copy(update={"cells": recipe.sparsity.cells, "tokens": None})
     choices, skipped = _choices(model, config, targets, keeps, calibrator)

@@ -88,6 +88,8 @@ def tune(
             checkpoint.save(start.model, run.start, header(start))
         processes.barrier()
     how.listener.say(_announced(plan))
+    if plan.warning:
+        how.listener.say(plan.warning)
     student, config = start.model, start.config
     outcome = finetune(student, teacher, plan, how, state)
     if outcome.changed:
@@ -112,8 +114,7 @@ def verdict(outcome: RunResult, plan: Plan) -> str:
 def _announced(plan: Plan) -> str:
     words = [f"least squares on up to {plan.repair[0].images} images, crops included"] if plan.repair else []
     stages = ", ".join([*words, *(f"{p.stage.name} {p.steps} steps of {p.stage.batch_size}" for p in plan.stages)])
-    note = f"; {plan.note}" if plan.note else ""
-    return f"fine-tuning ({plan.precision}): {stages}; judged on {plan.validated_on}{note}"
+    return f"fine-tuning ({plan.precision}): {stages}; judged on {plan.validated_on}"
 
 
 def _resumed(run: RunFolder) -> Calibrated:

@@ -25,6 +25,7 @@ from sparsify.processes import Compute, Listener
 from sparsify.recipe import Recipe, Repair, Stage
 
 BATCH = 32  # images per forward pass of validation and least squares
+FEW = 50  # images to judge by, below which the choice of the weights is mostly chance
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # a recipe's name -> accelerate's
 
 
@@ -62,9 +63,10 @@ class Plan:
     """A run."""
 
     stages: tuple[PlannedStage, ...]
+    images: TrainSet  # what everything is fitted to, calibration included
     validation: Labelled
     validated_on: str  # describes the validation images
-    note: str  # what was left out, or ''
+    warning: str  # of them, or ''
     precision: str  # a key of `PRECISIONS`
     seed: int
     # settings of the least squares before the stages, and their images, float32 [B, C, H, W], read anew by each iteration
@@ -90,7 +92,7 @@ def make_plan(model: nn.Module, recipe: Recipe, data: TrainingData, compute: Com
     labels = any(stage.losses.classification > 0 for stage in recipe.stages)
     images = trainset(data.images, classes, labels, recipe.seed, hold_back)
     preprocessing = datasets.data_config(model)
-    validation, validated_on = _validation_images(images, data, preprocessing, classes, compute.workers)
+    validation, validated_on, warning = _validation_images(images, data, preprocessing, classes, compute.workers)
     stages = []
     for number, stage in enumerate(recipe.stages):
         if stage.cache_teacher and images.stream:
@@ -116,9 +118,10 @@ def make_plan(model: nn.Module, recipe: Recipe, data: TrainingData, compute: Com
     unfolds = head_lowrank and any(stage.moves_predictors and stage.losses.pairs for stage in recipe.stages)
     return Plan(
         stages=tuple(stages),
+        images=images,
         validation=validation,
         validated_on=validated_on,
-        note=images.note,
+        warning=warning,
         precision=precision,
         seed=recipe.seed,
         repair=_repair_images(model, recipe, images, data, preprocessing, compute.workers),
@@ -178,16 +181,31 @@ def _repair_images(
 
 def _validation_images(
     images: TrainSet, data: TrainingData, preprocessing: dict[str, Any], classes: int, workers: int
-) -> tuple[Labelled, str]:
-    """This process's part of the validation images, and a description of all of them."""
+) -> tuple[Labelled, str, str]:
+    """This process's part of the validation images, a description of all of them, and a warning or ''."""
     transform = datasets.transform(preprocessing)
     if data.val is not None:
-        labelled = share(datasets.labelled(data.val, classes, transform, BATCH, workers))
-        return lambda: iter(labelled), f"the labelled images of {publishable(data.val)}"
+        every = datasets.labelled(data.val, classes, transform, BATCH, workers)
+        labelled = share(every)
+        seen = images.fitted(getattr(every.dataset, "items", None))
+        warning = (
+            f"warning: {seen} of the images to judge by are learnt from: give {field('val')} others" if seen else ""
+        )
+        described = f"the labelled images of {publishable(data.val)}"
+        return lambda: iter(labelled), described, warning or _few(every.total, data.val)
     if images.stream:
         dataset: Any = Stream(cast(Any, images.held), transform)
-        described = f"the first images of {publishable(data.images)}"
+        described = f"the first images of {publishable(data.images)}, which nothing learns from"
     else:
         dataset = Decoded(cast(Items, images.held), transform)
         described = f"{len(dataset)} images of {publishable(data.images)} that nothing learns from"
-    return share(ImageBatches(dataset, BATCH, workers, name=data.images)).pairs, described
+    held = ImageBatches(dataset, BATCH, workers, name=data.images)
+    return share(held).pairs, described, _few(held.total, None)
+
+
+def _few(images: int | None, val: str | None) -> str:
+    """A warning of few images to judge by; '' where there are enough, or nobody knows."""
+    if images is None or images >= FEW:
+        return ""
+    more = f"give {field('val')} more images" if val else f"raise hold_back, or give {field('val')}"
+    return f"warning: {images} images to judge by, where about {FEW} are expected: the choice is mostly chance; {more}"
