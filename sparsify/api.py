@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import nn
 
-from sparsify import config
+from sparsify import config, processes
 from sparsify.errors import UsageError, as_arguments
 from sparsify.jobs.convert import Conversion, ImageSources, OutputOptions
 from sparsify.jobs.convert import convert as convert_job
@@ -104,7 +105,7 @@ class EvaluateOptions(ComputeOptions, total=False):
 
 
 def convert(
-    name: str,
+    name: str | Path,
     *,
     keep: float | str | Sequence[float | str] | None = None,
     recipe: str | Recipe | None = None,
@@ -141,7 +142,7 @@ def convert(
     """
     calibrate_only, val = options.pop("calibrate_only", False), options.pop("val", None)
     model = DenseRequest(
-        name,
+        os.fspath(name),
         None if weights is None else Path(weights),
         options.pop("num_classes", None),
         options.pop("img_size", None),
@@ -195,7 +196,7 @@ def load(
     """
     file = hub.local(path)
     changed = checkpoint.read_header(file).backbone_changed
-    model = graft.freeze_predictors(checkpoint.load(file, img_size, device, rates))
+    model = graft.freeze_predictors(checkpoint.load(file, img_size, processes.torch_device(device), rates))
     fallback = backend == "auto" and not changed
     execution.set_execution(model, Execution(backend, kernel_precision, fallback, Chooser() if fallback else None))
     return model

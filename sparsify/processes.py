@@ -10,9 +10,10 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from sparsify.errors import SparsifyError, UsageError
+from sparsify.errors import SparsifyError, UsageError, field, short
 
 if TYPE_CHECKING:
     import torch
@@ -37,10 +38,8 @@ class Compute:
 
     @property
     def torch_device(self) -> torch.device:
-        """`device` for torch."""
-        import torch
-
-        return torch.device(self.device)
+        """`device` for torch; `UsageError` where it cannot compute here."""
+        return torch_device(self.device)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -50,6 +49,23 @@ class Compute:
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype '{self.dtype}': expected one of {', '.join(DTYPES)}")
         return cast("torch.dtype", getattr(torch, self.dtype))
+
+
+@lru_cache
+def torch_device(name: str | torch.device) -> torch.device:
+    """torch's device of that name; `UsageError` where torch has none such, or cannot compute on it here."""
+    import torch
+
+    try:
+        torch.zeros(1, device=name).item()  # not on meta
+    except Exception:
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        here += ["mps"] if torch.backends.mps.is_available() else []
+        known = ", ".join(here)
+        raise UsageError(
+            f"{field('device')} {short(str(name), 80)} cannot be used here; this machine has {known}"
+        ) from None
+    return torch.device(name)
 
 
 @dataclass(frozen=True)

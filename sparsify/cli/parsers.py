@@ -108,13 +108,9 @@ def compute(device: str, dtype: str, backend: str, kernel_precision: str = "inpu
     one_of("--kernel-precision", kernel_precision, completion.KERNEL_PRECISIONS)
     one_of("--dtype", dtype, DTYPES)
     preflight()
-    import torch
-
-    try:
-        torch.zeros(1, device=device)
-    except Exception as error:
-        raise UsageError(f"--device {device}: {' '.join(str(error).split())[:120]}; try --device cpu") from None
-    return Compute(device, dtype, backend, kernel_precision, **sizes)
+    made = Compute(device, dtype, backend, kernel_precision, **sizes)
+    _ = made.torch_device  # refuses one that is not there
+    return made
 
 
 def one_of(option: str, name: str, known: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,7 +160,7 @@ def digest_of(model: nn.Module) -> str:
 
 def may_overwrite(path: Path, architecture: Mapping[str, Any], force: bool) -> None:
     """`BadFile` where a file at `path` is not a model of the same architecture, unless `force` is set."""
-    if force or not path.exists():
+    if force or not os.path.exists(path):
         return
     with contextlib.suppress(BadFile):
         if read_header(path).architecture == architecture:
@@ -170,9 +171,9 @@ def may_overwrite(path: Path, architecture: Mapping[str, Any], force: bool) -> N
 
 def metadata(path: Path) -> dict[str, str]:
     """The file's metadata as written; `BadFile`: missing, or not safetensors."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise BadFile(f"no file {path}: 'sparsify convert NAME' writes one")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise BadFile(f"{path} is a folder: give a .safetensors file that 'sparsify convert' wrote")
     with _reading(path) as file:
         return dict(file.metadata() or {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -30,8 +31,8 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         BadFile: missing, not a checkpoint, truncated, with other objects than tensors, or made by sparsify.
     """
-    if not path.is_file():
-        raise BadFile(f"weights file {path} " + ("is a folder" if path.is_dir() else "does not exist"))
+    if not os.path.isfile(path):
+        raise BadFile(f"weights file {path} " + ("is a folder" if os.path.isdir(path) else "does not exist"))
     try:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, "pt") as file:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import socket
 import urllib.parse
@@ -37,7 +38,7 @@ def local(name: str | Path) -> Path:
     if text.startswith(SCHEMES):
         return fetch(text.partition(":")[2])
     is_name = isinstance(name, str) and _NAME.fullmatch(text) and not text.endswith((*CHECKPOINTS, ".json", ".yaml"))
-    return fetch(text) if is_name and not Path(name).exists() else Path(name)
+    return fetch(text) if is_name and not os.path.exists(name) else Path(name)
 
 
 def is_name(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -129,9 +130,9 @@ def not_downloaded(what: str, error: BaseException) -> str:
 
 def _unknown(name: str) -> str:
     path, weights = Path(name), field("weights")
-    if path.is_dir():
+    if os.path.isdir(path):
         return f"'{name}' is a folder, not a model name: give it as local-dir:{name}"
-    if path.is_file() or path.suffix in CHECKPOINTS:
+    if os.path.isfile(path) or path.suffix in CHECKPOINTS:
         return f"'{name}' is a file, not a model name: give the name of its architecture and {weights} {name}"
     if "/" in name or "\\" in name:
         return f"'{name}' is not a model name: give hf-hub:OWNER/NAME, local-dir:FOLDER, or a name and {weights} FILE"

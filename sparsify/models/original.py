@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -65,7 +66,7 @@ def load_original(
     """
     asked = str(asked)
     file = Path(asked)
-    is_file = file.suffix in CHECKPOINTS or file.is_file()
+    is_file = file.suffix in CHECKPOINTS or os.path.isfile(file)
     model = _from_file(header, file) if is_file else _from_name(header, asked)
     if not header.dense_sha256:
         say(f"{field('dense')} {asked} has the right architecture; whether it is the original, this file does not say")
@@ -95,7 +96,7 @@ def _from_name(header: Header, asked: str) -> nn.Module:
 
 
 def _from_file(header: Header, file: Path) -> nn.Module:
-    if file.suffix == ".safetensors" and file.is_file() and _converted(file):
+    if file.suffix == ".safetensors" and os.path.isfile(file) and _converted(file):
         wrong = f"{field('dense')} {file}: a model that 'sparsify convert' wrote, not a dense one"
         raise BadFile(f"{wrong}; give {_hint(header)}")
     architecture, num_classes, side = _built(header)

@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import sparsify
-from sparsify.errors import UsageError
+from sparsify.errors import SparsifyError, UsageError
 from sparsify.models import checkpoint
 from sparsify.nn import attention, graft
 from sparsify.nn.attention import Execution
@@ -64,3 +65,45 @@ def test_importing_the_package_does_not_import_torch():
     out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "False 0.3"
     assert {"convert", "load", "profile", "evaluate", "SparsityConfig"} <= set(dir(sparsify))
+
+
+@pytest.mark.parametrize("device", ["xla", "abacus", "cuda:99", "meta", "c" * 500])
+def test_a_device_that_cannot_compute_here_is_one_line(device, run, tmp_path):
+    with pytest.raises(UsageError, match=r"^device [^\n]* cannot be used here; this machine has cpu") as error:
+        sparsify.convert("digits", device=device, output=tmp_path / "m.safetensors")
+    assert len(str(error.value)) < 200
+    code, _, err = run("convert", "digits", "--device", device)
+    assert code == 2 and err == f"error: {error.value.for_command_line()}\n" and err.startswith("error: --device ")
+
+
+def test_a_device_that_is_not_here_is_refused_by_every_function(tmp_path):
+    path = tmp_path / "digits.safetensors"
+    model = sparsify.convert("digits", output=path, calib_images=2, spread_rank=False).model
+    for call in (sparsify.load, sparsify.profile, lambda *given, **how: sparsify.evaluate(*given, "digits", **how)):
+        for given in (path,) if call is sparsify.load else (path, model):
+            with pytest.raises(UsageError, match="^device xla cannot be used here"):
+                call(given, device="xla")
+
+
+def test_what_a_caller_gives_wrongly_is_one_line_that_names_arguments(tmp_path):
+    long, output = "a" * 4000, tmp_path / "m.safetensors"
+    calls = {
+        "is a file, not a model name": lambda: sparsify.convert(tmp_path / "m.pth"),
+        "learns from images: give them with data, or calibrate only (calibrate_only)": lambda: sparsify.convert(
+            "digits", recipe="distill", output=output
+        ),
+        "give either target_macs or target_latency": lambda: sparsify.convert(
+            "digits", target_macs=0.5, target_latency=0.5
+        ),
+        "unknown model 'aaa": lambda: sparsify.convert(long),
+        "no recipe 'aaa": lambda: sparsify.convert("digits", recipe=long),
+        "weights file aaa": lambda: sparsify.convert("digits", weights=long, output=output),
+        "no file aaa": lambda: sparsify.load(long),
+        "no file a\\x00": lambda: sparsify.load("a\0"),
+        "a is not a model folder": lambda: sparsify.convert("local-dir:" + long),
+    }
+    for words, call in calls.items():
+        with pytest.raises(SparsifyError, match=r"^[^\n]{1,1100}$") as error:
+            call()
+        assert words in str(error.value) and "--" not in str(error.value)
+    assert sparsify.convert(Path("digits"), calib_images=2, output=output).path == output
