@@ -10,6 +10,7 @@ noise does not change a decision. Decisions are kept in the `Chooser` and on dis
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
@@ -164,7 +165,7 @@ def _parse(found: Any, shape: Shape) -> Choice | None:
     """A choice as it was written; None where it is anything else, or not of this shape's candidates."""
     try:
         choice = Choice(str(found["taken"]), dict(found["ms"]), int(found["rounds"]), str(found["reason"]))
-        whole = all(isinstance(t, int | float) and t > 0 for t in choice.ms.values())
-    except (TypeError, KeyError, ValueError):
+        whole = all(isinstance(t, int | float) and 0 < t < math.inf for t in choice.ms.values())
+    except (TypeError, KeyError, ValueError, OverflowError):
         return None
     return choice if whole and choice.taken in {shape.sparse, *DENSE} & choice.ms.keys() else None

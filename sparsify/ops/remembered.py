@@ -8,19 +8,22 @@ at any time.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sparsify.errors import BadFile
+from sparsify.files import write_json
 from sparsify.ops import backends
 from sparsify.ops.backends import device_name
 from sparsify.ops.cpu import build, kernels
 from sparsify.version import __version__
+
+LARGEST = 1_000_000  # bytes: about 3,000 shapes
 
 
 def identity(device: str) -> dict[str, str]:
@@ -46,9 +49,11 @@ def file_of(machine: dict[str, str]) -> Path | None:
 
 
 def read(path: Path | None) -> dict[str, Any]:
-    """Shape -> choice, as written; empty where the file cannot be read."""
+    """Shape -> choice, as written; empty where the file is no regular one of at most `LARGEST` bytes, or damaged."""
     try:
-        choices = json.loads(path.read_text(encoding="utf-8"))["choices"] if path else {}
+        if path is None or not path.is_file() or path.stat().st_size > LARGEST:
+            return {}
+        choices = json.loads(path.read_text(encoding="utf-8"))["choices"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return {}
     return choices if isinstance(choices, dict) else {}
@@ -58,13 +63,8 @@ def add(path: Path | None, machine: dict[str, str], shape: str, choice: dict[str
     """Put one choice into the file, which is replaced whole; what other processes wrote meanwhile stays."""
     if path is None:
         return
-    temporary = ""
-    try:
+    with contextlib.suppress(OSError, BadFile):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump({"machine": machine, "choices": read(path) | {shape: choice}}, file, indent=1)
-        os.replace(temporary, path)
-    except OSError:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            path.unlink()
+        write_json(path, {"machine": machine, "choices": read(path) | {shape: choice}})

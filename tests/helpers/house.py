@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"nn", *ROOTS},
     "images": {"nn", *ROOTS},
     "nn": {"ops", "config", "errors", "version"},
-    "ops": {"errors", "version"},
+    "ops": {"errors", "files", "version"},
     "recipe": {"config", "files", "errors", "version"},
     "config": {"errors", "version"},
     "files": {"errors", "version"},

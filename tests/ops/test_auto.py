@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
+import os
 import pickle
 import threading
 from functools import partial
@@ -204,6 +206,10 @@ def written(choice: object) -> bytes:
         written({"taken": "reference", "ms": {"reference": 1}, "rounds": 7, "reason": "not of this shape's candidates"}),
         written({"taken": "cpu", "ms": {"cpu": "fast"}, "rounds": 7, "reason": ""}),
         written({"taken": "cpu", "ms": {"cpu": 1}, "rounds": "x", "reason": ""}),
+        written({"taken": "cpu", "ms": {"cpu": 1}, "rounds": math.inf, "reason": ""}),
+        written({"taken": "cpu", "ms": {"cpu": math.inf}, "rounds": 7, "reason": ""}),
+        written({"taken": "cpu", "ms": {"cpu": math.nan}, "rounds": 7, "reason": ""}),
+        written({"taken": "cpu", "ms": {"cpu": 1}, "rounds": 7, "reason": " " * 1_000_000}),  # too long to be ours
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_measured_again(content, folder):
@@ -214,6 +220,14 @@ def test_a_damaged_file_is_measured_again(content, folder):
     assert clock.chooser().choose(SHAPE, None).taken == "sdpa" and clock.made == 1
     assert json.loads(file.read_text())["choices"][SHAPE.text()]["taken"] == "sdpa"
     assert [file] == list(folder.iterdir())
+
+
+def test_a_pipe_in_its_place_is_replaced_and_not_waited_for(folder):
+    path = remembered.file_of(remembered.identity("cpu"))
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    assert Clock(cpu=[1], sdpa=[2]).chooser().choose(SHAPE, None).taken == "cpu"
+    assert json.loads(path.read_text())["choices"][SHAPE.text()]["taken"] == "cpu"
 
 
 @pytest.mark.parametrize("what", ["a file in its place", "a folder in its place", "no home"])

@@ -1,17 +1,22 @@
 """The CPU kernels' build: once, whole or not at all, and one line where it cannot be. The compilers are shell scripts."""
 
+import hashlib
 import multiprocessing
 import os
 import platform
+import shutil
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from sparsify.cli.app import main
 from sparsify.ops.cpu import kernels
-from sparsify.ops.cpu.build import LIBRARY, Built, build, cache_dir, commands
+from sparsify.ops.cpu.build import LIBRARY, SUM, Built, build, cache_dir, commands
+
+WHOLE = [LIBRARY, SUM]
 
 COMPILER = """#!/bin/sh
 case "$*" in *--version*) echo fake 1; exit;; esac
@@ -20,7 +25,7 @@ echo "$@" >> calls
 if [ -e hang ]; then echo $$ >> hanging; exec sleep 60; fi
 if [ -e slow ]; then sleep 0.3; fi
 if [ -e fail ]; then printf '%s\\n' 'In file included from a.h:' 'a.h:3:1: error: no such thing' 'more'; exit 1; fi
-while [ $# -gt 0 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done
+while [ $# -gt 0 ]; do if [ "$1" = -o ]; then printf library > "$2"; fi; shift; done
 """
 
 
@@ -87,7 +92,7 @@ def test_second_call_finds_the_library_and_compiles_nothing(workshop):
     second = workshop.build()
     assert second.path == first.path and second.seconds == 0 and len(workshop.calls()) == 3 and len(workshop.said) == 1
     assert workshop.build(force=True).seconds > 0 and len(workshop.calls()) == 6
-    assert workshop.left() == [LIBRARY] and not workshop.temporary()
+    assert workshop.left() == WHOLE and not workshop.temporary()
 
 
 def test_commands_give_each_file_its_instruction_set_and_torch_to_the_binding_only(workshop):
@@ -116,7 +121,7 @@ def test_failure_is_one_line_remembered_and_tried_again_by_force(workshop):
     assert "In file included" in workshop.said[-1] and "-c " in workshop.said[-1] and len(workshop.calls()) == calls
     (workshop.root / "fail").unlink()
     assert workshop.build().reason == failed.reason
-    assert workshop.build(force=True).path.is_file() and workshop.left() == [LIBRARY]
+    assert workshop.build(force=True).path.is_file() and workshop.left() == WHOLE
 
 
 @pytest.mark.parametrize(
@@ -125,6 +130,8 @@ def test_failure_is_one_line_remembered_and_tried_again_by_force(workshop):
         ("/usr/bin/ld: cannot find -lc10\ncollect2: error: ld returned 1 exit status", "exit 1", "cannot find -lc10"),
         ("", "exit 3", "exit code 3"),
         ("cc1plus: fatal error: Killed signal terminated program", "exit 1", None),
+        ("fatal error: error writing to /tmp/x.s: No space left on device", "exit 1", None),
+        ("collect2: fatal error: ld terminated with signal 7 [Bus error]", "exit 1", None),
         ("", "kill -9 $$", None),
     ],
 )
@@ -194,14 +201,16 @@ def test_cache_dir_follows_the_environment(tmp_path, monkeypatch):
 def test_killed_build_leaves_no_library_and_the_next_one_cleans_up(workshop):
     (workshop.root / "hang").touch()
     process = in_process(workshop.build)
-    pids = workshop.hanging(1)
+    pids = workshop.hanging(min(2, len(os.sched_getaffinity(0))))
     process.kill()
     process.join(30)
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+    until = time.monotonic() + 30
+    while any(map(alive, pids)) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not any(map(alive, pids)), "compilers outlive the process that started them"
     assert LIBRARY not in workshop.left() and len(workshop.temporary()) == 1
     (workshop.root / "hang").unlink()
-    assert workshop.build().path.is_file() and not workshop.temporary() and workshop.left() == [LIBRARY]
+    assert workshop.build().path.is_file() and not workshop.temporary() and workshop.left() == WHOLE
 
 
 def test_ctrl_c_stops_the_compilers_and_leaves_nothing(workshop):
@@ -222,13 +231,110 @@ def test_ctrl_c_stops_the_compilers_and_leaves_nothing(workshop):
     assert not workshop.left() and not workshop.temporary()
 
 
+@pytest.mark.parametrize("damage", ["cut", "flipped", "no sum", "another's sum"])
+def test_a_damaged_library_is_not_loaded_but_built_again(workshop, damage, monkeypatch):
+    library = workshop.build().path
+    assert (library.parent / SUM).read_text().split() == [hashlib.sha256(b"library").hexdigest(), LIBRARY]
+    if damage == "no sum":
+        (library.parent / SUM).unlink()
+    elif damage == "another's sum":
+        (library.parent / SUM).write_text(f"{'0' * 64}  {LIBRARY}\n")
+    else:
+        library.write_bytes(b"libra" if damage == "cut" else b"lybrary")
+    with monkeypatch.context() as patch:  # nor where it cannot be built again
+        patch.setenv("PATH", str(workshop.root / "nowhere"))
+        patch.delenv("CXX")
+        assert "install g++" in workshop.build().reason
+    again = workshop.build()
+    assert again.path == library and again.seconds > 0 and library.read_bytes() == b"library"
+    assert workshop.build().seconds == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe\x00"])
+def test_a_damaged_record_of_a_failure_is_none(workshop, content):
+    library = workshop.build().path
+    for file in library.parent.iterdir():
+        file.unlink()
+    (library.parent / "failed.txt").write_bytes(content)
+    assert workshop.build().path == library and workshop.left() == WHOLE
+
+
+def test_a_failure_on_a_full_disk_is_not_remembered(workshop, monkeypatch):
+    """Neither where the compiler says so, nor where only the disk does."""
+    (workshop.root / "fail").touch()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert "no such thing" in workshop.build().reason and workshop.left() == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root is careful")
+@pytest.mark.parametrize("what", ["file", "folder"])
+@pytest.mark.parametrize("how", ["owner", "group", "others"])
+@pytest.mark.parametrize("compiler", [True, False])
+def test_root_loads_no_library_that_others_could_have_written(workshop, monkeypatch, what, how, compiler):
+    library = workshop.build().path
+    path = library if what == "file" else library.parent
+    if how == "owner":
+        os.chown(path, 1234, 0)
+    else:
+        path.chmod(path.stat().st_mode | (0o020 if how == "group" else 0o002))
+    if not compiler:
+        monkeypatch.setenv("PATH", str(workshop.root / "nowhere"))
+        monkeypatch.delenv("CXX")
+    calls = len(workshop.calls())
+    refused = workshop.build()
+    assert refused.path is None and str(path) in refused.reason and "\n" not in refused.reason
+    assert ("user 1234" if how == "owner" else "written by other users") in refused.reason
+    assert "SPARSIFY_CACHE" in refused.reason and len(workshop.calls()) == calls
+    if what == "folder":  # and builds nothing into it
+        library.unlink()
+        assert compiler != workshop.build().reason.startswith("no C++") and len(workshop.calls()) == calls
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root is careful")
+def test_root_looks_behind_a_symbolic_link(workshop, tmp_path):
+    library = workshop.build().path
+    (tmp_path / "theirs").write_bytes(library.read_bytes())
+    os.chown(tmp_path / "theirs", 1234, 0)
+    library.unlink()
+    library.symlink_to(tmp_path / "theirs")
+    assert "user 1234" in workshop.build().reason
+
+
+def test_what_is_built_can_be_written_by_its_owner_only(workshop):
+    before = os.umask(0)
+    try:
+        library = workshop.build().path
+    finally:
+        os.umask(before)
+    assert not (library.stat().st_mode | library.parent.stat().st_mode) & 0o022
+
+
+def test_a_builder_that_does_not_end_is_said_and_not_waited_for_without_limit(workshop, monkeypatch):
+    monkeypatch.setattr(kernels.build, "SILENT_S", 0.1)
+    monkeypatch.setattr(kernels.build, "LONGEST_S", 0.2)
+    (workshop.root / "hang").touch()
+    process = in_process(workshop.build)
+    workshop.hanging(1)
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        found = workshop.build()
+    finally:
+        process.kill()
+        process.join(30)
+    assert found.path is None and "does not finish" in found.reason and "SPARSIFY_CACHE" in found.reason
+    (waiting,) = workshop.said
+    assert waiting.startswith("waiting for another process that builds the CPU kernels in ")
+    (workshop.root / "hang").unlink()
+    assert workshop.build().path.is_file()
+
+
 def test_two_processes_build_once(workshop):
     (workshop.root / "slow").touch()
     processes = [in_process(lambda: sys.exit(0 if workshop.build().path else 1)) for _ in range(2)]
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
-    assert len(workshop.calls()) == 3 and workshop.left() == [LIBRARY]
+    assert len(workshop.calls()) == 3 and workshop.left() == WHOLE
 
 
 @pytest.mark.parametrize(("machine", "system"), [("aarch64", "linux"), ("x86_64", "darwin"), ("AMD64", "win32")])

@@ -1,10 +1,11 @@
 """The CPU kernels: compiled by the machine's C++ compiler at first use, and kept in a cache folder.
 
     cache_dir()/kernels/<made from>-<compiler>/sparsify_cpu.so     or failed.txt: the reason, then all that was printed
+                                               sparsify_cpu.so.sha256     of the library, checked before it is loaded
 
 <made from> is a hash of the sources, the flags and torch (version and folder), <compiler> one of its path and version. One
-process builds at a time, in a folder of its own; the finished library is moved to its target. The cache can be deleted
-at any time.
+process builds at a time, in a folder of its own; the finished library is moved to its target. Its compilers end with it,
+however it ends. As root no library is loaded that another user could have written. The cache can be deleted at any time.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from sparsify.errors import one_line
 
 SOURCES = Path(__file__).parent / "src"
 LIBRARY = "sparsify_cpu.so"
+SUM = f"{LIBRARY}.sha256"  # as sha256sum writes it
 FAILED = "failed.txt"
 TEMPORARY = ".building-"
 
@@ -37,6 +41,25 @@ AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefe
 AVX512BF16 = (*AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni", "-mavx512bf16")
 FLAGS_OF = {"kernel_avx2": AVX2, "kernel_avx512": AVX512, "kernel_avx512bf16": AVX512BF16}
 NEEDS_TORCH = "binding"
+
+SILENT_S, LONGEST_S = (
+    5.0,
+    300.0,
+)  # of waiting for another process that builds: until it is said, and until it is given up
+PASSING = (
+    "Killed",
+    "terminated",
+    "No space left",
+    "quota exceeded",
+    "File too large",
+    "Input/output error",
+    "Read-only file",
+    "Cannot allocate",
+    "virtual memory exhausted",
+    "out of memory",
+    "Resource temporarily unavailable",
+)  # words of failures that another time may not have
+ROOM = 16_000_000  # bytes: with less on the disk no failure is remembered
 
 MORE = "'sparsify build-kernels --verbose' shows all, --force tries again"
 
@@ -133,17 +156,20 @@ def build(
     made_from, words = _made_from(sources), find_compiler()
     try:
         if not words:  # built where there was a compiler, used where there is none
-            found = None if force else next(iter(sorted(kernels.glob(f"{made_from}-*/{LIBRARY}"))), None)
-            return Built(found, "" if found else _no_compiler())
+            every = [] if force else sorted(kernels.glob(f"{made_from}-*"))
+            known = next((found for each in every if (found := _known(each, show)) and found.path), None)
+            return known or Built(None, _no_compiler())
         target = kernels / f"{made_from}-{_digest([*words, _version(words)])[:8]}"
         if not force and (known := _known(target, show)):
             return known
         kernels.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(kernels / "lock")):
+        with _alone(kernels, say):
             for dead in kernels.glob(f"{TEMPORARY}*"):  # nobody else builds while this process holds the lock
                 shutil.rmtree(dead, ignore_errors=True)
             if not force and (known := _known(target, show)):
                 return known
+            if target.exists():
+                _check_owner(target)
             if say:
                 say(f"building the CPU kernels with {Path(words[0]).name} (once, under a minute) ...")
             return _build(words, sources, target, show)
@@ -165,74 +191,121 @@ def _build(words: list[str], sources: Path, target: Path, show: Callable[[str], 
         except _Failed as error:
             show(error.printed)
             if error.lasting:
-                (folder / FAILED).write_text(f"{error}\n{error.printed}")
+                (folder / FAILED).write_text(f"{error}\n{error.printed}", encoding="utf-8")
                 _put(folder / FAILED, target)
             raise
+        (folder / SUM).write_text(f"{_sum(folder / LIBRARY)}  {LIBRARY}\n", encoding="utf-8")
+        _put(folder / SUM, target)
         _put(folder / LIBRARY, target)
         (target / FAILED).unlink(missing_ok=True)
     return Built(target / LIBRARY, seconds=time.perf_counter() - began)
 
 
+@contextmanager
+def _alone(kernels: Path, say: Callable[[str], None] | None) -> Iterator[None]:
+    """Waits until no other process builds. Raises _Failed where one does not come to an end."""
+    lock = FileLock(str(kernels / "lock"))
+    try:
+        lock.acquire(timeout=SILENT_S)
+    except Timeout:
+        if say:
+            say(f"waiting for another process that builds the CPU kernels in {kernels} ...")
+        try:
+            lock.acquire(timeout=LONGEST_S)
+        except Timeout:
+            advice = "end it, or set SPARSIFY_CACHE to another folder"
+            raise _Failed(f"another process holds {kernels / 'lock'} and does not finish: {advice}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _run(todo: list[list[str]], folder: Path) -> str:
     """Run the commands, at most one for each processor at a time; what they printed, each below its command.
+
+    They and all that they start end with this process: they are of one group, with a shell that ends the group when the
+    pipe from this process is closed.
 
     Raises:
         _Failed: one of them failed. Then, and when interrupted, the others are stopped.
     """
     waiting, printed = todo[::-1], ""
-    running: dict[subprocess.Popen[bytes], tuple[list[str], Path]] = {}
+    running: dict[subprocess.Popen[bytes], tuple[list[str], BinaryIO]] = {}
     environment = os.environ | {"LC_ALL": "C", "TMPDIR": str(folder)}  # 'error' in English; no litter in /tmp
+    watch = subprocess.Popen(["/bin/sh", "-c", "read _; kill -KILL 0"], stdin=subprocess.PIPE, process_group=0)
     try:
         while waiting or running:
             while waiting and len(running) < len(os.sched_getaffinity(0)):
-                command, log = waiting.pop(), folder / f"{len(waiting)}.log"
-                with open(log, "wb") as out:
-                    process = subprocess.Popen(
-                        command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, process_group=0
-                    )
-                running[process] = command, log
+                command = waiting.pop()
+                printing = os.fdopen(os.memfd_create("log"), "w+b")  # in memory: the disk may be full
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=printing,
+                    stderr=printing,
+                    env=environment,
+                    process_group=watch.pid,
+                )
+                running[process] = command, printing
             time.sleep(0.01)
             for process in [each for each in running if each.poll() is not None]:
                 command, log = running.pop(process)
-                text = log.read_text(errors="replace")
+                with log:
+                    log.seek(0)
+                    text = log.read().decode(errors="replace")
                 printed += f"{' '.join(command)}\n{text}"
                 if process.returncode:
-                    # Killed by the system, or a full disk: another time it may work.
-                    passing = process.returncode < 0 or "Killed" in text or "No space left" in text
+                    passing = process.returncode < 0 or any(words in text for words in PASSING)
+                    passing |= shutil.disk_usage(folder).free < ROOM
                     raise _Failed(_reason(command, text, process.returncode), printed, lasting=not passing)
         return printed
     finally:
-        _stop(list(running))
-
-
-def _stop(running: list[subprocess.Popen[bytes]]) -> None:
-    """End the compilers that still run and the processes that they started: each leads a group of its own."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        for process in running:
-            if process.poll() is None:
-                os.killpg(process.pid, how)
-        until = time.monotonic() + 2
-        while time.monotonic() < until and any(process.poll() is None for process in running):
-            time.sleep(0.01)
+        os.killpg(watch.pid, signal.SIGKILL)
+        for process in (watch, *running):
+            process.communicate()
 
 
 def _put(file: Path, target: Path) -> None:
-    """Move `file` into the folder `target` once all of it is on the disk."""
+    """Move `file` into the folder `target` once all of it is on the disk; only its owner may write either."""
     with open(file, "rb+") as written:
+        os.fchmod(written.fileno(), 0o755)
         os.fsync(written.fileno())
-    target.mkdir(exist_ok=True)
+    target.mkdir(mode=0o755, exist_ok=True)
     os.replace(file, target / file.name)
 
 
 def _known(target: Path, show: Callable[[str], None]) -> Built | None:
-    """What an earlier build left in `target`, if anything."""
-    if (target / LIBRARY).is_file():
-        return Built(target / LIBRARY)
-    if (target / FAILED).is_file():
-        reason, _, printed = (target / FAILED).read_text().partition("\n")
-        show(printed)
-        return Built(None, reason)
+    """What an earlier build left in `target`: a whole library, or a reason. Raises _Failed where it must not be loaded."""
+    try:
+        if (target / SUM).is_file() and (target / SUM).read_text(encoding="utf-8").split()[:1] == [
+            _sum(target / LIBRARY)
+        ]:
+            _check_owner((target / LIBRARY).resolve(), (target / LIBRARY).resolve().parent)
+            return Built(target / LIBRARY)
+        if (target / FAILED).is_file():
+            reason, _, printed = (target / FAILED).read_text(encoding="utf-8").partition("\n")
+            if reason.strip():
+                show(printed)
+                return Built(None, reason)
+    except (OSError, UnicodeDecodeError):  # damaged: built again
+        pass
     return None
+
+
+def _check_owner(*paths: Path) -> None:
+    """Raises _Failed where this process is root's and another user can write one of `paths`."""
+    for path in paths if os.geteuid() == 0 else ():
+        info = path.stat()
+        others = f"belongs to user {info.st_uid}" if info.st_uid else "can be written by other users"
+        if info.st_uid or info.st_mode & 0o022:
+            advice = "set SPARSIFY_CACHE to a folder of root's own"
+            raise _Failed(f"{path} {others}, and root loads no such library: {advice}")
+
+
+def _sum(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _reason(command: list[str], text: str, code: int) -> str:
