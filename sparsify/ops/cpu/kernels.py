@@ -12,7 +12,9 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,15 +77,21 @@ def _find() -> tuple[int, str | None]:
     if built.path is None:
         return 0, built.reason
     try:
-        torch.ops.load_library(str(built.path))
-        _describe()
-        best = int(torch.ops.sparsify_cpu.best_isa())
+        with ThreadPoolExecutor(1) as thread:  # where no tracer or transformation of this call is active
+            best = thread.submit(_loaded, built.path).result()
     except (OSError, RuntimeError) as error:
         why = str(error).splitlines()[0]
         return 0, f"the CPU kernels do not load ({why}): try 'sparsify build-kernels --force'"
     if best == 0:
         return 0, "this processor has no AVX2, which the CPU kernels need"
     return (min(best, ISAS.index(wanted)) if wanted else best), None
+
+
+def _loaded(library: Path) -> int:
+    """Load the library; the best instruction set that it and the processor have."""
+    torch.ops.load_library(str(library))
+    _describe()
+    return int(torch.ops.sparsify_cpu.best_isa())
 
 
 def _bf16(q: Tensor, precision: str) -> bool:
