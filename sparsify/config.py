@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from sparsify.errors import UsageError, brief, field
+from sparsify.errors import UsageError, brief, field, short
 
 M = TypeVar("M", bound=BaseModel)
 _NAME = re.compile("(?!(?:float|int)$)[a-z][a-z0-9_]*")  # of a field
@@ -143,23 +143,29 @@ class Tokens(Frozen):
     """of a token; fitted: how much later rows read of it, predicted from the token by a linear map fitted in
     calibration; attention: what this block's cls row gives it"""
     keep: PositiveShare | tuple[Share, ...] = 0.7
-    stages: tuple[Count, ...] = (4, 7, 10)
-    """blocks, counted from 1"""
+    stages: tuple[Count, ...] | None = None
+    """blocks, counted from 1; null: three, a quarter, half and three quarters through (4, 7, 10 of 12)"""
+
+    def with_stages(self, depth: int) -> Tokens:
+        """A copy with the `stages` for that depth filled in, if there are none."""
+        by_depth = sorted({depth * i // 4 + 1 for i in (1, 2, 3)})
+        return self if self.stages is not None else self.model_copy(update={"stages": tuple(by_depth)})
 
     def shares(self, depth: int) -> tuple[float | None, ...]:
         """Fraction of the patches that remain after each block's stage; None where a block has none."""
         if isinstance(self.keep, tuple):
             products = accumulate(self.keep, mul)
             return tuple(None if rate == 1 else share for rate, share in zip(self.keep, products, strict=True))
-        stages, keep = sorted(self.stages), self.keep
+        stages, keep = sorted(self.with_stages(depth).stages or ()), self.keep
         return tuple(keep ** (1 + stages.index(i)) if i in stages else None for i in range(1, depth + 1))
 
     def check(self, depth: int, prefix: int) -> None:
         """Raise `UsageError` where this does not fit `depth` blocks and `prefix` prefix tokens."""
         if not isinstance(self.keep, tuple):
-            if not self.stages or max(self.stages) > depth or len(set(self.stages)) < len(self.stages):
-                given = ",".join(map(str, self.stages))
-                raise UsageError(f"token stages {given}: expected different blocks from 1 to {depth}")
+            stages = self.with_stages(depth).stages or ()
+            if not stages or max(stages) > depth or len(set(stages)) < len(stages):
+                given = ",".join(map(str, stages)) or "()"
+                raise UsageError(f"token stages {short(given, 80)}: expected different blocks from 1 to {depth}")
         elif len(self.keep) != depth:
             raise UsageError(
                 f"token keep lists {len(self.keep)} rates, but the model has {depth} blocks: give one each"

@@ -209,7 +209,7 @@ def _calibrated(
     """The model with its predictors fitted (or drawn at random, as the recipe says), and a schedule chosen for a target."""
     model = dense.model
     if recipe.start == "random":
-        config = recipe.sparsity.with_cells(hosts.num_tokens(model))
+        config = graft.filled(model, recipe.sparsity)
         if config.tokens is not None:  # nothing is fitted
             config = config.model_copy(update={"tokens": config.tokens.model_copy(update={"importance": "attention"})})
         graft.reset_predictors(graft.graft(model, config), recipe.seed)
@@ -243,7 +243,7 @@ def _choose_schedule(
     say(f"schedule: {words}")
     say("  tokens after each block  " + " ".join(str(n + prefix) for n in found.schedule.counts[1:]))
     say("  keep of each block       " + " ".join(f"{keep:g}" if keep else "dense" for keep in found.schedule.keeps))
-    config = found.config.with_cells(hosts.num_tokens(model))
+    config = graft.filled(model, found.config)
     # ranks as calibrated, which depend on keep; cells as asked
     sparsity = config if asked.cells else config.model_copy(update={"cells": None})
     description = f"{recipe.description.split('; schedule')[0]}; schedule for {words}"

@@ -176,7 +176,7 @@ def _choices(
             calibrator.listener.say(f"left out, {skipped[name]}")
             continue
         calibrator.listener.say(f"schedule: {found.share:.3f} of the dense model's MACs, {target:g} asked for")
-        choices.append(SweepChoice(name, target, found.config.with_cells(tokens), found.schedule.damage))
+        choices.append(SweepChoice(name, target, graft.filled(model, found.config), found.schedule.damage))
     return choices, skipped
 
 

@@ -55,6 +55,12 @@ def plans_of(model: nn.Module, config: SparsityConfig) -> tuple[BlockPlan, ...]:
     return plans
 
 
+def filled(model: nn.Module, config: SparsityConfig) -> SparsityConfig:
+    """`config` with what depends on the model written out, as files have it: cells and token stages."""
+    tokens = config.tokens and config.tokens.with_stages(len(cast(Sequence[nn.Module], model.blocks)))
+    return config.model_copy(update={"tokens": tokens}).with_cells(hosts.num_tokens(model))
+
+
 def set_token_stages(model: nn.Module, config: SparsityConfig) -> None:
     """Install the token stages of `config.tokens` (None: remove them) in a grafted model, in place.
 

@@ -59,7 +59,7 @@ def settings(config: SparsityConfig) -> list[Fact]:
     t = config.tokens
     if isinstance(t.keep, tuple):
         return [*facts, ("tokens", f"{t.way}; rates of the layers {_each(t.keep)}")]
-    layers = ", ".join(map(str, sorted(t.stages)))
+    layers = ", ".join(map(str, sorted(t.stages or ())))
     return [*facts, ("tokens", f"{t.way}; {t.keep:g} of the patch tokens go on behind layers {layers}")]
 
 

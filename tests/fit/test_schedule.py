@@ -229,6 +229,11 @@ def test_convert_for_a_target_writes_a_recipe_that_gives_the_model_again(tmp_pat
         torch.testing.assert_close(other(x), model(x), rtol=1e-3, atol=1e-3)
 
 
+def test_token_keep_alone_names_the_blocks_in_the_file(tmp_path):
+    header = checkpoint.read_header(convert(tmp_path, "--token-keep", "0.7"))  # 4 blocks
+    assert header.config.tokens == Tokens(keep=0.7, stages=(2, 3, 4))
+
+
 def test_token_keep_alone_leaves_attention_dense(tmp_path):
     header = checkpoint.read_header(convert(tmp_path, "--token-keep", "0.7", "--token-stages", "2,3"))
     assert header.config.keep == "dense" and header.config.tokens == Tokens(keep=0.7, stages=(2, 3))

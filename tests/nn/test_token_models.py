@@ -444,7 +444,7 @@ def test_rates_that_do_not_fit_are_refused():
     refused("1,1", stages=(1, 1))
     refused("stages", stages=())
     refused("stages", stages=(0, 1))
-    refused("4,7,10", keep=0.5)
+    refused("token stages 4,7,10: expected different blocks from 1 to 2", keep=0.5, stages=(4, 7, 10))
     for family in NO_PREFIX:
         refused("leaves nothing", family, keep=(0.5, 0.0))
     for wrong in (0, -0.5, 1.5, math.nan, math.inf, "0,5", None, (0.5, math.nan), (0.5, -1), (0.5, 2)):

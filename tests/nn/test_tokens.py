@@ -100,6 +100,20 @@ def test_counts_follow_the_rates_exactly():
     assert Rates(keep=0.5, stages=(10, 2)).shares(10) == (None, 0.5, *[None] * 7, 0.25)
 
 
+@pytest.mark.parametrize(
+    ("depth", "blocks"),
+    [(1, (1,)), (2, (1, 2)), (4, (2, 3, 4)), (6, (2, 4, 5)), (12, (4, 7, 10)), (24, (7, 13, 19)), (40, (11, 21, 31))],
+)
+def test_stages_that_are_not_given_stand_by_the_depth(depth, blocks):
+    rates = Rates(keep=0.5)
+    rates.check(depth, 1)
+    assert rates.with_stages(depth).stages == blocks
+    assert [i for i, share in enumerate(rates.shares(depth), 1) if share is not None] == list(blocks)
+    assert rates.shares(depth) == Rates(keep=0.5, stages=blocks).shares(depth)
+    given_ = Rates(keep=0.5, stages=(1,))
+    assert given_.with_stages(depth) is given_
+
+
 @given(st.integers(1, 2000), st.floats(1e-3, 1), st.floats(1e-3, 1))
 def test_count_is_the_ceiling_and_never_grows(n, share, less):
     stage = TokenStage("merge", share, 1)

@@ -63,7 +63,7 @@ def calibrate(
     """
     plans = graft.plans_of(model, config)
     with torch.no_grad():
-        fit = _Fit(model, config.with_cells(hosts.num_tokens(model)), plans, batches, progress, execution)
+        fit = _Fit(model, graft.filled(model, config), plans, batches, progress, execution)
         result = fit.head_lowrank() if config.predictor == "head-lowrank" else fit.token_lowrank()
         if any(graft.fits_importance(config, len(plans))):
             fit_importance(model, batches, progress)
