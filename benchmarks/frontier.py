@@ -51,7 +51,7 @@ def settings() -> Iterator[tuple[str, dict]]:
 def measure(images: int, calib_images: int) -> list[dict]:
     """One row for each setting: MHSA share, agreement and KL."""
     dense = timm.create_model("deit_tiny_patch16_224").eval()
-    dense.load_state_dict(dense_weights.read_checkpoint(DATA / "deit_tiny_patch16_224.safetensors"))
+    dense.load_state_dict(dense_weights.read_checkpoint(DATA / "deit_tiny_patch16_224.safetensors").state)
     transform = datasets.transform(datasets.data_config(dense))
     drawn = datasets.unlabelled(DATA / "imagenet-sample" / "train", calib_images + images, 0, transform)
     every = torch.cat(list(drawn))

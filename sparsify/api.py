@@ -68,6 +68,7 @@ class ConvertOptions(RecipeOptions, total=False):
     resume: bool
     num_classes: int | None
     img_size: int | None
+    ema: bool | None
     device: str
     say: Say
 
@@ -131,6 +132,7 @@ def convert(
         val: labelled images that decide which weights are written; None: a part of `data` is held back.
         resume: continue the interrupted fine-tuning of this output (folder STEM.run beside it).
         num_classes: outputs of `weights`, 0 for features; None: read off the file. img_size: in pixels; None: the model's.
+        ema: of `weights`, take the averaged ones (EMA), or the others; None: averaged where the file has them.
         device: of torch: cpu (default), cuda, cuda:1, mps. say: called with a line now and then.
         predictor, rank, tail, cells, spread_rank, granularity, tile, fold, token_lowrank, tokens: fields of
             `SparsityConfig`; tokens is a mapping:
@@ -146,6 +148,7 @@ def convert(
         None if weights is None else Path(weights),
         options.pop("num_classes", None),
         options.pop("img_size", None),
+        options.pop("ema", None),
     )
     written = OutputOptions(Path(output), force, options.pop("resume", False))
     compute, listener = Compute(device=options.pop("device", "cpu")), Listener(_in_python(options.pop("say", None)))

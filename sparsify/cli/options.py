@@ -70,6 +70,8 @@ _DENSE = "Dense original to compare with: name, or checkpoint. Needed for fine-t
 Dense = Annotated[str | None, option("NAME|FILE", _DENSE, MODEL, "the file's own weights", completion.models)]
 _WEIGHTS = "Your own checkpoint of that architecture, .safetensors or .pth."
 Weights = Annotated[Path | None, option("FILE", _WEIGHTS, MODEL, "timm's")]
+_EMA = "Of --weights: the averaged weights (EMA), or the others."
+Ema = Annotated[bool | None, option(None, _EMA, MODEL, "averaged, where there are any", names="--ema/--no-ema")]
 _CLASSES = "Classes of --weights; 0: features."
 NumClasses = Annotated[int | None, option("N", _CLASSES, MODEL, "read off the file", min=0)]
 ImgSize = Annotated[int | None, option("PIXELS", "Side of the image in pixels.", MODEL, "the model's own", min=1)]

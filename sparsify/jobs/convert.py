@@ -132,7 +132,7 @@ def _convert(
         "source": _public_name(dense.source.asked),
         "weights": request.weights.name if request.weights else None,
         "dense_sha256": dense_sha256,
-    }
+    } | ({} if dense.averaged is None else {"ema": dense.averaged})
     calibrated = partial(_calibrated, dense, recipe, fitted_to, target, compute, listener)
 
     def header(found: Calibrated, config: SparsityConfig, tuned: Tuned | None = None) -> checkpoint.Header:

@@ -18,6 +18,7 @@ from sparsify.fit.schedule.sensitivity import Sensitivity
 from sparsify.images import datasets
 from sparsify.images.trainset import TrainSet
 from sparsify.models import building, names, pretrained
+from sparsify.models.dense_weights import read_checkpoint
 from sparsify.models.digits import network
 from sparsify.nn import graft, hosts
 from sparsify.nn.attention import Execution
@@ -38,6 +39,9 @@ class DenseRequest:
     weights: Path | None = None  # local checkpoint (.safetensors, .pth) of that architecture; None: the name's own
     num_classes: int | None = None  # outputs of the head, 0 for features; None: as many as the weights have
     img_size: int | None = None  # side in pixels; None: the size that the weights have
+    ema: bool | None = (
+        None  # of `weights`: the averaged ones, or the others; None: the averaged ones where there are any
+    )
 
 
 class Dense(NamedTuple):
@@ -45,6 +49,7 @@ class Dense(NamedTuple):
 
     source: names.Source
     model: nn.Module
+    averaged: bool | None = None  # see `sparsify.models.dense_weights.Checkpoint`
 
 
 def load_dense(request: DenseRequest, config: SparsityConfig, compute: Compute, listener: Listener) -> Dense:
@@ -64,10 +69,13 @@ def load_dense(request: DenseRequest, config: SparsityConfig, compute: Compute, 
     hosts.supported_attentions(skeleton, source.asked)
     graft.plans_of(skeleton, config)
     check_execution(execution, device, dtype, hosts.biased(skeleton))
-    model = pretrained.load(source, request.weights, request.num_classes, request.img_size).to(device)
+    given = None if request.weights is None else read_checkpoint(request.weights, request.ema)
+    if given is not None and given.note:
+        listener.say(given.note)
+    model = pretrained.load(source, given, request.num_classes, request.img_size).to(device)
     if note := building.note(model, source):
         listener.say(note)
-    return Dense(source, model)
+    return Dense(source, model, None if given is None else given.averaged)
 
 
 @dataclass(frozen=True)

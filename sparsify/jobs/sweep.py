@@ -196,6 +196,8 @@ def _command(request: DenseRequest, calib: str | None, dtype: str) -> tuple[str,
         "--dtype": None if dtype == "float32" else dtype,
     }
     given = [word for key, value in options.items() if value is not None for word in (key, shlex.quote(str(value)))]
+    if request.ema is not None:
+        given.append("--ema" if request.ema else "--no-ema")
     return ("sparsify", "convert", shlex.quote(request.name), *given)
 
 

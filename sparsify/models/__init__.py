@@ -2,7 +2,7 @@
 
 names                      what a name stands for
 building, pretrained       dense models without (and the names that can be converted) and with their weights
-dense_weights              tensors of a user's own checkpoint
+dense_weights, filetype    tensors of a user's own checkpoint; what a file is by its first bytes
 hub                        names and downloads of sparse models
 checkpoint                 the file format
 original                   a file with the dense model that it was made from

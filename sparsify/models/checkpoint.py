@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from sparsify.config import SparsityConfig, validate
 from sparsify.errors import BadFile, UsageError, field, one_line
 from sparsify.files import whole
-from sparsify.models import building
+from sparsify.models import building, filetype
 from sparsify.models.licence import licence_of
 from sparsify.nn import graft, hosts
 
@@ -175,6 +175,10 @@ def metadata(path: Path) -> dict[str, str]:
         raise BadFile(f"no file {path}: 'sparsify convert NAME' writes one")
     if not os.path.isfile(path):
         raise BadFile(f"{path} is a folder: give a .safetensors file that 'sparsify convert' wrote")
+    if filetype.of(path) == filetype.TORCH:
+        raise BadFile(
+            f"{path} is a PyTorch checkpoint, not a converted model: run 'sparsify convert NAME --weights {path}'"
+        )
     with _reading(path) as file:
         return dict(file.metadata() or {})
 

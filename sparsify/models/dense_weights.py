@@ -3,61 +3,101 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsify.errors import BadFile, field, one_line
+from sparsify.models import filetype
 from sparsify.models.digits import network
 from sparsify.nn import hosts
 
+_BLOCK = "blocks.0.norm1.weight"  # every model that converts has it
+_AVERAGED, _LAST = ("state_dict_ema", "model_ema"), ("state_dict", "model")  # keys of wrappers
 
-def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a local checkpoint, on the CPU; nothing is unpickled but tensors and plain containers.
 
-    Wrappers (`state_dict_ema`, `model_ema`, `state_dict`, `model`: the first that is there) and prefixes (`module.`,
-    `_orig_mod.`) are stripped.
+class Checkpoint(NamedTuple):
+    """The tensors of a user's own file."""
+
+    path: Path
+    state: dict[str, Tensor]  # by the names of a model's state dict, on the CPU
+    averaged: bool | None  # whether they are the moving average (EMA) of the weights; None: the file has no average
+
+    @property
+    def note(self) -> str:
+        """One line for people on which weights were taken; '' where there was nothing to choose."""
+        if self.averaged is None:
+            return ""
+        averaged, last = "the averaged weights (EMA)", "the last ones"
+        taken, left = (averaged, last) if self.averaged else (last, averaged)
+        return f"{self.path.name}: {taken} are taken, not {left} ({field('ema')} chooses)"
+
+
+def read_checkpoint(path: Path, ema: bool | None = None) -> Checkpoint:
+    """Tensors of a local checkpoint; nothing is unpickled but tensors and plain containers.
+
+    Wrappers (`state_dict_ema`, `model_ema`, `state_dict`, `model`) and prefixes (`module.`, `_orig_mod.`) are stripped.
+
+    Args:
+        ema: take the moving average of the weights, or not; None: where the file has one.
 
     Raises:
-        BadFile: missing, not a checkpoint, truncated, with other objects than tensors, or made by sparsify.
+        BadFile: missing, not a checkpoint, truncated, with other objects than tensors, without the average that was asked
+            for, or made by sparsify.
     """
     if not os.path.isfile(path):
         raise BadFile(f"weights file {path} " + ("is a folder" if os.path.isdir(path) else "does not exist"))
-    try:
-        if path.suffix == ".safetensors":
-            with safetensors.safe_open(path, "pt") as file:
-                if "sparsify.format" in (file.metadata() or {}):
-                    raise BadFile(f"{path} is already converted by sparsify: give it to profile or eval")
-                content: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # timm's own training checkpoints hold one
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except BadFile:
-        raise
-    except Exception as error:
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
-            raise BadFile(f"{path} is not a checkpoint of tensors only; nothing else is unpickled") from error
-        raise BadFile(f"{path} cannot be read as a checkpoint: {one_line(error, 120)}") from error
-    for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
+    content = _content(path)
+    averages = [key for key in _AVERAGED if isinstance(content, dict) and isinstance(content.get(key), dict)]
+    if ema and not averages:
+        raise BadFile(f"{path} has no averaged weights ({' or '.join(_AVERAGED)}): leave {field('ema')} out")
+    averaged = ema is not False and bool(averages)
+    for wrapper in averages if averaged else _LAST:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
-    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise BadFile(f"{path} holds no state dict: a mapping from names to tensors is expected")
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in content.items()}
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in content.items()}
+    return Checkpoint(path, state, averaged if averages else None)
 
 
-def checkpoint_filter(architecture: str) -> Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor]]:
+def _content(path: Path) -> Any:
+    """What is in the file, which may be named as it likes."""
+    kind = filetype.of(path)
+    if not kind:
+        raise BadFile(f"{path} cannot be read as a checkpoint: it begins like no file of safetensors or PyTorch")
+    try:
+        if kind == filetype.TORCH:
+            # timm's own training checkpoints hold a Namespace; of an open file torch does not ask the name
+            with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
+        with safetensors.safe_open(path, "pt") as tensors:
+            if "sparsify.format" in (tensors.metadata() or {}):
+                raise BadFile(f"{path} is already converted by sparsify: give it to profile or eval")
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    except BadFile:
+        raise
+    except Exception as error:
+        if "weights_only" in str(error):
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            what = f"holds {found[1] if found else 'other objects'} besides tensors, and nothing else is unpickled"
+            raise BadFile(f"{path} {what}: save its state dict alone, with torch.save or safetensors") from error
+        raise BadFile(f"{path} cannot be read as a checkpoint: {one_line(error, 120)}") from error
+
+
+def checkpoint_filter(architecture: str) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]:
     """timm's reader of original formats and other image sizes for `architecture`; the identity where it has none."""
     if architecture == network.ARCHITECTURE:
         architecture = "vit_tiny_patch16_224"
@@ -66,28 +106,45 @@ def checkpoint_filter(architecture: str) -> Callable[[dict[str, torch.Tensor], n
     return partial(filter_fn, adapt_layer_scale=True) if name.endswith(".deit") else filter_fn
 
 
-def image_side(state: Mapping[str, torch.Tensor], frame: nn.Module) -> int | None:
+def image_side(state: Mapping[str, Tensor], frame: nn.Module) -> int | None:
     """Side in pixels of the square images that the position embedding or biases of a file were made for.
 
     None where that is the size of `frame`, not square, or unknown (a model with rotary embeddings only).
     """
-    pos_embed, grid = state.get("pos_embed"), hosts.patch_grid(frame)
-    tables = [t for name, t in state.items() if name.endswith("relative_position_bias_table")]
-    if tables:  # (2h - 1)(2w - 1) distances, and three of the cls token
-        root = math.isqrt(max(0, tables[0].shape[0] - 3))
-        patches = ((root + 1) // 2) ** 2 if root % 2 and root * root == tables[0].shape[0] - 3 else 0
-    elif pos_embed is not None and pos_embed.ndim == 3:
-        prefix = 0 if getattr(frame, "no_embed_class", False) else hosts.num_prefix_tokens(frame)
-        patches = pos_embed.shape[1] - prefix
-    else:
-        return None
+    patches, grid = _patches(state, frame), hosts.patch_grid(frame)
     side = math.isqrt(max(patches, 0))
     if side * side != patches or not patches or patches == grid[0] * grid[1]:
         return None
     return side * hosts.stride(frame)[0]
 
 
-def check_fit(state: dict[str, torch.Tensor], model: nn.Module, path: Path, architecture: str, headless: bool) -> None:
+def check_positions(state: Mapping[str, Tensor], frame: nn.Module, path: Path, architecture: str) -> None:
+    """`BadFile` where the positions of a file can be those of no square image, nor of an image of `frame`."""
+    patches, grid = _patches(state, frame), hosts.patch_grid(frame)
+    if "pos_embed" not in state or patches in (0, grid[0] * grid[1]) or math.isqrt(max(patches, 0)) ** 2 == patches:
+        return
+    positions, prefix = state["pos_embed"].shape[1], state["pos_embed"].shape[1] - patches
+    why = "it was made for images that are not square, which only a folder (local-dir:) can say"
+    if "dist_token" in state:
+        why = "it is a distilled model: name its architecture, such as deit_tiny_distilled_patch16_224"
+    expected = f"{prefix} and a square number of patches are expected"
+    raise BadFile(f"{path} does not fit {architecture}: {positions} positions, {expected}; {why}")
+
+
+def _patches(state: Mapping[str, Tensor], frame: nn.Module) -> int:
+    """Patches of an image that a file's position embedding or biases were made for; 0: not square, or unknown."""
+    pos_embed = state.get("pos_embed")
+    tables = [t for name, t in state.items() if name.endswith("relative_position_bias_table")]
+    if tables:  # (2h - 1)(2w - 1) distances, and three of the cls token
+        root = math.isqrt(max(0, tables[0].shape[0] - 3))
+        return ((root + 1) // 2) ** 2 if root % 2 and root * root == tables[0].shape[0] - 3 else 0
+    if pos_embed is None or pos_embed.ndim != 3:
+        return 0
+    prefix = 0 if getattr(frame, "no_embed_class", False) else hosts.num_prefix_tokens(frame)
+    return pos_embed.shape[1] - prefix
+
+
+def check_fit(state: dict[str, Tensor], model: nn.Module, path: Path, architecture: str, headless: bool) -> None:
     """`BadFile` where tensors of a file are missing, unexpected or of another shape than a model's; it names three of each.
 
     `headless`: the model has a head, the file does not: the message tells how to do without.
@@ -101,8 +158,21 @@ def check_fit(state: dict[str, torch.Tensor], model: nn.Module, path: Path, arch
     }
     parts = [f"{what} {_some(names)}" for what, names in differences.items() if names]
     if parts:
-        hint = f" (no head in the file: {field('num_classes')} 0 takes it for features)" if headless else ""
-        raise BadFile(f"{path} does not fit {architecture}: {'; '.join(parts)}{hint}")
+        raise BadFile(f"{path} does not fit {architecture}: {'; '.join(parts)}{_advice(given, architecture, headless)}")
+
+
+def _advice(given: Collection[str], architecture: str, headless: bool) -> str:
+    """What names of tensors say about a file that does not fit, in brackets; '' where they say nothing."""
+    first = [name.removesuffix(_BLOCK) for name in given if name.endswith("." + _BLOCK)]
+    if first and _BLOCK not in given:
+        return f" (its names begin with '{first[0]}': save the state dict without that)"
+    if any(".encoder.layer.0." in f".{name}" for name in given):
+        return " (its names are those of Hugging Face transformers: timm's are expected)"
+    if "fc_norm.weight" in given and "norm.weight" not in given:
+        config = {"architecture": architecture, "model_args": {"global_pool": "avg"}, "pretrained_cfg": {}}
+        folder = f"local-dir:FOLDER of it as model.safetensors and of a config.json {json.dumps(config)}"
+        return f" (it pools by the mean, fc_norm: give {folder})"
+    return f" (no head in the file: {field('num_classes')} 0 takes it for features)" if headless else ""
 
 
 def _some(names: list[str]) -> str:

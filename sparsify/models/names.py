@@ -14,8 +14,9 @@ from timm.models import _hub
 from timm.models._pretrained import PretrainedCfg
 
 from sparsify.errors import BadFile, SparsifyError, UsageError, field, one_line
+from sparsify.files import read_json
 from sparsify.models.digits import network
-from sparsify.models.hub import ARCHITECTURE, CHECKPOINTS, quick_hub
+from sparsify.models.hub import ARCHITECTURE, CHECKPOINTS, CONFIG, fetch, quick_hub
 
 DIGITS = "digits"
 ALIASES = {
@@ -99,6 +100,8 @@ def _resolve_repository(name: str, scheme: str, location: str) -> Source:
         else:
             with quick_hub():
                 config, architecture, args = _hub.load_model_config_from_hf(location)
+    except KeyError:
+        raise _not_timms(name, Path(location) / CONFIG if scheme == "local-dir" else fetch(location, CONFIG)) from None
     except Exception as error:
         if scheme == "local-dir":
             raise BadFile(f"{location} is not a model folder (config.json and weights): {one_line(error)}") from error
@@ -109,6 +112,15 @@ def _resolve_repository(name: str, scheme: str, location: str) -> Source:
         raise BadFile(f"{name} is a '{architecture}', which is not in timm {timm.__version__}")
     note = f"{name} is a {architecture}"
     return Source(name, architecture, f"{scheme}:{location}", dict(args or {}), note, known_config(config))
+
+
+def _not_timms(name: str, file: Path) -> BadFile:
+    """The error for a config.json without timm's `architecture`."""
+    kind = read_json(file).get("model_type")
+    if kind is None:
+        return BadFile(f"{name}: its config.json names no 'architecture', as timm's does: is it a model of timm?")
+    what = f"is a '{kind}' of Hugging Face transformers, which names its tensors in another way than timm"
+    return BadFile(f"{name} {what}: give timm's name of this model ('sparsify models' lists them)")
 
 
 def known_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import nn
 from sparsify.errors import BadFile, field
 from sparsify.models import building, checkpoint, names, pretrained
 from sparsify.models.checkpoint import Header
+from sparsify.models.dense_weights import read_checkpoint
 from sparsify.models.hub import CHECKPOINTS
 from sparsify.processes import Say
 
@@ -96,13 +97,14 @@ def _from_name(header: Header, asked: str) -> nn.Module:
 
 
 def _from_file(header: Header, file: Path) -> nn.Module:
-    if file.suffix == ".safetensors" and os.path.isfile(file) and _converted(file):
+    if os.path.isfile(file) and _converted(file):
         wrong = f"{field('dense')} {file}: a model that 'sparsify convert' wrote, not a dense one"
         raise BadFile(f"{wrong}; give {_hint(header)}")
     architecture, num_classes, side = _built(header)
     args = names.tuples(header.architecture["model_args"])
     source = names.Source(architecture, architecture, architecture, args)
-    return pretrained.load(source, file, num_classes, side)
+    ema = False if header.provenance.get("ema") is False else None
+    return pretrained.load(source, read_checkpoint(file, ema), num_classes, side)
 
 
 def _built(header: Header) -> tuple[str, int | None, int | None]:

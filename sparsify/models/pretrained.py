@@ -12,6 +12,7 @@ from torch import nn
 
 from sparsify.errors import BadFile, SparsifyError, UnsupportedModel, UsageError, field, one_line
 from sparsify.models import building, dense_weights
+from sparsify.models.dense_weights import Checkpoint
 from sparsify.models.digits import network
 from sparsify.models.hub import quick_hub
 from sparsify.models.names import DIGITS, Source, not_downloaded
@@ -19,12 +20,16 @@ from sparsify.nn import hosts
 
 
 def load(
-    source: Source, weights: Path | None = None, num_classes: int | None = None, img_size: int | None = None
+    source: Source,
+    weights: Path | Checkpoint | None = None,
+    num_classes: int | None = None,
+    img_size: int | None = None,
 ) -> nn.Module:
     """The dense model on the CPU, float32, in eval mode, with its weights.
 
     Args:
-        weights: local checkpoint (safetensors, or a torch file of tensors only); None downloads the source's weights.
+        weights: local checkpoint (safetensors, or a torch file of tensors only), or what was read from it; None: the
+            source's weights are downloaded.
         num_classes: outputs of the head; 0 drops the head; None takes what the weights have.
         img_size: pixels, square; position embeddings are resampled; None takes what the weights have.
 
@@ -34,7 +39,8 @@ def load(
         SparsifyError: the weights cannot be downloaded.
     """
     if weights is not None:
-        model = _load_file(source, Path(weights), num_classes, img_size)
+        given = weights if isinstance(weights, Checkpoint) else dense_weights.read_checkpoint(Path(weights))
+        model = _load_file(source, given, num_classes, img_size)
         cast(dict, model.pretrained_cfg).pop("license", None)  # of timm's weights, not of these
     else:
         classes = building.skeleton(source).num_classes
@@ -74,9 +80,9 @@ def _download(source: Source, num_classes: int | None, img_size: int | None) -> 
         raise SparsifyError(not_downloaded(f"the weights of {source.pretrained_name}", error)) from error
 
 
-def _load_file(source: Source, path: Path, num_classes: int | None, img_size: int | None) -> nn.Module:
+def _load_file(source: Source, given: Checkpoint, num_classes: int | None, img_size: int | None) -> nn.Module:
     """A model of the architecture with the weights of a file, which must fit it but for its head and number of patches."""
-    state = dense_weights.read_checkpoint(path)
+    path, state = given.path, given.state
     frame = building.skeleton(source, num_classes, img_size)
     if type(frame) not in hosts.MODELS:
         raise UnsupportedModel(f"{source.asked}: model class {type(frame).__name__} is not understood")
@@ -84,6 +90,7 @@ def _load_file(source: Source, path: Path, num_classes: int | None, img_size: in
     stem = state.get("patch_embed.proj.weight")
     if stem is not None and stem.ndim == 4 and tuple(stem.shape[2:]) != patch:
         raise BadFile(f"{path} has patches of {stem.shape[2]} px, {source.architecture} of {patch[0]} px")
+    dense_weights.check_positions(state, frame, path, source.architecture)
     if img_size is None:
         img_size = dense_weights.image_side(state, frame)
     frame = building.skeleton(source, num_classes, img_size)

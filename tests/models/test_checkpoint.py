@@ -11,8 +11,9 @@ from helpers.families import images
 from sparsify.errors import BadFile, UsageError
 from sparsify.jobs.convert import OutputOptions, convert
 from sparsify.jobs.dense import DenseRequest
-from sparsify.models import building, checkpoint, names, pretrained
+from sparsify.models import building, checkpoint, names, original, pretrained
 from sparsify.nn import attention
+from sparsify.processes import Listener
 from sparsify.recipe import Recipe
 
 
@@ -158,3 +159,21 @@ def test_another_models_file_is_not_overwritten_without_force(made, tmp_path):
     checkpoint.may_overwrite(path, architecture, force=False)  # the same model again
     with pytest.raises(BadFile, match="overwrite it with force"):
         checkpoint.may_overwrite(path, {**architecture, "architecture": "deit_tiny_patch16_224"}, force=False)
+
+
+def test_the_header_says_whether_averaged_weights_were_converted(tmp_path):
+    last = pretrained.load(names.resolve("digits")).state_dict()
+    average = {name: tensor * 1.01 for name, tensor in last.items()}
+    file = tmp_path / "own.pth"
+    torch.save({"model": last, "model_ema": average}, file)
+    recipe = Recipe().override(calib_images=4, spread_rank=False)
+    made, lines = {}, []
+    for ema in (None, False):
+        request, output = DenseRequest("digits", file, ema=ema), OutputOptions(tmp_path / f"{ema}.safetensors")
+        made[ema] = convert(request, recipe, output, listener=Listener(lines.append)).header
+    assert (made[None].provenance["ema"], made[False].provenance["ema"]) == (True, False)
+    assert len([line for line in lines if line.startswith("own.pth: ")]) == 2
+    assert made[None].dense_sha256 != made[False].dense_sha256
+    for ema, state in ((None, average), (False, last)):  # the original is found in the same file
+        dense = original.load_original(made[ema], file)
+        assert all(torch.equal(dense.state_dict()[name], state[name]) for name in state)

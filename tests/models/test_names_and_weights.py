@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from sparsify.cli.preflight import preflight
 from sparsify.errors import BadFile, SparsifyError, UnsupportedModel, UsageError
-from sparsify.models import building, pretrained
+from sparsify.models import building, checkpoint, dense_weights, pretrained
 from sparsify.models import building as building_
 from sparsify.models.building import describe, note, rebuild
 from sparsify.models.digits import network
@@ -235,7 +236,7 @@ class Evil:
         ("folder", "is a folder"),
         ("text", "cannot be read"),
         ("truncated", "cannot be read"),
-        ("empty", "cannot be read"),
+        ("empty", "is empty"),
         ("junk.pth", "nothing else is unpickled|cannot be read"),
         ("pickled", "nothing else is unpickled"),
         ("not a state dict", "no state dict"),
@@ -285,6 +286,115 @@ def test_number_of_classes_that_the_file_does_not_have_is_refused(tmp_path):
     save_file(make(**SMALL).state_dict(), tmp_path / "x.safetensors")
     with pytest.raises(BadFile, match="has 7 classes, not 10"):
         pretrained.load(resolve("vit_tiny"), tmp_path / "x.safetensors", num_classes=10)
+
+
+FOREIGN = {
+    "page.pth": (b"\n<!DOCTYPE html><html>Sign in</html>", "a web page.*download the file itself"),
+    "pointer.safetensors": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "LFS pointer.*git lfs pull",
+    ),
+    "model.safetensors.index.json": (
+        b'{"metadata": {}, "weight_map": {"a": "x-1-of-2"}}',
+        "several files.*save one file",
+    ),
+    "config.pth": (b'{"model_type": "vit"}', "is JSON, not weights"),
+    "keras.h5": (b"\x89HDF\r\n", "HDF5"),
+    "array.pth": (b"\x93NUMPY\x01\x00", "NumPy: a state dict is expected"),
+    "nothing.pth": (b"", "is empty"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_that_holds_no_weights_is_named_by_what_it_is(name, tmp_path):
+    content, said = FOREIGN[name]
+    (tmp_path / name).write_bytes(content)
+    for read in (lambda path: pretrained.load(resolve("vit_tiny"), path), checkpoint.load):
+        with pytest.raises(BadFile, match=said) as error:
+            read(tmp_path / name)
+        assert name in one_line(error)
+
+
+def test_a_checkpoint_is_read_by_its_content_whatever_it_is_called(tmp_path):
+    model = make(**SMALL)
+    save_file(model.state_dict(), tmp_path / "tensors.pth")
+    torch.save(model.state_dict(), tmp_path / "archive.safetensors")
+    torch.save(model.state_dict(), tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    for name in ("tensors.pth", "archive.safetensors", "old.bin"):
+        assert same(pretrained.load(resolve("vit_tiny"), tmp_path / name), model)
+    with pytest.raises(BadFile, match="PyTorch checkpoint, not a converted model.*--weights"):
+        checkpoint.load(tmp_path / "archive.safetensors")
+
+
+def test_objects_beside_the_tensors_are_named(tmp_path):
+    torch.save({"model": make(**SMALL).state_dict(), "best": np.float64(0.7)}, tmp_path / "x.pth")
+    with pytest.raises(
+        BadFile, match=r"holds numpy\S*multiarray.scalar besides tensors.*save its state dict alone"
+    ) as error:
+        pretrained.load(resolve("vit_tiny"), tmp_path / "x.pth")
+    one_line(error)
+
+
+def test_the_average_is_taken_where_there_is_one_unless_it_is_left(tmp_path):
+    last, average = make(**SMALL), make(**SMALL)
+    average.load_state_dict({k: v * 2 for k, v in last.state_dict().items()})
+    torch.save({"state_dict": last.state_dict(), "state_dict_ema": average.state_dict()}, tmp_path / "x.pth")
+    for ema, model in ((None, average), (True, average), (False, last)):
+        given = dense_weights.read_checkpoint(tmp_path / "x.pth", ema)
+        assert same(pretrained.load(resolve("vit_tiny"), given), model) and given.averaged == (ema is not False)
+        words = (
+            "the last ones are taken, not the averaged" if ema is False else "the averaged weights .EMA. are taken, not"
+        )
+        assert re.match(f"x.pth: {words}", given.note)
+    torch.save(last.state_dict(), tmp_path / "plain.pth")
+    assert dense_weights.read_checkpoint(tmp_path / "plain.pth").note == ""
+    with pytest.raises(BadFile, match="no averaged weights"):
+        dense_weights.read_checkpoint(tmp_path / "plain.pth", True)
+
+
+def test_names_of_other_libraries_are_recognised(tmp_path):
+    state = make(**SMALL).state_dict()
+    cases = {
+        "names begin with 'model.'": {f"model.{k}": v for k, v in state.items()},
+        "names are those of Hugging Face transformers": {"vit.encoder.layer.0.output.dense.weight": torch.zeros(3)},
+    }
+    for said, content in cases.items():
+        save_file(content, tmp_path / "x.safetensors")
+        with pytest.raises(BadFile, match=said) as error:
+            pretrained.load(resolve("vit_tiny"), tmp_path / "x.safetensors")
+        one_line(error)
+
+
+def test_a_model_that_pools_by_the_mean_is_told_its_folder_which_loads_it(tmp_path):
+    model = make(global_pool="avg", **SMALL)  # as fine-tuned MAE
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(BadFile, match="fc_norm: give local-dir:FOLDER") as error:
+        pretrained.load(resolve("vit_tiny"), tmp_path / "model.safetensors")
+    config = json.loads(re.search(r"{.*}", one_line(error))[0])
+    config["model_args"] |= {"img_size": 32, "num_classes": 7}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert same(pretrained.load(resolve(f"local-dir:{tmp_path}")), model)
+
+
+def test_positions_of_no_square_image_are_refused_in_words(tmp_path):
+    distilled = make("deit_tiny_distilled_patch16_224", img_size=32, num_classes=5)
+    save_file(distilled.state_dict(), tmp_path / "d.safetensors")
+    with pytest.raises(BadFile, match="6 positions, 1 and a square number of patches.*distilled model"):
+        pretrained.load(resolve("deit_tiny"), tmp_path / "d.safetensors")
+    save_file(make(img_size=(32, 48), num_classes=7).state_dict(), tmp_path / "r.safetensors")
+    for img_size in (None, 32):
+        with pytest.raises(BadFile, match="7 positions, .* not square"):
+            pretrained.load(resolve("vit_tiny"), tmp_path / "r.safetensors", None, img_size)
+
+
+def test_a_folder_of_transformers_is_told_from_one_of_timm(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit", "architectures": ["ViTForImageClassification"]}')
+    with pytest.raises(BadFile, match="is a 'vit' of Hugging Face transformers.*timm's name") as error:
+        resolve(f"local-dir:{tmp_path}")
+    one_line(error)
+    (tmp_path / "config.json").write_text('{"num_classes": 3}')
+    with pytest.raises(BadFile, match="names no 'architecture'"):
+        resolve(f"local-dir:{tmp_path}")
 
 
 # downloads, with local stand-ins

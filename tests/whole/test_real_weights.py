@@ -17,7 +17,7 @@ from sparsify.nn import graft
 @pytest.fixture(scope="module")
 def deit_tiny(real_data):
     model = pretrained.load(names.resolve("deit_tiny"), real_data / "deit_tiny_patch16_224.safetensors")
-    assert len(dense_weights.read_checkpoint(real_data / "deit_tiny_patch16_224.safetensors")) == 152
+    assert len(dense_weights.read_checkpoint(real_data / "deit_tiny_patch16_224.safetensors").state) == 152
     return model
 
 

@@ -32,6 +32,7 @@ def convert(
     save_minutes: options.SaveMinutes = 5,
     micro_batch: options.MicroBatch = 64,
     weights: options.Weights = None,
+    ema: options.Ema = None,
     num_classes: options.NumClasses = None,
     img_size: options.ImgSize = None,
     seed: options.Seed = None,
@@ -77,7 +78,7 @@ def convert(
     quiet = quiet or not processes.main()
     with Reporter(quiet) as reporter:
         made = convert.convert(
-            DenseRequest(name, weights, num_classes, img_size),
+            DenseRequest(name, weights, num_classes, img_size, ema),
             chosen,
             convert.OutputOptions(output, force, resume, save_minutes),
             images=convert.ImageSources(data, val),

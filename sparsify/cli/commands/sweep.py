@@ -14,6 +14,7 @@ def sweep(
     imagenet: options.SweepImageNet = None,
     calib: options.CalibData = None,
     weights: options.Weights = None,
+    ema: options.Ema = None,
     targets: options.Targets = "0.8,0.7,0.55,0.4",
     keeps: options.Keeps = "0.25,0.1,0.05",
     output: options.SweepOutput = Path("sweep"),
@@ -55,7 +56,7 @@ def sweep(
     with reserved(*outputs(output)), Reporter(quiet) as reporter:
         check_folder(recipe_folder(output))
         result = sweep.sweep(
-            DenseRequest(name, weights, num_classes, img_size),
+            DenseRequest(name, weights, num_classes, img_size, ema),
             recipe,
             sweep.EvaluationImages(str(imagenet or data), imagenet is not None, limit),
             targets=target_shares,
