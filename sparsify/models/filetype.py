@@ -10,7 +10,6 @@ from sparsify.errors import BadFile, one_line
 SAFETENSORS, TORCH = "safetensors", "torch"
 _TORCH = (b"PK\x03\x04", b"\x80")  # its archive, and its older form
 _LONGEST_HEADER = 100_000_000  # bytes, by safetensors
-_TRUE_FILE = "fetch the file itself"
 _FOREIGN = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file that it stands for: 'git lfs pull' fetches that"),
     (b"<", "a web page or XML, not weights: download the file itself (on the hub 'resolve' instead of 'blob')"),
@@ -19,6 +18,7 @@ _FOREIGN = (
     (b"GGUF", "a GGUF file: weights for PyTorch are expected, .safetensors or .pth"),
     (b"\x1f\x8b", "a gzip archive: unpack it first"),
 )
+_JSON = "JSON, not weights: give the file of the weights"
 _SHARDS = (
     "the index of a checkpoint in several files: load them all, and save one file with safetensors.torch.save_file"
 )
@@ -37,7 +37,7 @@ def of(path: Path) -> str:
     except OSError as error:
         raise BadFile(f"{path} cannot be read: {one_line(error)}") from None
     if not start:
-        raise BadFile(f"{path} is empty: {_TRUE_FILE}")
+        raise BadFile(f"{path} is empty: fetch or write it again")
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST_HEADER:
         return SAFETENSORS
     if start.startswith(_TORCH):
@@ -47,7 +47,7 @@ def of(path: Path) -> str:
         if text.startswith(beginning):
             raise BadFile(f"{path} is {what}")
     if text.startswith(b"{"):
-        raise BadFile(f"{path} is {_SHARDS if _is_index(path) else 'JSON, not weights: ' + _TRUE_FILE}")
+        raise BadFile(f"{path} is {_SHARDS if _is_index(path) else _JSON}")
     return ""
 
 

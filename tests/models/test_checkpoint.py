@@ -81,7 +81,7 @@ def test_another_image_size_is_resampled(made):
 
 BROKEN = {
     "truncated": (lambda path, t, m: path.write_bytes(path.read_bytes()[:-100]), "not a whole safetensors"),
-    "empty": (lambda path, t, m: path.write_bytes(b""), "not a whole safetensors"),
+    "empty": (lambda path, t, m: path.write_bytes(b""), "is empty"),
     "text": (lambda path, t, m: path.write_text("hello"), "not a whole safetensors"),
     "plain checkpoint": (lambda path, t, m: save_file(t, path), "--weights"),
     "newer": (lambda path, t, m: save_file(t, path, {**m, "sparsify.format": "99"}), "upgrade"),
