@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import random
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from dataclasses import field as data_field
 from itertools import islice
 from typing import Any, Protocol, TypeVar, cast
 
@@ -15,10 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
 from sparsify import processes
-from sparsify.errors import BadData
+from sparsify.errors import BadData, SparsifyError, field, one_line
 
 Transform = Callable[[Image.Image], Tensor]
 L = TypeVar("L", bound="_Loader")
@@ -147,8 +149,8 @@ class _Loader:
     name: str = ""  # of the images, for messages
     num_classes: int | None = None  # outputs of the model; None: not known
     part: bool = False  # one process's part of the images (`share`), which may be empty
-    broken: int = field(default=0, init=False)  # images that the last iteration left out
-    first_broken: str = field(default="", init=False)  # name of one of them, and why
+    broken: int = data_field(default=0, init=False)  # images that the last iteration left out
+    first_broken: str = data_field(default="", init=False)  # name of one of them, and why
 
     @property
     def total(self) -> int | None:
@@ -208,11 +210,58 @@ class LooseBatches(LabelledBatches):
         return self._batches()
 
 
-def batches_of(loader: DataLoader) -> Generator[Any, None, None]:
-    """The batches of `loader`, whose workers end with this generator: also on Ctrl-C and where the caller stops early."""
+class _NoSharedMemory(RuntimeError):
+    """Raised in a worker, and by torch again in the process that waits for its batch."""
+
+
+def in_shared_memory(*tensors: Tensor | None) -> None:
+    """In a worker, moves a batch to where the waiting process reads it. Call it on all tensors that a worker returns.
+
+    Torch would do so in a thread, which loses the batch where there is no room, and whoever waits for it waits for ever.
+    """
+    if get_worker_info() is not None:
+        try:
+            for tensor in tensors:
+                if tensor is not None:
+                    tensor.share_memory_()
+        except (RuntimeError, OSError) as error:
+            raise _NoSharedMemory from error
+
+
+def _started(loader: DataLoader) -> Any:
+    """Its workers, without torch's handler of a worker's death: that raises in the middle of whatever runs then.
+
+    Whoever waits for the batch of a dead worker looks for it every 5 seconds.
+    """
+    if not hasattr(signal, "SIGCHLD"):
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
     batches = iter(loader)
+    if signal.getsignal(signal.SIGCHLD) is not before:
+        signal.signal(signal.SIGCHLD, before)
+    return batches
+
+
+def batches_of(loader: DataLoader) -> Generator[Any, None, None]:
+    """The batches of `loader`, whose workers end with this generator: also on Ctrl-C and where the caller stops early.
+
+    Raises:
+        SparsifyError: a worker could not be started, has died, or found no shared memory.
+    """
+    batches: Any = None
     try:
+        batches = _started(loader)
         yield from batches
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, _NoSharedMemory) or (batches is None and getattr(error, "errno", 0) == errno.ENOSPC):
+            less = f"give the container more (docker run --shm-size=1g), or set {field('workers')} 0"
+            raise SparsifyError(f"/dev/shm, the memory that workers share, is full: {less}") from None
+        if not loader.num_workers or not (batches is None or "exited unexpectedly" in str(error)):
+            raise
+        reason = (
+            one_line(error) if batches is None else "one ended before its work was done, for lack of memory perhaps"
+        )
+        raise SparsifyError(f"{field('workers')} {loader.num_workers}: {reason}: set fewer, or 0") from error
     finally:
         if hasattr(batches, "_shutdown_workers"):
             batches._shutdown_workers()
@@ -245,7 +294,9 @@ def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor, lis
     good = [item for item in items if not isinstance(item, str)]
     broken = [item for item in items if isinstance(item, str)]
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
-    return images, torch.tensor([label for _, label in good], dtype=torch.int64), broken
+    labels = torch.tensor([label for _, label in good], dtype=torch.int64)
+    in_shared_memory(images, labels)
+    return images, labels, broken
 
 
 def ignore_interrupt(worker: int) -> None:

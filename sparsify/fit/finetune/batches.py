@@ -23,7 +23,16 @@ from torch.utils.data import DataLoader, Dataset
 from sparsify import processes
 from sparsify.errors import BadData, UsageError
 from sparsify.images.datasets import train_transform, transform
-from sparsify.images.loaders import Items, StreamPart, batches_of, drawn, drawn_number, ignore_interrupt, read
+from sparsify.images.loaders import (
+    Items,
+    StreamPart,
+    batches_of,
+    drawn,
+    drawn_number,
+    ignore_interrupt,
+    in_shared_memory,
+    read,
+)
 from sparsify.recipe import Augmentation
 
 ATTEMPTS = 4  # draws of an augmentation: Pillow 13 refuses one in 300 of timm's rand-m9 (posterize to 0 bits)
@@ -233,7 +242,9 @@ class _Maker(Dataset):
             images.append(self.augmented(result[0], request.epoch, requested))
             labels.append(result[1])
             indices.append(index)
-        return self.made(images, labels, indices, request.step, request.micro)._replace(broken=list(broken.items()))
+        made = self.made(images, labels, indices, request.step, request.micro)._replace(broken=list(broken.items()))
+        in_shared_memory(*(made.batch or ()))
+        return made
 
 
 def _micro_batch(images: int, most: int, even: bool) -> int:
