@@ -129,9 +129,9 @@ frontier: venv
 
 # The names that shells complete, after models became convertible.
 names: venv
-	$(BIN)/sparsify models > sparsify/cli/names.new
-	cut -d' ' -f1 sparsify/cli/names.new > sparsify/cli/names.txt
-	rm sparsify/cli/names.new
+	$(BIN)/sparsify models > sparsify/models/names.new
+	cut -d' ' -f1 sparsify/models/names.new > sparsify/models/names.txt
+	rm sparsify/models/names.new
 
 # The documentation as a site, build/site/index.html; stops at the first broken link.
 docs: venv

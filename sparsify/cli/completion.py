@@ -29,7 +29,7 @@ def one_of(words: Sequence[str]) -> Completer:
 
 def models(incomplete: str) -> list[str]:
     """Model names that `convert` takes, and the prefixes of names on the hub and of folders."""
-    known = (resources.files("sparsify.cli") / NAMES).read_text(encoding="utf-8").split()
+    known = (resources.files("sparsify.models") / NAMES).read_text(encoding="utf-8").split()
     return one_of([*known, *SCHEMES])(incomplete)
 
 

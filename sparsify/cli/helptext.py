@@ -39,7 +39,7 @@ class Command(TyperCommand):
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Usage with NAME instead of {NAME}."""
-        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+        return [re.sub("[{}]", "", piece) for piece in super().collect_usage_pieces(ctx)]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Arguments, then each group in the order in which the options were declared, `LAST` last."""
@@ -47,7 +47,7 @@ class Command(TyperCommand):
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is not None:
-                name = re.sub(r" <[\w ]+>$", "", record[0]) if param.param_type_name == "argument" else record[0]
+                name = re.sub(" <[^>]*>$", "", record[0]) if param.param_type_name == "argument" else record[0]
                 groups.setdefault(_group(param), []).append((name, tidy(record[1])))
         left = max(len(record[0]) for group in groups.values() for record in group if len(record[0]) <= LEFT)
         for name in sorted(groups, key=lambda name: LAST.index(name) if name in LAST else -1):

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -148,5 +149,9 @@ def _unknown(name: str) -> str:
         return f"'{name}' is a file, not a model name: give the name of its architecture and {weights} {name}"
     if "/" in name or "\\" in name:
         return f"'{name}' is not a model name: give hf-hub:OWNER/NAME, local-dir:FOLDER, or a name and {weights} FILE"
-    near = difflib.get_close_matches(name, [*ALIASES, DIGITS, *timm.list_models()], n=3, cutoff=0.3)
+    listed = (resources.files("sparsify.models") / "names.txt").read_text(encoding="utf-8").split()
+    known = [
+        each for each in listed if each in ALIASES or each == DIGITS or timm.is_model(each)
+    ]  # older timms have fewer
+    near = difflib.get_close_matches(name[:80], known, n=3, cutoff=0.3)
     return f"unknown model '{name}'; nearest: {', '.join(near) or 'none'} (see 'sparsify models')"

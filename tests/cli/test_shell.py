@@ -156,7 +156,7 @@ def test_help_fits_and_has_an_example(name, width, run, monkeypatch):
     assert code == 0 and not err and max(map(len, lines)) <= width
     assert any(line.startswith(f"  Example: sparsify {name} ") for line in lines)
     assert all(param.help for param in GROUP.commands[name].params if param.name != "help")
-    assert not re.search(r"\bx[<>]|\[required\]|default: \(|\{", out)
+    assert not re.search(r"\bx[<>]|\[required\]|default: \(|[{}<]|\[\[|>$|\.\.\.\.", out, re.MULTILINE)
 
 
 def test_help_names_every_command_whole_and_the_exit_codes(run, monkeypatch):

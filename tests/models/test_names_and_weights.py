@@ -631,3 +631,11 @@ def test_real_deit_tiny_loads_strictly(real_data, monkeypatch):
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     with pytest.raises(BadFile, match="does not fit deit_small_patch16_224"):
         pretrained.load(resolve("deit_small"), file)
+
+
+@pytest.mark.parametrize("name", ["resnet50d_", "swin_tiny", "convnext_nano", "vit_smal", "volo_d6"])
+def test_a_name_that_is_offered_can_be_converted(name):
+    with pytest.raises(UsageError, match="nearest: ") as error:
+        resolve(name)
+    offered = str(error.value).partition("nearest: ")[2].partition(" (")[0].split(", ")
+    assert 1 <= len(offered) <= 3 and set(offered) <= {each for one in offered for each, _ in building.listing(one)}

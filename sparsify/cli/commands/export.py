@@ -13,9 +13,11 @@ from sparsify.errors import UsageError
 
 def export(
     file: options.Model = options.MODEL_FILE,
-    format: Annotated[str, option(None, "onnx, or pt2 (torch.export).")] = "onnx",
-    output: Annotated[Path | None, option(None, "Program to write.", None, "FILE's name", names="--output -o")] = None,
-    batch_size: Annotated[int | None, option(None, "Fixed batch size.", default="1", min=1)] = None,
+    format: Annotated[str, option("NAME", "onnx, or pt2 (torch.export).")] = "onnx",
+    output: Annotated[
+        Path | None, option("FILE", "Program to write.", None, "FILE's name", names="--output -o")
+    ] = None,
+    batch_size: Annotated[int | None, option("N", "Fixed batch size.", default="1", min=1)] = None,
     dynamic_batch: Annotated[bool, flag("--dynamic-batch", "Allow any batch size.")] = False,
     img_size: options.ImgSize = None,
     force: Annotated[bool, flag("--force", "Overwrite an existing file.")] = False,

@@ -18,11 +18,11 @@ SWEEP = "What 'sweep' wrote: its PREFIX.json, or the folder of it."
 
 def report(
     file: options.LocalModel,
-    more_images: Annotated[list[Path] | None, argument("[IMAGE...]", "Image files, with or without --images.")] = None,
+    more_images: Annotated[list[Path] | None, argument("IMAGE", "Image files, with or without --images.")] = None,
     profile: Annotated[Path | None, option("FILE.json", PROFILE, default="MACs are counted now")] = None,
     eval_file: Annotated[Path | None, option("FILE.json", "What 'eval --results-file' wrote.", names="--eval")] = None,
     sweep: Annotated[Path | None, option("FOLDER|FILE.json", SWEEP)] = None,
-    images: Annotated[list[Path] | None, option("IMAGE...", "Images to draw what the model does with.")] = None,
+    images: Annotated[list[Path] | None, option("IMAGE", "Image to draw what the model does with. Repeatable.")] = None,
     dense: options.Dense = None,
     query: options.Queries = None,
     layer: options.Layers = None,

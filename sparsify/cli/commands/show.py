@@ -15,7 +15,7 @@ DENSE_OF = "Dense original: the kept share is of its attention."
 
 def show(
     file: options.LocalModel,
-    images: Annotated[list[Path], argument("IMAGE...", "Image files.")],
+    images: Annotated[list[Path], argument("IMAGE", "Image files.")],
     query: options.Queries = None,
     layer: options.Layers = None,
     head: options.Heads = None,
