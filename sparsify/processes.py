@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Say = Callable[[str], None]  # takes lines for the person at the terminal
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")  # that every command takes; `evaluate` in Python also takes float64
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Compute:
     micro_batch: int = 64  # maximum images of a forward/backward pass in training (gradient accumulation)
     workers: int = 0  # processes that read images; 0: this one
 
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UsageError(f"batch size {self.batch_size}: expected 1 or more")
+
     @property
     def torch_device(self) -> torch.device:
         """`device` for torch; `UsageError` where it cannot compute here."""
@@ -46,7 +50,7 @@ class Compute:
         """`dtype` for torch; `UsageError` for an unknown name."""
         import torch
 
-        if self.dtype not in DTYPES:
+        if self.dtype not in (*DTYPES, "float64"):
             raise UsageError(f"dtype '{self.dtype}': expected one of {', '.join(DTYPES)}")
         return cast("torch.dtype", getattr(torch, self.dtype))
 

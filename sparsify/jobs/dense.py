@@ -113,7 +113,7 @@ class Calibrator:
             digits = dense.source.architecture == network.ARCHITECTURE
             loader = datasets.builtin_calibration(digits, n, recipe.seed, transform, size, compute.workers)
             source = "digits of the training split" if digits else "built-in pictures"
-            words = f"{n} {source}: no {field(option)} was given"
+            words = f"{n} {source}, because {field(option)} was not given"
         return cls(lambda: (x.to(device) for x in loader), words, n, compute, listener)
 
     def calibrate(self, model: nn.Module, config: SparsityConfig) -> Calibration:

@@ -18,7 +18,7 @@ from sparsify.nn.attention import Execution, attention_modules
 from sparsify.nn.execution import check_execution, set_execution
 from sparsify.ops import backends
 from sparsify.ops.auto import Chooser
-from sparsify.processes import Compute
+from sparsify.processes import DTYPES, Compute
 
 ACCOUNTINGS = ("product", "paper")
 
@@ -119,11 +119,11 @@ def profile(
 
 def _check(compute: Compute, repeats: int | latency.Budget | None, count_as: str) -> None:
     """Raise `UsageError` where an option cannot be understood, or the device cannot be used."""
-    if compute.batch_size is not None and compute.batch_size < 1:
-        raise UsageError(f"batch size {compute.batch_size}: expected 1 or more")
     if isinstance(repeats, int) and repeats < 1:
         raise UsageError(f"repeats {repeats}: expected 1 or more")
-    _ = compute.torch_dtype, compute.torch_device  # refuse what is unknown
+    if compute.dtype not in DTYPES:
+        raise UsageError(f"dtype '{compute.dtype}': expected one of {', '.join(DTYPES)}")
+    _ = compute.torch_device  # refuses what is unknown
     if count_as not in ACCOUNTINGS:
         raise UsageError(f"count as '{count_as}': expected one of {', '.join(ACCOUNTINGS)}")
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from sparsify.errors import BadFile, one_line
 
 SAFETENSORS, TORCH = "safetensors", "torch"
-_TORCH = (b"PK\x03\x04", b"\x80")  # its archive, and its older form
+_TORCH = (b"PK\x03\x04", b"\x80\x02\x8a")  # its archive, and its older form
 _LONGEST_HEADER = 100_000_000  # bytes, by safetensors
+_PAGE = "a web page, not weights: download the file itself (on the hub 'resolve' instead of 'blob' in its address)"
 _FOREIGN = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file that it stands for: 'git lfs pull' fetches that"),
-    (b"<", "a web page or XML, not weights: download the file itself (on the hub 'resolve' instead of 'blob')"),
+    *((tag, _PAGE) for tag in (b"<!DOCTYPE", b"<!doctype", b"<html", b"<HTML", b"<?xml")),
     (b"\x89HDF", "an HDF5 file (Keras): weights for PyTorch are expected, .safetensors or .pth"),
     (b"\x93NUMPY", "an array of NumPy: a state dict is expected, .safetensors or .pth"),
     (b"GGUF", "a GGUF file: weights for PyTorch are expected, .safetensors or .pth"),

@@ -29,7 +29,7 @@ def converted(tmp_path_factory):
 def test_convert_writes_model_and_reports(run, tmp_path):
     code, out, err = run("convert", "digits", "--calib-images", 8, "--keep", 0.1)
     assert code == 0 and "wrote model.safetensors" in out and "theoretical" in out.lower()
-    assert "digits of the training split: no --data was given" in err and "digits" not in out.lower()
+    assert "digits of the training split, because --data was not given" in err and "digits" not in out.lower()
     report = json.loads((tmp_path / "model.report.json").read_text())
     assert report["mhsa_macs_sparse"] == sum(report[f"{p}_macs"] for p in ("kept", "prefix", "predictor", "tail"))
     assert "MHSA" in (tmp_path / "model.report.md").read_text()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sparsify
+from helpers.image_folders import class_folders
 from sparsify.errors import SparsifyError, UsageError
 from sparsify.models import checkpoint
 from sparsify.nn import attention, graft
@@ -107,3 +108,21 @@ def test_what_a_caller_gives_wrongly_is_one_line_that_names_arguments(tmp_path):
             call()
         assert words in str(error.value) and "--" not in str(error.value)
     assert sparsify.convert(Path("digits"), calib_images=2, output=output).path == output
+
+
+def test_evaluate_also_computes_in_float64(tmp_path):
+    made = sparsify.convert("digits", calib_images=4, spread_rank=False, output=tmp_path / "m.safetensors")
+    found = sparsify.evaluate(made.path, class_folders(tmp_path / "photos", "0123456789", 1), dtype=torch.float64)
+    assert found.images == 10
+    with pytest.raises(UsageError, match="dtype 'float64': expected one of float32, bfloat16, float16$"):
+        sparsify.profile(made.path, dtype=torch.float64)
+    assert made.calibration == "4 digits of the training split, because data was not given"
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_without_images_is_refused_and_not_taken_for_the_default(size, tmp_path):
+    folder, refused = class_folders(tmp_path / "photos", "0123456789", 1), f"batch size {size}: expected 1 or more"
+    made = sparsify.convert("digits", calib_images=4, spread_rank=False, output=tmp_path / "m.safetensors")
+    for call in (sparsify.profile, lambda m, **o: sparsify.evaluate(m, folder, **o), sparsify.export):
+        with pytest.raises(UsageError, match=refused):
+            call(made.path, batch_size=size)

@@ -14,6 +14,7 @@ from sparsify.errors import SparsifyError
 from sparsify.measure import analytic, macs
 from sparsify.measure.profile import profile, verify
 from sparsify.nn import attention, graft
+from sparsify.nn.predictor import HeadLowrankPredictor, Predictor, TokenLowrankPredictor
 from sparsify.ops.macs import dense_macs, sparse_macs
 from sparsify.ops.selection import top_b
 from sparsify.ops.spec import Spec
@@ -105,8 +106,12 @@ def test_folded_whole_model_saves_what_the_mhsa_saves(deit_small):
 @pytest.mark.parametrize("kind", ["token-lowrank", "unfolded", "folded"])
 def test_deit_small_macs_per_kept_key(kind):
     def kept(b: int) -> int:
-        spec, shared = Spec(b, 1, "none", (14, 14), (1, 1)), 6 * 16 if kind == "folded" else 0
-        return 12 * sparse_macs((1, 6, 197, 64), 0, shared, 6 * 64, spec)["kept"]
+        spec = Spec(b, 1, "none", (14, 14), (1, 1))
+        return 12 * sparse_macs((1, 6, 197, 64), 0, predictor.shared(), 6 * 64, spec)["kept"]
+
+    predictor: Predictor = HeadLowrankPredictor(64, (16,) * 6, kind == "folded")
+    if kind == "token-lowrank":
+        predictor = TokenLowrankPredictor(6, 64, 197, 1, 16, TokenLowrank().model_dump())
 
     slope = 12 * 6 * 196 * (128 - 16) if kind == "folded" else 1_806_336
     assert [kept(b) - kept(b - 1) for b in (2, 20, 197)] == [slope] * 3

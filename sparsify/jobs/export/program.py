@@ -81,7 +81,7 @@ def export(
         force: overwrite an existing output.
 
     Raises:
-        UsageError: an unknown format, another ending, or an image size that the architecture cannot take.
+        UsageError: an unknown format, another ending, no image in a batch, or an image size that the architecture cannot take.
         BadFile: a file that cannot be read or written, or an output that exists.
         SparsifyError: a package that is not installed, a model that the format cannot hold, or a program whose outputs
             differ; nothing is written then.
@@ -89,6 +89,8 @@ def export(
     start, file = time.perf_counter(), Path(file)
     if format not in FORMATS:
         raise UsageError(f"{field('format')} {format}: expected one of {', '.join(FORMATS)}")
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"batch size {batch_size}: expected 1 or more")
     path = file.with_suffix(f".{format}") if output is None else Path(output)
     if path.suffix != f".{format}":
         raise UsageError(f"{field('output')} {path}: a name that ends in .{format} is expected")
