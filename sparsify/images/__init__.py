@@ -4,6 +4,7 @@ datasets     what a path or name holds, with the model's preprocessing; entry: `
 folders      image files of a folder tree or .tar: what is read and what is left out
 splits       which folder is which split; `splits_of`
 labels       class folders -> the model's classes
+decode       a picture file -> RGB, and what its pixels lose
 loaders      images by index or as a stream -> batches; unreadable images are left out and counted
              `share`: the part of a loader that one of several processes reads
 trainset     training images, images held back from them, random crops for least squares

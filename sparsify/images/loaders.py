@@ -6,12 +6,13 @@ import errno
 import hashlib
 import random
 import signal
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from dataclasses import field as data_field
 from itertools import islice
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_w
 
 from sparsify import processes
 from sparsify.errors import BadData, SparsifyError, field, one_line
+from sparsify.images import decode
+from sparsify.images.decode import decoded
 
 Transform = Callable[[Image.Image], Tensor]
 L = TypeVar("L", bound="_Loader")
@@ -100,18 +103,26 @@ class StreamPart:
             yield image, int(label) if self.labels else -1
 
 
-def read(items: Items, index: int) -> tuple[Image.Image, int] | str:
-    """RGB image and label, or name and reason (text) of an image that cannot be read."""
+class Picture(NamedTuple):
+    """An RGB image."""
+
+    image: Image.Image
+    label: int  # -1: none
+    losses: tuple[str, ...] = ()  # what its pixels lost (`decode.decoded`)
+
+
+def read(items: Items, index: int) -> Picture | str:
+    """The image, or name and reason (text) of one that cannot be read."""
     try:
         file, label = items.fetch(index)
-        image = file if isinstance(file, Image.Image) else Image.open(file)
-        return image.convert("RGB"), label  # decodes; PIL raises a dozen kinds of exception on damaged files
+        image, losses = decoded(file)  # PIL raises a dozen kinds of exception on damaged files
+        return Picture(image, label, losses)
     except Exception as error:
-        return f"{items.name(index)} ({' '.join(str(error).split())[:80] or type(error).__name__})"
+        return f"{items.name(index)} ({one_line(error, 80)})"
 
 
 class Decoded(Dataset):
-    """(tensor, label), or name and reason (text) of an image that cannot be read."""
+    """(tensor, label, *losses), or name and reason (text) of an image that cannot be read."""
 
     def __init__(self, items: Items, transform: Transform) -> None:
         self.items, self.transform = items, transform
@@ -119,9 +130,9 @@ class Decoded(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
+    def __getitem__(self, index: int) -> tuple[Any, ...] | str:
         item = read(self.items, index)
-        return item if isinstance(item, str) else (self.transform(item[0]), item[1])
+        return item if isinstance(item, str) else (self.transform(item.image), item.label, *item.losses)
 
 
 class Stream(IterableDataset):
@@ -151,6 +162,7 @@ class _Loader:
     part: bool = False  # one process's part of the images (`share`), which may be empty
     broken: int = data_field(default=0, init=False)  # images that the last iteration left out
     first_broken: str = data_field(default="", init=False)  # name of one of them, and why
+    lost: Counter[str] = data_field(default_factory=Counter, init=False)  # images whose pixels lost something, by what
 
     @property
     def total(self) -> int | None:
@@ -158,13 +170,14 @@ class _Loader:
         return None if isinstance(self.dataset, IterableDataset) else len(cast(Any, self.dataset))
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.broken, self.first_broken, good = 0, "", 0
+        self.broken, self.first_broken, self.lost, good = 0, "", Counter(), 0
         workers = 0 if isinstance(self.dataset, IterableDataset) else self.workers
         options: dict[str, Any] = {"collate_fn": _collate, "worker_init_fn": ignore_interrupt}
         loader = DataLoader(self.dataset, self.batch_size, num_workers=workers, **options)
         with closing(batches_of(loader)) as batches:
-            for images, labels, failures in batches:
+            for images, labels, failures, lost in batches:
                 self.broken += len(failures)
+                self.lost += lost
                 self.first_broken = self.first_broken or next(iter(failures), "")
                 if failures and self.strict:
                     raise BadData(f"{self.name}: cannot read {failures[0]}")
@@ -290,13 +303,19 @@ def read_whole(stream: Any) -> None:
         reader.dist_rank, reader.dist_num_replicas = 0, 1
 
 
-def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor, list[str]]:
+def _collate(items: list[tuple[Any, ...] | str]) -> tuple[Tensor, Tensor, list[str], Counter[str]]:
     good = [item for item in items if not isinstance(item, str)]
     broken = [item for item in items if isinstance(item, str)]
-    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
-    labels = torch.tensor([label for _, label in good], dtype=torch.int64)
+    images = torch.stack([item[0] for item in good]) if good else torch.empty(0)
+    labels = torch.tensor([item[1] for item in good], dtype=torch.int64)
     in_shared_memory(images, labels)
-    return images, labels, broken
+    return images, labels, broken, Counter(loss for item in good for loss in item[2:])
+
+
+def aside(broken: int, first: str, lost: Counter[str]) -> list[str]:
+    """What to tell after a pass over images: how many could not be read, the first of them, and what pixels lost."""
+    lines = [f"{broken} images could not be read and are left out; the first: {first}"] if broken else []
+    return lines + ([decode.lost(lost)] if lost else [])
 
 
 def ignore_interrupt(worker: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from sparsify.errors import BadData, UsageError, field, one_line
 from sparsify.images import datasets
+from sparsify.images.decode import decoded
+
+RAMP = 2**22  # pixels at most of the image on which the view's place is measured
 
 
 class Line(NamedTuple):
@@ -29,12 +34,13 @@ class Photograph:
     """An image, resized and cropped by the model's evaluation transform."""
 
     path: Path
-    width: int  # of the original, upright, in pixels; so is height
+    width: int  # of the original, as it is stored, in pixels; so is height
     height: int
     x: Tensor  # the model's input, float32 [C, H, W], normalised
     view: np.ndarray  # the same for display, uint8 [H, W, 3]
     across: Line  # where the view's pixels lie in the original
     down: Line
+    losses: tuple[str, ...] = ()  # what its pixels lost (`decode.decoded`)
 
     def patch(self, point: ImagePoint, grid: tuple[int, int]) -> int:
         """The number of the patch of `grid` under a point of the original, row by row from the top left.
@@ -80,18 +86,19 @@ def point(text: str) -> ImagePoint:
 
 
 def read(path: Path, config: dict[str, Any]) -> Photograph:
-    """The image of a file, turned upright (EXIF orientation), as the preprocessing `datasets.data_config` shows it.
+    """The image of a file as the preprocessing `datasets.data_config` shows it; not rotated, as in eval.
 
     Raises:
         BadData: missing, a folder, or not an image.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise BadData(f"{path} is a folder: give image files, {path}/*.jpg")
-    if not path.exists():
-        raise BadData(f"no image {path}")
+    if not os.path.isfile(path):
+        raise BadData(
+            f"{path} is no regular file: an image is expected" if os.path.exists(path) else f"no image {path}"
+        )
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
+        image, losses = decoded(path)
     except Exception as error:  # PIL raises a dozen kinds of exception on damaged files
         raise BadData(f"{path} cannot be read as an image: {one_line(error, 100)}") from None
     transform = datasets.transform(config)
@@ -99,18 +106,20 @@ def read(path: Path, config: dict[str, Any]) -> Photograph:
     mean, std = (torch.tensor(config[name]).reshape(-1, 1, 1) for name in ("mean", "std"))
     view = (x * std + mean).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
     across, down = _lines(transform, image.width, image.height)
-    return Photograph(path, image.width, image.height, x, np.ascontiguousarray(view), across, down)
+    return Photograph(path, image.width, image.height, x, np.ascontiguousarray(view), across, down, losses)
 
 
 def _lines(transform: Callable[[Image.Image], Tensor], width: int, height: int) -> tuple[Line, Line]:
     """Where the view's pixels lie in an original of that size, measured on a ramp.
 
     The steps of the transform from image to image (resize, crop, pad) are applied to an image whose red and green hold the
-    position of each pixel; straight lines are fitted to the result. Blue distinguishes the image from padding.
+    position of each pixel; straight lines are fitted to the result. Blue distinguishes the image from padding. A large
+    original is represented by a smaller one of its shape.
     """
-    x = (np.arange(width) + 0.5) / width
-    y = (np.arange(height) + 0.5) / height
-    ramp = np.full((height, width, 3), 255, dtype=np.uint8)
+    times = max(1.0, math.sqrt(width * height / RAMP))
+    columns, rows = (max(1, round(side / times)) for side in (width, height))
+    x, y = (np.arange(columns) + 0.5) / columns, (np.arange(rows) + 0.5) / rows
+    ramp = np.full((rows, columns, 3), 255, dtype=np.uint8)
     ramp[..., 0], ramp[..., 1] = np.rint(255 * x)[None], np.rint(255 * y)[:, None]
     image = Image.fromarray(ramp)
     for step in getattr(transform, "transforms", ()):

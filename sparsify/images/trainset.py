@@ -9,7 +9,6 @@ from operator import length_hint
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from sparsify.errors import BadData
@@ -145,7 +144,8 @@ class WithCrops(Dataset):
     """Images for least squares: each as the model sees it, then random crops of them until there are `n`.
 
     A few hundred images have features in common by chance, which a linear map would learn; with crops it learns fewer. An
-    item is (tensor, label), or name and reason (text) of an image that cannot be read. A crop depends on the seed, the image
+    item is (tensor, label), as a whole image with what it loses behind, or name and reason (text) of an image that cannot be
+    read. A crop depends on the seed, the image
     and how often it came before. `config` is the model's preprocessing (`datasets.data_config`).
     """
 
@@ -156,13 +156,12 @@ class WithCrops(Dataset):
     def __len__(self) -> int:
         return self.n
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
+    def __getitem__(self, index: int) -> tuple[Any, ...] | str:
         turn, number = divmod(index, len(self.items))
         item = read(self.items, number)
         if isinstance(item, str):
             return item
-        image, label = item
         if turn == 0:
-            return self.whole(image), label
+            return self.whole(item.image), item.label, *item.losses
         with drawn(self.seed, "crop", turn, number):
-            return self.crop(image), label
+            return self.crop(item.image), item.label

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from sparsify.errors import UsageError, field
 from sparsify.images import datasets, photograph
+from sparsify.images.decode import lost
 from sparsify.images.photograph import ImagePoint
 from sparsify.measure.inspection import Shown, check_sparse, inspect
 from sparsify.nn import attention, graft, hosts
@@ -25,6 +27,7 @@ def look(
     heads: str | None = None,
     dense: nn.Module | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Shown]:
     """Looks at what a sparse model does with each image.
 
@@ -34,6 +37,7 @@ def look(
             with sparse attention (of all, if none has) and `MOST_HEADS` heads.
         dense: see `sparsify.measure.inspection.inspect`.
         progress: called with images done and their total.
+        say: called with a line about what pixels of the images lost.
 
     Raises:
         BadData: an image that cannot be read.
@@ -51,6 +55,8 @@ def look(
     drawn = _chosen(heads, "head", count, spread(count, MOST_HEADS))
     config, grid = datasets.data_config(model), hosts.patch_grid(model)
     photos = [photograph.read(path, config) for path in images]
+    if counts := Counter(loss for photo in photos for loss in photo.losses):
+        say(lost(counts))
     asked = [tuple(dict.fromkeys(photo.patch(point, grid) for point in points)) for photo in photos]
     names = unique([path.stem for path in images])
     shown = []

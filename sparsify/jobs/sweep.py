@@ -21,6 +21,7 @@ from torch import nn
 from sparsify.config import SparsityConfig
 from sparsify.errors import BadFile, UsageError, as_options, field
 from sparsify.fit.schedule.choose import dense_macs, for_macs
+from sparsify.images.loaders import aside
 from sparsify.images.trainset import trainset
 from sparsify.jobs.dense import Calibrator, DenseRequest, load_dense
 from sparsify.measure import evaluate, latency
@@ -105,8 +106,8 @@ def sweep(
     evaluations = evaluate.compare(
         dense, sparse, shown, labelled, compute, lambda done: progress("eval", done, shown.total)
     )
-    if shown.broken:
-        say(f"{shown.broken} images could not be read and are left out; the first: {shown.first_broken}")
+    for line in aside(shown.broken, shown.first_broken, shown.lost):
+        say(line)
     say(f"timing {len(sparse) + 1} models in turns")
     batch_size = compute.batch_size or 1
     times, speeds = _time({"dense": dense, **sparse}, batch_size, device, dtype)

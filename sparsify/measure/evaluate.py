@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from torch.utils.data import Subset
 from sparsify import processes
 from sparsify.errors import BadData, SparsifyError
 from sparsify.images import datasets
-from sparsify.images.loaders import Decoded, Items, LabelledBatches, LooseBatches, Part, Stream, share
+from sparsify.images.loaders import Decoded, Items, LabelledBatches, LooseBatches, Part, Stream, aside, share
 from sparsify.measure.accuracy import Evaluation, Features, Logits
 from sparsify.measure.figures import count_parameters
 from sparsify.nn import graft, hosts
@@ -91,15 +92,15 @@ def evaluate_images(
 
         with sparse_form(sparse, compute.backend, compute.kernel_precision):
             part = run_pass(_named(sparse, dense), local, compute, progress)
-        part.broken, part.first_broken = local.broken, local.first_broken
+        part.broken, part.first_broken, part.lost = local.broken, local.first_broken, local.lost
     parts = processes.gather(part)
     broken, first = sum(part.broken for part in parts), next((p.first_broken for p in parts if p.first_broken), "")
     result = figures_of(parts)
     if not result.images:
         which = f"; the first: {first}" if first else ""
         raise BadData(f"{images}: none of the {broken} images could be read{which}")
-    if broken:
-        listener.say(f"{broken} images could not be read and are left out; the first: {first}")
+    for line in aside(broken, first, sum((part.lost for part in parts), Counter())):
+        listener.say(line)
     return replace(
         result,
         model=name,
@@ -158,6 +159,7 @@ class Pass:
     images: int = 0
     broken: int = 0
     first_broken: str = ""
+    lost: Counter[str] = field(default_factory=Counter)  # images whose pixels lost something, by what
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """Where a point of a picture lies in what the model sees of it."""
 
+import os
 import random
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from sparsify.errors import BadData, UsageError
-from sparsify.images import photograph
+from sparsify.images import decode, photograph
 
 CONFIG = dict(
     input_size=(3, 96, 96), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic", crop_pct=0.9,
@@ -60,18 +61,29 @@ def test_a_point_that_the_model_does_not_see_is_refused(tmp_path):
     assert photo.patch(photograph.point("0.5,0.5"), (6, 6)) in (14, 15, 20, 21)
 
 
-def test_pictures_stand_upright(tmp_path):
+def test_pictures_are_not_rotated_as_in_eval(tmp_path):
     image = Image.new("RGB", (60, 40), "black")
-    image.putpixel((0, 0), (255, 255, 255))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     image.save(tmp_path / "turned.png", exif=exif)
     photo = photograph.read(tmp_path / "turned.png", CONFIG)
-    assert (photo.width, photo.height) == (40, 60)
+    assert (photo.width, photo.height) == (60, 40) and photo.losses == (decode.TURNED,)
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+def test_place_of_the_view_is_the_same_on_a_smaller_picture_of_the_shape(mode, monkeypatch):
+    transform = photograph.datasets.transform(CONFIG | dict(crop_mode=mode))
+    whole = photograph._lines(transform, 1500, 1000)
+    monkeypatch.setattr(photograph, "RAMP", 1500 * 1000 / 7)
+    smaller = photograph._lines(transform, 1500, 1000)
+    for line, other in zip(whole, smaller, strict=True):
+        assert other.start == pytest.approx(line.start, abs=2) and other.step == pytest.approx(line.step, rel=0.01)
 
 
 def test_what_is_no_picture_is_named(tmp_path):
     (tmp_path / "text.jpg").write_text("hello")
-    for path, words in ((tmp_path, "folder"), (tmp_path / "none.jpg", "no image"), (tmp_path / "text.jpg", "text.jpg")):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    named = {"": "folder", "none.jpg": "no image", "text.jpg": "text.jpg", "pipe.jpg": "no regular file"}
+    for path, words in ((tmp_path / name, words) for name, words in named.items()):
         with pytest.raises(BadData, match=words):
             photograph.read(path, CONFIG)

@@ -63,7 +63,8 @@ def report(
         one = replace(one, dense=load_original(one.header, dense, say=say))
     with Reporter(quiet) as reporter:
         progress, files = partial(reporter.update, "look"), [*(images or []), *(more_images or [])]
-        shown = look(one.model, files, points, layers=layer, heads=head, dense=one.dense, progress=progress)
+        draw = partial(look, layers=layer, heads=head, dense=one.dense, progress=progress, say=say)
+        shown = draw(one.model, files, points)
     if figures is None:
         if measure:
             say("measuring latency, dense beside sparse")

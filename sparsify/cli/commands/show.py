@@ -44,7 +44,8 @@ def show(
     one = opened(file, dense, img_size, say)
     with Reporter(quiet) as reporter:
         progress = partial(reporter.update, "look")
-        shown = look(one.model, images, points, layers=layer, heads=head, dense=one.dense, progress=progress)
+        draw = partial(look, layers=layer, heads=head, dense=one.dense, progress=progress, say=say)
+        shown = draw(one.model, images, points)
         files = figures.draw(shown, partial(reporter.update, "draw"))
     paths = figures.write(files, output)
     if not quiet:
