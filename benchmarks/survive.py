@@ -1,29 +1,41 @@
-"""Kills a fine-tuning again and again (SIGKILL) and looks whether what is resumed ends bit for bit as it would have.
+"""Kills commands (SIGKILL) at random moments, again and again, and looks at what is left.
 
-    python benchmarks/survive.py                    # ten times, at moments drawn at random
-    python benchmarks/survive.py --times 3 --seed 1
+    python benchmarks/survive.py                    # a hundred kills of all commands, half an hour on two cores
+    python benchmarks/survive.py --times 7          # one of each
 
-The run: the built-in digits, two stages (augmented and with a running mean; then from a cache of the teacher), a state
-saved after every step. Every time a fresh run is killed once, behind a step drawn at random (or before the first), and
-resumed with --resume. Compared are all tensors of the written file and all rows of metrics.csv but the images per second.
-The weights of the last step are what is written, so that the comparison cannot be met by the calibrated model. Exit code
-1 where anything differs.
+Every command runs in a folder that already holds its outputs of an earlier run, and is killed several times in a row there:
+half of the times at a moment drawn over its whole duration, half while it writes. After each kill every file under a final
+name must be whole. Then the command runs to its end, and nothing may lie there that an undisturbed run does not leave.
+
+A training (the built-in digits, two stages, a state saved after every step) starts in an empty folder and goes on with
+--resume; all tensors of its file and all rows of metrics.csv but the images per second must be those of the undisturbed run.
+The weights of the last step are what is written, so that the comparison cannot be met by the calibrated model. Exit code 1
+where anything is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import load_file
+
+from sparsify.files import SCRATCH
+from sparsify.models import checkpoint
+from sparsify.ops.cpu import build
 
 RECIPE = """
 description: two short stages
@@ -50,24 +62,97 @@ stages:
 """
 LATEST = "from sparsify.fit.finetune.validation import ValidationScore as S; S.better_than = lambda own, other: True"
 PROGRAM = f"import sys; {LATEST}; from sparsify.cli.app import main; main(sys.argv[1:])"
-TIMEOUT = 600
+TRAINING = "convert digits --data digits --recipe recipe.yaml --save-minutes 0 -o m.safetensors"
+COMMANDS = {  # by name: arguments, and how many of a hundred kills
+    "convert": ("convert digits --calib-images 8 --force -o m.safetensors", 15),
+    "training": (TRAINING, 35),
+    "export onnx": ("export given.safetensors --format onnx --force -o m.onnx", 10),
+    "export pt2": ("export given.safetensors --format pt2 --force -o m.pt2", 10),
+    "report": ("report given.safetensors -o r.html", 15),
+    "sweep": ("sweep digits --data digits --limit 8 --calib-images 8 --targets none --keeps 0.1 -o sw", 10),
+    "kernels": ("build-kernels --force", 5),
+}
+IN_A_ROW = 10  # kills before a run to the end
+TIMEOUT = 900
 
 
-def command(folder: Path, *more: str) -> subprocess.Popen[str]:
-    """The run in `folder`, started."""
-    arguments = ["convert", "digits", "--data", "digits", "--recipe", "recipe.yaml", "-o", "m.safetensors"]
+@dataclass
+class Count:
+    """What came of the kills of one command."""
+
+    kills: int = 0
+    writing: int = 0  # of them while something was written
+    halves: list[str] = field(default_factory=list)  # files under final names that are not whole
+    litter: list[str] = field(default_factory=list)  # left after a run to the end
+    different: int = 0  # trainings that did not end as the undisturbed one
+
+
+def start(name: str, folder: Path, *more: str) -> subprocess.Popen[str]:
+    """The command in `folder`, started."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if name == "kernels":
+        environment |= {"SPARSIFY_CACHE": str(folder / "cache")}
+    words = [sys.executable, "-c", PROGRAM, *COMMANDS[name][0].split(" "), *more]
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *arguments, "--save-minutes", "0", *more], cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        words, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    """What it printed, once it is done."""
+def finish(process: subprocess.Popen[str]) -> None:
+    """Waits until it is done."""
     out, err = process.communicate(timeout=TIMEOUT)
     if process.returncode:
         raise SystemExit(f"a run failed ({process.returncode}): {err.strip() or out.strip()}")
-    return out
+
+
+def names(folder: Path) -> set[str]:
+    """All files and folders, but for the numbered names of TensorBoard and the lock of the kernels' cache."""
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    return {name for name in found if "tfevents" not in name and name != "cache/kernels/lock"}
+
+
+def writing(folder: Path) -> bool:
+    """Whether something is being written."""
+    return any(part.startswith((SCRATCH, build.TEMPORARY)) for name in names(folder) for part in Path(name).parts)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of that ending is complete; other files are not looked at."""
+    try:
+        content = path.read_bytes()
+        match path.suffix:
+            case ".safetensors" if path.name.startswith("state"):
+                load_file(path)
+            case ".safetensors":
+                checkpoint.load(path)  # compares the digest
+            case ".json":
+                json.loads(content)
+            case ".yaml":
+                return bool(yaml.safe_load(content))
+            case ".md":
+                return content.endswith(b"\n")
+            case ".html":
+                return content.rstrip().endswith(b"</html>")
+            case ".png":
+                return b"IEND" in content[-12:]
+            case ".onnx":
+                import onnx
+
+                onnx.checker.check_model(onnx.load_from_string(content))
+            case ".pt2":
+                torch.export.load(path)
+    except Exception as error:
+        print(f"{path}: {type(error).__name__}: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def halves(name: str, folder: Path) -> list[str]:
+    """Files under final names that are not whole; a library without its sum is not loaded, and counts as none."""
+    hidden = (SCRATCH, build.TEMPORARY)
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".so"]
+    paths = [path for path in paths if not any(part.startswith(hidden) for part in path.relative_to(folder).parts)]
+    return [f"{name}: {path.name}" for path in paths if not is_whole(path)]
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -77,57 +162,77 @@ def rows(folder: Path) -> list[dict[str, str]]:
     return [{name: cell for name, cell in row.items() if name != "images_per_s"} for row in found]
 
 
-def phase(folder: Path) -> str:
-    """How far a killed run had got."""
-    run, steps = folder / "m.run", rows(folder)
-    if (folder / "m.safetensors").exists():
-        return "written" if not (run / "start.safetensors").exists() else "writing"
-    if steps:
-        return f"{('first', 'second')[int(steps[-1]['stage'])]} stage, step {steps[-1]['step']}"
-    return "before the first step" if (run / "start.safetensors").exists() else "starting, calibrating"
-
-
 def equal(folder: Path, other: Path) -> bool:
-    """Whether two runs came to the same."""
+    """Whether two trainings came to the same."""
     one, two = (load_file(place / "m.safetensors") for place in (folder, other))
     same = one.keys() == two.keys() and all(torch.equal(t, two[name]) for name, t in one.items())
     return same and rows(folder) == rows(other)
 
 
+def kill(process: subprocess.Popen[str], folder: Path, after: float, aimed: bool) -> bool:
+    """Kills it after that many seconds, or when it writes next; whether it wrote then."""
+    begun = time.monotonic()
+    while process.poll() is None and time.monotonic() - begun < (TIMEOUT if aimed else after):
+        if aimed and time.monotonic() - begun > after and writing(folder):
+            break
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    return writing(folder)
+
+
+def survive(name: str, times: int, drawn: random.Random, base: Path) -> Count:
+    """Kills one command that many times."""
+    count, undisturbed = Count(), base / f"{name} undisturbed"
+    shutil.copytree(base / "given", undisturbed)
+    begun = time.monotonic()
+    finish(start(name, undisturbed))
+    seconds = time.monotonic() - begun
+    while count.kills < times:
+        folder = base / f"{name} killed"
+        shutil.copytree(base / "given" if name == "training" else undisturbed, folder)
+        more = ("--resume",) if name == "training" else ()
+        for _ in range(min(IN_A_ROW, times - count.kills)):
+            process = start(name, folder, *more)
+            wrote = kill(process, folder, drawn.uniform(0, seconds), bool(count.kills % 2))
+            count.halves += halves(name, folder)
+            if process.returncode != -signal.SIGKILL:  # it was done before
+                break
+            count.kills += 1
+            count.writing += wrote
+        finish(start(name, folder, *more))
+        count.halves += halves(name, folder)
+        count.litter += sorted(names(folder) ^ names(undisturbed))
+        count.different += name == "training" and not equal(folder, undisturbed)
+        shutil.rmtree(folder)
+    return count
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("--times", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commands", default=",".join(COMMANDS), help="separated by commas")
     options = parser.parse_args()
-    drawn, differs = random.Random(options.seed), 0
-    with tempfile.TemporaryDirectory() as base:
-        folders = [Path(base) / str(i) for i in range(options.times + 1)]
-        for folder in folders:
-            folder.mkdir()
-            (folder / "recipe.yaml").write_text(RECIPE)
-        undisturbed, *others = folders
-        begun = time.monotonic()
-        finish(command(undisturbed))
-        whole = time.monotonic() - begun
-        print(f"undisturbed: {whole:.1f} s, {len(rows(undisturbed))} steps\n")
-        print("| killed after | it was | resumed | equal |\n|---|---|---|---|")
-        for folder in others:
-            begun, step, late = time.monotonic(), drawn.randrange(len(rows(undisturbed))), drawn.random()
-            process = command(folder)
-            while step and process.poll() is None and len(rows(folder)) < step:
-                time.sleep(0.005)
-            time.sleep(late * (0.3 if step else whole / 3))  # step 0: while it starts and calibrates
-            process.kill()
-            process.communicate()
-            moment, place = time.monotonic() - begun, phase(folder)
-            said = finish(command(folder, "--resume")).splitlines()
-            line = next((line for line in said if "resum" in line or "going on" in line or "anew" in line), "")
-            words = line.rpartition("m.run ")[2] if line.startswith("resuming") else line.rpartition(": ")[2]
-            same = equal(folder, undisturbed)
-            differs += not same
-            print(f"| {moment:.1f} s | {place} | {words} | {'yes' if same else 'NO'} |", flush=True)
-    print(f"\n{options.times - differs} of {options.times} ended bit for bit as the undisturbed run")
-    raise SystemExit(differs > 0)
+    chosen, drawn, wrong = options.commands.split(","), random.Random(options.seed), 0
+    with tempfile.TemporaryDirectory() as temporary:
+        base = Path(temporary)
+        (base / "given").mkdir()
+        (base / "given" / "recipe.yaml").write_text(RECIPE)
+        finish(start("convert", base / "given"))
+        (base / "given" / "m.safetensors").rename(base / "given" / "given.safetensors")
+        for report in (base / "given").glob("m.*"):
+            report.unlink()
+        print("| command | kills | while writing | files half-written | left after the next run | training differs |")
+        print("|---|---|---|---|---|---|", flush=True)
+        for name in chosen:
+            found = survive(name, max(1, round(options.times * COMMANDS[name][1] / 100)), drawn, base)
+            wrong += len(found.halves) + len(found.litter) + found.different
+            figures = [len(found.halves), len(found.litter), found.different if name == "training" else ""]
+            print(f"| {name} | {found.kills} | {found.writing} | {' | '.join(map(str, figures))} |", flush=True)
+            for line in (*found.halves, *found.litter):
+                print(f"{name}: {line}", file=sys.stderr)
+    raise SystemExit(wrong > 0)
 
 
 if __name__ == "__main__":
