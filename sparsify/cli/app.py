@@ -67,7 +67,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: an expected error is an exit code and one line on stderr, printed by one process of several."""
     given = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     terminal.prepare()
-    warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)  # fvcore traces with it
     warnings.filterwarnings("ignore", message="sparse attention is computed by")  # the commands say it themselves
     command = typer.main.get_command(app)
     try:

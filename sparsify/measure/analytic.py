@@ -37,9 +37,8 @@ class Analytic:
 
     total: int  # the whole model
     by_module: Mapping[str, int]  # what each counted module does itself (not its children), by name
-    pairs: (
-        int  # query-key pairs inside the blocks' attention: kept pairs and prefix rows, or all pairs where it is dense
-    )
+    # query-key pairs inside the blocks' attention: kept pairs and prefix rows, or all pairs where it is dense
+    pairs: int
     predictor: int  # this and the next two: as in `sparsify.measure.figures.Profile`
     tail: int
     stages: int

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fvcore.nn import FlopCountAnalysis
-from fvcore.nn.jit_handles import norm_flop_counter
 from torch import nn
 
 from sparsify.nn import hosts
@@ -44,9 +42,8 @@ class Counts:
     by_module: Mapping[str, int]  # inclusive count of every module, by name; '' is the model
     attention: Mapping[str, Mapping[str, int]]  # of every module named in `count`, by part: `PARTS`, `full` where dense
     stages: int  # importance and matching of the tokens, in all stages (`sparsify.nn.tokens`)
-    unsupported: Mapping[
-        str, int
-    ]  # ops that were not counted, neither handled nor elementwise, and how often they occur
+    # ops that were not counted, neither handled nor elementwise, and how often they occur
+    unsupported: Mapping[str, int]
 
     def part(self, name: str) -> int:
         """Sum of one part over all attention modules."""
@@ -64,12 +61,15 @@ def count(model: nn.Module, image: tuple[int, int, int], attention: list[str]) -
     attention: names of the modules whose attention is the blocks' own (`Counts.attention`).
     """
     parameter = next(model.parameters())
-    analysis = FlopCountAnalysis(model, torch.zeros(1, *image, device=parameter.device, dtype=parameter.dtype))
-    analysis.set_op_handle(**HANDLES, **{"aten::rms_norm": norm_flop_counter(2)})  # as fvcore counts layer_norm
-    analysis.set_op_handle(**{f"aten::{op}": None for op in ELEMENTWISE})
-    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # fvcore uses torch.jit, at its import too, which torch warns of
+        from fvcore.nn import FlopCountAnalysis
+        from fvcore.nn.jit_handles import norm_flop_counter
+
+        analysis = FlopCountAnalysis(model, torch.zeros(1, *image, device=parameter.device, dtype=parameter.dtype))
+        analysis.set_op_handle(**HANDLES, **{"aten::rms_norm": norm_flop_counter(2)})  # as fvcore counts layer_norm
+        analysis.set_op_handle(**{f"aten::{op}": None for op in ELEMENTWISE})
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         operators = {name: Counter(found) for name, found in analysis.by_module_and_operator().items()}
     predictors = [f"{name}.predictor" for name in sparse_modules(model)]
     for name in predictors:
@@ -95,7 +95,7 @@ def _take_out(operators: dict[str, Counter[str]], name: str) -> None:
 
 
 def _give_to_submodules(operators: dict[str, Counter[str]], name: str, block: nn.Module) -> None:
-    """Credit what a block with `Tokens` computes outside any submodule's call to the submodule that it belongs to.
+    """Credit what a block of `nn.token_blocks` computes outside any submodule's call to the submodule that it belongs to.
 
     The importance is a matmul of the stage's, and a norm where it is fitted; linear layers are slices of `attn.qkv`
     (`GraftedAttention.prefix_rows`); everything else is the attention itself.
@@ -172,7 +172,7 @@ def tree(
 
 
 def _type(module: nn.Module) -> str:
-    """The name of its class, as the keys of `Profile.modules` have it since the first version."""
+    """The name of its class; some classes go by a shorter one in `Profile.modules`."""
     name = type(module).__name__
     known = {"HeadLowrankPredictor": "HeadLowrank", "TokenLowrankPredictor": "TokenLowrank", "TokenStage": "Stage"}
     return known.get(name, name)

@@ -54,8 +54,8 @@ def resolve(backend: str, q: Tensor, mask: Tensor | None = None) -> str:
 def training(backend: str, q: Tensor, mask: Tensor | None = None) -> str:
     """'cpu', 'masked' or 'reference': what computes a call whose gradients are needed.
 
-    'reference' if the user asked for it, with a mask, and under a compiler. It stores nothing of size N x N for the backward,
-    as 'masked' does, so it also computes the longest sequences. A program of torch.jit.trace has one path for all calls.
+    'reference' if the user asked for it, with a mask, and under a compiler. It stores nothing of size N x N for the
+    backward, as 'masked' does, so it also computes the longest sequences. A torch.jit trace has one path for all calls.
     """
     if torch.jit.is_tracing():
         return resolve(backend, q, mask)

@@ -126,3 +126,19 @@ def test_a_batch_without_images_is_refused_and_not_taken_for_the_default(size, t
     for call in (sparsify.profile, lambda m, **o: sparsify.evaluate(m, folder, **o), sparsify.export):
         with pytest.raises(UsageError, match=refused):
             call(made.path, batch_size=size)
+
+
+def test_a_process_in_which_warnings_are_errors_loads_runs_and_profiles_without_one(tmp_path):
+    """fvcore, whose torch.jit warns, is imported where MACs are counted, and there nothing reaches the user."""
+    path = sparsify.convert("digits", output=tmp_path / "m.safetensors", calib_images=2, spread_rank=False).path
+    code = """
+import sys, torch, sparsify
+model = sparsify.load(sys.argv[1], backend="reference")
+with torch.inference_mode():
+    assert model(torch.zeros(1, 3, 28, 28)).shape == (1, 10)
+assert "fvcore" not in sys.modules
+assert sparsify.profile(model, measure=False).macs_sparse > 0
+"""
+    command = [sys.executable, "-W", "error", "-c", code, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -108,7 +108,7 @@ HEAVY = "torch timm fvcore matplotlib jinja2 tensorboard accelerate onnx torchvi
         ("sparsify.models.hub", HEAVY),
         ("sparsify.report.words", HEAVY),
         ("sparsify.ops.reference", HEAVY[1:]),
-        ("sparsify.api", "matplotlib jinja2 tensorboard onnx sklearn".split()),
+        ("sparsify.api", "fvcore matplotlib jinja2 tensorboard onnx sklearn".split()),
     ],
 )
 def test_an_import_loads_no_more_than_it_needs(module, heavy):
