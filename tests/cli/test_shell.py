@@ -395,11 +395,18 @@ def test_nothing_is_printed_past_the_terminal():
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["profile", "{}"], ["eval", "{}", "--data", "digits"], ["show", "{}", "x.jpg"], ["report", "{}"], ["export", "{}"],
-        ["convert", "{}"], ["convert", "digits", "--recipe", "{}"], ["convert", "digits", "--weights", "{}"],
-        ["convert", "digits", "--data", "{}"], ["push", "{}", "a/b", "--dry-run"],
+        ["profile", "{}"],
+        ["eval", "{}", "--data", "digits"],
+        ["show", "{}", "x.jpg"],
+        ["report", "{}"],
+        ["export", "{}"],
+        ["convert", "{}"],
+        ["convert", "digits", "--recipe", "{}"],
+        ["convert", "digits", "--weights", "{}"],
+        ["convert", "digits", "--data", "{}"],
+        ["push", "{}", "a/b", "--dry-run"],
     ],
-)  # fmt: skip
+)
 def test_a_path_that_the_system_refuses_is_one_line(run, tmp_path, path, arguments, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     (tmp_path / "locked").mkdir(mode=0)

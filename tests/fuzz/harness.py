@@ -108,7 +108,7 @@ def command(*arguments: object) -> str:
         except SystemExit as end:
             code = end.code
     said = err.getvalue()
-    if "unexpected" in said or "Traceback" in said:
+    if "error: unexpected " in said or "Traceback" in said:
         raise Fault(said.strip().splitlines()[-1])
     if hidden := control_characters(out.getvalue() + said):
         raise Fault(f"control characters reach the terminal: {hidden}")
