@@ -86,10 +86,10 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:  # a path that the system refuses, a full disk
         named = f": {error.filename}" if error.filename else ""
         code = _fail(f"{error.strerror or one_line(error)}{named}", 1, "--debug" in given)
-    except MemoryError:
-        code = _fail("there is not enough memory for this", 1, "--debug" in given)
     except Exception as error:
-        code = _fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1, "--debug" in given)
+        no_memory = isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
+        unexpected = f"unexpected {type(error).__name__}: {error} (--debug shows where)"
+        code = _fail("there is not enough memory for this" if no_memory else unexpected, 1, "--debug" in given)
     if code == INTERRUPTED and processes.main():  # typer turns Ctrl-C into this code
         _fail("interrupted; nothing half-written is left", INTERRUPTED, False)
     raise SystemExit(code if isinstance(code, int) else 0)

@@ -29,6 +29,7 @@ def option(
     **more: Any,
 ) -> Any:
     """`typer.Option` in one line."""
+    more |= {"max": more.get("max", 10**9)} if "min" in more else {}  # no number of thousands of digits
     more |= {"metavar": metavar, "help": help, "show_default": default, "rich_help_panel": group}
     return typer.Option(*names.split(), autocompletion=_completer(words), **more)
 
@@ -74,7 +75,8 @@ _EMA = "Of --weights: the averaged weights (EMA), or the others."
 Ema = Annotated[bool | None, option(None, _EMA, MODEL, "averaged, where there are any", names="--ema/--no-ema")]
 _CLASSES = "Classes of --weights; 0: features."
 NumClasses = Annotated[int | None, option("N", _CLASSES, MODEL, "read off the file", min=0)]
-ImgSize = Annotated[int | None, option("PIXELS", "Side of the image in pixels.", MODEL, "the model's own", min=1)]
+_SIDE = "Side of the image in pixels."
+ImgSize = Annotated[int | None, option("PIXELS", _SIDE, MODEL, "the model's own", min=1, max=10_000)]
 Device = Annotated[str, option("NAME", "Device of torch: cpu, cuda, cuda:1, mps.", RUNNING, words=completion.DEVICES)]
 Dtype = Annotated[str, option("NAME", "float32, bfloat16 or float16.", RUNNING, words=DTYPES)]
 _BACKEND = "Implementation of sparse attention: auto (the CPU kernels if they can run), cpu, reference."
@@ -83,7 +85,7 @@ _PRECISION = "What the CPU kernels store: input (the model's dtype), or bf16 for
 KernelPrecision = Annotated[str, option("NAME", _PRECISION, RUNNING, words=completion.KERNEL_PRECISIONS)]
 BatchSize = Annotated[int, option("N", "Images computed together.", RUNNING, min=1)]
 TimedBatch = Annotated[int, option("N", "Images of one timed forward pass.", RUNNING, min=1)]
-Workers = Annotated[int, option("N", "Processes that read images; 0 reads in this one.", RUNNING, min=0)]
+Workers = Annotated[int, option("N", "Processes that read images; 0 reads in this one.", RUNNING, min=0, max=1000)]
 Quiet = Annotated[bool, flag("--quiet -q", "Print nothing but the names of the files written, and errors.", TALK)]
 Debug = Annotated[bool, flag("--debug", "Show the traceback of an error.", TALK)]
 
@@ -132,7 +134,9 @@ Resume = Annotated[bool, flag("--resume", "Continue the interrupted fine-tuning 
 SaveMinutes = Annotated[float, option("N", "Minutes between two saved states of a fine-tuning.", LEARNING, min=0)]
 _MICRO_BATCH = "Maximum images per forward/backward pass (gradient accumulation)."
 MicroBatch = Annotated[int, option("N", _MICRO_BATCH, LEARNING, min=1)]
-Seed = Annotated[int | None, option("N", "Seed of the choice of images.", LEARNING, "the recipe's, 0", min=0)]
+Seed = Annotated[
+    int | None, option("N", "Seed of the choice of images.", LEARNING, "the recipe's, 0", min=0, max=2**63 - 1)
+]
 
 # of sweep
 
@@ -148,7 +152,7 @@ _PREFIX = "Start of the names of .md, .json, .png and the folder .recipes."
 SweepOutput = Annotated[Path, option("PREFIX", _PREFIX, names="--output -o")]
 Limit = Annotated[int | None, option("N", "Images to measure on, drawn by --seed.", default="all", min=1)]
 SweepCalibImages = Annotated[int | None, option("N", "Images to calibrate on.", default="128", min=1)]
-SweepSeed = Annotated[int | None, option("N", "Seed of the choice of images.", default="0", min=0)]
+SweepSeed = Annotated[int | None, option("N", "Seed of the choice of images.", default="0", min=0, max=2**63 - 1)]
 
 # of show and report
 

@@ -429,6 +429,20 @@ def test_a_full_disk_behind_stdout_is_one_line():
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "option", [["--batch-size", "9" * 30], ["--workers", "5000"], ["--seed", "9" * 400], ["--img-size", "99999"]]
+)
+def test_numbers_of_options_are_bounded(option, run):
+    code, _, err = run("convert", "digits", *option)
+    assert code == 2 and option[0] in the_error(err) and len(err) < 200
+
+
+def test_too_little_memory_is_one_line(run, monkeypatch):
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nto allocate")):
+        monkeypatch.setattr(building, "listing", lambda pattern, error=error: (_ for _ in ()).throw(error))
+        assert run("models", "x") == (1, "", "error: there is not enough memory for this\n")
+
+
 def test_a_reader_that_leaves_a_table_is_gone(monkeypatch):
     class Pipe(Stream):
         def write(self, text):

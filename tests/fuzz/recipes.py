@@ -220,6 +220,8 @@ def _planned(recipe: Recipe) -> None:
     plan = make_plan(model, recipe, TrainingData("digits"), Compute(), "")
     for planned in plan.stages:
         optimiser = trainable.make_optimiser(model, planned.stage)
+        if planned.stage.batch_size <= 32:
+            next(planned.batches.from_step(0))
         trainable.lr_schedule(optimiser, planned.stage, planned.steps, planned.batches.steps_per_epoch).step_update(1)
 
 
