@@ -5,13 +5,14 @@
 Reads DeiT-Tiny's weights and photographs from SPARSIFY_TEST_DATA as `accuracy.py` does, and measures on the same 950.
 Without files of its own it converts twice from 128 photographs: keep 0.1, and token keep 0.7 besides. Every linear layer is
 quantised after the conversion: weights to int8 by output channel (`weights`), or those and the activations of each call by
-token (`weights and activations`). Nothing is timed.
+token (`weights and activations`), or both with one scale for a whole tensor (`per tensor`, torch.ao). Nothing is timed.
 """
 
 from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from accuracy import DATA, WEIGHTS, photographs
 from harness import Report as Tables
 from harness import Row, conditions, options
 from torch import nn
+from torch.ao.quantization import quantize_dynamic
 from torchao import __version__ as torchao_version
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
@@ -46,6 +48,12 @@ def converted(files: list[Path]) -> dict[str, nn.Module]:
     return made
 
 
+def per_tensor(model: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is to move into torchao, which quantises by channel
+        return quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+
+
 def int8(model: nn.Module, config: type) -> nn.Module:
     quantised = copy.deepcopy(model)
     quantize_(quantised, config())
@@ -66,6 +74,7 @@ def main() -> None:
     for name, model in {"dense": dense, **sparse}.items():
         models[name] = model
         models |= {f"{name}, int8 {what}": int8(model, config) for what, config in CONFIGS.items()}
+        models[f"{name}, int8 per tensor"] = per_tensor(model)
     sums, images = {name: Logits() for name in models}, 0
     with torch.inference_mode():
         for x, y in photographs(dense):

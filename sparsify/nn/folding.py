@@ -54,7 +54,7 @@ def fold(model: nn.Module) -> bool:
         return False
     for module, predictor in found:
         t_q = torch.stack([_basis(a_q.double(), a_k.double()) for a_q, a_k in predictor.by_head()])  # (H, d, d)
-        projection.fold(module, t_q, torch.linalg.inv(t_q).mT)
+        projection.fold(module, t_q, torch.linalg.inv(t_q).mT, predictor.ranks)
         module.predictor = HeadLowrankPredictor(module.head_dim, predictor.ranks, True)
     return True
 

@@ -192,7 +192,7 @@ def set_basis(host: nn.Module, predictor: HeadLowrankPredictor, t_q: torch.Tenso
     """Set the basis T_q, T_k [H, d, d] of a predictor: folded into the host's projections, else A_q, A_k are its first r
     columns."""
     if predictor.a_q is None or predictor.a_k is None:
-        projection.fold(host, t_q, t_k)
+        projection.fold(host, t_q, t_k, predictor.ranks)
     else:
         used = rank_mask(predictor.ranks, predictor.a_q)  # (H, 1, r)
         predictor.a_q.copy_(t_q[..., : used.shape[-1]] * used)

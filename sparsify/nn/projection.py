@@ -10,6 +10,7 @@ The functions accept the host's module or the grafted module that shares its par
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -140,24 +141,49 @@ def foldable(attention: nn.Module, rotary: bool) -> bool:
 
 
 @torch.no_grad()
-def fold(attention: nn.Module, t_q: Tensor, t_k: Tensor) -> None:
+def fold(attention: nn.Module, t_q: Tensor, t_k: Tensor, ranks: Sequence[int]) -> None:
     """Change the basis of every head: q <- T_q' q, k <- T_k' k, in the rows and biases of the projections; in place.
+
+    Coordinates are then scaled, q by s and k by 1/s, so that both have rows of about the same norm: 8-bit formats with one
+    scale for a whole weight need that. The s are powers of two, and the first ranks[h] coordinates of a head share one:
+    every product and every comparison of distances stays equal to the bit.
 
     Args:
         t_q, t_k: [H, d, d] with T_q T_k' = I, so that q.k stays the same; float64 keeps that to rounding.
+        ranks: of each head, the coordinates that rank its keys.
     """
     host, layers = cast(Any, attention), linears(attention)
-    for i, t in enumerate((t_q, t_k)):
-        layer = layers[0] if len(layers) == 1 else layers[i]
+
+    def part(i: int, tensor: Tensor) -> Tensor:
+        return tensor.data.chunk(3)[i] if len(layers) == 1 else tensor.data
+
+    q, k = (layers[0], layers[0]) if len(layers) == 1 else layers[:2]
+    size_q, size_k = (_in_basis(part(i, x.weight), t).norm(dim=-1) for i, (x, t) in enumerate(((q, t_q), (k, t_k))))
+    s = _scales(size_q, size_k, ranks).unsqueeze(1)  # (H, 1, d)
+    bases = (t_q.to(s) * s, t_k.to(s) / s)
+    for i, (layer, t) in enumerate(zip((q, k), bases, strict=True)):
         for tensor in (layer.weight, layer.bias):
             if tensor is not None:
-                _change_basis(tensor.data.chunk(3)[i] if len(layers) == 1 else tensor.data, t)
+                _change_basis(part(i, tensor), t)
     if getattr(host, "q_bias", None) is not None:
-        _change_basis(host.q_bias.data, t_q)  # the bias of k is 0 in every basis
+        _change_basis(host.q_bias.data, bases[0])  # the bias of k is 0 in every basis
+
+
+def _scales(q: Tensor, k: Tensor, ranks: Sequence[int]) -> Tensor:
+    """The factor of each coordinate of q, from the norms of the rows of q and k, [H, d] each; 1 where one of them is 0."""
+    ratio = k / q
+    for h, r in enumerate(ranks):
+        ratio[h, :r] = k[h, :r].max() / q[h, :r].max()
+    s = torch.exp2((ratio.log2() / 2).round())
+    return torch.where(s.isfinite() & (s > 0), s, 1)
 
 
 def _change_basis(rows: Tensor, t: Tensor) -> None:
     """rows [H*d, C] or [H*d] <- T' rows, head by head, in place; t [H, d, d]."""
+    rows.copy_(_in_basis(rows, t).reshape_as(rows))
+
+
+def _in_basis(rows: Tensor, t: Tensor) -> Tensor:
+    """T' rows, head by head: [H, d, C or 1], float64."""
     H, d, _ = t.shape
-    changed = t.mT.double().to(rows.device) @ rows.double().reshape(H, d, -1)
-    rows.copy_(changed.reshape_as(rows))
+    return t.mT.double().to(rows.device) @ rows.double().reshape(H, d, -1)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from helpers.families import build, images
 from sparsify.config import SparsityConfig
-from sparsify.nn import attention, graft
+from sparsify.nn import attention, graft, projection
 from sparsify.nn.folding import fold, retract, unfold
 from sparsify.nn.predictor import HeadLowrankPredictor
 
@@ -160,3 +160,25 @@ def stub(d, ranks):
     (module,) = attention.sparse_modules(host).values()
     assert isinstance(module.predictor, HeadLowrankPredictor)
     return module
+
+
+def test_folding_balances_queries_and_keys_and_every_product_stays_equal_to_the_bit(monkeypatch):
+    """An 8-bit format with one scale for all of `qkv` needs rows of one size; powers of two change no product."""
+    balanced = sparse()
+    monkeypatch.setattr(projection, "_scales", lambda q, k, ranks: torch.ones_like(q))
+    plain = sparse()
+    assert torch.equal(outputs(balanced), outputs(plain))
+    for module, other, ranks in zip(sparse_of(balanced), sparse_of(plain), RANKS, strict=True):
+        rows, before = (m.qkv.weight.detach().view(3, 3, 64, -1) for m in (module, other))
+        scale = rows[0].norm(dim=-1) / before[0].norm(dim=-1)  # (heads, d)
+        torch.testing.assert_close(scale, scale.log2().round().exp2())  # powers of two
+        for h, r in enumerate(ranks):
+            assert len(set(scale[h, :r].log2().round().tolist())) == 1  # distances between keys keep their order
+            q, k = (rows[i, h, r:].norm(dim=-1) for i in (0, 1))
+            assert bool(((q / k).log2().abs() <= 1.001).all())
+        assert torch.equal(rows[2], before[2])
+
+
+def test_a_coordinate_without_weights_is_not_scaled():
+    q, k = torch.tensor([[1.0, 0.0, 4.0]]), torch.tensor([[16.0, 2.0, 0.0]])
+    assert projection._scales(q, k, [1]).tolist() == [[4.0, 1.0, 1.0]]
