@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -15,7 +16,7 @@ from sparsify import config, processes
 from sparsify.errors import UsageError, as_arguments
 from sparsify.jobs.convert import Conversion, ImageSources, OutputOptions
 from sparsify.jobs.convert import convert as convert_job
-from sparsify.jobs.dense import DenseRequest
+from sparsify.jobs.dense import DenseRequest, Preprocessing
 from sparsify.jobs.export.program import Exported
 from sparsify.jobs.export.program import export as export_job
 from sparsify.jobs.save import save as save_job
@@ -58,7 +59,17 @@ class RecipeOptions(TypedDict, total=False):
     stages: Sequence[Any] | None
 
 
-class ConvertOptions(RecipeOptions, total=False):
+class PreprocessingOptions(TypedDict, total=False):
+    """Keywords of `convert` and `evaluate`: fields of `sparsify.images.preprocessing.Preprocessing`."""
+
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    crop_pct: float | None
+    interpolation: str | None
+    class_map: str | Path | None
+
+
+class ConvertOptions(RecipeOptions, PreprocessingOptions, total=False):
     """Further keywords of `convert`: target, training, model and device."""
 
     target_macs: float | None
@@ -94,7 +105,7 @@ class ProfileOptions(ComputeOptions, total=False):
     count_as: str
 
 
-class EvaluateOptions(ComputeOptions, total=False):
+class EvaluateOptions(ComputeOptions, PreprocessingOptions, total=False):
     """Keywords of `evaluate`."""
 
     workers: int
@@ -134,6 +145,8 @@ def convert(
         num_classes: outputs of `weights`, 0 for features; None: read off the file. img_size: in pixels; None: the model's.
         ema: of `weights`, take the averaged ones (EMA), or the others; None: averaged where the file has them.
         device: of torch: cpu (default), cuda, cuda:1, mps. say: called with a line now and then.
+        mean, std, crop_pct, interpolation, class_map: written into the file; see
+            `sparsify.images.preprocessing.Preprocessing`.
         predictor, rank, tail, cells, spread_rank, granularity, tile, fold, token_lowrank, tokens: fields of
             `SparsityConfig`; tokens is a mapping:
             {"keep": 0.7, "stages": (4, 7, 10), "way": "merge", "importance": "fitted"}.
@@ -149,6 +162,7 @@ def convert(
         options.pop("num_classes", None),
         options.pop("img_size", None),
         options.pop("ema", None),
+        _preprocessing(options),
     )
     written = OutputOptions(Path(output), force, options.pop("resume", False))
     compute, listener = Compute(device=options.pop("device", "cpu")), Listener(_in_python(options.pop("say", None)))
@@ -271,6 +285,7 @@ def evaluate(
     Args:
         dense: as in `profile`.
         batch_size, workers, device, dtype, backend, kernel_precision: see `sparsify.processes.Compute`.
+        mean, std, crop_pct, interpolation, class_map: see `sparsify.images.preprocessing.Preprocessing`.
         name, strict, backbone_changed: see `sparsify.measure.evaluate.evaluate_images`.
         say: called with a line now and then; progress: with the images done, and how many there are (None: unknown).
 
@@ -279,11 +294,21 @@ def evaluate(
     """
     sparse, original, changed = _opened(model, dense)
     compute, rest = _split(own_compute(sparse), options, EvaluateOptions)
+    if given := _preprocessing(rest):
+        sparse = copy.copy(sparse)  # the caller's model keeps its own
+        given.apply(sparse)
     tell = rest.pop("progress", lambda done, total: None)
     listener = Listener(_in_python(rest.pop("say", None)), lambda step, done, total: tell(done, total))
     return evaluate_images(
         sparse, str(images), dense=original, compute=compute, listener=listener, **{"backbone_changed": changed, **rest}
     )
+
+
+def _preprocessing(options: Any) -> Preprocessing | None:
+    """The preprocessing that `options` give, taken from them; None where they give nothing of it."""
+    given = {name: options.pop(name, None) for name in PreprocessingOptions.__optional_keys__}
+    given |= {name: tuple(given[name]) for name in ("mean", "std") if given[name] is not None}
+    return None if all(value is None for value in given.values()) else Preprocessing(**given)
 
 
 def _split(compute: Compute, options: Mapping[str, Any], known: Any) -> tuple[Compute, dict[str, Any]]:

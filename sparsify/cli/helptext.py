@@ -17,8 +17,9 @@ from sparsify.cli import terminal
 WIDTH = 100  # columns at most, in a wide terminal
 OPTIONS = "Options"  # the group of options without a group
 KEPT, FORM, LEARNING, FILES = "What is kept", "Form of the sparse attention", "Images and training", "Files"
-MODEL, RUNNING, TALK = "Model", "Running", "Messages"  # groups of options that several commands share
-LAST = (MODEL, RUNNING, TALK)  # shown last
+# groups of options that several commands share
+MODEL, INPUT, RUNNING, TALK = "Model", "Images and classes of the model", "Running", "Messages"
+LAST = (MODEL, INPUT, RUNNING, TALK)  # shown last
 LEFT = 28  # columns for an option's name; a longer one has its own line
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsify.cli import completion, terminal
-from sparsify.cli.helptext import FILES, FORM, KEPT, LEARNING, MODEL, RUNNING, TALK
+from sparsify.cli.helptext import FILES, FORM, INPUT, KEPT, LEARNING, MODEL, RUNNING, TALK
 from sparsify.errors import as_options
 from sparsify.processes import DTYPES
 
@@ -77,6 +77,15 @@ _CLASSES = "Classes of --weights; 0: features."
 NumClasses = Annotated[int | None, option("N", _CLASSES, MODEL, "read off the file", min=0)]
 _SIDE = "Side of the image in pixels."
 ImgSize = Annotated[int | None, option("PIXELS", _SIDE, MODEL, "the model's own", min=1, max=10_000)]
+_MEAN = "Mean of pixels, 0 to 1: one number, or one for each channel, 0.5,0.5,0.5."
+Mean = Annotated[str | None, option("M", _MEAN, INPUT, "the model's")]
+Std = Annotated[str | None, option("S", "Standard deviation of pixels, the same way.", INPUT, "the model's")]
+_CROP = "Side of the central crop, as a fraction of the shorter side."
+CropPct = Annotated[float | None, option("SHARE", _CROP, INPUT, "the model's")]
+_INTERPOLATION = "Of resizing: bicubic, bilinear, nearest, box, hamming, lanczos."
+Interpolation = Annotated[str | None, option("NAME", _INTERPOLATION, INPUT, "the model's")]
+_CLASS_MAP = "Names of all classes in their order: .txt, one on each line, or .json."
+ClassMap = Annotated[Path | None, option("FILE", _CLASS_MAP, INPUT, "folders in natural order")]
 Device = Annotated[str, option("NAME", "Device of torch: cpu, cuda, cuda:1, mps.", RUNNING, words=completion.DEVICES)]
 Dtype = Annotated[str, option("NAME", "float32, bfloat16 or float16.", RUNNING, words=DTYPES)]
 _BACKEND = "Implementation of sparse attention: auto (the CPU kernels if they can run), cpu, reference."

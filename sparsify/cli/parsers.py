@@ -11,7 +11,10 @@ from sparsify.errors import UsageError
 from sparsify.processes import DTYPES, Compute
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sparsify.config import Target, Tokens
+    from sparsify.images.preprocessing import Preprocessing
 
 T = TypeVar("T")
 
@@ -111,6 +114,18 @@ def compute(device: str, dtype: str, backend: str, kernel_precision: str = "inpu
     made = Compute(device, dtype, backend, kernel_precision, **sizes)
     _ = made.torch_device  # refuses one that is not there
     return made
+
+
+def preprocessing(
+    mean: str | None, std: str | None, crop_pct: float | None, interpolation: str | None, class_map: Path | None
+) -> Preprocessing:
+    """What is given of a model's preprocessing; whoever applies it checks the values. Call it after `compute`."""
+    from sparsify.images.preprocessing import Preprocessing
+
+    expected = "numbers separated by commas are"
+    means = None if mean is None else listed(mean, "--mean", float, expected)
+    stds = None if std is None else listed(std, "--std", float, expected)
+    return Preprocessing(means, stds, crop_pct, interpolation, class_map)
 
 
 def one_of(option: str, name: str, known: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 datasets     what a path or name holds, with the model's preprocessing; entry: `labelled`, `unlabelled`
 folders      image files of a folder tree or .tar: what is read and what is left out
+preprocessing    what the user says of the model's input and classes; `Preprocessing`
 splits       which folder is which split; `splits_of`
 labels       class folders -> the model's classes
 decode       a picture file -> RGB, and what its pixels lose

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,6 +107,7 @@ def labelled(
     workers: int = 0,
     strict: bool = False,
     split: str = "validation",
+    names: Sequence[str] = (),
 ) -> LabelledBatches:
     """Images with labels for a model of `num_classes` outputs (0 or None: features only; classes are only counted).
 
@@ -113,13 +115,14 @@ def labelled(
         path: a folder of class folders or a .tar of them, of whose splits (`splits`) the one to measure on is taken; a timm
             data set (`hfds/NAME`, `torch/NAME:ROOT`, ...), `digits` (test split) or `digits:train`.
         split: of timm data sets.
+        names: of all classes of the model, where they are known (`preprocessing.class_names`).
 
     Which label an image has: `labels.labelled`.
 
     Raises:
         BadData: nothing there, no class folders, or another number of classes than the model's.
     """
-    images, note = class_images(path, num_classes, split, "measure")
+    images, note = class_images(path, num_classes, split, "measure", names)
     dataset = Stream(images, transform) if isinstance(images, IterableDataset) else Decoded(images, transform)
     return LabelledBatches(dataset, batch_size, workers, strict, note, str(path), num_classes)
 
@@ -146,7 +149,7 @@ def all_images(path: str | Path, split: str) -> tuple[Items | IterableDataset, s
 
 
 def class_images(
-    path: str | Path, num_classes: int | None, split: str, purpose: Purpose
+    path: str | Path, num_classes: int | None, split: str, purpose: Purpose, names: Sequence[str] = ()
 ) -> tuple[Items | IterableDataset, str]:
     """The images of `path` with the model's labels, in the listed order, and one line for the user; see `labelled`."""
     spec = str(path)
@@ -155,7 +158,7 @@ def class_images(
         return Mapped(scans.Digits(_digits_split(spec, "train" if purpose == "learn" else "test"))), ""
     if not is_prefixed(spec):
         files, beside, notes = _from_files(path, purpose)
-        files, more = labels.labelled(files, beside, num_classes)
+        files, more = labels.labelled(files, beside, num_classes, names)
         return files, "; ".join(notes + more)
     dataset = _timm_dataset(spec, split)
     classes = getattr(dataset, "classes", None)

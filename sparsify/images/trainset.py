@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import length_hint
 from pathlib import Path
@@ -72,6 +73,7 @@ def trainset(
     seed: int = 0,
     hold_back: float = 0.0,
     split: str = "train",
+    names: Sequence[str] = (),
 ) -> TrainSet:
     """The images of `path`, divided for `seed`: `hold_back` (0 to below 1) of them, 1 to 1024, are held back.
 
@@ -84,6 +86,7 @@ def trainset(
         num_classes: outputs of the model, which the labels must fit; ignored without `labels`.
         labels: False: every label is -1, and images of a folder may lie at any depth. True: as `datasets.labelled`.
         split: of timm data sets.
+        names: as for `datasets.labelled`.
 
     A stream holds back its first images: `hold_back` of them where its length is known, else 256. The parts of a stream
     have no common image if each pass over it has the same order.
@@ -93,7 +96,7 @@ def trainset(
     """
     spec = str(path)
     plain = not is_digits(spec) and not is_prefixed(spec)
-    images, note = class_images(path, num_classes, split, "learn") if labels else all_images(path, split)
+    images, note = class_images(path, num_classes, split, "learn", names) if labels else all_images(path, split)
     if isinstance(images, IterableDataset):
         return _of_stream(images, labels, hold_back, spec, split)
     total = len(images)

@@ -16,6 +16,7 @@ from sparsify.fit.calibrate.calibrate import Calibration, calibrate, first_image
 from sparsify.fit.schedule.choose import KEEPS, sensitivity
 from sparsify.fit.schedule.sensitivity import Sensitivity
 from sparsify.images import datasets
+from sparsify.images.preprocessing import Preprocessing
 from sparsify.images.trainset import TrainSet
 from sparsify.models import building, names, pretrained
 from sparsify.models.dense_weights import read_checkpoint
@@ -42,6 +43,7 @@ class DenseRequest:
     ema: bool | None = (
         None  # of `weights`: the averaged ones, or the others; None: the averaged ones where there are any
     )
+    preprocessing: Preprocessing | None = None  # what of it is given, names of classes among it; None: nothing
 
 
 class Dense(NamedTuple):
@@ -73,6 +75,8 @@ def load_dense(request: DenseRequest, config: SparsityConfig, compute: Compute, 
     if given is not None and given.note:
         listener.say(given.note)
     model = pretrained.load(source, given, request.num_classes, request.img_size).to(device)
+    if request.preprocessing is not None:
+        request.preprocessing.apply(model)
     if note := building.note(model, source):
         listener.say(note)
     return Dense(source, model, None if given is None else given.averaged)

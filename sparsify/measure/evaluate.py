@@ -6,11 +6,13 @@ The sparse form is always computed: there is no dense fallback here. All percent
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from dataclasses import field as data_field
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,9 +21,10 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from sparsify import processes
-from sparsify.errors import BadData, SparsifyError
+from sparsify.errors import BadData, SparsifyError, field
 from sparsify.images import datasets
 from sparsify.images.loaders import Decoded, Items, LabelledBatches, LooseBatches, Part, Stream, aside, share
+from sparsify.images.preprocessing import class_names
 from sparsify.measure.accuracy import Evaluation, Features, Logits
 from sparsify.measure.figures import count_parameters
 from sparsify.nn import graft, hosts
@@ -30,6 +33,7 @@ from sparsify.nn.execution import check_execution, sparse_form
 from sparsify.ops import backends
 from sparsify.processes import Compute, Listener
 
+ENOUGH = 20  # images to tell an accuracy from chance
 EVAL_BATCH = 32  # images computed together
 DENSE, SPARSE = "dense", "sparse"  # names of models in a pass
 
@@ -76,7 +80,8 @@ def evaluate_images(
     processes.start(compute.device)
     with processes.agree():
         classes, size = int(getattr(model, "num_classes", 0)), compute.batch_size or EVAL_BATCH
-        loader = datasets.labelled(images, classes, datasets.transform(config), size, compute.workers, strict=strict)
+        names, to = class_names(model), datasets.transform(config)
+        loader = datasets.labelled(images, classes, to, size, compute.workers, strict, names=names)
         if loader.note:
             listener.say(loader.note)
         if note := backends.note(compute.backend, device, dtype, hosts.biased(model)):
@@ -101,6 +106,10 @@ def evaluate_images(
         raise BadData(f"{images}: none of the {broken} images could be read{which}")
     for line in aside(broken, first, sum((part.lost for part in parts), Counter())):
         listener.say(line)
+    if by_chance(result, classes):
+        which = "sparse" if result.dense_top1 is None else "dense"
+        ask = f"do the folders stand for the model's classes, in its order? see {field('class_map')}"
+        listener.say(f"top-1 of the {which} model is no better than chance ({100 / classes:.2f} %): {ask}")
     return replace(
         result,
         model=name,
@@ -109,6 +118,15 @@ def evaluate_images(
         crop_pct=float(config["crop_pct"]),
         interpolation=config["interpolation"],
     )
+
+
+def by_chance(result: Evaluation, classes: int) -> bool:
+    """Whether the original (without it the sparse model) is right about as often as guesses are: within two deviations."""
+    top1 = result.top1 if result.dense_top1 is None else result.dense_top1
+    if top1 is None or classes < 2 or result.images < ENOUGH:
+        return False
+    expected = result.images / classes
+    return top1 / 100 * result.images <= expected + 2 * math.sqrt(expected * (1 - 1 / classes))
 
 
 def evaluate(
@@ -159,7 +177,7 @@ class Pass:
     images: int = 0
     broken: int = 0
     first_broken: str = ""
-    lost: Counter[str] = field(default_factory=Counter)  # images whose pixels lost something, by what
+    lost: Counter[str] = data_field(default_factory=Counter)  # images whose pixels lost something, by what
 
 
 @torch.inference_mode()
@@ -242,7 +260,7 @@ def images_of(
         items = cast(Items, datasets.all_images(images, "train")[0])  # files alone: nothing could name a class
         some = Part(items, datasets.draw(len(items), limit or len(items), seed), labels=False)
         return LooseBatches(Decoded(some, transform), EVAL_BATCH, workers, name=images), False
-    every = datasets.labelled(images, classes, transform, EVAL_BATCH, workers)
+    every = datasets.labelled(images, classes, transform, EVAL_BATCH, workers, names=class_names(model))
     if limit is None or (every.total is not None and every.total <= limit):
         return every, True
     if isinstance(every.dataset, Stream):

@@ -35,6 +35,11 @@ def convert(
     ema: options.Ema = None,
     num_classes: options.NumClasses = None,
     img_size: options.ImgSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    crop_pct: options.CropPct = None,
+    interpolation: options.Interpolation = None,
+    class_map: options.ClassMap = None,
     seed: options.Seed = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
@@ -69,6 +74,7 @@ def convert(
     if calibrate_only:
         chosen = chosen.without_training()
     compute = parsers.compute(device, dtype, backend, batch_size=batch_size, micro_batch=micro_batch, workers=workers)
+    given = parsers.preprocessing(mean, std, crop_pct, interpolation, class_map)
     from sparsify import processes
     from sparsify.cli import tables
     from sparsify.cli.progress import Reporter
@@ -78,7 +84,7 @@ def convert(
     quiet = quiet or not processes.main()
     with Reporter(quiet) as reporter:
         made = convert.convert(
-            DenseRequest(name, weights, num_classes, img_size, ema),
+            DenseRequest(name, weights, num_classes, img_size, ema, given),
             chosen,
             convert.OutputOptions(output, force, resume, save_minutes),
             images=convert.ImageSources(data, val),

@@ -21,6 +21,11 @@ def evaluate(
     dense: options.Dense = None,
     batch_size: options.BatchSize = 32,
     img_size: options.ImgSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    crop_pct: options.CropPct = None,
+    interpolation: options.Interpolation = None,
+    class_map: options.ClassMap = None,
     workers: options.Workers = 0,
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
@@ -61,6 +66,7 @@ def evaluate(
     processes.start(device)
     with processes.agree():
         one = opened(file, dense, img_size, say)
+        parsers.preprocessing(mean, std, crop_pct, interpolation, class_map).apply(one.model)
     if one.note:
         say(one.note)
     with Reporter(quiet) as reporter:

@@ -20,6 +20,7 @@ from sparsify.fit.finetune.batches import Batches, BatchSettings
 from sparsify.fit.finetune.validation import Labelled
 from sparsify.images import datasets
 from sparsify.images.loaders import Decoded, ImageBatches, Items, Part, Stream, share
+from sparsify.images.preprocessing import class_names
 from sparsify.images.trainset import TrainSet, WithCrops, trainset
 from sparsify.processes import Compute, Listener
 from sparsify.recipe import Recipe, Repair, Stage
@@ -90,9 +91,9 @@ def make_plan(model: nn.Module, recipe: Recipe, data: TrainingData, compute: Com
         raise UsageError(f"hold_back 0 leaves nothing to judge by: give {field('val')} PATH with labelled images")
     precision = resolve_precision(recipe.precision, compute.device)
     labels = any(stage.losses.classification > 0 for stage in recipe.stages)
-    images = trainset(data.images, classes, labels, recipe.seed, hold_back)
+    images = trainset(data.images, classes, labels, recipe.seed, hold_back, names=class_names(model))
     preprocessing = datasets.data_config(model)
-    validation, validated_on, warning = _validation_images(images, data, preprocessing, classes, compute.workers)
+    validation, validated_on, warning = _validation_images(images, data, model, compute.workers)
     stages = []
     for number, stage in enumerate(recipe.stages):
         if stage.cache_teacher and images.stream:
@@ -180,12 +181,13 @@ def _repair_images(
 
 
 def _validation_images(
-    images: TrainSet, data: TrainingData, preprocessing: dict[str, Any], classes: int, workers: int
+    images: TrainSet, data: TrainingData, model: nn.Module, workers: int
 ) -> tuple[Labelled, str, str]:
     """This process's part of the validation images, a description of all of them, and a warning or ''."""
-    transform = datasets.transform(preprocessing)
+    transform = datasets.transform(datasets.data_config(model))
     if data.val is not None:
-        every = datasets.labelled(data.val, classes, transform, BATCH, workers)
+        classes = int(cast(Any, model).num_classes)
+        every = datasets.labelled(data.val, classes, transform, BATCH, workers, names=class_names(model))
         labelled = share(every)
         seen = images.fitted(getattr(every.dataset, "items", None))
         warning = (
