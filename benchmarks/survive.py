@@ -17,23 +17,27 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from sparsify.cli.app import main as main_of_sparsify
 from sparsify.files import SCRATCH
+from sparsify.fit.finetune.validation import ValidationScore
 from sparsify.models import checkpoint
 from sparsify.ops.cpu import build
 
@@ -60,8 +64,6 @@ stages:
     augmentation: {form: eval}
     cache_teacher: true
 """
-LATEST = "from sparsify.fit.finetune.validation import ValidationScore as S; S.better_than = lambda own, other: True"
-PROGRAM = f"import sys; {LATEST}; from sparsify.cli.app import main; main(sys.argv[1:])"
 TRAINING = "convert digits --data digits --recipe recipe.yaml --save-minutes 0 -o m.safetensors"
 COMMANDS = {  # by name: arguments, and how many of a hundred kills
     "convert": ("convert digits --calib-images 8 --force -o m.safetensors", 15),
@@ -87,22 +89,29 @@ class Count:
     different: int = 0  # trainings that did not end as the undisturbed one
 
 
-def start(name: str, folder: Path, *more: str) -> subprocess.Popen[str]:
-    """The command in `folder`, started."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def start(name: str, folder: Path, *more: str) -> BaseProcess:
+    """The command in `folder`, started; a fork of this process, which has imported everything."""
+    process = multiprocessing.get_context("fork").Process(target=_command, args=(name, folder, more))
+    process.start()
+    return process
+
+
+def _command(name: str, folder: Path, more: tuple[str, ...]) -> None:
+    os.chdir(folder)
     if name == "kernels":
-        environment |= {"SPARSIFY_CACHE": str(folder / "cache")}
-    words = [sys.executable, "-c", PROGRAM, *COMMANDS[name][0].split(" "), *more]
-    return subprocess.Popen(
-        words, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
-    )
+        os.environ["SPARSIFY_CACHE"] = str(folder / "cache")
+    ValidationScore.better_than = lambda own, other: True  # type: ignore[method-assign]
+    with open(f"{folder}.log", "w") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    main_of_sparsify([*COMMANDS[name][0].split(" "), *more])
 
 
-def finish(process: subprocess.Popen[str]) -> None:
+def finish(process: BaseProcess, folder: Path) -> None:
     """Waits until it is done."""
-    out, err = process.communicate(timeout=TIMEOUT)
-    if process.returncode:
-        raise SystemExit(f"a run failed ({process.returncode}): {err.strip() or out.strip()}")
+    process.join(TIMEOUT)
+    if process.exitcode != 0:
+        raise SystemExit(f"a run failed ({process.exitcode}): {Path(f'{folder}.log').read_text()}")
 
 
 def names(folder: Path) -> set[str]:
@@ -169,15 +178,15 @@ def equal(folder: Path, other: Path) -> bool:
     return same and rows(folder) == rows(other)
 
 
-def kill(process: subprocess.Popen[str], folder: Path, after: float, aimed: bool) -> bool:
+def kill(process: BaseProcess, folder: Path, after: float, aimed: bool) -> bool:
     """Kills it after that many seconds, or when it writes next; whether it wrote then."""
     begun = time.monotonic()
-    while process.poll() is None and time.monotonic() - begun < (TIMEOUT if aimed else after):
+    while process.is_alive() and time.monotonic() - begun < (TIMEOUT if aimed else after):
         if aimed and time.monotonic() - begun > after and writing(folder):
             break
-        time.sleep(0.001)
+        time.sleep(0.002)
     process.kill()
-    process.communicate()
+    process.join()
     return writing(folder)
 
 
@@ -186,7 +195,7 @@ def survive(name: str, times: int, drawn: random.Random, base: Path) -> Count:
     count, undisturbed = Count(), base / f"{name} undisturbed"
     shutil.copytree(base / "given", undisturbed)
     begun = time.monotonic()
-    finish(start(name, undisturbed))
+    finish(start(name, undisturbed), undisturbed)
     seconds = time.monotonic() - begun
     while count.kills < times:
         folder = base / f"{name} killed"
@@ -196,11 +205,11 @@ def survive(name: str, times: int, drawn: random.Random, base: Path) -> Count:
             process = start(name, folder, *more)
             wrote = kill(process, folder, drawn.uniform(0, seconds), bool(count.kills % 2))
             count.halves += halves(name, folder)
-            if process.returncode != -signal.SIGKILL:  # it was done before
+            if process.exitcode != -signal.SIGKILL:  # it was done before
                 break
             count.kills += 1
             count.writing += wrote
-        finish(start(name, folder, *more))
+        finish(start(name, folder, *more), folder)
         count.halves += halves(name, folder)
         count.litter += sorted(names(folder) ^ names(undisturbed))
         count.different += name == "training" and not equal(folder, undisturbed)
@@ -214,12 +223,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commands", default=",".join(COMMANDS), help="separated by commas")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # no threads of OpenMP may run where a process is forked
+    for module in (
+        "sparsify.jobs.convert",
+        "sparsify.jobs.sweep",
+        "sparsify.jobs.export.program",
+        "sparsify.report.page",
+    ):
+        importlib.import_module(module)
     chosen, drawn, wrong = options.commands.split(","), random.Random(options.seed), 0
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(temporary)
         (base / "given").mkdir()
         (base / "given" / "recipe.yaml").write_text(RECIPE)
-        finish(start("convert", base / "given"))
+        finish(start("convert", base / "given"), base / "given")
         (base / "given" / "m.safetensors").rename(base / "given" / "given.safetensors")
         for report in (base / "given").glob("m.*"):
             report.unlink()
