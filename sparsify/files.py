@@ -333,5 +333,5 @@ def write_all(contents: Mapping[Path, Mapping[str, Any] | str | bytes]) -> None:
         for path, content in contents.items():
             if isinstance(content, Mapping):
                 content = json.dumps(content, indent=2) + "\n"
-            data = content.encode() if isinstance(content, str) else content
+            data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
             Path(files.enter_context(whole(path))).write_bytes(data)

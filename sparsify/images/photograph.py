@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sparsify.errors import BadData, UsageError, field, one_line
+from sparsify.errors import BadData, UsageError, field, one_line, printable
 from sparsify.images import datasets
 from sparsify.images.decode import decoded
 
@@ -41,6 +41,11 @@ class Photograph:
     across: Line  # where the view's pixels lie in the original
     down: Line
     losses: tuple[str, ...] = ()  # what its pixels lost (`decode.decoded`)
+
+    @property
+    def name(self) -> str:
+        """Of the file, fit to be shown (`printable`)."""
+        return printable(self.path.name)
 
     def patch(self, point: ImagePoint, grid: tuple[int, int]) -> int:
         """The number of the patch of `grid` under a point of the original, row by row from the top left.

@@ -58,7 +58,7 @@ def keys(shown: Shown, query: int) -> bytes:
     def write(x: float, y: float, text: str, size: float, **how: Any) -> None:
         figure.text(x / across, 1 - y / down, text, fontsize=size, parse_math=False, **{"va": "top", **how})
 
-    drawing.title(figure, f"{photo.path.name}: the keys that a patch attends to")
+    drawing.title(figure, f"{photo.name}: the keys that a patch attends to")
     for i, block in enumerate(shown.layers):
         layer, y = found.layer(block), head_room + i * (INCH * tall + words_room)
         words = "not computed"
@@ -100,7 +100,7 @@ def tokens(shown: Shown) -> bytes:
     columns = min(count, 5 if count > 8 else 4)
     rows, tall, side = math.ceil(count / columns), found.grid[0] / found.grid[1], 2.0
     figure = drawing.figure((side + 0.12) * columns + 0.2, 0.5 + (side * tall + 0.42) * rows + 0.35)
-    drawing.title(figure, f"{photo.path.name}: tokens that go on")
+    drawing.title(figure, f"{photo.name}: tokens that go on")
     width, height = figure.get_size_inches()
     patches = found.grid[0] * found.grid[1]
     panels_of = [(panels.view(photo, found, cell), "as the model sees it", f"{patches} patches")]
@@ -130,7 +130,7 @@ def mass(shown: Shown) -> bytes:
     down, left, right, top, bottom = 0.4, 1.0, 0.3, 1.0, 0.88
     width, height = max(left + across * found.heads + right, 4.3), top + down * found.depth + bottom
     figure = drawing.figure(width, height)
-    drawing.title(figure, f"{shown.photo.path.name}: attention kept, %")
+    drawing.title(figure, f"{shown.photo.name}: attention kept, %")
     axes = figure.add_axes((left / width, bottom / height, across * found.heads / width, down * found.depth / height))
     cells = colormaps[SHARES](np.nan_to_num(value))
     cells[np.isnan(value) | dense[:, None]] = (*[float(EMPTY)] * 3, 1)

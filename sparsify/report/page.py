@@ -134,7 +134,7 @@ def _picture(shown: Shown) -> dict[str, Any]:
         for query in every
     ]
     return {
-        "name": photo.path.name,
+        "name": photo.name,
         "about": captions.mass(found),
         "photo": _jpeg(panels.view(photo, found, large, every)),
         "stages": stages,

@@ -204,3 +204,13 @@ def test_every_option_has_a_help_text(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0 and max(map(len, out.splitlines())) <= 80
     assert "--query" in out and "--dense" in out
+
+
+def test_a_name_that_is_not_utf8_is_shown_escaped(run, converted, tmp_path):
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / "caf\udce9.png")
+    few = ["--layer", "1", "--head", "1", "--query", "3,3"]
+    code, out, err = run("show", converted, "caf\udce9.png", *few)
+    assert code == 0 and r"caf\udce9.png: " in out and len(list((tmp_path / "show").iterdir())) >= 2, err
+    code, out, err = run("report", converted, "caf\udce9.png", *few)
+    assert code == 0 and r"caf\udce9.png" in (tmp_path / "report.html").read_text(encoding="utf-8"), err
