@@ -27,8 +27,12 @@ def decoded(file: Any) -> tuple[Image.Image, tuple[str, ...]]:
             times the other, floats outside 0 to 1, and integers of 32 bits.
     """
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PIL's on odd tags
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = file if isinstance(file, Image.Image) else Image.open(file)
+        return _decoded(file if isinstance(file, Image.Image) else Image.open(file))
+
+
+def _decoded(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     if max(image.size) > LONGEST * min(image.size):
         raise ValueError(f"{image.width}x{image.height} pixels: one side is over {LONGEST} times the other")
     image.load()
