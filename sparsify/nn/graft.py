@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -44,6 +45,8 @@ def graft(model: nn.Module, config: SparsityConfig, predictors: Sequence[Predict
         model.set_submodule(name, _grafted(model, host, config, plan, predictor))
     if config.tokens is not None:
         set_token_stages(model, config)
+    if hasattr(type(model), "set_input_size"):
+        cast(Any, model).set_input_size = partial(set_input_size, model)
     return model
 
 
@@ -128,6 +131,7 @@ def dense_twin(model: nn.Module) -> nn.Module:
     for name, module in attention_modules(twin).items():
         twin.set_submodule(name, module.dense())
     token_models.remove(twin)
+    twin.__dict__.pop("set_input_size", None)
     return twin
 
 
@@ -207,7 +211,6 @@ def freeze_predictors(model: nn.Module) -> nn.Module:
     return model
 
 
-@torch.no_grad()
 def resize(model: nn.Module, img_size: int) -> None:
     """Set another square image size, in place; position embeddings, biases and predictors that depend on N are resampled.
 
@@ -216,12 +219,23 @@ def resize(model: nn.Module, img_size: int) -> None:
     Raises:
         UsageError: see `hosts.set_image_size`; sizes that timm itself cannot use raise timm's own error.
     """
+    _follow(model, lambda: hosts.set_image_size(model, img_size, img_size))
+
+
+def set_input_size(model: nn.Module, *arguments: Any, **named: Any) -> None:
+    """timm's method of a grafted model: its arguments, and everything of `resize`; rectangles too."""
+    _follow(model, lambda: cast(Any, type(model)).set_input_size(model, *arguments, **named))
+
+
+@torch.no_grad()
+def _follow(model: nn.Module, change: Callable[[], None]) -> None:
+    """Change the image size of the host, and all that depends on it in the grafted attention."""
     old, tokens = hosts.patch_grid(model), hosts.num_tokens(model)
     grafted = attention_modules(model)
     for name, module in grafted.items():  # timm resamples only biases of its own classes
         model.set_submodule(name, module.dense())
     try:
-        hosts.set_image_size(model, img_size, img_size)
+        change()
     finally:
         for name, module in grafted.items():
             module.adopt(model.get_submodule(name))

@@ -159,7 +159,7 @@ def set_image_size(model: nn.Module, height: int, width: int) -> None:
         return
     if not hasattr(model, "set_input_size"):
         raise UsageError(f"this timm has no other image size for {type(model).__name__}: convert it at that size")
-    cast(Any, model).set_input_size(img_size=(height, width))
+    cast(Any, type(model)).set_input_size(model, img_size=(height, width))
 
 
 def takes_any_size(model: nn.Module) -> bool:

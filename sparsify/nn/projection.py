@@ -77,18 +77,20 @@ def heads(
     d, host = head_dim(attention), cast(Any, attention)
     rows = x if queries is None else x[:, :queries]
     if host.qkv is None:
-        parts = [t.reshape(B, t.shape[1], -1, d) for t in (host.q_proj(rows), host.k_proj(x), host.v_proj(x))]
+        parts = [
+            t.reshape(B, t.shape[1], t.shape[2] // d, d) for t in (host.q_proj(rows), host.k_proj(x), host.v_proj(x))
+        ]
     elif queries is None:
         qkv, bias = host.qkv(x), qkv_bias(attention)
         if bias is not None:
             qkv = qkv + bias
-        parts = qkv.reshape(B, N, 3, -1, d).unbind(2)  # (B, N, H, d)
+        parts = qkv.reshape(B, N, 3, qkv.shape[2] // (3 * d), d).unbind(2)  # (B, N, H, d)
     else:
         w, bias = host.qkv.weight, qkv_bias(attention)
         bias, inner = host.qkv.bias if bias is None else bias, w.shape[0] // 3
         q = functional.linear(rows, w[:inner], None if bias is None else bias[:inner])
         kv = functional.linear(x, w[inner:], None if bias is None else bias[inner:])
-        parts = [q.reshape(B, queries, -1, d), *kv.reshape(B, N, 2, -1, d).unbind(2)]
+        parts = [q.reshape(B, queries, inner // d, d), *kv.reshape(B, N, 2, inner // d, d).unbind(2)]
     q, k, v = (t.transpose(1, 2) for t in parts)  # one copy in the backward; a permutation makes it two
     if getattr(host, "q_norm", None) is not None:
         q, k = host.q_norm(q), host.k_norm(k)

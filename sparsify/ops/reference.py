@@ -90,7 +90,7 @@ def gradients(
 def _attend(q: Tensor, keys: _Keys, kept: Callable[[slice], Tensor], bias: Tensor | None) -> Tensor:
     """All rows, chunk by chunk: [B, N, H*d]."""
     B, H, N, d = q.shape
-    step = N if torch.compiler.is_compiling() else max(1, CHUNK // (B * H * N))  # B may be symbolic there
+    step = N if torch.compiler.is_compiling() else max(1, CHUNK // max(1, B * H * N))  # B may be symbolic there
     out = []
     for i in range(0, N, step):
         rows = slice(i, min(i + step, N))
