@@ -54,16 +54,21 @@ def row(keep: float, e: Evaluation) -> str:
     )
 
 
+def calibrating(images: int | None) -> Recipe:
+    """The recipe `calibrate`, on this number of images if it is given."""
+    return load_recipe("calibrate").override(calib_images=images)
+
+
 def convert(name: str, recipe: Recipe, weights: Path | None, images: Path | None) -> Conversion:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "model.safetensors"
         return sparsify.convert(name, recipe=recipe, output=output, weights=weights, data=images)
 
 
-def deit_tiny(images: Path | None, keeps: list[float]) -> None:
+def deit_tiny(images: Path | None, keeps: list[float], recipe: Recipe) -> None:
     print(HEAD)
     for keep in keeps:
-        made = convert("deit_tiny", load_recipe("calibrate").override(keep=keep), WEIGHTS, images)
+        made = convert("deit_tiny", recipe.override(keep=keep), WEIGHTS, images)
         result = evaluate(made.model, graft.dense_twin(made.model), photographs(made.model))
         print(row(keep, result), flush=True)
 
@@ -99,8 +104,8 @@ def _per_key(fold: bool) -> int:
     return kept[1] - kept[0]
 
 
-def built_in_digits() -> None:
-    made = convert("digits", load_recipe("calibrate"), None, None)
+def built_in_digits(recipe: Recipe) -> None:
+    made = convert("digits", recipe, None, None)
     images = datasets.labelled("digits", 10, datasets.transform(datasets.data_config(made.model)))
     print(HEAD)
     print(row(0.1, evaluate(made.model, graft.dense_twin(made.model), images)))
@@ -112,24 +117,26 @@ def main() -> None:
     parser.add_argument(
         "--only", default="1,2,4,6", help="tables to print: 1 photographs, 2 built-in, 4 MACs, 6 digits"
     )
+    parser.add_argument("--calib-images", type=int, help="images to calibrate on (default: the recipe's)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    recipe = calibrating(arguments.calib_images)
     wanted = arguments.only.split(",")
     if not WEIGHTS.exists() and {"1", "2"} & set(wanted):
         print(f"photographs and weights are not at {DATA}: tables 1 and 2 are left out (set SPARSIFY_TEST_DATA)")
         wanted = [w for w in wanted if w not in "12"]
     if "1" in wanted:
         print("\n1. DeiT-Tiny, calibrated on 128 photographs, no labels\n")
-        deit_tiny(DATA / "imagenet-sample" / "train", [0.1, 0.25, 0.05])
+        deit_tiny(DATA / "imagenet-sample" / "train", [0.1, 0.25, 0.05], recipe)
     if "2" in wanted:
         print("\n2. DeiT-Tiny, calibrated on the built-in pictures\n")
-        deit_tiny(None, [0.1])
+        deit_tiny(None, [0.1], recipe)
     if "4" in wanted:
         print("\n4. DeiT-Small at 224 pixels, theoretical MACs per image\n")
         macs()
     if "6" in wanted:
         print("\n6. digits, calibrated on its training split\n")
-        built_in_digits()
+        built_in_digits(recipe)
 
 
 if __name__ == "__main__":

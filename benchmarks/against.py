@@ -1,11 +1,11 @@
 """The speed of this checkout against another one's, in one interleaved run: `make bench-against OLD=DIR`.
 
-    python benchmarks/against.py --old DIR [--rounds 40] [--threads 2]
+    python benchmarks/against.py --old DIR [--rounds 40] [--threads 2] [--model deit_small]
 
-The other checkout converts a DeiT-Small (random weights). Each checkout gets a process of its own, which loads that file;
-the outputs of the two must be equal to the bit. They take turns call by call; printed are the median of the ratio new / old
-by round, its quartiles, and the ratio of the two medians. Timed are whole models at 224 pixels, batch 1, in float32 and
-bfloat16, one sparse attention call at 197 tokens, `import sparsify` and `sparsify --help`.
+The other checkout converts a DeiT-Small (random weights), or with `--model digits` the built-in one. Each checkout gets a
+process of its own, which loads that file; the outputs of the two must be equal to the bit. They take turns call by call;
+printed are the median of the ratio new / old by round, its quartiles, and the ratio of the two medians. Timed are whole
+models at batch 1, in float32 and bfloat16, one sparse attention call at 197 tokens, `import sparsify` and `sparsify --help`.
 DIR needs nothing but its source; both run under this Python.
 """
 
@@ -28,13 +28,14 @@ PROGRAMS = {"import sparsify": ["-c", "import sparsify"], "sparsify --help": ["-
 WORKER = """
 import hashlib, sys, time, torch, sparsify
 torch.set_num_threads(int(sys.argv[2]))
-x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 runs = {}
 with torch.inference_mode():
     for dtype in (torch.float32, torch.bfloat16):
         model = sparsify.load(sys.argv[1], backend="cpu").to(dtype)
-        attention, name = model.blocks[5].attn, str(dtype).removeprefix("torch.")
-        q, k, v = attention.qkv_heads(torch.randn(1, 197, 384, generator=torch.Generator().manual_seed(1)).to(dtype))
+        x = torch.randn(1, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
+        attention, name = model.blocks[len(model.blocks) // 2 - 1].attn, str(dtype).removeprefix("torch.")
+        tokens = torch.randn(model.pos_embed.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        q, k, v = attention.qkv_heads(tokens)
         runs["model, " + name] = lambda model=model, x=x.to(dtype): model(x)
         runs["attention, " + name] = lambda a=attention, q=q, k=k, v=v: a.attend(q, k, v, None, None)
     for run in runs.values():
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--old", type=Path, required=True, help="the other checkout")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--model", choices=("deit_small", "digits"), default="deit_small")
     arguments = parser.parse_args()
     start(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -99,11 +101,11 @@ def main() -> None:
         from safetensors.torch import save_file
 
         weights, file = Path(folder) / "dense.safetensors", Path(folder) / "model.safetensors"
-        save_file(timm.create_model("deit_small_patch16_224").state_dict(), weights)
-        made = (
-            f"import sparsify; sparsify.convert('deit_small', keep=0.1, weights={str(weights)!r}, output={str(file)!r})"
-        )
-        program(arguments.old.resolve(), ["-W", "ignore", "-c", made])
+        how = f"{arguments.model!r}, keep=0.1, calib_images=16, output={str(file)!r}"
+        if arguments.model != "digits":
+            save_file(timm.create_model("deit_small_patch16_224").state_dict(), weights)
+            how += f", weights={str(weights)!r}"
+        program(arguments.old.resolve(), ["-W", "ignore", "-c", f"import sparsify; sparsify.convert({how})"])
         workers = [Worker(root, file, arguments.threads) for root in (arguments.old.resolve(), ROOT)]
         if workers[0].outputs != workers[1].outputs:
             raise SystemExit("the two checkouts compute different outputs from one file")
@@ -119,7 +121,7 @@ def main() -> None:
             worker.process.kill()
         for name, words in PROGRAMS.items():
             times = [[], []]
-            for i in range(max(7, arguments.rounds // 4)):
+            for i in range(min(arguments.rounds, max(7, arguments.rounds // 4))):
                 for j in (0, 1) if i % 2 else (1, 0):
                     times[j].append(program((arguments.old.resolve(), ROOT)[j], words))
             print(f"| {name} | {ratios(*times)} |", flush=True)

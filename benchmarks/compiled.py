@@ -22,7 +22,6 @@ from sparsify.nn import execution, graft
 from sparsify.nn.attention import Execution
 
 PICTURES = 4  # that calibration sees
-STAGES = (4, 7, 10)
 
 
 def main() -> None:
@@ -30,7 +29,8 @@ def main() -> None:
     parser.add_argument("--architecture", default="deit_small_patch16_224")
     parser.add_argument("--batch", type=int, default=1, help="images of a call")
     parser.add_argument("--keep", type=float, default=0.1)
-    parser.add_argument("--token-keep", type=float, help="with fewer tokens, merged at blocks 4, 7 and 10")
+    parser.add_argument("--token-keep", type=float, help="with fewer tokens, merged at three blocks (4, 7, 10 of 12)")
+    parser.add_argument("--compiler", default="inductor", help="backend of torch.compile")
     arguments = parser.parse_args()
     start(arguments)
     torch.manual_seed(0)
@@ -38,14 +38,15 @@ def main() -> None:
     pictures = datasets.builtin_calibration(
         False, PICTURES, 0, datasets.transform(datasets.data_config(model)), batch_size=2
     )
-    tokens = None if arguments.token_keep is None else Tokens(keep=arguments.token_keep, stages=STAGES)
+    tokens = None if arguments.token_keep is None else Tokens(keep=arguments.token_keep)
     config = SparsityConfig(keep=arguments.keep, spread_rank=False, tokens=tokens)
     sparse = calibrate.calibrate(model, config, lambda: pictures).model.eval().requires_grad_(False)
     execution.set_execution(sparse, Execution("cpu"))
     dense = graft.dense_twin(sparse)
     images = torch.randn(arguments.batch, *datasets.data_config(dense)["input_size"])
     models = {"dense": dense, "sparse": sparse}
-    models |= {f"{name}, compiled": torch.compile(model, fullgraph=True) for name, model in models.items()}
+    compile = partial(torch.compile, fullgraph=True, backend=arguments.compiler)
+    models |= {f"{name}, compiled": compile(model) for name, model in models.items()}
     calls = {name: partial(model, images) for name, model in models.items()}
     report = Report("Compiled models", conditions(arguments, keep=arguments.keep, token_keep=arguments.token_keep))
     with torch.inference_mode():

@@ -1,6 +1,6 @@
 """keep=1 equals dense for one model of each kind at its own image size and depth, as a Markdown table.
 
-    python benchmarks/equality.py
+    python benchmarks/equality.py [--only deit,dinov2] [--depth 2]
 
 The small versions of this are in `tests/nn/test_graft.py`. Weights are random (attention made uneven), predictors are
 fitted on two random images; logits go through predictor, selection and sparse op with b = N. Some minutes on two cores.
@@ -8,6 +8,7 @@ fitted on two random images; logits go through predictor, selection and sparse o
 
 from __future__ import annotations
 
+import argparse
 import copy
 import sys
 from pathlib import Path
@@ -23,10 +24,14 @@ from helpers.families import FAMILIES, build, images
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(FAMILIES), help="kinds, between commas")
+    parser.add_argument("--depth", type=int, help="blocks of each model (default: its own)")
+    arguments = parser.parse_args()
     print("| kind | timm name | N | blocks | largest difference of an output | largest output |\n" + "|---" * 6 + "|")
     worst = 0.0
-    for family, (name, _) in FAMILIES.items():
-        dense = build(family, patches=None, depth=None)
+    for family in arguments.only.split(","):
+        name, dense = FAMILIES[family][0], build(family, patches=None, depth=arguments.depth)
         model, x = copy.deepcopy(dense), images(dense, 1)
         calibrate(model, SparsityConfig(keep=1.0, spread_rank=False), lambda x=x: [x])
         with torch.inference_mode():

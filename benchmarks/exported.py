@@ -69,6 +69,7 @@ def main() -> None:
     parser = options(__doc__, rounds=11)
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--images", type=int, default=96)
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
     arguments = parser.parse_args()
     start(arguments)
     if not WEIGHTS.exists():
@@ -83,7 +84,7 @@ def main() -> None:
             x = torch.cat([images for images, _ in shown])[: arguments.images]
             runs: dict[str, Callable[[Tensor], Tensor]] = {"dense, eager": graft.dense_twin(model)}
             runs |= {f"sparse, eager, {name}": variant(model, Execution(name)) for name in ("cpu", "reference")}
-            runs |= {f"sparse, {format}": program(file, format) for format in FORMATS}
+            runs |= {f"sparse, {format}": program(file, format) for format in arguments.formats}
             ms = interleaved({name: partial(run, x[:1]) for name, run in runs.items()}, rounds=arguments.rounds)
             expected = answers(runs["sparse, eager, cpu"], x)
             rows = [row(name, answers(run, x), expected, ms[name].median) for name, run in runs.items()]

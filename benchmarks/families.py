@@ -3,7 +3,7 @@
     python benchmarks/families.py --write      docs/families.md from the classes that timm builds (`make families`)
     python benchmarks/families.py              the comparison (`make bench-families`), then every other name of timm, which
                                                has to be refused by its name; ten minutes on one core
-    python benchmarks/families.py eva beit     the comparison for these modules of timm
+    python benchmarks/families.py eva beit     the comparison for these modules of timm; --limit N: for N names of each
 
 The models are random, one block deep and 64 channels wide on a grid of 4x4 patches, with attention made uneven
 (`tests/helpers/timm_names.py`).
@@ -11,6 +11,7 @@ The models are random, one block deep and 64 channels wide on a grid of 4x4 patc
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -27,13 +28,18 @@ from sparsify.nn import hosts  # noqa: E402
 
 
 def main() -> int:
-    if "--write" in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", default=[], help="modules of timm (default: all)")
+    parser.add_argument("--write", action="store_true", help="write docs/families.md instead")
+    parser.add_argument("--limit", type=int, help="names of each module (default: all)")
+    arguments = parser.parse_args()
+    if arguments.write:
         (ROOT / "docs" / "families.md").write_text(timm_names.table())
         return 0
-    modules = [name for name in sys.argv[1:] if name in timm_names.names()] or list(timm_names.names())
+    modules = arguments.modules or list(timm_names.names())
     start, worst, equal, refused, failed = time.perf_counter(), (0.0, ""), 0, 0, []
     for module in modules:
-        names = timm_names.names()[module]
+        names = timm_names.names()[module][: arguments.limit]
         for name in names:
             if isinstance(timm_names.frame(name), str):
                 refused += 1

@@ -10,6 +10,7 @@ the header without dates, versions and threads. Only the public API is used. Thr
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -66,9 +67,14 @@ def _stable(value: str) -> Any:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="files whose name has this in it")
+    wanted = parser.parse_args().only
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         for kind, name, weights in (*((k, "digits", None) for k in DIGITS), *((k, "deit_tiny", WEIGHTS) for k in REAL)):
+            if wanted not in kind:
+                continue
             if weights is not None and not weights.exists():
                 print(f"{kind}: no {weights.name} in SPARSIFY_TEST_DATA", file=sys.stderr)
                 continue

@@ -48,8 +48,8 @@ def settings() -> Iterator[tuple[str, dict]]:
     yield "tiles of 4x4 queries, clusters, rank 16", dict(keep=0.1, granularity="tile")
 
 
-def measure(images: int, calib_images: int) -> list[dict]:
-    """One row for each setting: MHSA share, agreement and KL."""
+def measure(images: int, calib_images: int, wanted: str) -> list[dict]:
+    """One row for each setting of the series that have `wanted` in their name: MHSA share, agreement and KL."""
     dense = timm.create_model("deit_tiny_patch16_224").eval()
     dense.load_state_dict(dense_weights.read_checkpoint(DATA / "deit_tiny_patch16_224.safetensors").state)
     transform = datasets.transform(datasets.data_config(dense))
@@ -59,6 +59,8 @@ def measure(images: int, calib_images: int) -> list[dict]:
     calibrate_on, shown = every[order[:calib_images]], every[order[calib_images:]]
     rows = []
     for series, setting in settings():
+        if wanted not in series:
+            continue
         model = copy.deepcopy(dense)
         calibrate.calibrate(model, SparsityConfig(**setting), lambda: calibrate_on.split(16))
         result = evaluate(model, dense, _unlabelled(shown))
@@ -129,10 +131,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=200, help="photographs to measure on")
     parser.add_argument("--calib-images", type=int, default=64, help="photographs to calibrate on")
+    parser.add_argument("--only", default="", help="series whose name has this in it")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of the page and its plot")
     arguments = parser.parse_args()
-    rows = measure(arguments.images, arguments.calib_images)
-    plot(rows, ROOT / "docs" / "frontier.png")
-    (ROOT / "docs" / "frontier.md").write_text(
+    rows = measure(arguments.images, arguments.calib_images, arguments.only)
+    plot(rows, arguments.output / "frontier.png")
+    (arguments.output / "frontier.md").write_text(
         markdown(rows, arguments.images, arguments.calib_images, f"{datetime.date.today():%-d %B %Y}"), encoding="utf-8"
     )
 

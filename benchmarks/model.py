@@ -75,6 +75,8 @@ class Forced:
     def __init__(self, path: str) -> None:
         self.choice = Choice(path, {path: 1.0}, 0, "forced")
 
+    withdrawn = False  # what a training run would set
+
     def choose(self, shape: Shape, sparse: object) -> Choice:
         return self.choice
 

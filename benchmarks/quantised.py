@@ -31,7 +31,7 @@ from sparsify.nn import graft
 from sparsify.recipe import load_recipe
 
 CONFIGS = {"weights": Int8WeightOnlyConfig, "weights and activations": Int8DynamicActivationInt8WeightConfig}
-SETTINGS = {"keep 0.1": {}, "keep 0.1, token keep 0.7": {"tokens": {"keep": 0.7, "stages": (4, 7, 10), "way": "merge"}}}
+SETTINGS = {"keep 0.1": {}, "keep 0.1, token keep 0.7": {"tokens": {"keep": 0.7, "way": "merge"}}}
 
 
 def converted(files: list[Path]) -> dict[str, nn.Module]:

@@ -29,6 +29,7 @@ from sparsify.config import SparsityConfig, Tokens
 from sparsify.fit.calibrate.calibrate import fit_importance
 from sparsify.fit.schedule import choose, search
 from sparsify.fit.schedule import costs as costing
+from sparsify.images.trainset import trainset
 from sparsify.jobs.dense import Calibrator, Dense
 from sparsify.measure.evaluate import evaluate
 from sparsify.measure.profile import profile
@@ -113,7 +114,7 @@ def main() -> None:
         made = convert("deit_tiny", load_recipe("calibrate"), WEIGHTS, images)
         config, recipe = made.header.config, load_recipe("calibrate")
         dense = Dense(names.resolve("deit_tiny"), made.model)
-        calibrator = Calibrator.on(str(images), dense, recipe, Compute(batch_size=32), Listener())
+        calibrator = Calibrator.on(trainset(str(images)), dense, recipe, Compute(batch_size=32), Listener())
         fit_importance(made.model, calibrator.batches)
         if "rates" in wanted:
             for target in arguments.targets:

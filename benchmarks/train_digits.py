@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--average", type=float, default=0.99, help="decay of the moving average of the weights")
     parser.add_argument("--float32", action="store_true", help="train without bfloat16 autocast")
     parser.add_argument("--holdout", type=int, default=0, metavar="N", help="tune on N train images; writes no weights")
+    parser.add_argument("--limit", type=int, help="train on at most this many images (default: all)")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
@@ -166,7 +167,7 @@ def main() -> None:
     started = time.perf_counter()
     if args.holdout:
         order = np.random.RandomState(SPLIT_SEED).permutation(len(data)).tolist()
-        model = train(args, Subset(data, order[args.holdout :])).half().float().eval()
+        model = train(args, Subset(data, order[args.holdout :][: args.limit])).half().float().eval()
         held_out = Subset(scans.Digits("train", eval_transform, args.out), order[: args.holdout])
         print(f"held out: {correct(model, held_out)} of {args.holdout} right")
         return
