@@ -19,7 +19,7 @@ from sparsify.cli.app import app
 from sparsify.errors import SparsifyError
 from sparsify.recipe import recipe_names
 
-SUITE, MANY = 40, 500
+SUITE, MANY = 30, 500
 
 ODD = (
     "",

@@ -19,7 +19,7 @@ from sparsify.nn import graft
 from sparsify.processes import Compute
 from sparsify.recipe import Recipe, load_recipe, recipe_names, recipe_text, recipe_yaml
 
-SUITE, MANY = 150, 1500
+SUITE, MANY = 200, 1500
 
 ODD: tuple[Any, ...] = (
     None,
