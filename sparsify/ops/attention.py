@@ -18,13 +18,13 @@ exported program holds PyTorch's own operators only and runs where this package 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsify.ops import backends, masked, reference
+from sparsify.ops import backends, masked, reference, tails
 from sparsify.ops.cpu import kernels
 from sparsify.ops.selection import Context, Ranking
 from sparsify.ops.spec import Spec
@@ -76,7 +76,8 @@ def sparse_attention(
     _refuse_forward_mode()
     ranking = Ranking(row, col, features, shift, ranked, tuple(ranks), macs)
     context = Context(mask, size, place, cell)
-    spec = Spec(budget, prefix, tail, (grid[0], grid[1]), (cells[0], cells[1]), tuple(tile), scale)
+    spec = Spec(budget, prefix, tail, tuple(grid), tuple(cells), tuple(tile), scale)  # type: ignore[arg-type]
+    _check(q, ranking, spec)
     if _kernel(backend, q, context):
         return kernels.attention(q, k, v, ranking, context, spec, precision)
     return reference.attend(q, k, v, ranking, context, spec)
@@ -98,6 +99,8 @@ def attention(
         backend: cpu, reference, or masked (`masked.py`).
     """
     path = _path(backend, q, k, v, ranking, context)
+    if path in ("kernel", "trained", "masked"):
+        _check(q, ranking, spec)
     if path == "kernel":
         return kernels.attention(q, k, v, ranking, context, spec, precision)
     if path == "trained":
@@ -175,6 +178,28 @@ def _refuse_forward_mode() -> None:
         raise NotImplementedError(
             "sparsify::sparse_attention has no forward-mode derivative: call ops.attention.attention"
         )
+
+
+def _check(q: Tensor, ranking: Ranking, spec: Spec) -> None:
+    """Raise `ValueError` for constants that no implementation computes; the kernels would read beyond their tensors."""
+    _checked(spec, ranking.ranks, q.shape[1], q.shape[2], (q if ranking.row is None else ranking.row).shape[3])
+
+
+@lru_cache(maxsize=4096)
+def _checked(spec: Spec, ranks: tuple[int, ...], H: int, N: int, r: int) -> None:
+    pairs = (spec.grid, spec.cells, *((spec.tile,) if spec.tile else ()))
+    for right, what in (
+        (1 <= spec.budget <= N, f"budget {spec.budget}: expected 1 to {N}"),
+        (spec.prefix >= 0, f"prefix {spec.prefix}: expected 0 or more"),
+        (spec.tail in (*tails.TAILS, tails.ASSIGNED), f"tail '{spec.tail}': expected one of {', '.join(tails.TAILS)}"),
+        (
+            all(len(p) == 2 and min(p) >= 1 for p in pairs),
+            f"grid, cells, tile {pairs}: expected 2 numbers of 1 or more",
+        ),
+        (len(ranks) == H and all(1 <= x <= r for x in ranks), f"ranks {ranks}: expected {H} of 1 to {r}"),
+    ):
+        if not right:
+            raise ValueError(f"sparse_attention: {what}")
 
 
 def _fake(q: Tensor, *_: Any) -> Tensor:

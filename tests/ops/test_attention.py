@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.op_calls import head_lowrank, head_ranking, token_lowrank, token_ranking
+from helpers.op_calls import head_lowrank, head_ranking, op, token_lowrank, token_ranking
 from sparsify.ops import attention, reference, selection, tails
 from sparsify.ops.selection import Context
 from sparsify.ops.spec import budget
@@ -479,3 +479,19 @@ def test_budget_is_the_ceiling_of_keep_n(keep, n):
 
 def test_budget_of_a_product_that_is_whole_up_to_rounding():
     assert budget(0.1, 197) == 20 and budget(0.25, 197) == 50 and budget(0.3, 10) == 3 and budget(1.0, 197) == 197
+
+
+@pytest.mark.parametrize("change", [
+    dict(cells=(-1, 1)), dict(tile=(2,)), dict(prefix=-1), dict(budget=0), dict(budget=11), dict(ranks=[10**9, 1]),
+    dict(ranks=[5, 1]), dict(ranks=[1]), dict(grid=(0, 9)), dict(tail="unknown"),
+])  # fmt: skip
+@pytest.mark.parametrize("by", ["op", "attention"])
+@pytest.mark.parametrize("backend", ["cpu", "masked", "reference"])
+def test_constants_that_cannot_be_are_refused(change, by, backend):
+    """The kernels read them without a look: negative cells ended the process."""
+    q, k, v = torch.randn(3, 1, 2, 10, 4, generator=torch.Generator().manual_seed(0))
+    right = dict(budget=3, prefix=1, tail="clusters", grid=(3, 3), cells=(2, 2), tile=(), ranks=[2, 1]) | change
+    spec = [right[name] for name in ("budget", "prefix", "tail", "grid", "cells", "tile")]
+    call = {"op": op, "attention": attention.attention}[by]
+    with pytest.raises(ValueError, match=f"sparse_attention: .*{next(iter(change))}"):
+        head_lowrank(q, k, v, None, None, None, None, None, right["ranks"], 0.5, spec, backend, call=call)
