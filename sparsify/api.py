@@ -75,6 +75,7 @@ class ConvertOptions(RecipeOptions, PreprocessingOptions, total=False):
     target_macs: float | None
     target_latency: float | None
     calibrate_only: bool
+    allow_nonfinite: bool
     val: str | Path | None
     resume: bool
     num_classes: int | None
@@ -139,6 +140,7 @@ def convert(
         force: overwrite a file that holds another model.
         target_macs, target_latency: choose keep and tokens of every block for this fraction of the dense model's MACs or
             time (give one of them, and no `keep`).
+        allow_nonfinite: take weights with NaN or infinity, which are refused otherwise.
         calibrate_only: leave out the stages of the recipe.
         val: labelled images that decide which weights are written; None: a part of `data` is held back.
         resume: continue the interrupted fine-tuning of this output (folder STEM.run beside it).
@@ -163,6 +165,7 @@ def convert(
         options.pop("img_size", None),
         options.pop("ema", None),
         _preprocessing(options),
+        options.pop("allow_nonfinite", False),
     )
     written = OutputOptions(Path(output), force, options.pop("resume", False))
     compute, listener = Compute(device=options.pop("device", "cpu")), Listener(_in_python(options.pop("say", None)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -317,6 +318,19 @@ def _bad(problem: str, where: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=where.start_mark)
 
 
+def to_json(tree: Any, **options: Any) -> str:
+    """`tree` as JSON by `json.dumps`; a number that is not finite, which JSON does not have, becomes null."""
+    return json.dumps(_known(tree), allow_nan=False, **options)
+
+
+def _known(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {name: _known(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_known(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
 def write_json(path: str | Path, tree: Mapping[str, Any]) -> None:
     """Write a report as JSON with all digits, whole or not at all (`whole`)."""
     write_all({Path(path): tree})
@@ -332,6 +346,6 @@ def write_all(contents: Mapping[Path, Mapping[str, Any] | str | bytes]) -> None:
     with contextlib.ExitStack() as files:
         for path, content in contents.items():
             if isinstance(content, Mapping):
-                content = json.dumps(content, indent=2) + "\n"
+                content = to_json(content, indent=2) + "\n"
             data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
             Path(files.enter_context(whole(path))).write_bytes(data)

@@ -38,7 +38,8 @@ class Losses(Frozen):
     classification: NonNegative = 0.0
     """cross-entropy with the labels (soft under mixup); needs labels"""
     logits: NonNegative = 0.0
-    """T^2 KL(p_t || p_s) at temperature T, nats, mean over images"""
+    """T^2 KL(p_t || p_s) at temperature T, nats, mean over images; of one output, or where all classes are as likely:
+    squared difference over the mean of the teacher's squares"""
     temperature: Positive = 1.0
     """T of `logits`"""
     tokens: NonNegative = 0.0

@@ -111,6 +111,8 @@ def labelled(
 ) -> LabelledBatches:
     """Images with labels for a model of `num_classes` outputs (0 or None: features only; classes are only counted).
 
+    One output, a binary head's or a regression's, has no classes either: any folders will do.
+
     Args:
         path: a folder of class folders or a .tar of them, of whose splits (`splits`) the one to measure on is taken; a timm
             data set (`hfds/NAME`, `torch/NAME:ROOT`, ...), `digits` (test split) or `digits:train`.
@@ -122,6 +124,7 @@ def labelled(
     Raises:
         BadData: nothing there, no class folders, or another number of classes than the model's.
     """
+    num_classes = num_classes if num_classes != 1 else 0
     images, note = class_images(path, num_classes, split, "measure", names)
     dataset = Stream(images, transform) if isinstance(images, IterableDataset) else Decoded(images, transform)
     return LabelledBatches(dataset, batch_size, workers, strict, note, str(path), num_classes)

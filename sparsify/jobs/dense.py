@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.config import SparsityConfig, Tokens
-from sparsify.errors import field
+from sparsify.errors import BadFile, SparsifyError, field
 from sparsify.fit.calibrate.calibrate import Calibration, calibrate, first_images, fit_importance, spends_ranks
 from sparsify.fit.schedule.choose import KEEPS, sensitivity
 from sparsify.fit.schedule.sensitivity import Sensitivity
@@ -44,6 +45,7 @@ class DenseRequest:
         None  # of `weights`: the averaged ones, or the others; None: the averaged ones where there are any
     )
     preprocessing: Preprocessing | None = None  # what of it is given, names of classes among it; None: nothing
+    allow_nonfinite: bool = False  # take weights with NaN or infinity
 
 
 class Dense(NamedTuple):
@@ -77,9 +79,32 @@ def load_dense(request: DenseRequest, config: SparsityConfig, compute: Compute, 
     model = pretrained.load(source, given, request.num_classes, request.img_size).to(device)
     if request.preprocessing is not None:
         request.preprocessing.apply(model)
+    if not request.allow_nonfinite:
+        _refuse_nonfinite(model, source.asked)
     if note := building.note(model, source):
         listener.say(note)
     return Dense(source, model, None if given is None else given.averaged)
+
+
+@contextlib.contextmanager
+def _finite_moments() -> Iterator[None]:
+    """Closed forms have no solution for NaN: then one line says so."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        expected = "finite weights and images, and a dtype in which they do not overflow, are expected"
+        raise SparsifyError(
+            f"queries or keys of this model are not finite, so nothing can be fitted: {expected}"
+        ) from error
+
+
+def _refuse_nonfinite(model: nn.Module, name: str) -> None:
+    bad = {key: int((~t.isfinite()).sum()) for key, t in model.state_dict().items() if t.is_floating_point()}
+    bad = {key: n for key, n in bad.items() if n}
+    if bad:
+        words = ", ".join(f"{key} ({n:,})" for key, n in [*bad.items()][:3]) + (", ..." if len(bad) > 3 else "")
+        asked = f"{field('allow_nonfinite')} converts them all the same"
+        raise BadFile(f"weights of {name} are NaN or infinite in {len(bad)} tensors: {words}; {asked}")
 
 
 @dataclass(frozen=True)
@@ -127,7 +152,7 @@ class Calibrator:
         note = backends.note(self.compute.backend, device, dtype, hosts.biased(model))
         if note and spends_ranks(config):
             self.listener.say(note)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), _finite_moments():
             return calibrate(model, config, self.batches, self._progress, Execution(self.compute.backend))
 
     def sensitivity(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.errors import BadFile, SparsifyError, UsageError, field, one_line
-from sparsify.files import whole, write_all
+from sparsify.files import to_json, whole, write_all
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint, hub, provenance
 from sparsify.models.hub import ARCHITECTURE
@@ -222,4 +222,4 @@ def _config(header: checkpoint.Header, digest: str, licence: str) -> str:
             "sha256": digest,
         },
     }
-    return json.dumps(tree, indent=2) + "\n"
+    return to_json(tree, indent=2) + "\n"

@@ -12,8 +12,9 @@ from sparsify.errors import UsageError, field
 from sparsify.images import datasets, photograph
 from sparsify.images.decode import lost
 from sparsify.images.photograph import ImagePoint
-from sparsify.measure.inspection import Shown, check_sparse, inspect
+from sparsify.measure.inspection import Shown, inspect
 from sparsify.nn import attention, graft, hosts
+from sparsify.nn.attention import check_sparse
 
 MOST_LAYERS, MOST_HEADS = 4, 6  # drawn by default
 

@@ -108,6 +108,8 @@ def sweep(
     )
     for line in aside(shown.broken, shown.first_broken, shown.lost):
         say(line)
+    if nonfinite := max(e.nonfinite for e in evaluations.values()):
+        say(f"warning: {nonfinite} images give outputs that are not finite; they count as disagreement")
     say(f"timing {len(sparse) + 1} models in turns")
     batch_size = compute.batch_size or 1
     times, speeds = _time({"dense": dense, **sparse}, batch_size, device, dtype)

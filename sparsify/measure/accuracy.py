@@ -7,6 +7,7 @@ which fine-tuning lowers (`sparsify.fit.finetune.losses.pooled`).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
@@ -14,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+FLAT = 1e-4  # nats: class probabilities nearer to uniform than this are told from noise no more
 NEIGHBOURS = 10  # k of the nearest-neighbour classifier for models without a head
 
 Output = tuple[Tensor, Tensor]  # of a model without a head: pooled features [B, C], tokens [B, N, C]
@@ -30,6 +32,7 @@ class Evaluation:
     interpolation: str | None = None
     images: int = 0  # images counted
     broken: int = 0  # images that could not be read
+    nonfinite: int = 0  # images with a NaN or infinity in an output: wrong, without agreement, and in no mean
     top1: float | None = None  # percent, as all accuracies
     top5: float | None = None
     dense_top1: float | None = None
@@ -37,7 +40,9 @@ class Evaluation:
     agreement: float | None = None  # percent of images with the same top-1 class as dense
     images_lost: int | None = None  # dense right and sparse wrong
     images_gained: int | None = None  # the reverse
-    kl: float | None = None  # KL(dense || sparse) of class probabilities, nats, mean per image
+    kl: float | None = None  # KL(dense || sparse) of class probabilities, nats, mean per image; None also if not finite
+    correlation: float | None = None  # of one output with the dense one, over the images (Pearson)
+    rel_error_output: float | None = None  # |sparse - dense| / |dense| of one output, over all images together
     cosine_pooled: float | None = None  # cosine similarity of features, mean over images
     cosine_patch: float | None = None
     rel_error_pooled: float | None = None  # relative error of features (`relative_error`), mean over images
@@ -52,21 +57,34 @@ class Evaluation:
 
 
 class Logits:
-    """Sums over logits [B, classes]; without dense ones only the sparse model's own figures."""
+    """Sums over logits [B, classes]; without dense ones only the sparse model's own figures.
+
+    Of one output, a binary head's or a regression's, there are no classes: only how near it is to the dense one.
+    """
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()  # images, by the figure of `Evaluation`
         self.compared = 0
         self.kl = 0.0
+        self.single = False
+        self.moments = torch.zeros(5, dtype=torch.float64)  # of outputs d and s: sums of d, s, d^2, s^2 and d s
 
     def add(self, dense: Tensor | None, sparse: Tensor, y: Tensor) -> None:
-        sparse = sparse.float().cpu()
+        sparse, dense = sparse.float().cpu(), None if dense is None else dense.float().cpu()
+        finite = _finite(sparse, dense)
+        self.counts["nonfinite"] += int((~finite).sum())
+        self.compared += 0 if dense is None else len(y)
+        self.single = sparse.shape[1] == 1
+        if dense is not None:
+            d, s = dense[finite].double(), sparse[finite].double()
+            self.moments += torch.stack([x.sum() for x in (d, s, d * d, s * s, d * s)])
+        if self.single:
+            return
         s, s5 = _right(sparse, y)
         images = {"top1": s, "top5": s5}
         if dense is not None:
-            dense = dense.float().cpu()
             d, d5 = _right(dense, y)
-            same = dense.argmax(1) == sparse.argmax(1)
+            same = (dense.argmax(1) == sparse.argmax(1)) & finite
             images |= {
                 "dense_top1": d,
                 "dense_top5": d5,
@@ -74,7 +92,6 @@ class Logits:
                 "images_lost": d & ~s,
                 "images_gained": s & ~d,
             }
-            self.compared += len(y)
             self.kl += float(kl_terms(dense, sparse).sum())
         self.counts.update({name: int(which.sum()) for name, which in images.items()})
 
@@ -83,10 +100,29 @@ class Logits:
         self.counts.update(other.counts)
         self.compared += other.compared
         self.kl += other.kl
+        self.single |= other.single
+        self.moments = self.moments + other.moments
+
+    @property
+    def squares(self) -> tuple[float, float]:
+        """Sums over all images and outputs of the squared differences, and of the dense outputs' squares."""
+        _, _, dd, ss, ds = self.moments.tolist()
+        return max(0.0, dd + ss - 2 * ds), dd
 
     def result(self, n: int) -> Evaluation:
-        figures = {name: k if name.startswith("images_") else 100 * k / n for name, k in self.counts.items()}
-        return Evaluation(**cast(Any, figures), kl=self.kl / n if self.compared else None)
+        counts = {"nonfinite", "images_lost", "images_gained"}
+        figures: dict[str, Any] = {name: k if name in counts else 100 * k / n for name, k in self.counts.items()}
+        if self.single and self.compared:
+            error, size = self.squares
+            figures["rel_error_output"] = _known(math.sqrt(error / size) if size else math.nan)
+            figures["correlation"] = self._correlation(n - self.counts["nonfinite"])
+        kl = _known(self.kl / n) if self.compared and not self.single else None
+        return Evaluation(**figures, kl=kl)
+
+    def _correlation(self, n: int) -> float | None:
+        d, s, dd, ss, ds = self.moments.tolist()
+        spread = math.sqrt(max(0.0, (dd - d * d / max(n, 1)) * (ss - s * s / max(n, 1))))
+        return (ds - d * s / n) / spread if spread else None
 
 
 class Features:
@@ -97,10 +133,12 @@ class Features:
         self.sums = torch.zeros(4, dtype=torch.float64)
         self.pooled: dict[str, list[Tensor]] = {"dense": [], "sparse": []}
         self.labels: list[Tensor] = []
+        self.nonfinite = 0
 
     def add(self, dense: Output | None, sparse: Output, y: Tensor) -> None:
         self.pooled["sparse"].append(sparse[0].float().cpu())
         self.labels.append(y)
+        self.nonfinite += int((~(_finite(*sparse) & (True if dense is None else _finite(*dense)))).sum())
         if dense is None:
             return
         pairs = [(dense[0][:, None], sparse[0][:, None]), (dense[1][:, self.prefix :], sparse[1][:, self.prefix :])]
@@ -114,17 +152,18 @@ class Features:
         """Adds the sums and features of other images."""
         self.sums = self.sums + other.sums
         self.labels += other.labels
+        self.nonfinite += other.nonfinite
         for name, features in other.pooled.items():
             self.pooled[name] += features
 
     def result(self, n: int) -> Evaluation:
         y = torch.cat(self.labels)
-        alone = Evaluation(knn_top1=knn(torch.cat(self.pooled["sparse"]), y))
+        alone = Evaluation(knn_top1=knn(torch.cat(self.pooled["sparse"]), y), nonfinite=self.nonfinite)
         if not self.pooled["dense"]:
             return alone
         names = ("cosine_pooled", "rel_error_pooled", "cosine_patch", "rel_error_patch")
-        figures = dict(zip(names, (self.sums / n).tolist(), strict=True))
-        return replace(alone, **figures, dense_knn_top1=knn(torch.cat(self.pooled["dense"]), y))
+        figures = dict(zip(names, map(_known, (self.sums / n).tolist()), strict=True))
+        return replace(alone, **cast(Any, figures), dense_knn_top1=knn(torch.cat(self.pooled["dense"]), y))
 
 
 def kl_terms(dense: Tensor, sparse: Tensor) -> Tensor:
@@ -133,14 +172,27 @@ def kl_terms(dense: Tensor, sparse: Tensor) -> Tensor:
     return p.exp() * (p - q)
 
 
+def classify(logits: Tensor) -> bool:
+    """Whether class probabilities say something of a dense model's logits [B, classes].
+
+    They do not for one output, a binary head's or a regression's, whose softmax is 1, nor where all classes are as likely
+    as each other (less than `FLAT` nats from uniform, mean over images).
+    """
+    p = logits.float().log_softmax(-1)
+    return bool((p.exp() * (p + math.log(p.shape[-1]))).sum(-1).mean() >= FLAT)
+
+
 def relative_error(dense: Tensor, sparse: Tensor) -> Tensor:
     """|sparse - dense| / |dense| of each image's features [B, n, C], by the Euclidean norm: [B]."""
     return (dense - sparse).norm(dim=(1, 2)) / dense.norm(dim=(1, 2)).clamp_min(1e-12)
 
 
 def distance(dense: Tensor, sparse: Tensor, logits: bool) -> float:
-    """How far apart outputs of a batch are: mean KL(dense || sparse) of logits, relative squared error of features."""
-    if logits:
+    """How far apart outputs of a batch are: mean KL(dense || sparse) of logits, relative squared error of features.
+
+    Logits of which a softmax says nothing (`classify`) count as features.
+    """
+    if logits and classify(dense):
         return float(kl_terms(dense, sparse).sum(-1).mean())
     return float((dense - sparse).square().sum() / dense.square().sum())
 
@@ -154,6 +206,7 @@ def knn(features: Tensor, labels: Tensor, k: int = NEIGHBOURS) -> float | None:
     if n < 2:
         return None
     f = torch.nn.functional.normalize(features, dim=1)
+    finite, f = f.isfinite().all(1), f.nan_to_num(0.0, 0.0, 0.0)  # what is not finite is no neighbour
     classes, index = labels.unique(return_inverse=True)
     right = 0
     for start in range(0, n, 1024):
@@ -162,11 +215,21 @@ def knn(features: Tensor, labels: Tensor, k: int = NEIGHBOURS) -> float | None:
         similarity[torch.arange(len(rows)), rows] = -torch.inf
         best = similarity.topk(min(k, n - 1))
         votes = torch.zeros(len(rows), len(classes)).scatter_add_(1, index[best.indices], best.values.clamp_min(0))
-        right += int((votes.argmax(1) == index[rows]).sum())
+        right += int(((votes.argmax(1) == index[rows]) & finite[rows]).sum())
     return 100 * right / n
 
 
 def _right(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Whether the label is the first, and among the first five: bool [B] each."""
     right = (logits.topk(min(5, logits.shape[1])).indices == y[:, None]).cumsum(1).bool()  # (B, k)
+    right &= _finite(logits)[:, None]
     return right[:, 0], right[:, -1]
+
+
+def _finite(*outputs: Tensor | None) -> Tensor:
+    """Which images have finite outputs [B, ...] only, bool [B]."""
+    return torch.stack([x.flatten(1).isfinite().all(1).cpu() for x in outputs if x is not None]).all(0)
+
+
+def _known(figure: float) -> float | None:
+    return figure if math.isfinite(figure) else None

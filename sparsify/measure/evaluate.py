@@ -28,7 +28,7 @@ from sparsify.images.preprocessing import class_names
 from sparsify.measure.accuracy import Evaluation, Features, Logits
 from sparsify.measure.figures import count_parameters
 from sparsify.nn import graft, hosts
-from sparsify.nn.attention import Execution, attention_modules
+from sparsify.nn.attention import Execution, attention_modules, check_sparse
 from sparsify.nn.execution import check_execution, sparse_form
 from sparsify.ops import backends
 from sparsify.processes import Compute, Listener
@@ -65,6 +65,7 @@ def evaluate_images(
         compute: batch_size: 32 images if None; micro_batch has no effect.
 
     Raises:
+        SparsifyError: not a sparse model.
         UsageError: an unknown dtype, backend or precision, a backend that cannot be used here, or a dense model that
             cannot be compared with this one.
         BadData: no images, no labels, or classes that do not fit the model's.
@@ -72,6 +73,7 @@ def evaluate_images(
     compute = replace(compute, device=processes.local_device(compute.device))
     device, dtype = compute.torch_device, compute.torch_dtype
     execution = Execution(compute.backend, compute.kernel_precision)
+    check_sparse(model)
     check_execution(execution, device, dtype, hosts.biased(model))  # before anything is read
     if dense is not None:
         graft.check_original(dense, model)

@@ -127,7 +127,7 @@ def inspect(model: nn.Module, x: Tensor, queries: Sequence[int] = (), dense: nn.
         SparsifyError: not a sparse model.
         UsageError: a query that is no patch; a dense model that does not fit.
     """
-    check_sparse(model)
+    attention.check_sparse(model)
     grid, prefix = hosts.patch_grid(model), prefix_names(model)
     patches = grid[0] * grid[1]
     queries = tuple(queries) or default_queries(grid)
@@ -156,12 +156,6 @@ def inspect(model: nn.Module, x: Tensor, queries: Sequence[int] = (), dense: nn.
     heads = next(iter(attention.attention_modules(model).values())).num_heads
     depth, reference = len(cast(nn.Sequential, model.blocks)), OWN if dense is None else DENSE
     return Inspection(grid, prefix, queries, heads, depth, tuple(layers), tuple(stages), reference)
-
-
-def check_sparse(model: nn.Module) -> None:
-    """Raise `SparsifyError` unless the model has sparse attention."""
-    if not attention.attention_modules(model):
-        raise SparsifyError("this model has no sparse attention: convert it first")
 
 
 def default_queries(grid: tuple[int, int]) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from sparsify.measure import analytic, latency, macs, paper, paths
 from sparsify.measure.conditions import PROFILE, conditions
 from sparsify.measure.figures import Measured, PaperMacs, Profile, count_parameters
 from sparsify.nn import graft, hosts
-from sparsify.nn.attention import Execution, attention_modules
+from sparsify.nn.attention import Execution, attention_modules, check_sparse
 from sparsify.nn.execution import check_execution, set_execution
 from sparsify.ops import backends
 from sparsify.ops.auto import Chooser
@@ -65,9 +65,8 @@ def profile(
             image size that the model cannot take; a dense model that cannot be compared with it.
         SparsifyError: not a sparse model; or the two counts of MACs differ, which is a bug.
     """
+    check_sparse(model)
     attention = list(attention_modules(model))
-    if not attention:
-        raise SparsifyError("this model has no sparse attention: convert it first")
     _check(compute, repeats, count_as)
     execution = Execution(compute.backend, compute.kernel_precision)
     check_execution(execution, compute.torch_device, compute.torch_dtype, hosts.biased(model))

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from sparsify.config import SparsityConfig, validate
 from sparsify.errors import BadFile, UsageError, field, one_line
-from sparsify.files import whole
+from sparsify.files import to_json, whole
 from sparsify.models import building, filetype
 from sparsify.models.licence import licence_of
 from sparsify.nn import graft, hosts
@@ -66,7 +66,7 @@ def save(model: nn.Module, path: Path, header: Header) -> None:
     meta = {"format": "pt", "sparsify.format": str(FORMAT)}
     meta["sparsify.licence"] = licence_of(header.architecture, header.provenance).name or "unknown"
     content = header._replace(config=header.config.model_dump(mode="json"))._asdict()  # type: ignore[arg-type]
-    meta |= {f"sparsify.{key}": json.dumps(content[key], sort_keys=True) for key in JSON_KEYS}
+    meta |= {f"sparsify.{key}": to_json(content[key], sort_keys=True) for key in JSON_KEYS}
     meta["sparsify.sha256"] = _digest(meta, tensors)
     with whole(path) as temporary:
         save_file(tensors, temporary, metadata=meta)

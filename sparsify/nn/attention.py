@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.config import grid_of, growth
+from sparsify.errors import SparsifyError
 from sparsify.nn import projection
 from sparsify.nn.predictor import Predictor
 from sparsify.nn.tokens import TokenState
@@ -309,3 +310,9 @@ def sparse_modules(model: nn.Module) -> dict[str, SparseAttention]:
 def attention_modules(model: nn.Module) -> dict[str, GraftedAttention]:
     """The grafted attention modules of a model, sparse and dense, by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, GraftedAttention)}
+
+
+def check_sparse(model: nn.Module) -> None:
+    """Raise `SparsifyError` unless the model was converted."""
+    if not attention_modules(model):
+        raise SparsifyError("this model has no sparse attention: convert it first")

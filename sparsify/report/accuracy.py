@@ -42,6 +42,8 @@ SINGLES = (
     ("images", "images", ",d"),
     ("agreement of predicted classes, %", "agreement", ".2f"),
     ("KL(dense || sparse), nats per image", "kl", ".4f"),
+    ("correlation of the output with dense", "correlation", ".4f"),
+    ("relative error of the output", "rel_error_output", ".4f"),
     ("images lost (dense right, sparse wrong)", "images_lost", ",d"),
     ("images gained (dense wrong, sparse right)", "images_gained", ",d"),
     ("cosine similarity, pooled features", "cosine_pooled", ".4f"),
@@ -71,8 +73,11 @@ def conditions(result: Mapping[str, Any]) -> str:
 
 
 def broken(result: Mapping[str, Any]) -> str:
-    """A warning if some images could not be read, else ''."""
-    return f"{result['broken']} broken image(s) left out of every figure above" if result.get("broken") else ""
+    """A warning if some images could not be read or gave no finite outputs, else ''."""
+    notes = [f"{result['broken']} broken image(s) left out of every figure above"] if result.get("broken") else []
+    if n := result.get("nonfinite"):
+        notes.append(f"{n} image(s) with outputs that are not finite (NaN or infinity): wrong, without agreement")
+    return "; ".join(notes)
 
 
 def write_results(path: str | Path, result: Mapping[str, Any], conditions: Mapping[str, Any] | None = None) -> None:

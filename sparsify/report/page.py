@@ -97,6 +97,8 @@ def _tiles(c: Content) -> list[tuple[str, str, str]]:
         tiles.append((_signed(f"{e['top1'] - e['dense_top1']:+.2f}"), "points of top-1", "measured"))
     if e.get("agreement") is not None:
         tiles.append((f"{e['agreement']:.1f} %", "same answer as dense", "measured"))
+    if e.get("correlation") is not None:
+        tiles.append((f"{e['correlation']:.3f}", "correlation with dense", "measured"))
     sparse = [layer for each in c.shown for layer in each.found.layers if layer.sparse]
     if sparse:
         mean = sum(float(layer.mass.mean()) for layer in sparse) / len(sparse)

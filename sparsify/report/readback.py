@@ -47,7 +47,7 @@ def times(path: Path, macs: int, params: int) -> Profile:
 def evaluation(path: Path) -> Mapping[str, Any]:
     """What `sparsify eval --results-file` wrote as JSON."""
     tree = read_json(path)
-    numbers = ("top1", "agreement", "cosine_pooled", "knn_top1")
+    numbers = ("top1", "agreement", "cosine_pooled", "knn_top1", "correlation")
     figures = [tree.get(name) for name in (*numbers, "images", "kl", "dense_top1", "param_count")]
     right = any(name in tree for name in numbers) and isinstance(tree.get("images"), int)
     if not right or not all(each is None or _is_number(each) for each in figures):

@@ -32,6 +32,8 @@ def quality(e: Evaluation) -> list[tuple[str, str, str]]:
     if e.agreement is not None:
         cells.append(("agree %", "", f"{e.agreement:.2f}"))
         cells.append(("KL", "", number(e.kl, ".4f", "").replace("-0.0000", "0.0000")))  # equal but for rounding
+    if e.correlation is not None:
+        cells.append(("correlation", "", f"{e.correlation:.4f}"))
     if e.images_lost is not None:
         cells.append(("lost/gained", "", f"{e.images_lost}/{e.images_gained}"))
     if e.cosine_pooled is not None:

@@ -117,4 +117,6 @@ def _axis(e: Evaluation) -> tuple[str, str, float]:
         return "top1", "top-1, % (bars: standard error)", e.dense_top1 or 0.0
     if e.agreement is not None:
         return "agreement", "agreement with dense, %", 100.0
+    if e.cosine_pooled is None:
+        return "correlation", "correlation with dense", 1.0
     return "cosine_pooled", "cosine similarity to dense (pooled features)", 1.0

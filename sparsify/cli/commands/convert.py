@@ -28,6 +28,7 @@ def convert(
     val: options.ValData = None,
     calib_images: options.CalibImages = None,
     calibrate_only: options.CalibrateOnly = False,
+    allow_nonfinite: options.AllowNonfinite = False,
     resume: options.Resume = False,
     save_minutes: options.SaveMinutes = 5,
     micro_batch: options.MicroBatch = 64,
@@ -84,7 +85,7 @@ def convert(
     quiet = quiet or not processes.main()
     with Reporter(quiet) as reporter:
         made = convert.convert(
-            DenseRequest(name, weights, num_classes, img_size, ema, given),
+            DenseRequest(name, weights, num_classes, img_size, ema, given, allow_nonfinite),
             chosen,
             convert.OutputOptions(output, force, resume, save_minutes),
             images=convert.ImageSources(data, val),

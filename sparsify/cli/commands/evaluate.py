@@ -8,7 +8,7 @@ from typing import Annotated
 from sparsify import processes
 from sparsify.cli import options, parsers
 from sparsify.cli.options import flag, option
-from sparsify.errors import UsageError
+from sparsify.errors import SparsifyError, UsageError
 
 IMAGENET = "ImageNet root with val/, its val folder, or any folder of class folders."
 DATA = "Another labelled set: folder, timm data set name, or digits."
@@ -86,3 +86,6 @@ def evaluate(
         described = backends.describe(backend, kernel_precision, compute.torch_device, compute.torch_dtype)
         circumstances = conditions(EVALUATION, compute, data=images, backend=described)
         write_results(results_file, result.as_dict(), circumstances | {"file_sha256": digest_in(file)})
+    if result.nonfinite:
+        problem = f"{result.nonfinite:,} of {result.images:,} images give outputs that are not finite (NaN or infinity)"
+        raise SparsifyError(f"{problem}; they count as wrong and as disagreement: look at the weights, or at --dtype")

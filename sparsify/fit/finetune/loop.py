@@ -119,7 +119,9 @@ class StageRun:
         if self.stage.cache_teacher:
             folder = self.context.options.folder / f"teacher-{self.number}"
             self.cached_teacher = CachedTeacher(self.teacher, self.planned.images, folder)
-        objective, optimizer = accelerator.prepare(Objective(self.student, self.stage), self.optimizer)
+        objective, optimizer = accelerator.prepare(
+            Objective(self.student, self.stage, self.context.validator.scale), self.optimizer
+        )
         batches = self.planned.batches.from_step(first)
         validate_every = self.steps_per_epoch * self.planned.validate_every
         start, images = time.monotonic(), 0

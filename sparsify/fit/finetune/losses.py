@@ -22,6 +22,11 @@ def kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
     return temperature**2 * kl_terms(teacher.float() / temperature, student.float() / temperature).sum(-1).mean()
 
 
+def outputs(teacher: Tensor, student: Tensor, scale: float) -> Tensor:
+    """Squared difference of outputs [B, C] over `scale`, the mean of the teacher's squares: for those that are no logits."""
+    return (teacher.float() - student.float()).square().sum(-1).mean() / scale
+
+
 def tokens(teacher: Tensor, student: Tensor, present: Tensor | None) -> Tensor:
     """Mean squared error of patch tokens [B, n, C] over those `present`, bool [B, n]; None: all."""
     error = (teacher.float() - student.float()).square().mean(-1)  # (B, n)

@@ -94,12 +94,12 @@ class CachedTeacher:
 class Objective(nn.Module):
     """The sparse student and its losses: forward(x, y, teacher) -> the weighted losses by name, means over the images.
 
-    A stage with `attention: dense` runs the student without sparsity and with all tokens.
+    A stage with `attention: dense` runs the student without sparsity and with all tokens. scale: see `Validator.scale`.
     """
 
-    def __init__(self, student: nn.Module, stage: Stage) -> None:
+    def __init__(self, student: nn.Module, stage: Stage, scale: float | None = None) -> None:
         super().__init__()
-        self.student, self.stage = student, stage
+        self.student, self.stage, self.scale = student, stage, scale
         self.dense = graft.dense_twin(student) if stage.attention == "dense" else None  # over the same parameters
 
     def forward(self, x: Tensor, y: Tensor | None, teacher: Outputs) -> dict[str, Tensor]:
@@ -111,8 +111,12 @@ class Objective(nn.Module):
             terms["classification"] = losses.classification(cast(Tensor, student.logits), cast(Tensor, y))
         if weights.logits:
             logits = cast(Tensor, teacher.logits), cast(Tensor, student.logits)
-            classifies = getattr(self.student, "num_classes", 0)
-            terms["logits"] = losses.kl(*logits, weights.temperature) if classifies else losses.pooled(*logits)
+            if not getattr(self.student, "num_classes", 0):
+                terms["logits"] = losses.pooled(*logits)
+            elif self.scale is not None:
+                terms["logits"] = losses.outputs(*logits, self.scale)
+            else:
+                terms["logits"] = losses.kl(*logits, weights.temperature)
         if weights.tokens:
             patches = cast(Tensor, teacher.patch), cast(Tensor, student.patch)
             terms["tokens"] = losses.tokens(*patches, _present(tokens))

@@ -149,7 +149,7 @@ def resolve_precision(requested: str, device: str) -> str:
 def check_stage(stage: Stage, sparsity: SparsityConfig, classes: int) -> None:
     """Raise `UsageError` where a stage does not fit what is trained; `classes`: outputs of the model, 0 for features."""
     name, losses, predictor = f"stage '{stage.name}'", stage.losses, sparsity.predictor
-    if losses.classification > 0 and not classes:
+    if losses.classification > 0 and classes < 2:
         raise UsageError(f"{name}: the loss classification needs a model with classes; use tokens, features or logits")
     keeps = sparsity.keep if isinstance(sparsity.keep, tuple) else (sparsity.keep,)
     if stage.train == "predictors" and set(keeps) == {"dense"}:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsify.errors import BadFile, field, one_line
-from sparsify.files import whole
+from sparsify.files import to_json, whole
 from sparsify.fit.finetune.validation import ValidationScore
 
 FORMAT = "1"
@@ -59,7 +59,7 @@ class RunStatus:
         if resume is None:
             return cls(start, start)
         facts = resume.facts
-        scores = ValidationScore(**facts["start"]), ValidationScore(**facts["best"])
+        scores = ValidationScore.of(facts["start"]), ValidationScore.of(facts["best"])
         return cls(*scores, resume.part("best") or None, facts["stage"], facts["step"], facts["done"])
 
     def update_best(self, score: ValidationScore, model: nn.Module) -> bool:
@@ -85,7 +85,7 @@ def save(path: Path, state: SavedState) -> None:
     """Writes the state, or raises `BadFile`; if the process is killed, the file holds the former state or this one."""
     copies = {key: t.clone() for key, t in state.tensors.items()}  # safetensors refuses tensors that share memory
     with whole(path) as temporary:
-        save_file(copies, temporary, metadata={"format": "pt", "run": FORMAT, "facts": json.dumps(state.facts)})
+        save_file(copies, temporary, metadata={"format": "pt", "run": FORMAT, "facts": to_json(state.facts)})
 
 
 def load(path: Path) -> SavedState:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsify import processes
 from sparsify.fit.finetune import losses
-from sparsify.measure.accuracy import Logits
+from sparsify.measure.accuracy import Logits, classify
 from sparsify.nn import execution
 
 Labelled = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -21,10 +23,19 @@ Labelled = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 class ValidationScore:
     """Figures of a model on the validation images."""
 
-    kl: float  # KL(dense || sparse), nats, mean over images; without a head the relative squared error of features
-    agreement: float | None  # percent of images with the dense model's top-1 class; None without a head
+    # KL(dense || sparse), nats, mean over images; the relative squared error of features without a head, and of outputs
+    # whose softmax says nothing (`accuracy.classify`)
+    kl: float
+    agreement: float | None  # percent of images with the dense model's top-1 class; None where `kl` is a squared error
     top1: float | None  # percent; None without labels
     images: int  # how many were scored
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> ValidationScore:
+        """From its fields in JSON, which has no NaN."""
+        return cls(
+            **{"kl": math.nan, **{name: value for name, value in saved.items() if name != "kl" or value is not None}}
+        )
 
     def better_than(self, other: ValidationScore) -> bool:
         """Higher top-1 where there are labels, then lower KL; a score that is not a number is never better."""
@@ -38,7 +49,7 @@ class ValidationScore:
         """The score as text for the terminal."""
         top1 = "" if self.top1 is None else f"top-1 {self.top1:.2f} %, "
         if self.agreement is None:
-            return f"{top1}feature error {self.kl:.4f}"
+            return f"{top1}relative squared error {self.kl:.4f}"
         return f"{top1}agreement {self.agreement:.2f} %, KL {self.kl:.4f}"
 
 
@@ -51,6 +62,8 @@ class Validator:
     def __init__(self, images: Labelled, teacher: nn.Module, device: str) -> None:
         self.images, self.teacher, self.device = images, teacher, device
         self.teacher_outputs: list[Tensor] = []
+        # of the first call on, where softmax says nothing of the teacher's outputs: their mean square over all images
+        self.scale: float | None = None
 
     @torch.inference_mode()
     def __call__(self, model: nn.Module) -> ValidationScore:
@@ -70,17 +83,23 @@ class Validator:
                 images += len(x)
                 labelled |= bool((y >= 0).any())
         model.train(training)
-        return _score(processes.gather((logits, error, images, labelled)))
+        classified = first and any(map(classify, self.teacher_outputs))
+        return self._score(processes.gather((logits, error, images, labelled, classified)), first)
 
-
-def _score(parts: list[tuple[Logits, float, int, bool]]) -> ValidationScore:
-    """The score over the images of all processes, from the sums of each."""
-    (logits, *others), errors, counts, labelled = zip(*parts, strict=True)
-    for other in others:
-        logits.merge(other)
-    images = sum(counts)
-    if not logits.compared:
-        return ValidationScore(sum(errors) / max(1, images), None, None, images)
-    result = logits.result(images)
-    assert result.kl is not None
-    return ValidationScore(result.kl, result.agreement, result.top1 if any(labelled) else None, images)
+    def _score(self, parts: list[tuple[Logits, float, int, bool, bool]], first: bool) -> ValidationScore:
+        """The score over the images of all processes, from the sums of each."""
+        (logits, *others), errors, counts, labelled, classified = zip(*parts, strict=True)
+        for other in others:
+            logits.merge(other)
+        images = sum(counts)
+        if not logits.compared:
+            return ValidationScore(sum(errors) / max(1, images), None, None, images)
+        result, (error, size) = logits.result(images), logits.squares
+        if first and not any(classified) and size:
+            self.scale = size / images
+        top1 = result.top1 if any(labelled) else None
+        if result.nonfinite:
+            return ValidationScore(math.nan, result.agreement, top1, images)
+        if self.scale is not None:
+            return ValidationScore(error / size, None, top1, images)
+        return ValidationScore(math.nan if result.kl is None else result.kl, result.agreement, top1, images)
