@@ -267,7 +267,7 @@ def batches_of(loader: DataLoader) -> Generator[Any, None, None]:
         yield from batches
     except (RuntimeError, OSError) as error:
         if isinstance(error, _NoSharedMemory) or (batches is None and getattr(error, "errno", 0) == errno.ENOSPC):
-            less = f"give the container more (docker run --shm-size=1g), or set {field('workers')} 0"
+            less = f"give the container more (shm-size of docker, as 1g), or set {field('workers')} 0"
             raise SparsifyError(f"/dev/shm, the memory that workers share, is full: {less}") from None
         if not loader.num_workers or not (batches is None or "exited unexpectedly" in str(error)):
             raise

@@ -73,7 +73,7 @@ def test_no_shared_memory_is_one_line(read, images, monkeypatch):
         raise RuntimeError("unable to write to file </torch_1>: No space left on device (28)")
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # in workers: they are forks
-    with pytest.raises(SparsifyError, match="/dev/shm.* is full: .*--shm-size.* or set workers 0$"):
+    with pytest.raises(SparsifyError, match="/dev/shm.* is full: .*shm-size.* or set workers 0$"):
         read()
     assert read(workers=0) == images
 
