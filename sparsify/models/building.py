@@ -78,19 +78,29 @@ def describe(model: nn.Module, source: Source) -> dict[str, Any]:
     return json.loads(json.dumps({"architecture": source.architecture, "model_args": args, "pretrained_cfg": config}))
 
 
-def rebuild(architecture: str, model_args: dict[str, Any], pretrained_cfg: dict[str, Any]) -> nn.Module:
-    """The dense model that `describe` described: CPU, float32, eval mode, every parameter zero; no network.
+def described(architecture: str, model_args: dict[str, Any], pretrained_cfg: dict[str, Any]) -> nn.Module:
+    """The dense model that `describe` described, with random weights; no network.
 
     Raises:
-        BadFile: an architecture that this timm does not have, or arguments that it does not take.
+        BadFile: an architecture that this timm does not have (`check_name`), or arguments that it does not take.
     """
-    if architecture != network.ARCHITECTURE and not timm.is_model(architecture):
-        raise BadFile(f"architecture {architecture} is not in timm {timm.__version__}: a newer timm may have it")
+    check_name(architecture)
     config = {k: v for k, v in known_config(pretrained_cfg).items() if k not in _WEIGHTS_KEYS}
     try:
-        return with_true_config(materialise(lambda: build(architecture, tuples(model_args), config))).eval()
+        return with_true_config(build(architecture, tuples(model_args), config))
     except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, KeyError) as error:
         raise BadFile(f"{architecture} cannot be built with the arguments in the file: {one_line(error)}") from error
+
+
+def check_name(architecture: str) -> None:
+    """Raise `BadFile` for an architecture that timm does not have, or whose module holds none that can be converted."""
+    if architecture == network.ARCHITECTURE:
+        return
+    if not timm.is_model(architecture):
+        raise BadFile(f"architecture {architecture} is not in timm {timm.__version__}: a newer timm may have it")
+    package, _, module = timm.model_entrypoint(architecture).__module__.rpartition(".")
+    if package.startswith(("timm", "sparsify")) and module not in hosts.MODULES:
+        raise BadFile(f"architecture {architecture} is none that can be converted")
 
 
 def build(architecture: str, args: dict[str, Any], config: dict[str, Any] | str | None) -> nn.Module:
@@ -132,10 +142,15 @@ def _meta(architecture: str, args: dict[str, Any], config: dict[str, Any] | str 
         raise UnsupportedModel(f"timm cannot build {architecture} {how}: {one_line(error)}") from error
 
 
-def materialise(build: Callable[[], nn.Module]) -> nn.Module:
-    """The model of `build` on the CPU, all parameters zero: it skips the random initialisation (2 s for a ViT-B)."""
-    with torch.device("meta"):
-        model = build()
+def materialise(build: Callable[[], nn.Module], frame: nn.Module | None = None) -> nn.Module:
+    """The model of `build` on the CPU, all parameters zero: it skips the random initialisation (2 s for a ViT-B).
+
+    `frame`: what `build` gave on the meta device, if it has been called; it is used up.
+    """
+    model = frame
+    if model is None:
+        with torch.device("meta"):
+            model = build()
     if any(module._non_persistent_buffers_set for module in model.modules()):
         return build()  # such buffers are not in checkpoints: they must be computed
     model.to_empty(device="cpu")

@@ -19,54 +19,36 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparsify.config import SparsityConfig, validate
 from sparsify.errors import BadFile, UsageError, field, one_line
 from sparsify.files import to_json, whole
-from sparsify.models import building, filetype
+from sparsify.models import building, tensor_file
+from sparsify.models.header import FORMAT, JSON_KEYS, MOST_PATCHES, RATES, Header, parse
 from sparsify.models.licence import licence_of
 from sparsify.nn import graft, hosts
 
-FORMAT = 1
-JSON_KEYS = ("architecture", "config", "provenance", "report")
-RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "drop_path_rate")  # timm's names; they change no tensor
+MOST_COMPUTED = 1 << 30  # bytes of buffers that are computed, not in the file
 _AGAIN = "convert again or fetch it anew"
 
 
-class Header(NamedTuple):
-    """What a file says of itself (keys: the module's docstring); mappings are JSON-able."""
-
-    architecture: dict[str, Any]
-    config: SparsityConfig
-    provenance: dict[str, Any]
-    report: dict[str, Any]
-
-    @property
-    def backbone_changed(self) -> bool:
-        """Whether the weights may differ from the dense original's: False only where the file says so."""
-        return self.provenance.get("backbone_changed") is not False
-
-    @property
-    def dense_sha256(self) -> str:
-        """`digest_of` the dense model that was converted, at the file's image size; '' where the file does not have it."""
-        return str(self.provenance.get("dense_sha256") or "")
-
-
 def save(model: nn.Module, path: Path, header: Header) -> None:
-    """Write `model`; a crash or a full disk leaves an existing file unchanged. `BadFile`: it cannot be written."""
+    """Write `model`; a crash or a full disk leaves an existing file unchanged.
+
+    `BadFile`: it cannot be written. `UsageError`: a header that `load` would refuse.
+    """
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     meta = {"format": "pt", "sparsify.format": str(FORMAT)}
     meta["sparsify.licence"] = licence_of(header.architecture, header.provenance).name or "unknown"
     content = header._replace(config=header.config.model_dump(mode="json"))._asdict()  # type: ignore[arg-type]
     meta |= {f"sparsify.{key}": to_json(content[key], sort_keys=True) for key in JSON_KEYS}
+    parse(meta)
     meta["sparsify.sha256"] = _digest(meta, tensors)
     with whole(path) as temporary:
         save_file(tensors, temporary, metadata=meta)
@@ -96,6 +78,9 @@ def load(
 ) -> nn.Module:
     """The sparse model of a file, a timm model in eval mode, float32, with nothing else than the file.
 
+    The header is held against names and shapes of the tensors before memory is allocated. The digest is that of the model
+    that is returned.
+
     Args:
         img_size: side in pixels, when it is not the file's; position embeddings and predictors are resampled.
         rates: dropout and stochastic depth of training (`RATES`), when they are not the architecture's defaults.
@@ -104,20 +89,16 @@ def load(
         BadFile: see `read_header`; also tensors that do not fit the architecture or the digest.
         UsageError: an image size that the architecture cannot take, or an unknown rate.
     """
-    path = Path(path)
-    meta = metadata(path)
-    header = _parse(path, meta)
-    rates = checked(rates or {})
-    try:
-        model = rebuild(header, rates)
-    except Exception as error:
-        raise BadFile(f"{path}: its header does not describe a model: {one_line(error)}") from None
-    with _reading(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    _check_tensors(path, model, tensors)
-    if _digest({k: v for k, v in meta.items() if k != "sparsify.sha256"}, tensors) != meta["sparsify.sha256"]:
+    path, rates = Path(path), checked(rates or {})
+    with tensor_file.reading(path) as file:
+        header = _parse(path, file.metadata)
+        model = _rebuilt(path, header, rates, file.entries)
+        state = model.state_dict()
+        for name, tensor in state.items():
+            file.read_into(name, tensor)
+        stated = file.metadata["sparsify.sha256"]
+    if _digest({k: v for k, v in file.metadata.items() if k != "sparsify.sha256"}, state) != stated:
         raise BadFile(f"{path} was changed after it was written (its digest differs): {_AGAIN}")
-    model.load_state_dict(tensors, assign=False)
     if img_size is not None:
         resize(model, img_size)
     return model.eval().to(device)
@@ -125,9 +106,36 @@ def load(
 
 def rebuild(header: Header, rates: Mapping[str, float] | None = None) -> nn.Module:
     """The sparse model that `header` describes, in eval mode, every parameter zero. Errors are not translated."""
+    return building.materialise(_builder(header, rates or {})).eval()
+
+
+def _builder(header: Header, rates: Mapping[str, float]) -> Callable[[], nn.Module]:
     told = header.architecture
-    args = {**told["model_args"], **(rates or {})}
-    return graft.graft(building.rebuild(told["architecture"], args, told["pretrained_cfg"]), header.config)
+    args = {**told["model_args"], **rates}
+    return lambda: graft.graft(
+        building.described(told["architecture"], args, told["pretrained_cfg"]).eval(), header.config
+    )
+
+
+def _rebuilt(
+    path: Path, header: Header, rates: Mapping[str, float], entries: Mapping[str, tensor_file.Entry]
+) -> nn.Module:
+    """`rebuild`, after a look at the model on the meta device, where it takes no memory."""
+    depth = header.architecture["model_args"].get("depth") or 0
+    if depth > len(entries):
+        raise BadFile(f"{path}: its header asks for {depth} blocks, but it has {len(entries)} tensors: {_AGAIN}")
+    build = _builder(header, rates)
+    try:
+        with torch.device("meta"):
+            frame = build()
+        patches = hosts.num_tokens(frame)
+    except Exception as error:
+        raise BadFile(f"{path}: its header does not describe a model: {one_line(error)}") from None
+    _check_tensors(path, frame, entries)
+    computed = sum(t.nbytes for t in frame.buffers()) - sum(t.nbytes for t in frame.state_dict().values())
+    if patches > MOST_PATCHES or computed > MOST_COMPUTED:
+        raise BadFile(f"{path}: its header asks for {patches} tokens, too many for tensors of this size: {_AGAIN}")
+    return building.materialise(build, frame).eval()
 
 
 def checked(rates: Mapping[str, float]) -> dict[str, float]:
@@ -171,16 +179,8 @@ def may_overwrite(path: Path, architecture: Mapping[str, Any], force: bool) -> N
 
 def metadata(path: Path) -> dict[str, str]:
     """The file's metadata as written; `BadFile`: missing, or not safetensors."""
-    if not os.path.exists(path):
-        raise BadFile(f"no file {path}: 'sparsify convert NAME' writes one")
-    if not os.path.isfile(path):
-        raise BadFile(f"{path} is a folder: give a .safetensors file that 'sparsify convert' wrote")
-    if filetype.of(path) == filetype.TORCH:
-        raise BadFile(
-            f"{path} is a PyTorch checkpoint, not a converted model: run 'sparsify convert NAME --weights {path}'"
-        )
-    with _reading(path) as file:
-        return dict(file.metadata() or {})
+    with tensor_file.reading(path) as file:
+        return file.metadata
 
 
 def _parse(path: Path, meta: Mapping[str, str]) -> Header:
@@ -188,42 +188,30 @@ def _parse(path: Path, meta: Mapping[str, str]) -> Header:
     if version is None:
         instead = f"run 'sparsify convert NAME --weights {path}'"
         raise BadFile(f"{path} is a plain checkpoint, not a converted model: {instead}")
-    if not version.isdigit() or int(version) > FORMAT:
-        raise BadFile(f"{path} has format {version}, this version reads up to {FORMAT}: upgrade sparsify-vit")
+    if version != str(FORMAT):
+        other = f"{version[:9]!r}, this version reads {FORMAT}: upgrade sparsify-vit"
+        raise BadFile(f"{path} has format {other}")
     try:
-        content = {key: json.loads(meta[f"sparsify.{key}"]) for key in JSON_KEYS}
-        if not all(isinstance(value, dict) for value in content.values()) or "sparsify.sha256" not in meta:
-            raise ValueError
-        if content["config"].get("tokens"):  # older files lack the field
-            content["config"]["tokens"].setdefault("importance", "attention")
-        content["config"] = validate(SparsityConfig, content["config"], "config")
-        return Header(**content)
-    except (KeyError, ValueError, TypeError):
-        raise BadFile(f"{path}: its header is damaged: {_AGAIN}") from None
+        if "sparsify.sha256" not in meta:
+            raise UsageError("sha256: missing")
+        return parse(meta)
     except UsageError as error:
         raise BadFile(f"{path}: its header is damaged ({error}): {_AGAIN}") from None
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[Any]:
-    """The open safetensors file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise BadFile(f"{path} is not a whole safetensors file ({one_line(error)}): convert again") from None
-
-
-def _check_tensors(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    expected = {name: t.shape for name, t in model.state_dict().items()}
-    for name in sorted(expected.keys() | tensors.keys()):
-        if name not in tensors:
+def _check_tensors(path: Path, model: nn.Module, entries: Mapping[str, tensor_file.Entry]) -> None:
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | entries.keys()):
+        if name not in entries:
             raise BadFile(f"{path}: tensor {name} is missing: {_AGAIN}")
         if name not in expected:
             raise BadFile(f"{path}: tensor {name} does not belong to {type(model).__name__}: convert again")
-        if tensors[name].shape != expected[name]:
-            given, shape = tuple(tensors[name].shape), tuple(expected[name])
-            raise BadFile(f"{path}: tensor {name} has shape {given}, expected {shape}: convert again")
+        given, right = entries[name], expected[name]
+        if given.shape != right.shape:
+            shapes = f"{given.shape}, expected {tuple(right.shape)}"
+            raise BadFile(f"{path}: tensor {name} has shape {shapes}: convert again")
+        if given.dtype != right.dtype:
+            raise BadFile(f"{path}: tensor {name} is {given.dtype}, expected {right.dtype}: convert again")
 
 
 def _digest(meta: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

@@ -17,6 +17,7 @@ from timm.models._pretrained import PretrainedCfg
 from sparsify.errors import BadFile, SparsifyError, UsageError, field, one_line
 from sparsify.files import read_json
 from sparsify.models.digits import network
+from sparsify.models.header import check_source
 from sparsify.models.hub import ARCHITECTURE, CHECKPOINTS, CONFIG, fetch, quick_hub
 
 DIGITS = "digits"
@@ -111,6 +112,11 @@ def _resolve_repository(name: str, scheme: str, location: str) -> Source:
         raise BadFile(f"{name} is sparse already: sparsify.load('{name}') loads it, and it is not converted again")
     if not timm.is_model(architecture):
         raise BadFile(f"{name} is a '{architecture}', which is not in timm {timm.__version__}")
+    try:
+        check_source(args or {}, known_config(config))
+    except UsageError as error:
+        wrong = f"the config.json of {name} does not describe an architecture and its preprocessing"
+        raise BadFile(f"{wrong} ({error})") from None
     note = f"{name} is a {architecture}"
     return Source(name, architecture, f"{scheme}:{location}", dict(args or {}), note, known_config(config))
 

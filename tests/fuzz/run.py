@@ -15,11 +15,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[up]) for up in (1, 2)]  # of this checkout
 
-from fuzz import harness
-from sparsify.ops.cpu import build
-from sparsify.ops.cpu import kernels as cpu
+from fuzz import harness  # noqa: E402
+from sparsify.ops.cpu import build  # noqa: E402
+from sparsify.ops.cpu import kernels as cpu  # noqa: E402
 
 
 def main() -> int:

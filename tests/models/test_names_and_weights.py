@@ -21,7 +21,7 @@ from sparsify.cli.preflight import preflight
 from sparsify.errors import BadFile, SparsifyError, UnsupportedModel, UsageError
 from sparsify.models import building, checkpoint, dense_weights, pretrained
 from sparsify.models import building as building_
-from sparsify.models.building import describe, note, rebuild
+from sparsify.models.building import describe, described, note
 from sparsify.models.digits import network
 from sparsify.models.names import ALIASES, resolve
 from sparsify.nn import hosts
@@ -524,7 +524,7 @@ def test_header_alone_rebuilds_the_model(name, args, tmp_path):
     torch.save(make(source.pretrained_name, **args).state_dict(), tmp_path / "x.pth")
     model = pretrained.load(source, tmp_path / "x.pth")
     header = json.loads(json.dumps(describe(model, source)))
-    again = rebuild(**header)
+    again = described(**header).eval()
     assert not again.training and all(p.dtype == torch.float32 and not p.is_meta for p in again.parameters())
     again.load_state_dict(model.state_dict())
     x = torch.randn(1, 3, args["img_size"], args["img_size"])
@@ -535,9 +535,9 @@ def test_header_alone_rebuilds_the_model(name, args, tmp_path):
 
 def test_header_of_a_newer_timm_or_with_strange_arguments_gives_one_line():
     with pytest.raises(BadFile, match="vit_of_tomorrow is not in timm"):
-        rebuild("vit_of_tomorrow", {}, {})
+        described("vit_of_tomorrow", {}, {})
     with pytest.raises(BadFile, match="cannot be built") as error:
-        rebuild("vit_tiny_patch16_224", {"no_such_argument": 1}, {})
+        described("vit_tiny_patch16_224", {"no_such_argument": 1}, {})
     one_line(error)
 
 
@@ -545,7 +545,7 @@ def test_digits_rebuilds_without_timm_registry():
     source = resolve("digits")
     frame = building_.skeleton(source)
     hosts.supported_attentions(frame, "digits")
-    again = rebuild(**describe(frame, source))
+    again = described(**describe(frame, source)).eval()
     assert again(torch.zeros(1, 3, 28, 28)).shape == (1, 10)
     assert again.pretrained_cfg["license"] == network.DATA_CONFIG["license"]
 

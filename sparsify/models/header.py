@@ -1,0 +1,257 @@
+"""What a model file says of itself, checked before anything is built: `Header`, read from the JSON of a file.
+
+The schema covers all that a command reads: types, ranges and lengths. What no command reads may be any JSON value.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import math
+import operator
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+
+from sparsify.config import SparsityConfig, validate
+from sparsify.errors import UsageError
+
+FORMAT = 1
+JSON_KEYS = ("architecture", "config", "provenance", "report")
+RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "drop_path_rate")  # timm's names; they change no tensor
+MOST_JSON = 8 << 20  # characters of all JSON: names of 20,000 classes and their descriptions take 3 million
+MOST_DEPTH = 16  # a header that `convert` wrote has 6 levels
+MOST_DIGITS = 40  # characters of a number
+MOST_PATCHES = 1 << 16  # 4096 px in patches of 16
+
+Name = Annotated[str, Field(pattern=r"^[\w.-]{1,200}$")]
+Side = Annotated[int, Field(ge=1, le=1 << 14)]
+Classes = Annotated[int, Field(ge=0, le=1 << 24)]
+Number = Annotated[float, Field(ge=-1e6, le=1e6)]
+Deviation = Annotated[float, Field(gt=0, le=1e6)]
+Whole = Annotated[int, Field(ge=0, le=1 << 62)]
+
+
+class Header(NamedTuple):
+    """What a file says of itself (keys: `sparsify.models.checkpoint`); mappings are JSON-able."""
+
+    architecture: dict[str, Any]
+    config: SparsityConfig
+    provenance: dict[str, Any]
+    report: dict[str, Any]
+
+    @property
+    def backbone_changed(self) -> bool:
+        """Whether the weights may differ from the dense original's: False only where the file says so."""
+        return self.provenance.get("backbone_changed") is not False
+
+    @property
+    def dense_sha256(self) -> str:
+        """`digest_of` the dense model that was converted, at the file's image size; '' where the file does not have it."""
+        return str(self.provenance.get("dense_sha256") or "")
+
+
+class _Said(BaseModel):
+    """An object of JSON: nothing is converted, unknown keys are left as they are."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class Preprocessing(_Said):
+    """`pretrained_cfg`: timm's words for preprocessing, classifier and licence."""
+
+    architecture: Name | None = None
+    tag: Name | None = None
+    input_size: tuple[Annotated[int, Field(ge=1, le=64)], Side, Side] | None = (3, 224, 224)
+    test_input_size: tuple[Side, Side, Side] | None = None
+    min_input_size: tuple[Side, Side, Side] | None = None
+    fixed_input_size: bool | None = False
+    custom_load: bool | None = False
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = "bicubic"
+    crop_pct: Annotated[float, Field(ge=0.01, le=4)] | None = None
+    crop_mode: Literal["center", "squash", "border"] | None = None
+    mean: Number | tuple[Number, ...] | None = None
+    std: Deviation | tuple[Deviation, ...] | None = None
+    num_classes: Classes | None = 0
+    classifier: Name | tuple[Name, ...] | None = None
+    first_conv: Name | tuple[Name, ...] | None = None
+    license: Annotated[str, Field(max_length=200)] | None = None
+    label_names: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Preprocessing:
+        for value in (self.mean, self.std):
+            if isinstance(value, tuple) and len(value) not in (1, (self.input_size or (3,))[0]):
+                raise ValueError("mean and std: one number is expected, or one for each channel")
+        return self
+
+
+class Architecture(_Said):
+    """What timm needs to build the host."""
+
+    architecture: Name
+    model_args: dict[str, Any]
+    pretrained_cfg: dict[str, Any]
+
+
+class _Stage(_Said):
+    name: str = ""
+
+
+class _Recipe(_Said):
+    description: str = ""
+    stages: tuple[_Stage, ...] = ()
+
+
+class _Calibration(_Said):
+    images: Whole | None = None
+    set: str | None = None
+
+
+class _Tuned(_Said):
+    kept: str | None = None
+    steps: Whole | None = None
+
+
+class Provenance(_Said):
+    """How the file was made, as far as a command reads it."""
+
+    source: str | None = None
+    weights: str | None = None
+    dense_sha256: str | None = None
+    backbone_changed: bool | None = None
+    recipe: _Recipe | None = None
+    calibration: _Calibration | None = None
+    finetuned: _Tuned | None = None
+    further: tuple[dict[str, Any], ...] | None = None
+    versions: dict[str, str] = {}
+    date: str | None = None
+
+
+class _Report(_Said):
+    macs_dense: Whole | None = None
+    macs_sparse: Whole | None = None
+
+
+def parse(meta: Mapping[str, str]) -> Header:
+    """The header in a file's metadata, of format `FORMAT`.
+
+    Raises:
+        UsageError: a key that is missing, is not JSON, or does not fit the schema; the message names it.
+    """
+    texts = {key: meta.get(f"sparsify.{key}") for key in JSON_KEYS}
+    if missing := [key for key, text in texts.items() if text is None]:
+        raise UsageError(f"{missing[0]}: missing")
+    if sum(len(text or "") for text in texts.values()) > MOST_JSON:
+        raise UsageError(f"more than {MOST_JSON >> 20} million characters of JSON")
+    trees = {key: _json(key, text or "") for key, text in texts.items()}
+    validate(Architecture, _tuples(trees["architecture"]), "architecture")
+    check_source(trees["architecture"]["model_args"], trees["architecture"]["pretrained_cfg"])
+    validate(Provenance, _tuples(trees["provenance"]), "provenance")
+    validate(_Report, trees["report"], "report")
+    tokens = trees["config"].get("tokens")
+    if isinstance(tokens, dict):  # older files lack the field
+        tokens.setdefault("importance", "attention")
+    config = validate(SparsityConfig, trees["config"], "config")
+    return Header(trees["architecture"], config, trees["provenance"], trees["report"])
+
+
+def check_source(model_args: Any, pretrained_cfg: Any) -> None:
+    """Raise `UsageError` where a `config.json` asks timm for more than an architecture and its preprocessing."""
+    validate(_arguments(), _tuples(model_args), "model_args")
+    validate(Preprocessing, _tuples(pretrained_cfg), "pretrained_cfg")
+
+
+def _tuples(tree: Any) -> Any:
+    """A tree of JSON with tuples instead of lists, which the strict types expect."""
+    if isinstance(tree, dict):
+        return {key: _tuples(value) for key, value in tree.items()}
+    return tuple(map(_tuples, tree)) if isinstance(tree, list | tuple) else tree
+
+
+def _json(key: str, text: str) -> dict[str, Any]:
+    """A JSON object of bounded depth, with numbers of bounded length, and text that can be encoded."""
+    try:
+        tree = json.loads(text, parse_int=_short(int), parse_float=_short(float))
+        _bound(tree, MOST_DEPTH)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{key}: {error if isinstance(error, _Unreadable) else 'not JSON'}") from None
+    if not isinstance(tree, dict):
+        raise UsageError(f"{key}: an object of JSON is expected")
+    return tree
+
+
+class _Unreadable(ValueError):
+    """JSON that is not read; the message says why."""
+
+
+def _short(number: type) -> Any:
+    def read(text: str) -> Any:
+        if len(text) > MOST_DIGITS:
+            raise _Unreadable(f"a number of {len(text)} characters")
+        return number(text)
+
+    return read
+
+
+def _bound(tree: Any, levels: int) -> None:
+    if isinstance(tree, str):
+        tree.encode()  # half of a pair of surrogates raises UnicodeEncodeError, a ValueError
+    elif isinstance(tree, dict | list):
+        if not levels:
+            raise _Unreadable(f"nested more than {MOST_DEPTH} levels deep")
+        for each in [*tree, *tree.values()] if isinstance(tree, dict) else tree:
+            _bound(each, levels - 1)
+
+
+# ---- the arguments of timm's models ----
+
+_LEFT_OUT = {"self", "args", "kwargs", "cfg", "device", "dtype", "embed_layer", "block_fn", "mlp_layer", "attn_layer"}
+"""Of the constructors: they shape no architecture, or take a class. Arguments of `timm.create_model` (checkpoint_path,
+pretrained, cache_dir, ...) are none of a constructor."""
+_SHARES = {"patch_drop_rate", "attn_drop_rate", *RATES}
+
+
+class _Arguments(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=())
+
+    @model_validator(mode="after")
+    def _bounded(self) -> _Arguments:
+        for name in self.model_fields_set:
+            value = getattr(self, name)
+            for each in value if isinstance(value, tuple) else (value,):
+                if isinstance(each, str) and len(each) > 40:
+                    raise ValueError(f"{name}: a short word is expected")
+                if isinstance(each, int | float) and not (math.isfinite(each) and abs(each) <= 1 << 24):
+                    raise ValueError(f"{name}: a finite number up to {1 << 24} is expected")
+                if name in _SHARES and not 0 <= (each or 0) < 1:
+                    raise ValueError(f"{name}: a number from 0 up to 1 is expected")
+        return self
+
+
+@functools.cache
+def _arguments() -> type[BaseModel]:
+    """The arguments that shape an architecture, with timm's own types: those of the constructors of `hosts.MODELS`."""
+    from timm.models.naflexvit import NaFlexVitCfg
+
+    from sparsify.nn import hosts
+
+    allowed: dict[str, Any] = {"use_naflex": bool | None}
+    for maker in (*hosts.MODELS, NaFlexVitCfg):
+        hints = typing.get_type_hints(maker.__init__)
+        for name in inspect.signature(maker.__init__).parameters:
+            if name not in _LEFT_OUT:
+                allowed[name] = allowed.get(name, types.NoneType) | _of_json(hints[name])
+    fields: dict[str, Any] = {name: (hint, None) for name, hint in allowed.items()}
+    return create_model("Arguments", __base__=_Arguments, **fields)
+
+
+def _of_json(hint: Any) -> Any:
+    """The part of a type that JSON has; a layer has a name in timm."""
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    plain = [p for p in parts if p in (bool, int, float, str) or typing.get_origin(p) in (tuple, Literal)]
+    return functools.reduce(operator.or_, plain or [str])
