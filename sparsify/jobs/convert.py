@@ -76,6 +76,7 @@ class Conversion:
     run: Path | None = None  # folder of the fine-tuning
 
 
+@building.in_float32()
 def convert(
     request: DenseRequest,
     recipe: Recipe,

@@ -30,7 +30,7 @@ from sparsify.measure.latency import Timing
 from sparsify.measure.macs import image_shape, replica
 from sparsify.measure.profile import profile
 from sparsify.measure.sweep import Setting, Sweep, SweepChoice
-from sparsify.models import checkpoint
+from sparsify.models import building, checkpoint
 from sparsify.nn import graft, hosts
 from sparsify.nn.attention import Execution
 from sparsify.nn.execution import set_execution
@@ -50,6 +50,7 @@ class EvaluationImages:
     limit: int | None = None  # how many images, drawn by the recipe's seed; None: all
 
 
+@building.in_float32()
 def sweep(
     request: DenseRequest,
     recipe: Recipe,

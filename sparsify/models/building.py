@@ -5,9 +5,10 @@ The names of the models that can be converted (`listing`) are found by building 
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import timm
@@ -21,6 +22,17 @@ from sparsify.models.names import ALIASES, DIGITS, Source, known_config, tuples
 from sparsify.nn import hosts
 
 _WEIGHTS_KEYS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")  # where weights came from
+
+
+@contextlib.contextmanager
+def in_float32() -> Iterator[None]:
+    """New tensors are float32, whatever the caller made torch's default: weights would be rounded to it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def skeleton(source: Source, num_classes: int | None = None, img_size: int | None = None) -> nn.Module:
@@ -104,7 +116,12 @@ def check_name(architecture: str) -> None:
 
 
 def build(architecture: str, args: dict[str, Any], config: dict[str, Any] | str | None) -> nn.Module:
-    """timm's model, or that of `digits`, with random weights; `config`: a `pretrained_cfg`, its tag, or None, timm's own."""
+    """timm's model, or that of `digits`, with random weights; `config`: a `pretrained_cfg`, its tag, or None, timm's own.
+
+    `UnsupportedModel`: images of other than 3 channels.
+    """
+    if (channels := args.get("in_chans", 3)) != 3:
+        raise UnsupportedModel(f"{architecture} with {channels} input channels: images of 3 (RGB) are expected")
     if architecture != network.ARCHITECTURE:
         return with_image_size(timm.create_model(architecture, pretrained=False, pretrained_cfg=config, **args), args)
     model = VisionTransformer(**args)
@@ -137,6 +154,8 @@ def _meta(architecture: str, args: dict[str, Any], config: dict[str, Any] | str 
     try:
         with torch.device("meta"):
             return build(architecture, args, config)
+    except UnsupportedModel:
+        raise
     except Exception as error:  # whatever one of timm's 1,300 constructors does with arguments or the meta device
         how = f"with {args}" if args else "on the meta device"
         raise UnsupportedModel(f"timm cannot build {architecture} {how}: {one_line(error)}") from error

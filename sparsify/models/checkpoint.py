@@ -70,6 +70,7 @@ def digest_in(path: Path) -> str:
     return meta["sparsify.sha256"]
 
 
+@building.in_float32()
 def load(
     path: str | Path,
     img_size: int | None = None,

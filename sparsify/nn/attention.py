@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+import sparsify.ops.macs  # noqa: F401 (registers what torch's FlopCounterMode counts)
 from sparsify.config import grid_of, growth
 from sparsify.errors import SparsifyError
 from sparsify.nn import projection

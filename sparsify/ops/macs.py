@@ -8,7 +8,8 @@ masks them, a compiled kernel does not. Sums, softmax, exp, top-k and elementwis
     kept        logits and values of the b kept keys of each of the n = N - P patch rows
     tail        logits and values of the cells, and the assignments of `clusters`
 
-`HANDLES` has them in the form that fvcore's `set_op_handle` takes. `sparsify.measure.analytic` counts the same things
+`HANDLES` has them in the form that fvcore's `set_op_handle` takes; torch's `FlopCounterMode` sees two flops for each once
+this module is imported. `sparsify.measure.analytic` counts the same things
 without this file, so that the two can disagree.
 """
 
@@ -18,6 +19,9 @@ from collections import Counter
 from collections.abc import Sequence
 from math import prod
 from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from sparsify.ops import tails
 from sparsify.ops.attention import TENSORS
@@ -84,6 +88,16 @@ def _sparse_handle(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     compared = shape[1] * features.type().sizes()[-1] if features.isCompleteTensor() else products
     shared = 0 if row.isCompleteTensor() else products
     return sparse_macs(shape, predictor, shared, compared, Spec(*spec), place.isCompleteTensor())
+
+
+@register_flop_formula(torch.ops.sparsify.sparse_attention)
+def _flops(*arguments: Any, out_shape: Any = None, **_: Any) -> int:
+    """Of one call, whose tensors are given by their shapes."""
+    q, _, _, row, _, features, _, _, _, place, _ = arguments[:TENSORS]
+    _, ranks, predictor, *spec = arguments[TENSORS : TENSORS + 10]
+    compared = q[1] * features[-1] if features is not None else sum(ranks)
+    shared = sum(ranks) if row is None else 0
+    return 2 * sum(sparse_macs(q, predictor, shared, compared, Spec(*spec), place is not None).values())
 
 
 def _constant(value: Any) -> Any:

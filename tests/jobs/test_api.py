@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import sparsify
 from helpers.image_folders import class_folders
@@ -142,3 +143,20 @@ assert sparsify.profile(model, measure=False).macs_sparse > 0
     command = [sys.executable, "-W", "error", "-c", code, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_default_dtype_of_the_caller_rounds_no_weights(tmp_path):
+    def written(name: str) -> tuple[dict[str, torch.Tensor], torch.nn.Module]:
+        path = tmp_path / name
+        sparsify.convert("digits", keep=0.2, output=path, calib_images=8, spread_rank=False)
+        return load_file(path), sparsify.load(path)
+
+    tensors, model = written("float32.safetensors")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        again, loaded = written("bfloat16.safetensors")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(tensors[name], again[name]) for name in tensors)
+    assert {t.dtype for t in loaded.parameters()} == {torch.float32}
+    assert all(map(torch.equal, model.parameters(), loaded.parameters()))

@@ -7,6 +7,7 @@ import timm
 import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
+from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import families
 from sparsify.config import SparsityConfig, TokenLowrank
@@ -70,6 +71,24 @@ def both(model: torch.nn.Module) -> list[tuple[macs.Counts, analytic.Analytic]]:
         (macs.count(m, image, names), analytic.count(m, torch.zeros(1, *image)))
         for m in (model, graft.dense_twin(model))
     ]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SparsityConfig(keep=0.5, rank=2, cells=(2, 1)),
+        SparsityConfig(keep=0.5, rank=2, fold=False, tail="mean"),
+        SparsityConfig(keep=0.5, rank=3, predictor="token-lowrank", tail="cells", cells=(1, 2)),
+    ],
+    ids=lambda config: f"{config.predictor} {config.tail}",
+)
+def test_flop_counter_of_torch_sees_two_flops_a_mac(config):
+    model = tiny(config).requires_grad_(False)
+    image = macs.image_shape(model)
+    counted = macs.count(model, image, list(attention.sparse_modules(model)))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(3, *image))
+    assert counter.get_flop_counts()["Global"][torch.ops.sparsify.sparse_attention] == 3 * 2 * counted.mhsa > 0
 
 
 # ---- known totals ----

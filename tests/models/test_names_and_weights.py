@@ -476,6 +476,19 @@ def test_local_dir_needs_no_network(tmp_path, monkeypatch):
     assert str(tmp_path) not in json.dumps(describe(loaded, source))
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channels_than_those_of_pictures_are_refused_in_words(channels, tmp_path):
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 4,
+        "model_args": {"in_chans": channels},
+        "pretrained_cfg": {},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match=rf"with {channels} input channels: images of 3 \(RGB\) are expected"):
+        building.skeleton(resolve(f"local-dir:{tmp_path}"))
+
+
 def test_local_dir_without_config_says_what_is_expected(tmp_path):
     with pytest.raises(BadFile, match=r"not a model folder \(config.json and weights\)") as error:
         resolve(f"local-dir:{tmp_path}")

@@ -81,7 +81,7 @@ def export(
         force: overwrite an existing output.
 
     Raises:
-        UsageError: an unknown format, another ending, no image in a batch, or an image size that the architecture cannot take.
+        UsageError: an unknown format, another ending, no image in a batch, or an image size that does not fit.
         BadFile: a file that cannot be read or written, or an output that exists.
         SparsifyError: a package that is not installed, a model that the format cannot hold, or a program whose outputs
             differ; nothing is written then.
