@@ -199,8 +199,11 @@ def growth(tokens: int) -> float:
 
 def grid_of(cells: float) -> tuple[int, int]:
     """Rows and columns of the grid with the number of cells nearest to `cells`, square or with one row more."""
-    grids = [(side + extra, side) for side in range(1, 64) for extra in (0, 1)]
-    return min(grids, key=lambda g: (abs(g[0] * g[1] - cells), g))
+    best = (1, 1)
+    for grid in [(side + extra, side) for side in range(1, 64) for extra in (0, 1)]:
+        if abs(grid[0] * grid[1] - cells) < abs(best[0] * best[1] - cells):  # torch.compile traces no `min` by a key
+            best = grid
+    return best
 
 
 class SparsityConfig(Frozen):

@@ -87,12 +87,21 @@ def main(arguments: list[str] | None = None) -> None:
         named = f": {error.filename}" if error.filename else ""
         code = _fail(f"{error.strerror or one_line(error)}{named}", 1, "--debug" in given)
     except Exception as error:
-        no_memory = isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
-        unexpected = f"unexpected {type(error).__name__}: {error} (--debug shows where)"
-        code = _fail("there is not enough memory for this" if no_memory else unexpected, 1, "--debug" in given)
+        code = _fail(
+            _outside(error) or f"unexpected {type(error).__name__}: {error} (--debug shows where)",
+            1,
+            "--debug" in given,
+        )
     if code == INTERRUPTED and processes.main():  # typer turns Ctrl-C into this code
         _fail("interrupted; nothing half-written is left", INTERRUPTED, False)
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _outside(error: Exception) -> str:
+    """What of the machine or of a path stopped the command; '' where that is no reason."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+        return "there is not enough memory for this"
+    return "a path has a null byte: no file can be named so" if "null byte" in str(error) else ""
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

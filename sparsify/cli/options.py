@@ -139,7 +139,7 @@ _VAL = "Labelled images that decide which weights are written."
 ValData = Annotated[str | None, option("DATA", _VAL, LEARNING, "a part of --data is held back")]
 CalibImages = Annotated[int | None, option("N", "Images to calibrate on.", LEARNING, "the recipe's, 128", min=1)]
 _NONFINITE = "Convert weights with NaN or infinity, which are refused otherwise."
-AllowNonfinite = Annotated[bool, flag("--allow-nonfinite", _NONFINITE)]
+AllowNonfinite = Annotated[bool, flag("--allow-nonfinite", _NONFINITE, MODEL)]
 CalibrateOnly = Annotated[bool, flag("--calibrate-only", "Closed form only, no training.", LEARNING)]
 Resume = Annotated[bool, flag("--resume", "Continue the interrupted fine-tuning of this output.", LEARNING)]
 SaveMinutes = Annotated[float, option("N", "Minutes between two saved states of a fine-tuning.", LEARNING, min=0)]

@@ -159,7 +159,7 @@ def _drawn(rng: random.Random, name: str, description: Any) -> list[str]:
         elif not set(param.opts) & NEVER and rng.random() < 0.1:
             option = rng.choice(param.opts)
             given += [option] if getattr(param, "is_flag", False) else [option, _value(rng, param.opts)]
-    given += ALWAYS.get(name, ()) if rng.random() < 0.95 or name in ("sweep", "push") else ()
+    given += ALWAYS.get(name, ()) if rng.random() < 0.95 or name in ("sweep", "push", "profile") else ()
     return given
 
 

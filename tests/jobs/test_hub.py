@@ -349,8 +349,8 @@ def test_words_from_a_header_become_no_markup(made, tmp_path):
     past = {
         "source": "hf-hub:" + EVIL,
         "recipe": {"stages": [stage]},
-        "finetuned": {"steps": EVIL, "kept": EVIL},
-        "calibration": {"images": EVIL, "set": "user"},
+        "finetuned": {"steps": 3, "kept": EVIL},
+        "calibration": {"images": 8, "set": "user"},
         "versions": {"sparsify-vit": EVIL},
     }
     calm = json.loads(json.dumps(past).replace(json.dumps(EVIL)[1:-1], "calm"))
