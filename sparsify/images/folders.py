@@ -51,7 +51,7 @@ class Files:
 
     def name(self, index: int) -> str:
         """Below the data set's folder, or in the archive."""
-        return _join(self.at, self.names[index]) if self.spans else self.names[index]
+        return joined(self.at, self.names[index]) if self.spans else self.names[index]
 
     def path(self, index: int) -> str:
         """What it is, however the data set was named: real path of the folder or archive, and place in it."""
@@ -71,7 +71,7 @@ class Files:
         return some
 
 
-def opened(path: str | Path) -> Folder | Archive:
+def opened(path: str | Path) -> Tree:
     """The folder or .tar at `path`; `BadData` where there is neither."""
     path = os.fspath(path)
     if os.path.isdir(path):
@@ -85,15 +85,17 @@ def opened(path: str | Path) -> Folder | Archive:
 
 
 class Folder:
-    """A folder tree; links are followed."""
+    """A folder tree; links are followed. Places `at` in it are paths below it with '/' between folders, '' for itself."""
 
     def __init__(self, root: str) -> None:
         self.root = root
 
     def folders(self, at: str) -> list[str]:
+        """Names of the folders in `at`, without hidden ones."""
         return [entry.name for entry in self._entries(at) if _is(entry.is_dir)]
 
     def loose(self, at: str) -> bool:
+        """Whether images lie directly in `at`."""
         return any(_suffix(entry.name) in IMAGES and _is(entry.is_file) for entry in self._entries(at))
 
     def images(self, at: str) -> Files:
@@ -119,8 +121,8 @@ class Folder:
                 left["links to folders already read"] += 1
                 continue
             met.add(known)
-            for entry in self._entries(_join(at, inside)):
-                name, suffix = _join(inside, entry.name), _suffix(entry.name)
+            for entry in self._entries(joined(at, inside)):
+                name, suffix = joined(inside, entry.name), _suffix(entry.name)
                 if _is(entry.is_dir):
                     (linked if entry.is_symlink() else folders).append(name)
                 elif suffix in OTHERS:
@@ -154,7 +156,7 @@ class Folder:
 
 
 class Archive:
-    """A .tar, not compressed; a .tar in it stands for a folder. Read once from end to end, and not unpacked."""
+    """As `Folder`, of a .tar, not compressed; a .tar in it stands for a folder. Read once from end to end, not unpacked."""
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -177,7 +179,7 @@ class Archive:
         """All images below `at`; `BadData` if there are none."""
         names = sorted(self._below(at), key=in_order)
         _some(names, self.root, self.left)
-        return Files(self.root, at, names, self.left, [self.spans[_join(at, name)] for name in names])
+        return Files(self.root, at, names, self.left, [self.spans[joined(at, name)] for name in names])
 
     def _below(self, at: str) -> Iterable[str]:
         prefix = f"{at}/" if at else ""
@@ -204,7 +206,7 @@ class Archive:
 
     def _add(self, tar: tarfile.TarFile, member: tarfile.TarInfo, start: int, inside: str, depth: int) -> None:
         parts = [part for part in member.name.split("/") if part not in ("", ".")]
-        name, suffix = _join(inside, "/".join(parts)), _suffix(member.name)
+        name, suffix = joined(inside, "/".join(parts)), _suffix(member.name)
         if member.isdir() or any(part.startswith(".") for part in parts):
             return
         if suffix in OTHERS:
@@ -216,6 +218,9 @@ class Archive:
         elif suffix == ".tar" and member.isreg() and depth < 2:
             inner = cast(BinaryIO, tar.extractfile(member))
             self._read(inner, start + member.offset_data, name.removesuffix(".tar"), depth + 1)
+
+
+Tree = Folder | Archive
 
 
 def in_order(name: str) -> tuple[list[Any], str]:
@@ -251,5 +256,5 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _join(at: str, name: str) -> str:
+def joined(at: str, name: str) -> str:
     return f"{at}/{name}" if at and name else at or name

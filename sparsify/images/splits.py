@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
+
+from sparsify.images.folders import Tree, joined
 
 NAMES = {
     "train": ("train", "training"),
@@ -10,16 +12,6 @@ NAMES = {
     "test": ("test", "testing"),
 }
 MOST_LEVELS = 8  # folders above the splits
-
-
-class Tree(Protocol):
-    """A folder or archive. Places in it are paths below it with '/' between folders; '' is itself."""
-
-    def folders(self, at: str) -> list[str]:
-        """Names of the folders in it, without hidden ones."""
-
-    def loose(self, at: str) -> bool:
-        """Whether images lie directly in it."""
 
 
 class Splits(NamedTuple):
@@ -60,21 +52,21 @@ def _named(tree: Tree, at: str) -> dict[str, str]:
     """The folders in `at` that are splits, by kind."""
     names, found = tree.folders(at), {}
     for kind, known in NAMES.items():
-        places = [_join(at, name) for word in known for name in names if name.lower() == word]
+        places = [joined(at, name) for word in known for name in names if name.lower() == word]
         places = [place for place in places if tree.folders(place) or tree.loose(place)]
         if places:
             found[kind] = places[0]
     if len(found) != 1 or len(names) == 1:
         return found
     (kind, place), *_ = found.items()
-    beside = any(tree.folders(other) for name in names if (other := _join(at, name)) != place)
+    beside = any(tree.folders(other) for name in names if (other := joined(at, name)) != place)
     return found if tree.folders(place) and not (kind == "train" and beside) else {}
 
 
 def _only(tree: Tree, at: str) -> str:
     """The only folder in `at`, if it holds folders and no image lies beside it; else ''."""
     names = tree.folders(at)
-    inner = _join(at, names[0]) if len(names) == 1 else ""
+    inner = joined(at, names[0]) if len(names) == 1 else ""
     return inner if inner and tree.folders(inner) and not tree.loose(at) else ""
 
 
@@ -82,7 +74,3 @@ def _innermost(tree: Tree, at: str) -> str:
     for _ in range(MOST_LEVELS):
         at = _only(tree, at) or at
     return at
-
-
-def _join(at: str, name: str) -> str:
-    return f"{at}/{name}" if at else name
