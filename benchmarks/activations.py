@@ -19,6 +19,7 @@ from torch import Tensor
 
 import sparsify
 from sparsify.images import datasets
+from sparsify.images.trainset import trainset
 from sparsify.models import checkpoint
 from sparsify.nn import attention, graft
 from sparsify.nn.observe import observe
@@ -91,7 +92,7 @@ def _blocks(files: dict[str, Path], tokens: int, batch: int) -> list[Activations
     side = PATCH * grid_of(tokens)[0]
     model, paper = (checkpoint.load(files[recipe], side) for recipe in ("calibrate", "paper-calibrated"))
     transform = datasets.transform(datasets.data_config(model))
-    pairs = datasets.unlabelled(DATA / "imagenet-sample" / "val", 2 * batch, 0, transform, batch_size=2)
+    pairs = trainset(DATA / "imagenet-sample" / "val").calibration(2 * batch, 0, transform, batch_size=2)
     seen: dict[int, list[Tensor]] = {block: [] for block in BLOCKS}
 
     def keep(block: int, q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -17,6 +17,7 @@ from harness import Report, Row, conditions, options, start
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.fit.calibrate import calibrate
 from sparsify.images import datasets
+from sparsify.images.trainset import builtin_calibration
 from sparsify.measure.latency import interleaved
 from sparsify.nn import execution, graft
 from sparsify.nn.attention import Execution
@@ -35,9 +36,7 @@ def main() -> None:
     start(arguments)
     torch.manual_seed(0)
     model = timm.create_model(arguments.architecture, pretrained=False).eval()
-    pictures = datasets.builtin_calibration(
-        False, PICTURES, 0, datasets.transform(datasets.data_config(model)), batch_size=2
-    )
+    pictures = builtin_calibration(False, PICTURES, 0, datasets.transform(datasets.data_config(model)), batch_size=2)
     tokens = None if arguments.token_keep is None else Tokens(keep=arguments.token_keep)
     config = SparsityConfig(keep=arguments.keep, spread_rank=False, tokens=tokens)
     sparse = calibrate.calibrate(model, config, lambda: pictures).model.eval().requires_grad_(False)

@@ -24,6 +24,7 @@ from torch import Tensor
 from sparsify.config import SparsityConfig
 from sparsify.fit.calibrate import calibrate
 from sparsify.images import datasets
+from sparsify.images.trainset import trainset
 from sparsify.measure.evaluate import evaluate
 from sparsify.measure.profile import profile
 from sparsify.models import dense_weights
@@ -53,7 +54,7 @@ def measure(images: int, calib_images: int, wanted: str) -> list[dict]:
     dense = timm.create_model("deit_tiny_patch16_224").eval()
     dense.load_state_dict(dense_weights.read_checkpoint(DATA / "deit_tiny_patch16_224.safetensors").state)
     transform = datasets.transform(datasets.data_config(dense))
-    drawn = datasets.unlabelled(DATA / "imagenet-sample" / "train", calib_images + images, 0, transform)
+    drawn = trainset(DATA / "imagenet-sample" / "train").calibration(calib_images + images, 0, transform)
     every = torch.cat(list(drawn))
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
     calibrate_on, shown = every[order[:calib_images]], every[order[calib_images:]]

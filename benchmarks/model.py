@@ -27,6 +27,7 @@ from variants import deit_tiny, variant
 from sparsify.config import SparsityConfig
 from sparsify.fit.calibrate import calibrate
 from sparsify.images import datasets
+from sparsify.images.trainset import builtin_calibration
 from sparsify.measure import paths
 from sparsify.measure.latency import interleaved
 from sparsify.measure.macs import replica
@@ -88,9 +89,7 @@ def converted(architecture: str, side: int) -> nn.Module:
         return deit_tiny(side, CALIB_IMAGES)
     torch.manual_seed(0)
     model = timm.create_model(architecture, pretrained=False, img_size=side).eval()
-    pictures = datasets.builtin_calibration(
-        False, PICTURES, 0, datasets.transform(datasets.data_config(model)), batch_size=1
-    )
+    pictures = builtin_calibration(False, PICTURES, 0, datasets.transform(datasets.data_config(model)), batch_size=1)
     return calibrate.calibrate(model, SparsityConfig(keep=0.1, spread_rank=False), lambda: pictures).model.eval()
 
 

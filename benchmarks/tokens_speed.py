@@ -26,6 +26,7 @@ from sparsify.fit.calibrate.calibrate import fit_importance
 from sparsify.fit.schedule import choose
 from sparsify.fit.schedule.sensitivity import Sensitivity
 from sparsify.images import datasets
+from sparsify.images.trainset import trainset
 from sparsify.measure import analytic
 from sparsify.measure.latency import interleaved
 from sparsify.measure.macs import image_shape, replica
@@ -74,7 +75,7 @@ def sensitivity() -> tuple[SparsityConfig, Sensitivity]:
     model = deit_tiny(224, 32)
     config = SparsityConfig(keep=0.1)
     transform = datasets.transform(datasets.data_config(model))
-    images = datasets.unlabelled(str(DATA / "imagenet-sample" / "train"), PROBE, 0, transform, 16, 0)
+    images = trainset(str(DATA / "imagenet-sample" / "train")).calibration(PROBE, 0, transform, 16, 0)
     fit_importance(model, lambda: images)
     return config, choose.sensitivity(model, config, images)
 

@@ -1,14 +1,14 @@
 """Folders, archives, data sets and built-in images -> batches. May import nn and the roots.
 
-datasets     what a path or name holds, with the model's preprocessing; entry: `labelled`, `unlabelled`
+datasets     what a path or name holds, with the model's preprocessing; entry: `labelled`
 folders      image files of a folder tree or .tar: what is read and what is left out
-preprocessing    what the user says of the model's input and classes; `Preprocessing`
+preprocessing   what the user says of the model's input and classes; `Preprocessing`
 splits       which folder is which split; `splits_of`
 labels       class folders -> the model's classes
 decode       a picture file -> RGB, and what its pixels lose
 loaders      images by index or as a stream -> batches; unreadable images are left out and counted
              `share`: the part of a loader that one of several processes reads
-trainset     training images, images held back from them, random crops for least squares
+trainset     images to calibrate on and to learn from, images held back from them, random crops for least squares
 photograph   one image as the model sees it
 digits, pictures    the built-in data set and the built-in calibration images
 """

@@ -1,6 +1,6 @@
 """Folders, archives and data sets -> batches, through the model's own preprocessing.
 
-`unlabelled` gives images (calibration), `labelled` images and labels (eval). Both loaders are deterministic.
+`labelled` gives images and labels to measure on; images to fit to: `trainset`. All loaders are deterministic.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from timm.data import create_dataset, create_transform, resolve_model_data_config
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
 from sparsify.errors import BadData, SparsifyError, UsageError, one_line
 from sparsify.images import folders, labels
@@ -20,16 +20,13 @@ from sparsify.images.digits import scans
 from sparsify.images.folders import Files
 from sparsify.images.loaders import (
     Decoded,
-    ImageBatches,
     Items,
     LabelledBatches,
     Mapped,
-    Part,
     Reader,
     Stream,
     Transform,
 )
-from sparsify.images.pictures.pictures import CalibrationImages
 from sparsify.images.splits import splits_of
 from sparsify.nn import hosts
 from sparsify.recipe import Augmentation
@@ -72,33 +69,6 @@ def train_transform(augmentation: Augmentation, config: dict[str, Any]) -> Trans
         raise UsageError(f"timm makes no transform with {asked}: {one_line(error, 100)}") from error
 
 
-def unlabelled(
-    path: str | Path,
-    n: int,
-    seed: int,
-    transform: Transform,
-    batch_size: int = 32,
-    workers: int = 0,
-    strict: bool = False,
-    split: str = "train",
-) -> ImageBatches:
-    """Up to `n` images without labels, drawn without replacement by `seed`, in random order.
-
-    Args:
-        path: folder (images at any depth), .tar, timm data set (`hfds/...`), or `digits` (its train split). Of a folder
-            or .tar with splits (`splits`) the one to learn from.
-
-    Raises:
-        BadData: nothing there, or no images.
-    """
-    images, note = all_images(path, split)
-    if isinstance(images, IterableDataset):
-        dataset: Dataset = Stream(images, transform, n)
-    else:
-        dataset = Decoded(Part(images, draw(len(images), n, seed)), transform)
-    return ImageBatches(dataset, batch_size, workers, strict, note, str(path))
-
-
 def labelled(
     path: str | Path,
     num_classes: int | None,
@@ -130,18 +100,8 @@ def labelled(
     return LabelledBatches(dataset, batch_size, workers, strict, note, str(path), num_classes)
 
 
-def builtin_calibration(
-    model_is_digits: bool, n: int, seed: int, transform: Transform, batch_size: int = 32, workers: int = 0
-) -> ImageBatches:
-    """Calibration images where the user gives none: train digits for the `digits` model, else the built-in images."""
-    if model_is_digits:
-        return unlabelled("digits:train", n, seed, transform, batch_size, workers)
-    pictures = Mapped(CalibrationImages(n, seed))
-    return ImageBatches(Decoded(pictures, transform), batch_size, workers, name="built-in pictures")
-
-
 def all_images(path: str | Path, split: str) -> tuple[Items | IterableDataset, str]:
-    """All images to learn from in `path`, in the listed order, and one line for the user; see `unlabelled`."""
+    """All images to learn from in `path`, at any depth, in the listed order, and one line for the user."""
     spec = str(path)
     if is_digits(spec):
         return Mapped(scans.Digits(_digits_split(spec, "train"))), ""

@@ -20,6 +20,7 @@ from sparsify.images.loaders import (
     Decoded,
     ImageBatches,
     Items,
+    Mapped,
     Part,
     Stream,
     StreamPart,
@@ -28,6 +29,7 @@ from sparsify.images.loaders import (
     read,
     read_whole,
 )
+from sparsify.images.pictures.pictures import CalibrationImages
 from sparsify.recipe import Augmentation
 
 MOST_HELD = 1024
@@ -106,6 +108,16 @@ def trainset(
     names = [images.name(index) for index in range(total)] if plain else []
     digest = _digest(*_source(spec, split, plain), total, *names)
     return TrainSet(Part(images, learn, labels), Part(images, held, labels), spec, note, False, digest)
+
+
+def builtin_calibration(
+    model_is_digits: bool, n: int, seed: int, transform: Transform, batch_size: int = 32, workers: int = 0
+) -> ImageBatches:
+    """Calibration images where the user gives none: train digits for the `digits` model, else the built-in images."""
+    if model_is_digits:
+        return trainset("digits").calibration(n, seed, transform, batch_size, workers)
+    pictures = Mapped(CalibrationImages(n, seed))
+    return ImageBatches(Decoded(pictures, transform), batch_size, workers, name="built-in pictures")
 
 
 def _of_stream(images: Any, labels: bool, hold_back: float, spec: str, split: str) -> TrainSet:

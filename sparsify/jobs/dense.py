@@ -18,7 +18,7 @@ from sparsify.fit.schedule.choose import KEEPS, sensitivity
 from sparsify.fit.schedule.sensitivity import Sensitivity
 from sparsify.images import datasets
 from sparsify.images.preprocessing import Preprocessing
-from sparsify.images.trainset import TrainSet
+from sparsify.images.trainset import TrainSet, builtin_calibration
 from sparsify.models import building, names, pretrained
 from sparsify.models.dense_weights import read_checkpoint
 from sparsify.models.digits import network
@@ -140,7 +140,7 @@ class Calibrator:
             words = f"up to {n} images of {images.name} (labels are not used)"
         else:
             digits = dense.source.architecture == network.ARCHITECTURE
-            loader = datasets.builtin_calibration(digits, n, recipe.seed, transform, size, compute.workers)
+            loader = builtin_calibration(digits, n, recipe.seed, transform, size, compute.workers)
             source = "digits of the training split" if digits else "built-in pictures"
             words = f"{n} {source}, because {field(option)} was not given"
         return cls(lambda: (x.to(device) for x in loader), words, n, compute, listener)

@@ -64,19 +64,17 @@ def _run(make: Callable[[random.Random, Path], Path], draw: random.Random, place
 def _read(draw: random.Random, path: Path) -> None:
     """Through one of the ways that images are read."""
     to = datasets.transform(CONFIG)
-    way = draw.randrange(5)
+    way = draw.randrange(4)
     if path.is_file() and path.suffix != ".tar":
-        if way == 4:
+        if way == 3:
             photograph.read(path, CONFIG)
             return
         path = path.parent.parent
     if way == 0:
         batches = [x for x, _ in datasets.labelled(path, 0, to, 4)]
     elif way == 1:
-        batches = list(datasets.unlabelled(path, 5, 0, to, 4))
-    elif way == 2:
         batches = list(trainset(path, None, draw.random() < 0.3, 0, draw.choice((0.0, 0.5))).calibration(5, 0, to))
-    elif way == 3:
+    elif way == 2:
         batches = [x for x, _ in datasets.labelled(path, draw.choice((1, 1, 2, 3)), to, 4)]
     else:
         loader = datasets.labelled(path, None, to, 4, strict=True)

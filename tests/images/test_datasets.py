@@ -18,6 +18,8 @@ from timm.data import ImageNetInfo
 from sparsify.errors import BadData
 from sparsify.images import datasets
 from sparsify.images.digits import scans
+from sparsify.images.loaders import ImageBatches
+from sparsify.images.trainset import builtin_calibration, trainset
 from sparsify.models.digits import network
 
 ORDER = ImageNetInfo("imagenet-1k").label_names()
@@ -54,7 +56,7 @@ def pairs(loader: datasets.LabelledBatches) -> list[tuple[int, int]]:
     return [(int(x), int(y)) for images, labels in loader for x, y in zip(images.flatten(), labels, strict=True)]
 
 
-def reds(loader: datasets.ImageBatches) -> list[int]:
+def reds(loader: ImageBatches) -> list[int]:
     return [int(x) for images in loader for x in images.flatten()]
 
 
@@ -157,7 +159,7 @@ def test_nothing_to_read_gives_one_line(tmp_path, kind):
         (path / "cat" if "class" in kind else path).mkdir(parents=True)
     elif kind != "missing":
         path.write_text("no images")
-    for read in (lambda: datasets.labelled(path, 2, to_tensor), lambda: datasets.unlabelled(path, 4, 0, to_tensor)):
+    for read in (lambda: datasets.labelled(path, 2, to_tensor), lambda: trainset(path).calibration(4, 0, to_tensor)):
         with pytest.raises(BadData, match="x") as error:
             read()
         one_line(error)
@@ -170,7 +172,7 @@ def test_tar_of_class_folders_reads_as_the_folder_does(tmp_path):
     for workers in (0, 2):
         loader = datasets.labelled(tmp_path / "x.tar", 1000, to_tensor, batch_size=1, workers=workers)
         assert pairs(loader) == pairs(datasets.labelled(folder, 1000, to_tensor)) == [(0, 3), (1, 3), (10, 5), (11, 5)]
-    assert len(reds(datasets.unlabelled(tmp_path / "x.tar", 3, 0, to_tensor))) == 3
+    assert len(reds(trainset(tmp_path / "x.tar").calibration(3, 0, to_tensor))) == 3
 
 
 # broken images
@@ -197,7 +199,7 @@ def test_strict_names_the_first_broken_image(tmp_path):
 def test_only_broken_images_is_an_error(tmp_path):
     broken(tmp_path / "bad.jpg")
     with pytest.raises(BadData, match="none of the 1 images could be read") as error:
-        reds(datasets.unlabelled(tmp_path, 4, 0, to_tensor))
+        reds(trainset(tmp_path).calibration(4, 0, to_tensor))
     one_line(error)
 
 
@@ -209,28 +211,28 @@ def test_transform_errors_are_not_taken_for_broken_images(tmp_path):
         pairs(datasets.labelled(classes(tmp_path, ["cat", "dog"]), 2, wrong))
 
 
-# unlabelled
+# images to calibrate on
 
 
 def test_draw_is_the_same_for_a_seed_and_another_for_another(tmp_path):
     for i in range(40):
         picture(tmp_path / ("deep/er" if i % 2 else ".") / f"{i:02d}.png", i)
-    first, again = (reds(datasets.unlabelled(tmp_path, 10, 0, to_tensor, batch_size=4)) for _ in range(2))
-    other = reds(datasets.unlabelled(tmp_path, 10, 1, to_tensor))
+    first, again = (reds(trainset(tmp_path).calibration(10, 0, to_tensor, batch_size=4)) for _ in range(2))
+    other = reds(trainset(tmp_path).calibration(10, 1, to_tensor))
     assert first == again and len(set(first)) == 10 and set(first) != set(other)
-    assert sorted(reds(datasets.unlabelled(tmp_path, 1000, 0, to_tensor))) == list(range(40))
+    assert sorted(reds(trainset(tmp_path).calibration(1000, 0, to_tensor))) == list(range(40))
 
 
 def test_formats_beyond_timms_three_are_read(tmp_path):
     for i, suffix in enumerate((".png", ".webp", ".bmp", ".tif", ".PNG")):
         picture(tmp_path / f"{i}{suffix}", 10 * i)
-    assert len(reds(datasets.unlabelled(tmp_path, 9, 0, to_tensor))) == 5
+    assert len(reds(trainset(tmp_path).calibration(9, 0, to_tensor))) == 5
 
 
 def test_grey_palette_and_transparent_images_become_rgb(tmp_path):
     for mode in ("L", "P", "RGBA", "I;16", "1"):
         Image.new(mode, (4, 4)).save(tmp_path / f"{mode[0]}{len(mode)}.png")
-    assert len(reds(datasets.unlabelled(tmp_path, 9, 0, to_tensor))) == 5
+    assert len(reds(trainset(tmp_path).calibration(9, 0, to_tensor))) == 5
 
 
 # workers
@@ -274,7 +276,7 @@ def test_datasets_can_be_sent_to_spawned_workers(tmp_path):
 
     for loader in (
         datasets.labelled(classes(tmp_path, ["cat", "dog"]), 2, to_tensor),
-        datasets.builtin_calibration(False, 2, 0, to_tensor),
+        builtin_calibration(False, 2, 0, to_tensor),
     ):
         assert len(pickle.loads(pickle.dumps(loader.dataset))) == loader.total
 
@@ -287,7 +289,7 @@ def test_torch_prefix_reads_a_torchvision_data_set_from_its_folder(tmp_path):
     assert len(pairs(datasets.labelled(f"torch/image_folder:{folder}", 2, to_tensor))) == 4
     with pytest.raises(BadData, match="3"):
         datasets.labelled(f"torch/image_folder:{folder}", 3, to_tensor)
-    assert len(reds(datasets.unlabelled(f"torch/image_folder:{folder}", 3, 0, to_tensor))) == 3
+    assert len(reds(trainset(f"torch/image_folder:{folder}").calibration(3, 0, to_tensor))) == 3
 
 
 def test_torch_prefix_without_folder_says_how_to_give_it():
@@ -322,7 +324,7 @@ def test_streamed_data_set_has_no_known_length(monkeypatch):
     loader = datasets.labelled("wds/shards:/somewhere", 10, to_tensor, batch_size=2)
     assert loader.total is None and pairs(loader) == [(i, i) for i in range(5)]
     assert asked == [("wds/shards", {"root": "/somewhere", "split": "validation"})]
-    assert reds(datasets.unlabelled("wds/shards:/somewhere", 3, 0, to_tensor)) == [0, 1, 2]
+    assert reds(trainset("wds/shards:/somewhere").calibration(3, 0, to_tensor)) == [0, 1, 2]
 
 
 def test_hub_data_set_is_read_through_its_reader_so_that_broken_images_are_seen(monkeypatch, tmp_path):
@@ -363,9 +365,9 @@ def test_digits_is_the_test_split_and_its_train_split_calibrates():
     to = datasets.transform(datasets.data_config(network.build(pretrained=False)))
     test, train = datasets.labelled("digits", 10, to), datasets.labelled("digits:train", 10, to)
     assert test.total >= 500 and train.total + test.total == 1797
-    images = next(iter(datasets.builtin_calibration(True, 4, 0, to)))
+    images = next(iter(builtin_calibration(True, 4, 0, to)))
     assert images.shape == (4, 3, 28, 28)
-    wanted = next(iter(datasets.unlabelled("digits:train", 4, 0, to)))
+    wanted = next(iter(trainset("digits:train").calibration(4, 0, to)))
     assert torch.equal(images, wanted)
     with pytest.raises(BadData, match="has 10 classes, but the model has 1,000"):
         datasets.labelled("digits", 1000, to)
@@ -377,7 +379,7 @@ def test_digits_has_no_other_split():
 
 
 def test_built_in_pictures_come_in_batches(model):
-    loader = datasets.builtin_calibration(False, 5, 0, datasets.transform(datasets.data_config(model)), batch_size=2)
+    loader = builtin_calibration(False, 5, 0, datasets.transform(datasets.data_config(model)), batch_size=2)
     assert [len(x) for x in loader] == [2, 2, 1] and loader.total == 5
 
 

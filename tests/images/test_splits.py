@@ -92,4 +92,4 @@ def test_no_image_is_both_learned_from_and_measured_on(tmp_path, archive):
     for wanted in (True, False):
         learned = trainset(path, 3, wanted, 0, 0)
         assert names(learned.learn) == train and learned.note == f"the images of {path}/Train"
-    assert datasets.unlabelled(path, 99, 0, lambda image: image).total == 6
+    assert trainset(path).calibration(99, 0, lambda image: image).total == 6

@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 
 from sparsify.errors import BadData
 from sparsify.images import datasets
-from sparsify.images.loaders import Items, StreamPart
+from sparsify.images.loaders import Decoded, ImageBatches, Items, StreamPart
 from sparsify.images.trainset import TrainSet, trainset
 
 ORDER = ImageNetInfo("imagenet-1k").label_names()
@@ -148,7 +148,7 @@ def test_tar_that_was_read_here_is_read_by_workers_too(tmp_path):
     found = unlabelled(tmp_path / "x.tar", 0.5)
     assert len(found.learn) == len(found.held) == 20
     to = datasets.transform({"input_size": (3, 8, 8), "interpolation": "bilinear", "crop_pct": 1.0})
-    alone, workers = (torch.cat(list(datasets.ImageBatches(datasets.Decoded(found.held, to), 1, w))) for w in (0, 2))
+    alone, workers = (torch.cat(list(ImageBatches(Decoded(found.held, to), 1, w))) for w in (0, 2))
     assert torch.equal(alone, workers)
     pickle.dumps(found.learn)  # for workers that are spawned: no open file
 

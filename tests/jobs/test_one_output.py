@@ -11,6 +11,7 @@ from torch import nn
 import sparsify
 from helpers.small_runs import recipe
 from sparsify.images import datasets
+from sparsify.images.trainset import trainset
 from sparsify.measure.accuracy import classify, distance
 from sparsify.measure.evaluate import evaluate
 from sparsify.models.digits import network
@@ -76,7 +77,7 @@ def test_a_schedule_for_one_output_is_as_good_as_for_two(tmp_path):
 
 def correlation(model: nn.Module) -> float:
     """Of the first output with dense, over 200 digits."""
-    images = datasets.unlabelled("digits:test", 200, 0, datasets.transform(datasets.data_config(model)))
+    images = trainset("digits:test").calibration(200, 0, datasets.transform(datasets.data_config(model)))
     with torch.inference_mode():
         pairs = [torch.stack([graft.dense_twin(model)(x)[:, 0], model(x)[:, 0]]) for x in images]
     return float(torch.corrcoef(torch.cat(pairs, 1))[0, 1])

@@ -8,6 +8,7 @@ import torch
 from sparsify.config import SparsityConfig
 from sparsify.fit.calibrate.calibrate import calibrate
 from sparsify.images import datasets
+from sparsify.images.trainset import trainset
 from sparsify.jobs.export import onnx_file, program
 from sparsify.measure.evaluate import evaluate
 from sparsify.models import dense_weights, names, pretrained
@@ -25,7 +26,7 @@ def deit_tiny(real_data):
 def photographs(real_data, deit_tiny):
     """16 to calibrate on and 64 others, with labels for the latter."""
     transform = datasets.transform(datasets.data_config(deit_tiny))
-    calibrate_on = torch.cat(list(datasets.unlabelled(real_data / "imagenet-sample" / "train", 16, 0, transform)))
+    calibrate_on = torch.cat(list(trainset(real_data / "imagenet-sample" / "train").calibration(16, 0, transform)))
     shown = list(datasets.labelled(real_data / "imagenet-sample" / "val", 1000, transform))[:2]
     return calibrate_on, shown
 

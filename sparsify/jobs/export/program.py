@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sparsify.errors import BadFile, SparsifyError, UsageError, field, one_line
 from sparsify.files import reserved, whole
 from sparsify.images import datasets
+from sparsify.images.trainset import builtin_calibration
 from sparsify.jobs.export import onnx_file, pt2_file
 from sparsify.models import checkpoint
 from sparsify.models.digits import network
@@ -176,7 +177,7 @@ def _pictures(model: nn.Module, architecture: str) -> Tensor:
     config, is_digits = datasets.data_config(model), architecture == network.ARCHITECTURE
     if config["input_size"][0] != 3 and not is_digits:
         return torch.randn(PICTURES, *config["input_size"], generator=torch.Generator().manual_seed(0))
-    return next(iter(datasets.builtin_calibration(is_digits, PICTURES, 0, datasets.transform(config))))
+    return next(iter(builtin_calibration(is_digits, PICTURES, 0, datasets.transform(config))))
 
 
 def compare(model: nn.Module, run: Callable[[Tensor], Tensor], pictures: Tensor, batch_size: int | None) -> Checked:
