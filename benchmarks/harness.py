@@ -13,7 +13,7 @@ import timm
 import torch
 
 from sparsify import __version__
-from sparsify.files import write_json, write_text
+from sparsify.files.outputs import write_json, write_text
 from sparsify.ops.backends import device_name
 from sparsify.ops.cpu import kernels
 

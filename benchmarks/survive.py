@@ -36,7 +36,7 @@ import yaml
 from safetensors.torch import load_file
 
 from sparsify.cli.app import main as main_of_sparsify
-from sparsify.files import SCRATCH
+from sparsify.files.locks import SCRATCH
 from sparsify.fit.finetune.validation import ValidationScore
 from sparsify.models import checkpoint
 from sparsify.ops.cpu import build

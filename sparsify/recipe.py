@@ -27,7 +27,7 @@ from sparsify.config import (
     validate,
 )
 from sparsify.errors import UsageError, brief, field, one_line, short
-from sparsify.files import LONGEST, read_yaml, to_yaml
+from sparsify.files.plain_yaml import LONGEST, read_yaml, to_yaml
 
 Positive = Annotated[Number, Field(gt=0)]
 

@@ -18,7 +18,8 @@ from torch import nn
 from sparsify import processes
 from sparsify.config import SparsityConfig, Target
 from sparsify.errors import UsageError, as_arguments, field
-from sparsify.files import publishable, reserved, write_all
+from sparsify.files.locks import reserved
+from sparsify.files.outputs import write_all
 from sparsify.fit.calibrate.calibrate import Calibration
 from sparsify.fit.finetune.plan import Plan, RunOptions, TrainingData, check_stage, make_plan
 from sparsify.fit.finetune.run import RunResult
@@ -34,6 +35,7 @@ from sparsify.nn import graft, hosts, token_models
 from sparsify.processes import Compute, Listener
 from sparsify.recipe import Recipe, recipe_yaml
 from sparsify.report.profile import to_markdown
+from sparsify.report.words import publishable
 from sparsify.version import __version__
 
 

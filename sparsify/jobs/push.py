@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.errors import BadFile, SparsifyError, UsageError, field, one_line
-from sparsify.files import to_json, whole, write_all
+from sparsify.files.outputs import whole, write_all
+from sparsify.files.plain_json import to_json
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint, hub, provenance
 from sparsify.models.hub import ARCHITECTURE

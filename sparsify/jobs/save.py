@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsify.config import SparsityConfig
 from sparsify.errors import UsageError, one_line
-from sparsify.files import check_file
+from sparsify.files.destinations import check_file
 from sparsify.measure.profile import profile
 from sparsify.models import building, checkpoint
 from sparsify.models.names import Source

@@ -28,7 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsify.errors import BadFile, UsageError, field, one_line
-from sparsify.files import to_json, whole
+from sparsify.files.outputs import whole
+from sparsify.files.plain_json import to_json
 from sparsify.models import building, tensor_file
 from sparsify.models.header import FORMAT, JSON_KEYS, MOST_PATCHES, RATES, Header, parse
 from sparsify.models.licence import licence_of

@@ -15,7 +15,7 @@ from timm.models import _hub
 from timm.models._pretrained import PretrainedCfg
 
 from sparsify.errors import BadFile, SparsifyError, UsageError, field, one_line
-from sparsify.files import read_json
+from sparsify.files.plain_json import read_json
 from sparsify.models.digits import network
 from sparsify.models.header import check_source
 from sparsify.models.hub import ARCHITECTURE, CHECKPOINTS, CONFIG, fetch, quick_hub

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sparsify.errors import BadFile
-from sparsify.files import write_json
+from sparsify.files.outputs import write_json
 from sparsify.ops import backends
 from sparsify.ops.backends import device_name
 from sparsify.ops.cpu import build, kernels

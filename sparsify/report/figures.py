@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sparsify.errors import BadFile, one_line
-from sparsify.files import write_all
+from sparsify.files.outputs import write_all
 from sparsify.measure.inspection import Inspection, Shown
 from sparsify.report import captions, drawing, panels
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 
 from sparsify.errors import BadFile, one_line
-from sparsify.files import read_json
+from sparsify.files.plain_json import read_json
 from sparsify.measure.figures import Profile, count_parameters
 from sparsify.models.checkpoint import Header, digest_in
 from sparsify.report.words import mapping

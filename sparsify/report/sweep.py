@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.errors import BadFile, one_line
-from sparsify.files import write_all
+from sparsify.files.outputs import write_all
 from sparsify.measure.accuracy import Evaluation
 from sparsify.measure.latency import Timing
 from sparsify.measure.sweep import Setting, Sweep

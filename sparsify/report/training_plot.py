@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsify.files import write_all
+from sparsify.files.outputs import write_all
 from sparsify.report import drawing
 from sparsify.report.drawing import BLUE, GREEN, ORANGE, PURPLE
 

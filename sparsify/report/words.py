@@ -1,4 +1,4 @@
-"""Figures as words: counts, times, memory, changes, conditions; templates and tables in Markdown."""
+"""Figures as words: counts, times, memory, changes, conditions, names; templates and tables in Markdown."""
 
 from __future__ import annotations
 
@@ -88,6 +88,15 @@ def timed_on(where: str, c: Mapping[str, Any], runs: str, backend: str, unit: st
         f"{where}, {threads(c['threads'])}, {c['dtype']}, batch {c['batch_size']}, {rectangle(c['img_size'])}{unit}, "
         f"{runs}, backend {backend}, torch {c['torch']}, timm {c['timm']}"
     )
+
+
+def publishable(name: str, parts: int = 2) -> str:
+    """The name of a data set or model as a file may tell it: of a path the last `parts` parts.
+
+    '/home/me/photos/val' -> 'photos/val'
+    """
+    known = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..", "~")]
+    return "/".join(known[-parts:]) or name
 
 
 def mapping(value: Any) -> Mapping[str, Any]:

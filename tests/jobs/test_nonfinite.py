@@ -10,7 +10,7 @@ from torch import nn
 
 import sparsify
 from sparsify.errors import SparsifyError
-from sparsify.files import to_json
+from sparsify.files.plain_json import to_json
 from sparsify.fit.finetune.validation import ValidationScore
 from sparsify.measure.evaluate import evaluate
 from sparsify.models.digits import network

@@ -20,7 +20,7 @@ from sparsify.cli import tables
 from sparsify.cli.app import main
 from sparsify.config import SparsityConfig, TokenLowrank, Tokens
 from sparsify.errors import BadFile, SparsifyError, UsageError
-from sparsify.files import write_json, write_text
+from sparsify.files.outputs import write_json, write_text
 from sparsify.measure import latency
 from sparsify.measure.figures import Profile
 from sparsify.measure.latency import Timing

@@ -104,7 +104,7 @@ HEAVY = "torch timm fvcore matplotlib jinja2 tensorboard accelerate onnx torchvi
         ("sparsify.cli.app", HEAVY),
         ("sparsify.processes", HEAVY),
         ("sparsify.recipe", HEAVY),
-        ("sparsify.files", HEAVY[1:]),
+        ("sparsify.files.outputs", HEAVY),
         ("sparsify.models.hub", HEAVY),
         ("sparsify.report.words", HEAVY),
         ("sparsify.ops.reference", HEAVY[1:]),

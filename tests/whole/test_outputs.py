@@ -12,15 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sparsify
 from helpers import small_runs
-from sparsify import files, processes
+from sparsify import processes
 from sparsify.errors import BadFile
+from sparsify.files import locks, outputs
 from sparsify.fit.finetune.objective import CachedTeacher
 from sparsify.jobs.convert import ImageSources, OutputOptions
 from sparsify.recipe import recipe_yaml
 
 PYTHON = (sys.executable, "-c")
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(files.__file__).parents[1])}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(sparsify.__file__).parents[1])}
 
 # what lies there
 
@@ -31,7 +33,7 @@ def test_a_device_stays_a_device(tmp_path):
         os.mknod(device, 0o600 | stat.S_IFCHR, os.stat("/dev/null").st_rdev)
     except PermissionError:
         pytest.skip("devices are made by root")
-    files.write_json(device, {"a": 1})
+    outputs.write_json(device, {"a": 1})
     assert stat.S_ISCHR(device.lstat().st_mode) and device.stat().st_rdev == os.stat("/dev/null").st_rdev
     assert os.listdir(tmp_path) == ["null"]
 
@@ -41,7 +43,7 @@ def test_a_fifo_is_written_to(tmp_path):
     read = []
     reader = threading.Thread(target=lambda: read.append((tmp_path / "fifo").read_text()))
     reader.start()
-    files.write_text(tmp_path / "fifo", "words")
+    outputs.write_text(tmp_path / "fifo", "words")
     reader.join(30)
     assert read == ["words"] and stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
 
@@ -53,7 +55,7 @@ def test_a_symbolic_link_is_followed_and_stays(tmp_path, before):
     link.symlink_to(Path("elsewhere") / "target")
     if before is not None:
         target.write_text(before)
-    files.write_text(link, "new")
+    outputs.write_text(link, "new")
     assert os.readlink(link) == "elsewhere/target" and target.read_text() == "new"
     assert os.listdir(tmp_path / "elsewhere") == ["target"] and sorted(os.listdir(tmp_path)) == ["elsewhere", "link"]
 
@@ -67,8 +69,8 @@ def test_mode_and_owner_of_a_file_are_kept_and_a_new_one_has_the_umasks(tmp_path
     owner = old.stat().st_uid, old.stat().st_gid
     before = os.umask(0o027)
     try:
-        files.write_text(old, "x")
-        files.write_text(new, "x")
+        outputs.write_text(old, "x")
+        outputs.write_text(new, "x")
     finally:
         os.umask(before)
     assert stat.S_IMODE(old.stat().st_mode) == 0o600 and (old.stat().st_uid, old.stat().st_gid) == owner
@@ -79,7 +81,9 @@ def test_mode_and_owner_of_a_file_are_kept_and_a_new_one_has_the_umasks(tmp_path
 @pytest.mark.parametrize("name", ["/proc/self/fd/1", "/dev/fd/1", "link"])
 def test_stdout_by_its_name_goes_on_where_it_stands(tmp_path, stdout, name):
     (tmp_path / "link").symlink_to("/proc/self/fd/1")  # as /dev/stdout, which a failing test must not touch
-    program = f"from sparsify import files; print('one'); files.write_text({name!r}, 'two\\n'); print('three')"
+    program = (
+        f"from sparsify.files import outputs; print('one'); outputs.write_text({name!r}, 'two\\n'); print('three')"
+    )
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(open(tmp_path / "out", "wb")) if stdout == "file" else subprocess.PIPE
         done = subprocess.run([*PYTHON, program], cwd=tmp_path, stdout=out, env=ENVIRONMENT, timeout=60)
@@ -87,11 +91,11 @@ def test_stdout_by_its_name_goes_on_where_it_stands(tmp_path, stdout, name):
     assert done.returncode == 0 and text == b"one\ntwo\nthree\n" and (tmp_path / "link").is_symlink()
 
 
-@pytest.mark.parametrize("writes", ["files.write_text('/proc/self/fd/1', 'x')", "tables.show(Table('x'))"])
+@pytest.mark.parametrize("writes", ["outputs.write_text('/proc/self/fd/1', 'x')", "tables.show(Table('x'))"])
 def test_a_reader_that_has_gone_ends_a_command_as_a_pipe_does(writes):
     program = f"""
 from rich.table import Table
-from sparsify import files
+from sparsify.files import outputs
 from sparsify.cli import app, commands, tables
 app.app.command("write")(lambda: {writes})
 app.main(["write"])
@@ -107,7 +111,7 @@ def test_several_files_are_all_written_or_none(tmp_path):
     (tmp_path / "a").write_text("old")
     (tmp_path / "c").mkdir()
     with pytest.raises(BadFile, match=r"cannot write .*c: it is a folder"):
-        files.write_all({tmp_path / "a": "new", tmp_path / "b": b"new", tmp_path / "c": {"new": 1}})
+        outputs.write_all({tmp_path / "a": "new", tmp_path / "b": b"new", tmp_path / "c": {"new": 1}})
     assert (tmp_path / "a").read_text() == "old" and sorted(os.listdir(tmp_path)) == ["a", "c"]
 
 
@@ -135,8 +139,8 @@ def test_the_teachers_cache_has_its_room_on_the_disk_before_it_is_mapped(tmp_pat
 
 HOLDS = """
 import os, sys, time
-from sparsify import files
-with files.reserved("out"), files.whole("out") as temporary:
+from sparsify.files import locks, outputs
+with locks.reserved("out"), outputs.whole("out") as temporary:
     open(temporary, "w").write("half")
     if os.fork() == 0:
         time.sleep(30)  # as a worker that outlives it
@@ -158,22 +162,22 @@ def holder(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_write_and_a_living_ones_stays(holder, tmp_path):
-    scratch = {name for name in os.listdir(tmp_path) if name.startswith(files.SCRATCH)}
+    scratch = {name for name in os.listdir(tmp_path) if name.startswith(locks.SCRATCH)}
     assert len(scratch) == 1
-    files.write_text(tmp_path / "other", "x")
+    outputs.write_text(tmp_path / "other", "x")
     assert set(os.listdir(tmp_path)) == {*scratch, ".out.lock", "other"}
     holder.kill()
     holder.wait()
-    with files.reserved(tmp_path / "out"):
-        files.write_text(tmp_path / "out", "whole")
+    with locks.reserved(tmp_path / "out"):
+        outputs.write_text(tmp_path / "out", "whole")
     assert (tmp_path / "out").read_text() == "whole" and sorted(os.listdir(tmp_path)) == ["other", "out"]
 
 
 def test_what_is_no_leftover_of_ours_stays(tmp_path):
-    (tmp_path / f"{files.SCRATCH}notes").write_text("mine")
+    (tmp_path / f"{locks.SCRATCH}notes").write_text("mine")
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / f"{files.SCRATCH}link").symlink_to("elsewhere")
-    files.write_text(tmp_path / "out", "x")
+    (tmp_path / f"{locks.SCRATCH}link").symlink_to("elsewhere")
+    outputs.write_text(tmp_path / "out", "x")
     assert len(os.listdir(tmp_path)) == 4 and not os.listdir(tmp_path / "elsewhere")
 
 
@@ -193,7 +197,7 @@ def test_a_second_process_on_an_output_is_refused_before_it_computes(run, tmp_pa
     (tmp_path / "own.yaml").write_text(recipe_yaml(small_runs.recipe({})))
     output = {"sweep": "sw.json", "export": "out.onnx"}.get(command, "out")
     before = sorted(os.listdir(tmp_path))
-    with files.reserved(tmp_path / output):
+    with locks.reserved(tmp_path / output):
         code, out, err = run(command.split(" ")[0], *OUTPUTS[command])
     assert (code, out) == (1, "") and err.count("\n") == 1
     assert f"another process is making {output}: wait" in err and "--output" in err
@@ -204,19 +208,19 @@ def test_a_trained_output_is_held_from_before_calibration_to_the_end(tmp_path):
     seen = set()
 
     def say(line):
-        with contextlib.suppress(BadFile), files.reserved(tmp_path / "m.safetensors"):
+        with contextlib.suppress(BadFile), locks.reserved(tmp_path / "m.safetensors"):
             seen.add(f"free at: {line}")
         seen.add(line.split(" ")[0])
 
     made = small_runs.convert(tmp_path / "m.safetensors", small_runs.recipe({}), say=say)
     assert {"calibrating", "fine-tuning", "kept"} <= seen and not [line for line in seen if line.startswith("free")]
-    with files.reserved(made.path):
+    with locks.reserved(made.path):
         pass
 
 
 def test_only_the_main_process_of_several_holds_the_output(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "main", lambda: False)
-    with files.reserved(tmp_path / "m.safetensors"):
+    with locks.reserved(tmp_path / "m.safetensors"):
         small_runs.convert_job(
             small_runs.DenseRequest("digits"),
             small_runs.recipe(stages=[]),

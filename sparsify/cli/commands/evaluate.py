@@ -47,7 +47,7 @@ def evaluate(
     if results_file is not None and results_file.suffix not in (".csv", ".json"):
         raise UsageError(f"--results-file {results_file}: a name that ends in .csv or .json is expected")
     if results_file is not None and processes.main():
-        from sparsify.files import check_file
+        from sparsify.files.destinations import check_file
 
         check_file(results_file)
     quiet = quiet or not processes.main()

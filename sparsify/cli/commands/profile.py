@@ -33,7 +33,8 @@ def profile(
 
     Example: sparsify profile model.safetensors --tree
     """
-    from sparsify.files import check_file, write_json, write_text
+    from sparsify.files.destinations import check_file
+    from sparsify.files.outputs import write_json, write_text
 
     for output in filter(None, (markdown, json)):
         check_file(output)

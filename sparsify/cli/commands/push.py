@@ -40,7 +40,7 @@ def push(
     if dry_run and output is not None:
         raise UsageError("--dry-run shows the card, --output FOLDER writes it: give one of them")
     if output is not None:
-        from sparsify.files import check_folder
+        from sparsify.files.destinations import check_folder
 
         check_folder(output)
     preflight()

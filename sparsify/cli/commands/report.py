@@ -38,7 +38,8 @@ def report(
     """
     if measure and profile is not None:
         raise UsageError("give either --profile, figures of an earlier run, or --measure")
-    from sparsify.files import check_file, write_text
+    from sparsify.files.destinations import check_file
+    from sparsify.files.outputs import write_text
 
     check_file(output)
     preflight()

@@ -31,7 +31,7 @@ def show(
     """
     preflight()
     from sparsify.cli.progress import Reporter
-    from sparsify.files import check_folder
+    from sparsify.files.destinations import check_folder
     from sparsify.images import photograph
     from sparsify.jobs.show import look
     from sparsify.measure.inspection import DENSE, OWN, REFERENCES

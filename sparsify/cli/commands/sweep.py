@@ -46,7 +46,8 @@ def sweep(
     compute = parsers.compute(device, dtype, backend, batch_size=batch_size, workers=workers)
     from sparsify.cli import tables
     from sparsify.cli.progress import Reporter
-    from sparsify.files import check_folder, reserved
+    from sparsify.files.destinations import check_folder
+    from sparsify.files.locks import reserved
     from sparsify.jobs import sweep
     from sparsify.jobs.dense import DenseRequest
     from sparsify.processes import Listener

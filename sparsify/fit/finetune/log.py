@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.errors import BadFile, one_line
-from sparsify.files import write_text
+from sparsify.files.outputs import write_text
 from sparsify.processes import Say
 
 Value = float | int | str | None

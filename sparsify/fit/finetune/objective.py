@@ -13,7 +13,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
 from sparsify import processes
-from sparsify.files import whole
+from sparsify.files.outputs import whole
 from sparsify.fit.finetune import losses
 from sparsify.nn import attention, graft, hosts
 from sparsify.nn.attention import SparseAttention

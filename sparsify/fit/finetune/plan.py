@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from sparsify.config import SparsityConfig
 from sparsify.errors import UsageError, field
-from sparsify.files import publishable
 from sparsify.fit.calibrate.repair import check_repairable
 from sparsify.fit.finetune import trainable
 from sparsify.fit.finetune.batches import Batches, BatchSettings
@@ -24,6 +23,7 @@ from sparsify.images.preprocessing import class_names
 from sparsify.images.trainset import TrainSet, WithCrops, trainset
 from sparsify.processes import Compute, Listener
 from sparsify.recipe import Recipe, Repair, Stage
+from sparsify.report.words import publishable
 
 BATCH = 32  # images per forward pass of validation and least squares
 FEW = 50  # images to judge by, below which the choice of the weights is mostly chance

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.errors import BadFile, UsageError, field, one_line
-from sparsify.files import check_folder, scratch, write_all
+from sparsify.files.destinations import check_folder
+from sparsify.files.locks import scratch
+from sparsify.files.outputs import write_all
 from sparsify.fit.finetune import saved_state
 from sparsify.fit.finetune.saved_state import SavedState
 

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsify.errors import BadFile, field, one_line
-from sparsify.files import to_json, whole
+from sparsify.files.outputs import whole
+from sparsify.files.plain_json import to_json
 from sparsify.fit.finetune.validation import ValidationScore
 
 FORMAT = "1"

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import BadFile, SparsifyError, UsageError, field, one_line
-from sparsify.files import reserved, whole
+from sparsify.files.locks import reserved
+from sparsify.files.outputs import whole
 from sparsify.images import datasets
 from sparsify.images.trainset import builtin_calibration
 from sparsify.jobs.export import onnx_file, pt2_file
