@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from fuzz.harness import Case, Fault, command
+from fuzz.harness import EXPORT, SECONDS, Case, Fault, command
 from helpers.image_folders import class_folders
 from sparsify.cli.app import app
 from sparsify.errors import SparsifyError
@@ -132,7 +132,7 @@ def cases(seed: int, folder: Path) -> Iterator[Case]:
             finally:
                 os.chdir(before)
 
-        yield Case(name, repr([each[:40] for each in arguments]), run)
+        yield Case(name, repr([each[:40] for each in arguments]), run, EXPORT if name == "export" else SECONDS)
 
 
 def _prepared(folder: Path) -> None:

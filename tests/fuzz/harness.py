@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 
 from sparsify.errors import SparsifyError
 
-SECONDS = 10  # of the processor; a case may wait six times as long
+SECONDS = 10  # of the processor that a case may take; it may wait six times as long
+EXPORT = 60  # the same, of one that writes a good model as a program: torch's exporter alone takes 8 to 19
 MEMORY = 2e9  # bytes by which a case may raise the peak of the process
 LONGEST = 2000  # characters of a message
 OTHERS = ("__init__", "harness", "run")
@@ -40,6 +41,7 @@ class Case(NamedTuple):
     kind: str  # what the table counts it under
     name: str  # what was drawn, for the report of a fault
     run: Callable[[], object]
+    seconds: float = SECONDS
 
 
 class Fault(AssertionError):
@@ -79,12 +81,12 @@ def classes() -> dict[str, Any]:
     return {name: importlib.import_module(f"fuzz.{name}") for name in names}
 
 
-def run(module: Any, count: int, seed: int, folder: Path, seconds: float = SECONDS, first: int = 0) -> Tally:
+def run(module: Any, count: int, seed: int, folder: Path, first: int = 0) -> Tally:
     """Runs the cases `first` to `count` of a class; nothing that a case does stops it."""
     tally, before = Tally(), _peak()
     for number, case in islice(enumerate(module.cases(seed, folder)), first, count):
         start, peak = time.process_time(), _peak()
-        outcome, why = _outcome(case, seconds)
+        outcome, why = _outcome(case)
         took, grown = time.process_time() - start, _peak() - peak
         if grown > MEMORY:
             outcome, why = "fault", f"{grown / 1e9:.1f} GB of memory; {why}"
@@ -124,9 +126,12 @@ def control_characters(text: str) -> str:
     return "".join(sorted({repr(c) for c in text if (c < " " and c not in "\n\t") or "\x7f" <= c <= "\x9f"}))
 
 
-def _outcome(case: Case, seconds: float) -> tuple[str, str]:
+def _outcome(case: Case) -> tuple[str, str]:
     """accepted, refused or fault; and why, where it is a fault."""
-    timers = {signal.SIGPROF: (signal.ITIMER_PROF, seconds), signal.SIGALRM: (signal.ITIMER_REAL, 6 * seconds)}
+    timers = {
+        signal.SIGPROF: (signal.ITIMER_PROF, case.seconds),
+        signal.SIGALRM: (signal.ITIMER_REAL, 6 * case.seconds),
+    }
     before = {number: signal.signal(number, _stop) for number in timers}
     for timer, limit in timers.values():
         signal.setitimer(timer, limit)
@@ -140,7 +145,7 @@ def _outcome(case: Case, seconds: float) -> tuple[str, str]:
     except Fault as error:
         return "fault", str(error)
     except _TooLong:
-        return "fault", f"over {seconds:g} s"
+        return "fault", f"over {case.seconds:g} s"
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise

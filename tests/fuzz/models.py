@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fuzz.harness import Case, Fault, command
+from fuzz.harness import EXPORT, SECONDS, Case, Fault, command
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import SparsifyError
 from sparsify.models import building, checkpoint, header
@@ -28,6 +28,7 @@ from sparsify.models.names import Source
 from sparsify.nn import graft
 
 SUITE, MANY = 80, 5000
+SLOW = ("profile", "report", "show", "export")  # commands, of which a file passes one
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3)
 HOSTS = (
     ("vit_tiny_patch16_224", SMALL, SparsityConfig(keep=0.3, rank=4)),
@@ -110,7 +111,9 @@ def cases(seed: int, folder: Path) -> Iterator[Case]:
         content = file.bytes()
         if kind == "bytes":
             content, name = _spoilt(content, draw)
-        yield Case(kind, name[:300], _run(folder, content, images, draw))
+        slow = draw.choices(SLOW, (50, 40, 9, 1))[0]
+        seconds = EXPORT if slow == "export" else SECONDS
+        yield Case(kind, name[:300], _run(folder, content, images, slow), seconds)
         files += 1
 
 
@@ -242,26 +245,25 @@ def _images(folder: Path) -> Path:
     return folder / "images"
 
 
-def _run(folder: Path, content: bytes, images: Path, draw: random.Random) -> Callable[[], object]:
+def _run(folder: Path, content: bytes, images: Path, slow: str) -> Callable[[], object]:
     file = folder / "model.safetensors"
 
     def run() -> None:
         file.write_bytes(content)
         model = checkpoint.load(file)
-        lines = [
-            ("profile", file, "--no-measure", "--tree"),
-            ("eval", file, "--data", images),
-            ("push", file, "me/model", "--dry-run"),
-            ("report", file, "--output", folder / "report.html"),
-            ("show", file, images / "0" / "a.png", "--layer", "1", "--head", "1", "--output", folder / "show"),
-            ("export", file, "--format", "onnx", "--force", "--output", folder / "model.onnx"),
-        ]
-        slow = draw.choices((0, 3, 4, 5), (50, 40, 9, 1))[0]
-        for arguments in (lines[1], lines[2], lines[slow]):
+        options = {
+            "eval": ("--data", images),
+            "push": ("me/model", "--dry-run"),
+            "profile": ("--no-measure", "--tree"),
+            "report": ("--output", folder / "report.html"),
+            "show": (images / "0" / "a.png", "--layer", "1", "--head", "1", "--output", folder / "show"),
+            "export": ("--format", "onnx", "--force", "--output", folder / "model.onnx"),
+        }
+        for name in ("eval", "push", slow):
             try:
-                command(*arguments)
+                command(name, file, *options[name])
             except SparsifyError as error:
-                raise Fault(f"loads, then {arguments[0]}: {error}") from None
+                raise Fault(f"loads, then {name}: {error}") from None
         _saved(model, file, folder / "saved.safetensors")
 
     return run
