@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -46,7 +46,7 @@ def graft(model: nn.Module, config: SparsityConfig, predictors: Sequence[Predict
     if config.tokens is not None:
         set_token_stages(model, config)
     if hasattr(type(model), "set_input_size"):
-        cast(Any, model).set_input_size = partial(set_input_size, model)
+        cast(Any, model).set_input_size = _SetInputSize(model)
     return model
 
 
@@ -222,9 +222,22 @@ def resize(model: nn.Module, img_size: int) -> None:
     _follow(model, lambda: hosts.set_image_size(model, img_size, img_size))
 
 
-def set_input_size(model: nn.Module, *arguments: Any, **named: Any) -> None:
-    """timm's method of a grafted model: its arguments, and everything of `resize`; rectangles too."""
-    _follow(model, lambda: cast(Any, type(model)).set_input_size(model, *arguments, **named))
+class _SetInputSize:
+    """timm's method of a grafted model: its arguments, and everything of `resize`; rectangles too.
+
+    The model has it as an attribute, because its class stays timm's. A bound method would keep the model, and its memory,
+    until the garbage collector runs.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+
+    def __call__(self, *arguments: Any, **named: Any) -> None:
+        model = cast(Any, self.model())
+        _follow(model, lambda: type(model).set_input_size(model, *arguments, **named))
+
+    def __reduce__(self) -> tuple[type[_SetInputSize], tuple[nn.Module | None]]:
+        return _SetInputSize, (self.model(),)  # of the copy, where a model is copied or pickled
 
 
 @torch.no_grad()

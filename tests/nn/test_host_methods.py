@@ -1,7 +1,9 @@
 """What a caller does with timm's own methods reaches the grafted attention too."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -39,6 +41,18 @@ def test_a_rectangle_has_the_grid_and_the_cells_of_its_own_size():
     assert "set_input_size" not in twin.__dict__
     twin.set_input_size(img_size=(64, 64))
     assert hosts.patch_grid(twin) == (4, 4) and hosts.patch_grid(model) == (14, 20)
+
+
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_model_that_nobody_uses_is_freed_at_once(copied):
+    gc.disable()
+    try:
+        model = copied(grafted("deit"))
+        known = weakref.ref(model)
+        del model
+        assert known() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("family", ["deit", "beit", "eva02-unfused", "naflexvit"])
