@@ -191,7 +191,7 @@ def _dense_maps(dense: nn.Module, x: Tensor, grid: tuple[int, int]) -> dict[int,
     def on_call(*call: Any) -> None:
         block, module, q, k, mask, _ = _Call(*call)
         q, k = q.float(), k.float()
-        maps[block] = _Map(q, k, weights.additive(mask, q, q.shape[2]), module.scale)
+        maps[block] = _Map(q, k, selection.bias_of(mask, q), module.scale)
 
     with observe.watching_calls(twin, on_call):
         _features(twin, x)
@@ -213,7 +213,7 @@ def _layer(call: _Call, P: int, patches: int, queries: Sequence[int], original: 
     q, k = q.float(), k.float()
     _, H, N, _ = q.shape
     owner = _owner(tokens, patches)
-    bias = weights.additive(mask, q, N)
+    bias = selection.bias_of(mask, q)
     size, place = (None, None) if tokens is None else (tokens.size, tokens.place)
     at = owner[list(queries)]
     rows = torch.where(at < 0, at, at + P)  # (Q)

@@ -44,12 +44,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ranking: Ranking, context: Context, 
     Returns:
         [B, N, H*d], the layout that `proj` reads, dtype of q.
     """
-    dtype, (B, H, N, _) = q.dtype, q.shape
+    dtype = q.dtype
     ranking = ranking.written(q, k)
     if dtype in (torch.float16, torch.bfloat16):
         q, k, v, ranking = q.float(), k.float(), v.float(), ranking.to(torch.float32)
     mask = context.mask
-    bias = None if mask is None else selection.additive(mask, q.dtype).expand(B, H, N, N)
+    bias = selection.bias_of(mask, q)
     size = None if context.size is None else context.size.to(q.dtype)[:, None]  # (B, 1, N)
     hides = bias is not None and mask is not None and _hides(mask, bias)
     keys = _Keys(k, v, *selection.cells(ranking, context, spec), size, hides, spec.scale)

@@ -135,6 +135,12 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.to(dtype)
 
 
+def bias_of(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """The mask of a call as it is added to the logits, [B, H, N, N], dtype of q [B, H, N, d]."""
+    B, H, N, _ = q.shape
+    return None if mask is None else additive(mask, q.dtype).expand(B, H, N, N)
+
+
 def alive(mask: Tensor, q: Tensor) -> Tensor:
     """1 for keys that some query may attend to, else 0: [B, H, N], dtype of q."""
     B, H, N, _ = q.shape

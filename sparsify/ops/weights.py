@@ -52,10 +52,3 @@ def dense(q: Tensor, k: Tensor, bias: Tensor | None, size: Tensor | None, scale:
     if size is not None:
         logits = logits + size.to(q.dtype).log()[:, None, None]
     return (logits if bias is None else logits + bias).softmax(-1).nan_to_num()
-
-
-def additive(mask: Tensor | None, like: Tensor, N: int) -> Tensor | None:
-    """The mask as it is added to the logits, [B, H, N, N]; B, H and dtype of `like` [B, H, *, *]."""
-    if mask is None:
-        return None
-    return selection.additive(mask, like.dtype).expand(like.shape[0], like.shape[1], N, N)

@@ -66,7 +66,7 @@ def test_keys_and_weights_are_those_of_the_op(case, masked):
             ranking, context = module.predictor(q, k, mask, tokens, spec).written(q, k), Context(mask, size, place)
             kept = selection.kept(ranking, context, spec)
             a, _ = selection.cells(ranking, context, spec)
-            bias = weights.additive(mask, q, N)
+            bias = selection.bias_of(mask, q)
             weight, tail = weights.weights(q, k, kept, a, bias, size, module.scale)
         assert (kept[:, :, spec.prefix :].sum(-1) == spec.budget).all() and kept[:, :, : spec.prefix].all()
         assert (weight[~kept] == 0).all()
