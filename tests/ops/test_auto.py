@@ -178,16 +178,22 @@ def test_a_decision_is_measured_once_and_remembered_on_disk(folder):
 OTHER = {
     "batch": 2, "heads": 3, "tokens": 18, "head_dim": 16, "dtype": torch.bfloat16, "threads": 2, "masked": True,
     "merged": True, "placed": True,
-    "precision": "bf16", "sparse": "reference", "kind": Kind("head", 8, 4), "spec": SPEC._replace(tail="mean"),
+    "precision": "bf16", "sparse": "reference",
 }  # fmt: skip
+OTHER_KIND = {
+    "name": "head", "rank_sum": 7, "rank_max": 5, "channels": 3, "up_heads": 1, "coef_topk": 2, "coef_threshold": 0.05,
+}  # fmt: skip
+OTHER_SPEC = {"budget": 6, "prefix": 2, "tail": "mean", "grid": (2, 8), "cells": (1, 2), "tile": (2, 2)}
 
 
 def test_every_field_of_the_shape_is_part_of_the_key(folder):
-    assert set(OTHER) == set(Shape._fields) - {"device"}
+    assert set(OTHER) == set(Shape._fields) - {"device", "kind", "spec"}
+    assert set(OTHER_KIND) == set(Kind._fields) and set(OTHER_SPEC) == set(Spec._fields) - {"scale"}  # of head_dim
     clock = Clock(cpu=[2], sdpa=[1], reference=[3])
     chooser = clock.chooser()
     shapes = [SHAPE, *(SHAPE._replace(**{name: value}) for name, value in OTHER.items())]
-    shapes += [SHAPE._replace(kind=k) for k in (Kind("head-folded", 7, 4), Kind("head-folded", 8, 5))]
+    shapes += [SHAPE._replace(kind=SHAPE.kind._replace(**{name: value})) for name, value in OTHER_KIND.items()]
+    shapes += [SHAPE._replace(spec=SPEC._replace(**{name: value})) for name, value in OTHER_SPEC.items()]
     for shape in shapes:
         chooser.choose(shape, None)
     assert clock.made == len(shapes) == len({shape.text() for shape in shapes})
