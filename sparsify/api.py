@@ -201,7 +201,7 @@ def load(
     Args:
         path: file; `hf-hub:ORG/NAME` or ORG/NAME of a repository that `sparsify push` wrote (@REVISION may follow),
             downloaded once; or `local-dir:FOLDER`.
-        img_size: see `sparsify.models.checkpoint.load`.
+        img_size: see `sparsify.models.checkpoint.read`.
         backend: cpu or reference computes the sparse form always. auto: per attention shape whatever was measured fastest
             on this machine (about 0.3 s at the first call of a shape, then remembered on disk): the CPU kernels, or
             dense attention, unless the file's backbone was changed. From the first `model.train()` on, always sparse, in
@@ -210,14 +210,14 @@ def load(
         rates: drop_rate, pos_drop_rate, proj_drop_rate, drop_path_rate of training, as timm's (0 to 1).
 
     Raises:
-        BadFile: see `sparsify.models.checkpoint.load`.
+        BadFile: see `sparsify.models.checkpoint.read`.
         UsageError: an unknown backend, precision or rate, or backend cpu where the kernels cannot be used.
         SparsifyError: a download that failed, see `sparsify.models.hub.fetch`.
     """
     file = hub.local(path)
-    changed = checkpoint.read_header(file).backbone_changed
-    model = graft.freeze_predictors(checkpoint.load(file, img_size, processes.torch_device(device), rates))
-    fallback = backend == "auto" and not changed
+    target, loaded = processes.torch_device(device), checkpoint.read(file, img_size, rates)
+    model = graft.freeze_predictors(loaded.model.to(target))
+    fallback = backend == "auto" and not loaded.header.backbone_changed
     execution.set_execution(model, Execution(backend, kernel_precision, fallback, Chooser() if fallback else None))
     return model
 

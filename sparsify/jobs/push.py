@@ -65,8 +65,9 @@ def package(
     name, revision = hub.split(repo)
     if revision:
         raise UsageError(f"{repo}: give the revision with {field('revision')}")
-    header, model, digest = checkpoint.read_header(file), checkpoint.load(file), checkpoint.digest_in(file)
-    figures = profile(model, dense=graft.dense_twin(model), measure=False)
+    one = checkpoint.read(file)
+    header, digest = one.header, one.digest
+    figures = profile(one.model, dense=graft.dense_twin(one.model), measure=False)
     known = licence_of(header.architecture, header.provenance, licence)
     results = None if evaluation is None else readback.results(evaluation, digest)
     measured = None if timing is None else readback.times(timing, figures.macs_sparse, figures.param_count)

@@ -131,7 +131,7 @@ def _provenance(header: Header, like: Path, state: dict[str, Tensor], described:
         same = names == outside and all(torch.equal(file.get_tensor(name), state[name]) for name in names)
     versions = {"sparsify-vit": __version__, "torch": torch.__version__.partition("+")[0], "timm": timm.__version__}
     further = {
-        "of": checkpoint.digest_in(like),
+        "of": checkpoint.metadata(like)["sparsify.sha256"],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions,
         "architecture_changed": described.architecture["model_args"] != header.architecture["model_args"],

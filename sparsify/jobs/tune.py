@@ -118,6 +118,6 @@ def _announced(plan: Plan) -> str:
 
 
 def _resumed(run: RunFolder) -> Calibrated:
-    header = checkpoint.read_header(run.start)
+    model, header, _ = checkpoint.read(run.start)
     images = int(header.provenance["calibration"]["images"])
-    return Calibrated(checkpoint.load(run.start), header.config, load_recipe(str(run.recipe)), "as before", images)
+    return Calibrated(model, header.config, load_recipe(str(run.recipe)), "as before", images)

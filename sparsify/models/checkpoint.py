@@ -21,7 +21,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -64,24 +64,35 @@ def read_header(path: Path) -> Header:
     return _parse(path, metadata(path))
 
 
-def digest_in(path: Path) -> str:
-    """The digest of everything in the file, as the file states it; `load` checks it. Errors as of `read_header`."""
-    meta = metadata(path)
-    _parse(path, meta)
-    return meta["sparsify.sha256"]
+class Loaded(NamedTuple):
+    """What one read of a file gave."""
+
+    model: nn.Module
+    header: Header
+    metadata: dict[str, str]  # as written
+
+    @property
+    def digest(self) -> str:
+        """Of everything in the file."""
+        return self.metadata["sparsify.sha256"]
 
 
-@building.in_float32()
 def load(
     path: str | Path,
     img_size: int | None = None,
     device: str | torch.device = "cpu",
     rates: Mapping[str, float] | None = None,
 ) -> nn.Module:
-    """The sparse model of a file, a timm model in eval mode, float32, with nothing else than the file.
+    """The model of `read`, on a device."""
+    return read(path, img_size, rates).model.to(device)
 
-    The header is held against names and shapes of the tensors before memory is allocated. The digest is that of the model
-    that is returned.
+
+@building.in_float32()
+def read(path: str | Path, img_size: int | None = None, rates: Mapping[str, float] | None = None) -> Loaded:
+    """The sparse model of a file with its header: a timm model in eval mode, float32, on the CPU.
+
+    Nothing else than the file is needed, which is read once. The header is held against names and shapes of the tensors
+    before memory is allocated. The digest is that of the model that is returned.
 
     Args:
         img_size: side in pixels, when it is not the file's; position embeddings and predictors are resampled.
@@ -98,12 +109,12 @@ def load(
         state = model.state_dict()
         for name, tensor in state.items():
             file.read_into(name, tensor)
-        stated = file.metadata["sparsify.sha256"]
-    if _digest({k: v for k, v in file.metadata.items() if k != "sparsify.sha256"}, state) != stated:
+    loaded = Loaded(model, header, file.metadata)
+    if _digest({k: v for k, v in file.metadata.items() if k != "sparsify.sha256"}, state) != loaded.digest:
         raise BadFile(f"{path} was changed after it was written (its digest differs): {_AGAIN}")
     if img_size is not None:
         resize(model, img_size)
-    return model.eval().to(device)
+    return loaded
 
 
 def rebuild(header: Header, rates: Mapping[str, float] | None = None) -> nn.Module:

@@ -25,6 +25,7 @@ class Opened:
     # the original that was asked for; None: the model's own weights without sparsity, unless `header.backbone_changed`
     dense: nn.Module | None
     header: Header
+    digest: str  # of the file's content
 
     @property
     def note(self) -> str:
@@ -42,12 +43,12 @@ def opened(
         img_size: side in pixels, of both models; None: the file's own.
 
     Raises:
-        SparsifyError: see `sparsify.models.checkpoint.load` and `load_original`.
+        SparsifyError: see `sparsify.models.checkpoint.read` and `load_original`.
     """
-    header, model = checkpoint.read_header(file), checkpoint.load(file, img_size)
-    if dense is None or isinstance(dense, nn.Module):
-        return Opened(model, dense, header)
-    return Opened(model, load_original(header, dense, img_size, say), header)
+    one = checkpoint.read(file, img_size)
+    if dense is not None and not isinstance(dense, nn.Module):
+        dense = load_original(one.header, dense, img_size, say)
+    return Opened(one.model, dense, one.header, one.digest)
 
 
 def load_original(

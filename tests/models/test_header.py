@@ -1,5 +1,6 @@
 """What a file says of its model is checked before anything is built, and what was checked is what is used."""
 
+import contextlib
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from fuzz.models import HOSTS, made
 from sparsify.errors import BadFile, UsageError
-from sparsify.models import building, checkpoint, names, tensor_file
+from sparsify.models import building, checkpoint, names, original, tensor_file
 from sparsify.models.header import Header, check_source
 from sparsify.nn import hosts
 
@@ -204,6 +205,29 @@ def test_a_file_cut_while_it_is_read_is_one_line(drawn, tmp_path, during):
     during(lambda: open(path, "r+b").truncate(4096))
     with pytest.raises(BadFile, match="shorter while it was read"):
         checkpoint.load(path)
+
+
+@pytest.mark.parametrize("read", [original.opened, checkpoint.read])
+def test_header_digest_and_model_are_those_of_one_file_though_another_takes_its_place(
+    read, drawn, tmp_path, monkeypatch
+):
+    path, whole = tmp_path / "m.safetensors", tensor_file.reading
+    path.write_bytes(drawn.bytes())
+    source, digest = drawn.trees["provenance"]["source"], checkpoint.read(path).digest
+    bias = drawn.tensors["head.bias"].clone()
+    drawn.trees["provenance"]["source"], drawn.tensors["head.bias"] = "another", bias + 1
+    other = drawn.bytes()
+
+    @contextlib.contextmanager
+    def then_replaced(path):
+        with whole(path) as file:
+            yield file
+        path.write_bytes(other)
+
+    monkeypatch.setattr(tensor_file, "reading", then_replaced)
+    found = read(path)
+    assert found.header.provenance["source"] == source and found.digest == digest
+    assert torch.equal(found.model.state_dict()["head.bias"], bias)
 
 
 def test_a_layout_that_the_library_refuses_is_refused(tmp_path):

@@ -57,7 +57,6 @@ def evaluate(
     from sparsify.cli.progress import Reporter
     from sparsify.measure.conditions import EVALUATION, conditions
     from sparsify.measure.evaluate import evaluate_images
-    from sparsify.models.checkpoint import digest_in
     from sparsify.models.original import opened
     from sparsify.ops import backends
     from sparsify.report.accuracy import write_results
@@ -85,7 +84,7 @@ def evaluate(
     if results_file is not None and processes.main():
         described = backends.describe(backend, kernel_precision, compute.torch_device, compute.torch_dtype)
         circumstances = conditions(EVALUATION, compute, data=images, backend=described)
-        write_results(results_file, result.as_dict(), circumstances | {"file_sha256": digest_in(file)})
+        write_results(results_file, result.as_dict(), circumstances | {"file_sha256": one.digest})
     if result.nonfinite:
         problem = f"{result.nonfinite:,} of {result.images:,} images give outputs that are not finite (NaN or infinity)"
         raise SparsifyError(f"{problem}; they count as wrong and as disagreement: look at the weights, or at --dtype")

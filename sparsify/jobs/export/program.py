@@ -109,10 +109,10 @@ def _write(
 ) -> Checked | None:
     """Writes the program to `path` if its outputs are the model's; None: nothing on this machine runs it."""
     writer = FORMATS[format]
-    header = checkpoint.read_header(file)
-    model = checkpoint.load(file, img_size).requires_grad_(False)
+    loaded = checkpoint.read(file, img_size)
+    header, model = loaded.header, loaded.model.requires_grad_(False)
     writer.check_size(sum(t.nbytes for t in model.state_dict().values()))
-    described = checkpoint.metadata(file) | metadata(model, format, batch_size)
+    described = loaded.metadata | metadata(model, format, batch_size)
     described.pop("format", None)  # safetensors' own
     described["sparsify.licence"] = licence_of(header.architecture, header.provenance).name or "unknown"  # as of today
     program = trace(model, batch_size)
