@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import timm
 import torch
-from safetensors import safe_open
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
@@ -125,13 +124,14 @@ def _same_outputs(host: nn.Module, fresh: nn.Module) -> bool:
 
 def _provenance(header: Header, like: Path, state: dict[str, Tensor], described: Header) -> dict[str, Any]:
     """That of `header`, with a note of what happened since; nothing about the machine."""
-    with safe_open(like, framework="pt") as file:
-        names = {name for name in file.keys() if PREDICTOR not in name}  # noqa: SIM118
+    with checkpoint.reading(like) as file:
+        names = {name for name in file.entries if PREDICTOR not in name}
         outside = {name for name in state if PREDICTOR not in name}
-        same = names == outside and all(torch.equal(file.get_tensor(name), state[name]) for name in names)
+        same = names == outside and all(torch.equal(file.read(name), state[name]) for name in names)
+        digest = file.metadata["sparsify.sha256"]
     versions = {"sparsify-vit": __version__, "torch": torch.__version__.partition("+")[0], "timm": timm.__version__}
     further = {
-        "of": checkpoint.metadata(like)["sparsify.sha256"],
+        "of": digest,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions,
         "architecture_changed": described.architecture["model_args"] != header.architecture["model_args"],

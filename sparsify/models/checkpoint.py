@@ -19,7 +19,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from sparsify.errors import BadFile, UsageError, field, one_line
 from sparsify.files.outputs import whole
 from sparsify.files.plain_json import to_json
-from sparsify.models import building, tensor_file
+from sparsify.files.tensors import Entry, NotWhole, TensorFile, opened
+from sparsify.models import building, filetype
 from sparsify.models.header import FORMAT, JSON_KEYS, MOST_PATCHES, RATES, Header, parse
 from sparsify.models.licence import licence_of
 from sparsify.nn import graft, hosts
@@ -103,7 +104,7 @@ def read(path: str | Path, img_size: int | None = None, rates: Mapping[str, floa
         UsageError: an image size that the architecture cannot take, or an unknown rate.
     """
     path, rates = Path(path), checked(rates or {})
-    with tensor_file.reading(path) as file:
+    with reading(path) as file:
         header = _parse(path, file.metadata)
         model = _rebuilt(path, header, rates, file.entries)
         state = model.state_dict()
@@ -130,9 +131,7 @@ def _builder(header: Header, rates: Mapping[str, float]) -> Callable[[], nn.Modu
     )
 
 
-def _rebuilt(
-    path: Path, header: Header, rates: Mapping[str, float], entries: Mapping[str, tensor_file.Entry]
-) -> nn.Module:
+def _rebuilt(path: Path, header: Header, rates: Mapping[str, float], entries: Mapping[str, Entry]) -> nn.Module:
     """`rebuild`, after a look at the model on the meta device, where it takes no memory."""
     depth = header.architecture["model_args"].get("depth") or 0
     if depth > len(entries):
@@ -190,9 +189,26 @@ def may_overwrite(path: Path, architecture: Mapping[str, Any], force: bool) -> N
     raise BadFile(f"{path} exists and is not this model: {choices}")
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[TensorFile]:
+    """The open file at `path`; `BadFile`: missing, no file, or not a whole safetensors file, also when it changes inside."""
+    if not os.path.exists(path):
+        raise BadFile(f"no file {path}: 'sparsify convert NAME' writes one")
+    if not os.path.isfile(path):
+        raise BadFile(f"{path} is a folder or a device: give a .safetensors file that 'sparsify convert' wrote")
+    if filetype.of(path) == filetype.TORCH:
+        instead = f"run 'sparsify convert NAME --weights {path}'"
+        raise BadFile(f"{path} is a PyTorch checkpoint, not a converted model: {instead}")
+    try:
+        with opened(path) as file:
+            yield file
+    except (OSError, NotWhole) as error:
+        raise BadFile(f"{path} is not a whole safetensors file ({one_line(error)}): convert again") from None
+
+
 def metadata(path: Path) -> dict[str, str]:
     """The file's metadata as written; `BadFile`: missing, or not safetensors."""
-    with tensor_file.reading(path) as file:
+    with reading(path) as file:
         return file.metadata
 
 
@@ -212,7 +228,7 @@ def _parse(path: Path, meta: Mapping[str, str]) -> Header:
         raise BadFile(f"{path}: its header is damaged ({error}): {_AGAIN}") from None
 
 
-def _check_tensors(path: Path, model: nn.Module, entries: Mapping[str, tensor_file.Entry]) -> None:
+def _check_tensors(path: Path, model: nn.Module, entries: Mapping[str, Entry]) -> None:
     expected = model.state_dict()
     for name in sorted(expected.keys() | entries.keys()):
         if name not in entries:

@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors
 import timm
 import torch
 from torch import Tensor, nn
 
 from sparsify.errors import BadFile, field, one_line
+from sparsify.files.tensors import opened
 from sparsify.models import filetype
 from sparsify.models.digits import network
 from sparsify.nn import hosts
@@ -83,10 +83,10 @@ def _content(path: Path) -> Any:
             # timm's own training checkpoints hold a Namespace; of an open file torch does not ask the name
             with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
                 return torch.load(file, map_location="cpu", weights_only=True)
-        with safetensors.safe_open(path, "pt") as tensors:
-            if "sparsify.format" in (tensors.metadata() or {}):
+        with opened(path) as tensors:
+            if "sparsify.format" in tensors.metadata:
                 raise BadFile(f"{path} is already converted by sparsify: give it to profile or eval")
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+            return {name: tensors.read(name) for name in tensors.entries}
     except BadFile:
         raise
     except Exception as error:

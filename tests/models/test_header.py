@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from fuzz.models import HOSTS, made
 from sparsify.errors import BadFile, UsageError
-from sparsify.models import building, checkpoint, names, original, tensor_file
+from sparsify.files import tensors
+from sparsify.models import building, checkpoint, names, original
 from sparsify.models.header import Header, check_source
 from sparsify.nn import hosts
 
@@ -172,14 +173,14 @@ def during(monkeypatch):
     """Does something to the file after the first tensor was read."""
 
     def do(change):
-        read, done = tensor_file.TensorFile.read_into, []
+        read, done = tensors.TensorFile.read_into, []
 
         def then(self, name, tensor):
             read(self, name, tensor)
             if not done:
                 done.append(change())
 
-        monkeypatch.setattr(tensor_file.TensorFile, "read_into", then)
+        monkeypatch.setattr(tensors.TensorFile, "read_into", then)
 
     return do
 
@@ -211,7 +212,7 @@ def test_a_file_cut_while_it_is_read_is_one_line(drawn, tmp_path, during):
 def test_header_digest_and_model_are_those_of_one_file_though_another_takes_its_place(
     read, drawn, tmp_path, monkeypatch
 ):
-    path, whole = tmp_path / "m.safetensors", tensor_file.reading
+    path, whole = tmp_path / "m.safetensors", checkpoint.reading
     path.write_bytes(drawn.bytes())
     source, digest = drawn.trees["provenance"]["source"], checkpoint.read(path).digest
     bias = drawn.tensors["head.bias"].clone()
@@ -224,7 +225,7 @@ def test_header_digest_and_model_are_those_of_one_file_though_another_takes_its_
             yield file
         path.write_bytes(other)
 
-    monkeypatch.setattr(tensor_file, "reading", then_replaced)
+    monkeypatch.setattr(checkpoint, "reading", then_replaced)
     found = read(path)
     assert found.header.provenance["source"] == source and found.digest == digest
     assert torch.equal(found.model.state_dict()["head.bias"], bias)
@@ -233,15 +234,13 @@ def test_header_digest_and_model_are_those_of_one_file_though_another_takes_its_
 def test_a_layout_that_the_library_refuses_is_refused(tmp_path):
     path = tmp_path / "m.safetensors"
     save_file({"a": torch.zeros(3), "b": torch.ones(2, 2)}, path, {"x": "y"})
-    content, read = path.read_bytes(), {}
-    with tensor_file.reading(path) as file:
-        for name, entry in file.entries.items():
-            read[name] = torch.empty(entry.shape, dtype=entry.dtype)
-            file.read_into(name, read[name])
+    content = path.read_bytes()
+    with checkpoint.reading(path) as file:
+        read = {name: file.read(name) for name in file.entries}
         assert file.metadata == {"x": "y"}
     assert all(torch.equal(t, read[name]) for name, t in load_file(path).items())
     for old, new in ((b"[0,12]", b"[1,12]"), (b"[0,12]", b"[0,-1]"), (b"[2,2]", b"[2,3]"), (b'"F32"', b'"F31"')):
         assert old in content
         path.write_bytes(content.replace(old, new, 1))
-        with pytest.raises(BadFile, match="not a whole safetensors"), tensor_file.reading(path):
+        with pytest.raises(BadFile, match="not a whole safetensors"), checkpoint.reading(path):
             pass

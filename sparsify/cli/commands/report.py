@@ -74,4 +74,4 @@ def report(
     content = page.Content(file, one.header, figures, evaluation, swept, shown)
     text = page.render(content)
     write_text(output, text)
-    terminal.line(f"wrote {output}, {len(text.encode()) / 1e6:.1f} MB: {', '.join(page.parts(content))}")
+    terminal.line(f"wrote {output}, {len(text) / 1e6:.1f} MB: {', '.join(page.parts(content))}")

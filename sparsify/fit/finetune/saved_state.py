@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsify.errors import BadFile, field, one_line
 from sparsify.files.outputs import whole
 from sparsify.files.plain_json import to_json
+from sparsify.files.tensors import opened
 from sparsify.fit.finetune.validation import ValidationScore
 
 FORMAT = "1"
@@ -92,13 +92,12 @@ def save(path: Path, state: SavedState) -> None:
 def load(path: Path) -> SavedState:
     """The state that `save` wrote; raises `BadFile` where it is missing or no such file."""
     try:
-        with safe_open(path, framework="pt") as file:
-            meta = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with opened(path) as file:
+            meta, tensors = file.metadata, {name: file.read(name) for name in file.entries}
         if meta.get("run") != FORMAT:
             raise ValueError("another format")
         return SavedState(tensors, json.loads(meta["facts"]))
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise BadFile(f"{path} is no saved run ({one_line(error)}): start anew with {field('force')}") from None
 
 

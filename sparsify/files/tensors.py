@@ -1,5 +1,6 @@
-"""A safetensors file by plain reads. What was read stays as it was checked, whatever happens to the file meanwhile; behind a
-memory map it would change, and a file that is cut would end the process."""
+"""A safetensors file by plain reads, whatever its path. What was read stays as it was checked, whatever happens to the file
+meanwhile; behind a memory map it would change, and a file that is cut would end the process. The library's own reader takes
+paths in UTF-8 only."""
 
 from __future__ import annotations
 
@@ -14,12 +15,11 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsify.errors import BadFile, one_line
-from sparsify.models import filetype
-
 MOST_HEADER = 16 << 20  # bytes
 DTYPES = {"F32": torch.float32, "F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
 DTYPES |= {"I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+DTYPES |= {"U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64}
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
 class Entry(NamedTuple):
@@ -47,33 +47,29 @@ class TensorFile(NamedTuple):
                 raise OSError("it became shorter while it was read")
             rest = rest[count:]
 
+    def read(self, name: str) -> Tensor:
+        """A tensor, on the CPU; errors as of `read_into`."""
+        tensor = torch.empty(self.entries[name].shape, dtype=self.entries[name].dtype)
+        self.read_into(name, tensor)
+        return tensor
+
+
+class NotWhole(ValueError):
+    """The layout is not that of safetensors."""
+
 
 @contextmanager
-def reading(path: Path) -> Iterator[TensorFile]:
-    """The open file at `path`; `BadFile`: missing, no file, or not a whole safetensors file, also when it changes inside."""
-    if not os.path.exists(path):
-        raise BadFile(f"no file {path}: 'sparsify convert NAME' writes one")
-    if not os.path.isfile(path):
-        raise BadFile(f"{path} is a folder or a device: give a .safetensors file that 'sparsify convert' wrote")
-    if filetype.of(path) == filetype.TORCH:
-        instead = f"run 'sparsify convert NAME --weights {path}'"
-        raise BadFile(f"{path} is a PyTorch checkpoint, not a converted model: {instead}")
-    try:
-        with open(path, "rb", buffering=0) as file:
-            yield TensorFile(file, *_header(file, os.fstat(file.fileno()).st_size))
-    except (OSError, _NotWhole) as error:
-        raise BadFile(f"{path} is not a whole safetensors file ({one_line(error)}): convert again") from None
-
-
-class _NotWhole(ValueError):
-    """The layout is not that of safetensors."""
+def opened(path: Path) -> Iterator[TensorFile]:
+    """The safetensors file at `path`; raises `OSError` where it cannot be read, and `NotWhole`."""
+    with open(path, "rb", buffering=0) as file:
+        yield TensorFile(file, *_header(file, os.fstat(file.fileno()).st_size))
 
 
 def _header(file: IO[bytes], size: int) -> tuple[dict[str, str], dict[str, Entry]]:
     """Metadata and tensors: without gaps, up to the end of the file."""
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(size - 8, MOST_HEADER):
-        raise _NotWhole("the length of its header is impossible")
+        raise NotWhole("the length of its header is impossible")
     try:
         tree = json.loads(file.read(length))
         metadata = tree.pop("__metadata__", {})
@@ -81,14 +77,14 @@ def _header(file: IO[bytes], size: int) -> tuple[dict[str, str], dict[str, Entry
             raise ValueError
         found = sorted(((*_entry(name, about), name) for name, about in tree.items()), key=lambda each: each[:2])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise _NotWhole("its header cannot be read") from None
+        raise NotWhole("its header cannot be read") from None
     end, entries = 0, {}
     for start, stop, dtype, shape, name in found:
         if start != end or stop - start != math.prod(shape) * dtype.itemsize:
-            raise _NotWhole("its tensors do not lie one after the other")
+            raise NotWhole("its tensors do not lie one after the other")
         entries[name], end = Entry(dtype, shape, 8 + length + start), stop
     if 8 + length + end != size:
-        raise _NotWhole(f"{8 + length + end} bytes are expected, {size} are there")
+        raise NotWhole(f"{8 + length + end} bytes are expected, {size} are there")
     return metadata, entries
 
 
