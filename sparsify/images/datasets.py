@@ -117,17 +117,15 @@ def class_images(
     """The images of `path` with the model's labels, in the listed order, and one line for the user; see `labelled`."""
     spec = str(path)
     if is_digits(spec):
-        _same_count(spec, len(scans.Digits.classes), num_classes)
-        return Mapped(scans.Digits(_digits_split(spec, "train" if purpose == "learn" else "test"))), ""
+        digits = scans.Digits(_digits_split(spec, "train" if purpose == "learn" else "test"))
+        return labels.of_dataset(Mapped(digits), spec, digits.classes, num_classes, names)
     if not is_prefixed(spec):
         files, beside, notes = _from_files(path, purpose)
         files, more = labels.labelled(files, beside, num_classes, names)
         return files, "; ".join(notes + more)
-    dataset = _timm_dataset(spec, split)
-    classes = getattr(dataset, "classes", None)
-    if classes is not None and not isinstance(dataset, IterableDataset):
-        _same_count(spec, len(classes), num_classes)
-    return _of(dataset), ""
+    images = _of(_timm_dataset(spec, split))
+    classes = () if isinstance(images, IterableDataset) else images.classes
+    return labels.of_dataset(images, spec, classes, num_classes, names)
 
 
 def draw(total: int, n: int, seed: int) -> list[int]:
@@ -157,17 +155,12 @@ def _from_files(path: str | Path, purpose: Purpose) -> tuple[Files, list[str], l
     return files, tree.folders(at), notes + ([folders.left_out(files.left)] if files.left else [])
 
 
-def _same_count(name: str, classes: int, num_classes: int | None) -> None:
-    if num_classes and classes != num_classes:
-        raise BadData(f"{name} has {classes:,} classes, but the model has {num_classes:,}")
-
-
 def is_prefixed(spec: str) -> bool:
     """Whether `spec` is a timm data set (`hfds/NAME`, ...) and not a folder of that name."""
     return spec.partition("/")[0].lower() in PREFIXES and "/" in spec and not Path(spec).exists()
 
 
-def _of(dataset: Any) -> Items | IterableDataset:
+def _of(dataset: Any) -> Reader | Mapped | IterableDataset:
     """timm's own data sets replace a broken image by the next, so only their reader is used; torchvision's as they are."""
     if isinstance(dataset, IterableDataset):
         return dataset

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any, cast
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch.utils.data import IterableDataset
 
 from sparsify.errors import BadData, field
 from sparsify.images.folders import Files, in_order
+from sparsify.images.loaders import Items
 
 SHOWN = 3  # names in a message
+BY_NAME = "classes, by the names that the model has"
 
 
 def labelled(
@@ -49,13 +53,10 @@ def labelled(
         notes.append(f"{deep:,} images lie in folders of class folders and belong to the class")
     wnids = all(re.fullmatch(r"n\d{8}", name) for name in names)
     subset = infer_imagenet_subset({"num_classes": num_classes}) if wnids and num_classes else None
-    by_name = {name: index for index, name in enumerate(known if num_classes else ())}
-    strange = [name for name in names if name not in by_name]
-    if by_name and len(strange) < len(names):
-        if strange:
-            raise BadData(f"{place}: {len(strange)} folders are no classes of the model, among them {_some(strange)}")
+    by_name = _by_name(names, known if num_classes else (), place, "folders")
+    if by_name is not None:
         order = by_name
-        notes.append(f"{len(names)} of {num_classes:,} classes, by the names that the model has")
+        notes.append(f"{len(names)} of {num_classes:,} {BY_NAME}")
     elif subset:
         order = {wnid: index for index, wnid in enumerate(ImageNetInfo(subset).label_names())}
         unknown = [name for name in names if name not in order]
@@ -75,6 +76,59 @@ def labelled(
             rule = f"classes are numbered in natural order, as by timm ({natural} before {text}), not by letter, as by"
             notes.append(f"{rule} torchvision: {field('class_map')} FILE gives another order")
     return files.labelled([order.get(top, -1) for top in tops]), notes
+
+
+class Renumbered:
+    """The images of `items`, each label the number in `order` at its place."""
+
+    def __init__(self, items: Items, order: Sequence[int]) -> None:
+        self.items, self.order = items, order
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def fetch(self, index: int) -> tuple[Any, int]:
+        image, label = self.items.fetch(index)
+        return image, self.order[label] if 0 <= label < len(self.order) else -1
+
+    def name(self, index: int) -> str:
+        return self.items.name(index)
+
+
+def of_dataset(
+    items: Items | IterableDataset,
+    name: str,
+    classes: Sequence[str],
+    num_classes: int | None,
+    known: Sequence[str] = (),
+) -> tuple[Items | IterableDataset, str]:
+    """The images of the data set `name` with the model's labels, and what to tell the user; see `labelled`.
+
+    Classes that are all named as classes of the model have those; others keep the data set's numbers.
+
+    Args:
+        classes: the names of the data set's classes by its numbers; none: not known, as of a stream.
+    """
+    known = known if num_classes else ()
+    order = _by_name(classes, known, name, "classes")
+    if order is not None:
+        renumbered = Renumbered(cast(Items, items), [order[each] for each in classes])
+        return renumbered, f"{len(classes)} of {num_classes:,} {BY_NAME}"
+    if num_classes and classes and len(classes) != num_classes:
+        raise BadData(f"{name} has {len(classes):,} classes, but the model has {num_classes:,}")
+    own = f"labels are the data set's own numbers: it names no class as the model does ({_some(known)})"
+    return items, own if known else ""
+
+
+def _by_name(names: Sequence[str], known: Sequence[str], place: str, what: str) -> dict[str, int] | None:
+    """Numbers of the model's classes `known`, if `names` are among them; None: none of them is."""
+    order = {name: index for index, name in enumerate(known)}
+    strange = [name for name in names if name not in order]
+    if len(strange) == len(names):
+        return None
+    if strange:
+        raise BadData(f"{place}: {len(strange)} {what} are no classes of the model, among them {_some(strange)}")
+    return order
 
 
 def _some(names: Sequence[str]) -> str:

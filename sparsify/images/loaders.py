@@ -40,10 +40,11 @@ class Items(Protocol):
 
 
 class Reader:
-    """The images of timm's readers of hubs."""
+    """The images of timm's readers of hubs; `classes`: their names by number, none where the reader does not know them."""
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
+        self.classes: Sequence[str] = sorted(numbers := getattr(reader, "class_to_idx", {}), key=numbers.__getitem__)
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -57,10 +58,10 @@ class Reader:
 
 
 class Mapped:
-    """Any map-style data set of (PIL image, label), or a sequence of PIL images."""
+    """Any map-style data set of (PIL image, label), or a sequence of PIL images; `classes`: as of `Reader`."""
 
     def __init__(self, source: Any) -> None:
-        self.source = source
+        self.source, self.classes = source, getattr(source, "classes", None) or ()
 
     def __len__(self) -> int:
         return len(self.source)

@@ -100,7 +100,7 @@ def trainset(
     plain = not is_digits(spec) and not is_prefixed(spec)
     images, note = class_images(path, num_classes, split, "learn", names) if labels else all_images(path, split)
     if isinstance(images, IterableDataset):
-        return _of_stream(images, labels, hold_back, spec, split)
+        return _of_stream(images, labels, hold_back, spec, split, note)
     total = len(images)
     held = draw(total, _held(total, hold_back, spec), seed)
     left_out = set(held)
@@ -120,13 +120,13 @@ def builtin_calibration(
     return ImageBatches(Decoded(pictures, transform), batch_size, workers, name="built-in pictures")
 
 
-def _of_stream(images: Any, labels: bool, hold_back: float, spec: str, split: str) -> TrainSet:
+def _of_stream(images: Any, labels: bool, hold_back: float, spec: str, split: str, note: str) -> TrainSet:
     """Each process reads all images and takes its own part of each batch."""
     read_whole(images)
     total = length_hint(images)  # 0: it does not know
     held = _held(total, hold_back, spec) if total else HELD_OF_UNKNOWN * (hold_back > 0)
     parts = StreamPart(images, held, None, labels), StreamPart(images, 0, held, labels)
-    return TrainSet(*parts, spec, "", True, _digest(*_source(spec, split, False), total))
+    return TrainSet(*parts, spec, note, True, _digest(*_source(spec, split, False), total))
 
 
 def _held(total: int, hold_back: float, name: str) -> int:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from PIL import Image
 from timm.data import ImageNetInfo
+from torch.utils.data import IterableDataset
+from torchvision.datasets import ImageFolder
 
 from sparsify.errors import BadData, BadFile
 from sparsify.images import datasets
 from sparsify.images.preprocessing import read_class_map
+from sparsify.images.trainset import trainset
 
 ORDER = ImageNetInfo("imagenet-1k").label_names()
 
@@ -97,6 +102,62 @@ def test_wnids_are_mapped_where_names_are_words(read):
     words = tuple(f"class {i}" for i in range(1000))
     found, note = read(1000, f"{ORDER[9]}/0.png", f"{ORDER[7]}/part/0.png", names=words)
     assert found == {f"{ORDER[9]}/0.png": 9, f"{ORDER[7]}/part/0.png": 7} and "mapped by wnid" in note
+
+
+ANIMALS = ("ant", "bee", "cow")
+
+
+def of_torchvision(root: Path) -> ImageFolder:
+    """Three images in folders, numbered as their names sort: ant 0, bee 1, cow 2."""
+    return ImageFolder(tree(root, *(f"{name}/0.png" for name in ANIMALS)))
+
+
+def of_hub(root: Path) -> SimpleNamespace:
+    """As `of_torchvision`, through a reader as timm has for hubs."""
+
+    class Reader(list):
+        class_to_idx: ClassVar = dict(zip(reversed(ANIMALS), (2, 1, 0), strict=True))
+
+    return SimpleNamespace(reader=Reader([(Image.new("RGB", (8, 6)), i) for i in range(3)]))
+
+
+@pytest.mark.parametrize("made", [of_torchvision, of_hub])
+def test_names_of_the_models_classes_decide_in_a_data_set_too(monkeypatch, tmp_path, made):
+    monkeypatch.setattr(datasets, "create_dataset", lambda *a, **k: made(tmp_path / "x"))
+
+    def labels(names: tuple[str, ...], num_classes: int = 3) -> tuple[list[int], str]:
+        items, note = datasets.class_images("hfds/x", num_classes, "", "measure", names)
+        return [items.fetch(i)[1] for i in range(3)], note
+
+    assert labels(()) == ([0, 1, 2], "")
+    assert labels(("cow", "ant", "bee")) == ([1, 2, 0], "3 of 3 classes, by the names that the model has")
+    assert labels(("dog", "cow", "ant", "bee"), 4)[0] == [2, 3, 1]
+    found, note = labels(("owl", "cat", "dog"))
+    assert found == [0, 1, 2] and "labels are the data set's own numbers" in note and "(owl, cat, dog)" in note
+    with pytest.raises(BadData, match="hfds/x: 1 classes are no classes of the model, among them bee"):
+        labels(("cow", "ant", "owl"))
+    with pytest.raises(BadData, match="has 3 classes, but the model has 2"):
+        labels((), 2)
+
+
+def test_class_map_renumbers_the_digits():
+    names = tuple(map(str, range(9, -1, -1)))  # nine is class 0
+    (plain, _), (mapped, note) = (datasets.class_images("digits", 10, "", "measure", given) for given in ((), names))
+    assert [mapped.fetch(i)[1] for i in range(20)] == [9 - plain.fetch(i)[1] for i in range(20)]
+    assert note == "10 of 10 classes, by the names that the model has"
+
+
+def test_names_of_the_models_classes_are_said_not_to_reach_a_stream(monkeypatch):
+    class Nothing(IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    monkeypatch.setattr(datasets, "create_dataset", lambda *a, **k: Nothing())
+    for note in (
+        datasets.labelled("wds/x", 3, lambda image: image, names=ANIMALS).note,
+        trainset("wds/x", 3, labels=True, names=ANIMALS).note,
+    ):
+        assert "labels are the data set's own numbers" in note
 
 
 @pytest.mark.parametrize(
