@@ -88,8 +88,8 @@ def tune(
             checkpoint.save(start.model, run.start, header(start))
         processes.barrier()
     how.listener.say(_announced(plan))
-    if plan.warning:
-        how.listener.say(plan.warning)
+    for line in filter(None, (plan.note, plan.warning)):
+        how.listener.say(line)
     student, config = start.model, start.config
     outcome = finetune(student, teacher, plan, how, state)
     if outcome.changed:

@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset
 
 from helpers import small_runs
 from helpers.small_runs import recipe
+from sparsify.errors import as_arguments
 from sparsify.fit.finetune import run
 from sparsify.fit.finetune.plan import TrainingData, make_plan
 from sparsify.images import datasets
@@ -85,7 +86,10 @@ def test_beside_val_only_train_is_calibrated_on(tmp_path, seen, trains):
     photographs(root / "train", 20)
     photographs(root / "val", 10)
     chosen, val = (CHOSEN, str(root)) if trains else (CHOSEN.without_training(), None)
-    small_runs.convert(tmp_path / "m.safetensors", chosen, images=str(root), val=val)
+    lines: list[str] = []
+    small_runs.convert(tmp_path / "m.safetensors", chosen, images=str(root), val=val, say=lines.append)
+    splits = [as_arguments(line).split("; ")[0] for line in lines if ": the images of " in line]
+    assert splits == [f"data: the images of {root}/train", f"val: the images of {root}/val"][: 1 + trains]
     train, judges = seen["fit"] | seen["learn"], seen["judge"]
     assert {Path(name).stem for name in train} == {str(i) for i in range(20)}
     assert {Path(name).stem for name in judges} == ({str(i) for i in range(100, 110)} if trains else set())

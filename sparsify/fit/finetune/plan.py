@@ -67,6 +67,7 @@ class Plan:
     images: TrainSet  # what everything is fitted to, calibration included
     validation: Labelled
     validated_on: str  # describes the validation images
+    note: str  # which of the named images they are, or ''
     warning: str  # of them, or ''
     precision: str  # a key of `PRECISIONS`
     seed: int
@@ -93,7 +94,7 @@ def make_plan(model: nn.Module, recipe: Recipe, data: TrainingData, compute: Com
     labels = any(stage.losses.classification > 0 for stage in recipe.stages)
     images = trainset(data.images, classes, labels, recipe.seed, hold_back, names=class_names(model))
     preprocessing = datasets.data_config(model)
-    validation, validated_on, warning = _validation_images(images, data, model, compute.workers)
+    validation, validated_on, note, warning = _validation_images(images, data, model, compute.workers)
     stages = []
     for number, stage in enumerate(recipe.stages):
         if stage.cache_teacher and images.stream:
@@ -122,6 +123,7 @@ def make_plan(model: nn.Module, recipe: Recipe, data: TrainingData, compute: Com
         images=images,
         validation=validation,
         validated_on=validated_on,
+        note=note,
         warning=warning,
         precision=precision,
         seed=recipe.seed,
@@ -182,8 +184,8 @@ def _repair_images(
 
 def _validation_images(
     images: TrainSet, data: TrainingData, model: nn.Module, workers: int
-) -> tuple[Labelled, str, str]:
-    """This process's part of the validation images, a description of all of them, and a warning or ''."""
+) -> tuple[Labelled, str, str, str]:
+    """This process's part of the validation images, a description of all of them, a note and a warning or ''."""
     transform = datasets.transform(datasets.data_config(model))
     if data.val is not None:
         classes = int(cast(Any, model).num_classes)
@@ -194,7 +196,8 @@ def _validation_images(
             f"warning: {seen} of the images to judge by are learnt from: give {field('val')} others" if seen else ""
         )
         described = f"the labelled images of {publishable(data.val)}"
-        return lambda: iter(labelled), described, warning or _few(every.total, data.val)
+        note = f"{field('val')}: {every.note}" if every.note else ""
+        return lambda: iter(labelled), described, note, warning or _few(every.total, data.val)
     if images.stream:
         dataset: Any = Stream(cast(Any, images.held), transform)
         described = f"the first images of {publishable(data.images)}, which nothing learns from"
@@ -202,7 +205,7 @@ def _validation_images(
         dataset = Decoded(cast(Items, images.held), transform)
         described = f"{len(dataset)} images of {publishable(data.images)} that nothing learns from"
     held = ImageBatches(dataset, BATCH, workers, name=data.images)
-    return share(held).pairs, described, _few(held.total, None)
+    return share(held).pairs, described, "", _few(held.total, None)
 
 
 def _few(images: int | None, val: str | None) -> str:
