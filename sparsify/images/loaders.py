@@ -149,6 +149,29 @@ class Stream(IterableDataset):
             yield self.transform(image.convert("RGB")), int(label)
 
 
+@dataclass
+class Flaws:
+    """What a pass over images could not read, and what their pixels lost."""
+
+    broken: int = 0  # images that could not be read and are left out
+    first_broken: str = ""  # name of one of them, and why
+    lost: Counter[str] = data_field(default_factory=Counter)  # images whose pixels lost something, by what
+
+    def __add__(self, other: Flaws) -> Flaws:
+        first = self.first_broken or other.first_broken
+        return Flaws(self.broken + other.broken, first, self.lost + other.lost)
+
+    def lines(self) -> list[str]:
+        """What to tell the user after the pass."""
+        lines = [f"{self.broken} images could not be read and are left out; the first: {self.first_broken}"]
+        return lines[: bool(self.broken)] + ([decode.lost(self.lost)] if self.lost else [])
+
+    def nothing_read(self, name: str) -> BadData:
+        """The error of a pass over the images `name` that found none."""
+        first = f"; the first: {self.first_broken}" if self.first_broken else ""
+        return BadData(f"{name}: none of the {self.broken} images could be read{first}")
+
+
 @dataclass(eq=False)
 class _Loader:
     """Batches in a fixed order, the same in each iteration."""
@@ -161,9 +184,7 @@ class _Loader:
     name: str = ""  # of the images, for messages
     num_classes: int | None = None  # outputs of the model; None: not known
     part: bool = False  # one process's part of the images (`share`), which may be empty
-    broken: int = data_field(default=0, init=False)  # images that the last iteration left out
-    first_broken: str = data_field(default="", init=False)  # name of one of them, and why
-    lost: Counter[str] = data_field(default_factory=Counter, init=False)  # images whose pixels lost something, by what
+    flaws: Flaws = data_field(default_factory=Flaws, init=False)  # of the last iteration
 
     @property
     def total(self) -> int | None:
@@ -171,23 +192,20 @@ class _Loader:
         return None if isinstance(self.dataset, IterableDataset) else len(cast(Any, self.dataset))
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.broken, self.first_broken, self.lost, good = 0, "", Counter(), 0
+        self.flaws, good = Flaws(), 0
         workers = 0 if isinstance(self.dataset, IterableDataset) else self.workers
         options: dict[str, Any] = {"collate_fn": _collate, "worker_init_fn": ignore_interrupt}
         loader = DataLoader(self.dataset, self.batch_size, num_workers=workers, **options)
         with closing(batches_of(loader)) as batches:
             for images, labels, failures, lost in batches:
-                self.broken += len(failures)
-                self.lost += lost
-                self.first_broken = self.first_broken or next(iter(failures), "")
+                self.flaws += Flaws(len(failures), next(iter(failures), ""), lost)
                 if failures and self.strict:
                     raise BadData(f"{self.name}: cannot read {failures[0]}")
                 good += len(labels)
                 if len(labels):
                     yield images, labels
         if not good and not self.part:
-            first = f"; the first: {self.first_broken}" if self.first_broken else ""
-            raise BadData(f"{self.name}: none of the {self.broken} images could be read{first}")
+            raise self.flaws.nothing_read(self.name)
 
 
 class ImageBatches(_Loader):
@@ -195,10 +213,6 @@ class ImageBatches(_Loader):
 
     def __iter__(self) -> Iterator[Tensor]:
         return (images for images, _ in self._batches())
-
-    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same with labels, int64 [B], -1 where there is none."""
-        return self._batches()
 
 
 class LabelledBatches(_Loader):
@@ -311,12 +325,6 @@ def _collate(items: list[tuple[Any, ...] | str]) -> tuple[Tensor, Tensor, list[s
     labels = torch.tensor([item[1] for item in good], dtype=torch.int64)
     in_shared_memory(images, labels)
     return images, labels, broken, Counter(loss for item in good for loss in item[2:])
-
-
-def aside(broken: int, first: str, lost: Counter[str]) -> list[str]:
-    """What to tell after a pass over images: how many could not be read, the first of them, and what pixels lost."""
-    lines = [f"{broken} images could not be read and are left out; the first: {first}"] if broken else []
-    return lines + ([decode.lost(lost)] if lost else [])
 
 
 def ignore_interrupt(worker: int) -> None:

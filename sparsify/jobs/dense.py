@@ -143,7 +143,15 @@ class Calibrator:
             loader = builtin_calibration(digits, n, recipe.seed, transform, size, compute.workers)
             source = "digits of the training split" if digits else "built-in pictures"
             words = f"{n} {source}, because {field(option)} was not given"
-        return cls(lambda: (x.to(device) for x in loader), words, n, compute, listener)
+        told: list[str] = []
+
+        def batches() -> Iterator[Tensor]:
+            yield from (x.to(device) for x in loader)
+            for line in loader.flaws.lines() if not told else ():  # of the first whole pass; the others are alike
+                told.append(line)
+                listener.say(f"images to calibrate on: {line}")
+
+        return cls(batches, words, n, compute, listener)
 
     def calibrate(self, model: nn.Module, config: SparsityConfig) -> Calibration:
         """Grafts sparse attention into a dense `model`, in place, and fits its predictors."""

@@ -21,7 +21,6 @@ from torch import nn
 from sparsify.config import SparsityConfig
 from sparsify.errors import BadFile, UsageError, as_options, field
 from sparsify.fit.schedule.choose import dense_macs, for_macs
-from sparsify.images.loaders import aside
 from sparsify.images.trainset import trainset
 from sparsify.jobs.dense import Calibrator, DenseRequest, load_dense
 from sparsify.measure import evaluate, latency
@@ -107,14 +106,14 @@ def sweep(
     evaluations = evaluate.compare(
         dense, sparse, shown, labelled, compute, lambda done: progress("eval", done, shown.total)
     )
-    for line in aside(shown.broken, shown.first_broken, shown.lost):
+    for line in shown.flaws.lines():
         say(line)
     if nonfinite := max(e.nonfinite for e in evaluations.values()):
         say(f"warning: {nonfinite} images give outputs that are not finite; they count as disagreement")
     say(f"timing {len(sparse) + 1} models in turns")
     batch_size = compute.batch_size or 1
     times, speeds = _time({"dense": dense, **sparse}, batch_size, device, dtype)
-    named = {name: replace(figures, model=name, broken=shown.broken) for name, figures in evaluations.items()}
+    named = {name: replace(figures, model=name, broken=shown.flaws.broken) for name, figures in evaluations.items()}
     settings = tuple(
         Setting(choice, _recipe_of(choice, recipe), macs, named[choice.name], times[choice.name], speeds[choice.name])
         for choice, macs in zip(choices, profiles, strict=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as data_field
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from sparsify import processes
-from sparsify.errors import BadData, SparsifyError, field
+from sparsify.errors import SparsifyError, field
 from sparsify.images import datasets
-from sparsify.images.loaders import Decoded, Items, LabelledBatches, LooseBatches, Part, Stream, aside, share
+from sparsify.images.loaders import Decoded, Flaws, Items, LabelledBatches, LooseBatches, Part, Stream, share
 from sparsify.images.preprocessing import class_names
 from sparsify.measure.accuracy import Evaluation, Features, Logits
 from sparsify.measure.figures import count_parameters
@@ -99,14 +98,12 @@ def evaluate_images(
 
         with sparse_form(sparse, compute.backend, compute.kernel_precision):
             part = run_pass(_named(sparse, dense), local, compute, progress)
-        part.broken, part.first_broken, part.lost = local.broken, local.first_broken, local.lost
+        part.flaws = local.flaws
     parts = processes.gather(part)
-    broken, first = sum(part.broken for part in parts), next((p.first_broken for p in parts if p.first_broken), "")
-    result = figures_of(parts)
+    flaws, result = sum((each.flaws for each in parts), Flaws()), figures_of(parts)
     if not result.images:
-        which = f"; the first: {first}" if first else ""
-        raise BadData(f"{images}: none of the {broken} images could be read{which}")
-    for line in aside(broken, first, sum((part.lost for part in parts), Counter())):
+        raise flaws.nothing_read(images)
+    for line in flaws.lines():
         listener.say(line)
     if by_chance(result, classes):
         which = "sparse" if result.dense_top1 is None else "dense"
@@ -177,9 +174,7 @@ class Pass:
     sums: dict[str, Logits | Features]  # of each sparse model, by name
     seconds: dict[str, float]  # of each model, the dense one among them
     images: int = 0
-    broken: int = 0
-    first_broken: str = ""
-    lost: Counter[str] = data_field(default_factory=Counter)  # images whose pixels lost something, by what
+    flaws: Flaws = data_field(default_factory=Flaws)
 
 
 @torch.inference_mode()
@@ -231,7 +226,7 @@ def figures_of(passes: Sequence[Pass], name: str = SPARSE) -> Evaluation:
     return replace(
         sums.result(images),
         images=images,
-        broken=sum(each.broken for each in passes),
+        broken=sum(each.flaws.broken for each in passes),
         throughput_sparse=rate(name),
         throughput_dense=rate(DENSE) if DENSE in passes[0].seconds else None,
     )

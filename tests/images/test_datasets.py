@@ -89,7 +89,7 @@ def test_preprocessing_is_the_models_own(model):
 def test_class_folders_are_counted_in_order_of_their_names(tmp_path):
     loader = datasets.labelled(classes(tmp_path, ["cat", "dog", "owl"]), 3, to_tensor, batch_size=4)
     assert pairs(loader) == [(0, 0), (1, 0), (10, 1), (11, 1), (20, 2), (21, 2)]
-    assert loader.total == 6 and loader.broken == 0
+    assert loader.total == 6 and loader.flaws.broken == 0
     images, labels = next(iter(loader))
     assert images.shape == (4, 1, 1, 1) and images.dtype == torch.float32 and labels.dtype == torch.int64
 
@@ -149,7 +149,7 @@ def test_images_beside_class_folders_are_left_out_and_told(tmp_path):
     loader = datasets.labelled(classes(tmp_path, ["cat", "dog"], 1), 2, to_tensor)
     assert pairs(loader) == [(0, 0), (10, 1)]
     assert loader.note == "1 images outside class folders left out"
-    assert loader.total == 2 and loader.broken == 0
+    assert loader.total == 2 and loader.flaws.broken == 0
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "empty class folder", "file", "no tar"])
@@ -185,7 +185,7 @@ def test_broken_images_are_counted_and_not_replaced(tmp_path):
     loader = datasets.labelled(tmp_path, 2, to_tensor, batch_size=2)
     for _ in range(2):  # the second pass counts anew
         assert pairs(loader) == [(0, 0), (1, 0), (10, 1), (11, 1)]
-        assert loader.broken == 2 and "bad.jpg" in loader.first_broken
+        assert loader.flaws.broken == 2 and "bad.jpg" in loader.flaws.first_broken
 
 
 def test_strict_names_the_first_broken_image(tmp_path):
@@ -244,7 +244,7 @@ def test_workers_give_the_same_batches_and_are_gone_afterwards(tmp_path):
     alone = datasets.labelled(folder, 3, to_tensor, batch_size=2)
     loader = datasets.labelled(folder, 3, to_tensor, batch_size=2, workers=2)
     assert pairs(loader) == pairs(alone)
-    assert loader.broken == alone.broken == 1
+    assert loader.flaws.broken == alone.flaws.broken == 1
     assert not multiprocessing.active_children()
 
 
@@ -340,7 +340,7 @@ def test_hub_data_set_is_read_through_its_reader_so_that_broken_images_are_seen(
 
     monkeypatch.setattr(datasets, "create_dataset", lambda *a, **k: types.SimpleNamespace(reader=Reader()))
     loader = datasets.labelled("hfds/x", 10, to_tensor)
-    assert pairs(loader) == [(5, 0)] and loader.broken == 1
+    assert pairs(loader) == [(5, 0)] and loader.flaws.broken == 1
 
 
 @pytest.mark.parametrize("label, said", [(12, "label 12, but the model has 10"), (-1, "without labels")])
@@ -396,4 +396,4 @@ def test_real_photographs_are_mapped_by_wnid(real_data):
     labels = torch.cat([y for _, y in loader])
     folders = sorted(p.name for p in (real_data / "imagenet-sample/val").iterdir())
     assert labels.tolist() == [ORDER.index(name) for name in folders]  # one photograph for each class
-    assert loader.broken == 0 and loader.total == 200
+    assert loader.flaws.broken == 0 and loader.total == 200

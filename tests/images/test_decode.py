@@ -112,7 +112,7 @@ def test_counts_reach_the_loader_with_and_without_workers(tmp_path):
         loader = datasets.labelled(tmp_path, 2, to, 2, workers)
         for _ in range(2):  # each pass counts anew
             assert sum(len(labels) for _, labels in loader) == 5
-            assert loader.lost == {DEEP: 2, TURNED: 1} and loader.broken == 1
-            assert "huge.png" in loader.first_broken and "exceeds limit" in loader.first_broken
+            assert loader.flaws.lost == {DEEP: 2, TURNED: 1} and loader.flaws.broken == 1
+            assert "huge.png" in loader.flaws.first_broken and "exceeds limit" in loader.flaws.first_broken
     with pytest.raises(BadData, match="cannot read a/huge.png"):
         list(datasets.labelled(tmp_path, 2, to, strict=True))

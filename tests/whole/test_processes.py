@@ -13,7 +13,7 @@ from PIL import Image
 import sparsify
 from sparsify import processes
 from sparsify.errors import BadData, SparsifyError
-from sparsify.images.loaders import LabelledBatches, Stream, share
+from sparsify.images.loaders import Flaws, LabelledBatches, Stream, share
 from sparsify.measure import evaluate
 from sparsify.measure.accuracy import Evaluation, Features, Logits
 from sparsify.processes import Compute
@@ -160,7 +160,7 @@ def test_rates_of_processes_add_up_and_those_without_images_count_nothing():
 
     one = evaluate.run_pass({"sparse": Answers()}, [(torch.eye(3), torch.arange(3))], Compute())
     one.seconds = {"sparse": 1.5}
-    empty = evaluate.Pass({"sparse": Logits()}, {"sparse": 0.0}, broken=2)
-    found = evaluate.figures_of([one, empty, replace(one, sums={"sparse": Logits()}, broken=1)])
+    empty = evaluate.Pass({"sparse": Logits()}, {"sparse": 0.0}, flaws=Flaws(2))
+    found = evaluate.figures_of([one, empty, replace(one, sums={"sparse": Logits()}, flaws=Flaws(1))])
     assert (found.throughput_sparse, found.images, found.broken) == (4.0, 6, 3)
     assert evaluate.figures_of([empty]) == Evaluation()

@@ -100,17 +100,8 @@ class Batches:
             problem = f"batch of {batch_size} is larger than the {len(cast(Items, source)):,} images of {name}"
             raise BadData(f"{problem}: choose a smaller batch, or add images")
         self._maker = _Maker(settings, source)
-        self._broken: dict[int, str] = {}
-
-    @property
-    def broken(self) -> int:
-        """Images that could not be read so far, each counted once. The next readable image replaces each."""
-        return len(self._broken)
-
-    @property
-    def first_broken(self) -> str:
-        """Name of the first image that could not be read, and why; '' where all could."""
-        return next(iter(self._broken.values()), "")
+        # images that could not be read so far: name and reason, by number. The next readable image replaces each
+        self.broken: dict[int, str] = {}
 
     def from_step(self, step: int) -> Iterator[list[Batch]]:
         """This process's micro-batches of each optimiser step of the stage from `step` (from 0) on, without end.
@@ -124,7 +115,7 @@ class Batches:
             while True:
                 batches = []
                 for made in islice(all_made, self.slice // self.micro):
-                    self._broken.update(made.broken)
+                    self.broken.update(made.broken)
                     if made.batch is None:
                         raise BadData(f"{self.name}{made.error}")
                     batches.append(made.batch)

@@ -16,9 +16,8 @@ from sparsify.errors import UsageError, field
 from sparsify.fit.calibrate.repair import check_repairable
 from sparsify.fit.finetune import trainable
 from sparsify.fit.finetune.batches import Batches, BatchSettings
-from sparsify.fit.finetune.validation import Labelled
 from sparsify.images import datasets
-from sparsify.images.loaders import Decoded, ImageBatches, Items, Part, Stream, share
+from sparsify.images.loaders import Decoded, ImageBatches, Items, LabelledBatches, LooseBatches, Part, Stream, share
 from sparsify.images.preprocessing import class_names
 from sparsify.images.trainset import TrainSet, WithCrops, trainset
 from sparsify.processes import Compute, Listener
@@ -65,7 +64,7 @@ class Plan:
 
     stages: tuple[PlannedStage, ...]
     images: TrainSet  # what everything is fitted to, calibration included
-    validation: Labelled
+    validation: LabelledBatches  # this process's part
     validated_on: str  # describes the validation images
     note: str  # which of the named images they are, or ''
     warning: str  # of them, or ''
@@ -184,28 +183,27 @@ def _repair_images(
 
 def _validation_images(
     images: TrainSet, data: TrainingData, model: nn.Module, workers: int
-) -> tuple[Labelled, str, str, str]:
+) -> tuple[LabelledBatches, str, str, str]:
     """This process's part of the validation images, a description of all of them, a note and a warning or ''."""
     transform = datasets.transform(datasets.data_config(model))
     if data.val is not None:
         classes = int(cast(Any, model).num_classes)
         every = datasets.labelled(data.val, classes, transform, BATCH, workers, names=class_names(model))
-        labelled = share(every)
         seen = images.fitted(getattr(every.dataset, "items", None))
         warning = (
             f"warning: {seen} of the images to judge by are learnt from: give {field('val')} others" if seen else ""
         )
         described = f"the labelled images of {publishable(data.val)}"
         note = f"{field('val')}: {every.note}" if every.note else ""
-        return lambda: iter(labelled), described, note, warning or _few(every.total, data.val)
+        return share(every), described, note, warning or _few(every.total, data.val)
     if images.stream:
         dataset: Any = Stream(cast(Any, images.held), transform)
         described = f"the first images of {publishable(data.images)}, which nothing learns from"
     else:
         dataset = Decoded(cast(Items, images.held), transform)
         described = f"{len(dataset)} images of {publishable(data.images)} that nothing learns from"
-    held = ImageBatches(dataset, BATCH, workers, name=data.images)
-    return share(held).pairs, described, "", _few(held.total, None)
+    held = LooseBatches(dataset, BATCH, workers, name=data.images)
+    return share(held), described, "", _few(held.total, None)
 
 
 def _few(images: int | None, val: str | None) -> str:

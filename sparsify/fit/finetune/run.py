@@ -24,6 +24,7 @@ from sparsify.fit.finetune.loop import Interrupts, RunContext, StageRun, interru
 from sparsify.fit.finetune.plan import PRECISIONS, Plan, RunOptions
 from sparsify.fit.finetune.saved_state import RunStatus, SavedState
 from sparsify.fit.finetune.validation import ValidationScore, Validator
+from sparsify.images.loaders import Flaws
 from sparsify.nn.folding import unfold
 
 
@@ -55,6 +56,7 @@ def finetune(
         unfold(student)
     validator = Validator(plan.validation, teacher, str(accelerator.device))
     status = RunStatus.of(validator(student), resume)
+    _say(processes.gather(plan.validation.flaws), "images to judge by", options)
     if resume is not None:
         student.load_state_dict(resume.part("student"))
     stopped = ""
@@ -70,6 +72,9 @@ def finetune(
                 status.step, resumed = 0, None
             if stopped := StageRun(context, number).run(resumed):
                 break
+    parts = processes.gather([planned.batches.broken for planned in plan.stages])
+    broken = {number: why for part in parts for stage in part for number, why in stage.items()}
+    _say([Flaws(len(broken), next(iter(broken.values()), ""))], "images to learn from", options)
     if status.best_weights is not None:
         student.load_state_dict(status.best_weights)
     student.requires_grad_(True).eval()
@@ -103,6 +108,12 @@ def _repair(context: RunContext) -> None:
     batches = (x.to(next(student.parameters()).device) for x in images)
     repair(student, context.teacher, batches, settings, report)
     context.validate(student, 0.0, "repaired")
+
+
+def _say(flaws: list[Flaws], what: str, options: RunOptions) -> None:
+    """Tells of images that could not be read, or lost something, in all processes."""
+    for line in sum(flaws, Flaws()).lines():
+        options.listener.say(f"{what}: {line}")
 
 
 def _training_log(plan: Plan, options: RunOptions, resume: SavedState | None) -> Any:

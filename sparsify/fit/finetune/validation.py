@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from sparsify.fit.finetune import losses
 from sparsify.measure.accuracy import Logits, classify
 from sparsify.nn import execution
 
-Labelled = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-"""Gives the images anew at each call, always in the same batches: float32 [B, C, H, W] and labels int64 [B], -1 for none."""
+Labelled = Iterable[tuple[Tensor, Tensor]]
+"""Images in the same batches in each iteration: float32 [B, C, H, W] and labels int64 [B], -1 for none."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Validator:
         logits, error, images, labelled = Logits(), 0.0, 0, False  # error: relative squared error of the output
         model.eval()
         with execution.sparse_form(model):
-            for i, (x, y) in enumerate(self.images()):
+            for i, (x, y) in enumerate(self.images):
                 x = x.to(self.device)
                 if first:
                     self.teacher_outputs.append(self.teacher(x).float().cpu())
