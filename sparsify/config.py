@@ -79,7 +79,7 @@ _PLAIN = {  # pydantic's names of errors
 
 
 def validate(model: type[M], tree: Any, source: str | Callable[[str], str]) -> M:
-    """`model` built from `tree`, or a `UsageError` that says where `tree` comes from and the first thing wrong in it.
+    """`model` built from `tree`, or a `UsageError` that says where `tree` comes from and the innermost thing wrong in it.
 
     `source` stands before the path of the field, or is called with it for what is to stand there instead.
     """
@@ -87,8 +87,7 @@ def validate(model: type[M], tree: Any, source: str | Callable[[str], str]) -> M
         return model.model_validate(tree)
     except ValidationError as error:
         found = [(_path(each["loc"]), each) for each in error.errors(include_url=False)]
-    top = _field(found[0][0])
-    path = max((path for path, _ in found if _field(path)[: len(top)] == top), key=len)  # the furthest of a union
+    path = max((path for path, _ in found), key=len)  # of a union the branch that got furthest
     here = [each for place, each in found if place == path]
     plain = list(dict.fromkeys(_PLAIN[e["type"]].format(**e.get("ctx", {})) for e in here if e["type"] in _PLAIN))
     ways = " or ".join(filter(None, (", ".join(plain[:-1]), *plain[-1:])))
@@ -102,11 +101,6 @@ def validate(model: type[M], tree: Any, source: str | Callable[[str], str]) -> M
 def _path(location: tuple[int | str, ...]) -> tuple[str, ...]:
     """Names and indices of a field's place; pydantic also names the branches of unions."""
     return tuple(str(part) for part in location if isinstance(part, int) or _NAME.fullmatch(part))
-
-
-def _field(path: tuple[str, ...]) -> tuple[str, ...]:
-    """A path without the indices at its end."""
-    return _field(path[:-1]) if path and path[-1].isdecimal() else path
 
 
 class TokenLowrank(Frozen):

@@ -57,7 +57,7 @@ def render(content: Content) -> str:
         version=__version__,
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         tiles=_tiles(content),
-        swept_on="" if sweep is None else _without_folders(sweep.figures.get("data", "")),
+        swept_on="" if sweep is None else words.publishable(str(sweep.figures.get("data", ""))),
         timed_on="" if sweep is None else _timed_on(mapping(sweep.figures.get("conditions"))),
         sweep_picture=None if sweep is None or sweep.picture is None else _uri(sweep.picture, "png"),
         pictures=[_picture(each) for each in content.shown],
@@ -114,11 +114,6 @@ def _timed_on(c: Mapping[str, Any]) -> str:
     parts = [str(c.get("device_name", "")), words.threads(c["threads"]) if c.get("threads") else ""]
     parts += [str(c.get("dtype", "")), f"batch {c['batch_size']}" if c.get("batch_size") else ""]
     return ", ".join(part for part in (*parts, f"{c['runs']} runs in turns" if c.get("runs") else "") if part)
-
-
-def _without_folders(data: Any) -> str:
-    """The last two parts of an absolute path: a page goes to people whom the folders above do not concern."""
-    return "/".join(Path(str(data)).parts[-2:]) if Path(str(data)).is_absolute() else str(data)
 
 
 def _picture(shown: Shown) -> dict[str, Any]:
