@@ -66,6 +66,7 @@ for command in (convert, profile, evaluate, sweep, show, report, push, export, m
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: an expected error is an exit code and one line on stderr, printed by one process of several."""
     given = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    debug = "--debug" in given
     terminal.prepare()
     warnings.filterwarnings("ignore", message="sparse attention is computed by")  # the commands say it themselves
     command = typer.main.get_command(app)
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
             code = command.main(args=given, prog_name="sparsify", standalone_mode=False)
     except SparsifyError as error:
         if processes.main() or not processes.agreed(error):  # otherwise another process prints it
-            _fail(error.for_command_line(), error.exit_code, "--debug" in given)
+            _fail(error.for_command_line(), error.exit_code, debug)
         raise SystemExit(error.exit_code) from None
     except typer.TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
@@ -85,13 +86,9 @@ def main(arguments: list[str] | None = None) -> None:
         code = READER_GONE
     except OSError as error:  # a path that the system refuses, a full disk
         named = f": {error.filename}" if error.filename else ""
-        code = _fail(f"{error.strerror or one_line(error)}{named}", 1, "--debug" in given)
+        code = _fail(f"{error.strerror or one_line(error)}{named}", 1, debug)
     except Exception as error:
-        code = _fail(
-            _outside(error) or f"unexpected {type(error).__name__}: {error} (--debug shows where)",
-            1,
-            "--debug" in given,
-        )
+        code = _fail(_outside(error) or f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1, debug)
     if code == INTERRUPTED and processes.main():  # typer turns Ctrl-C into this code
         _fail("interrupted; nothing half-written is left", INTERRUPTED, False)
     raise SystemExit(code if isinstance(code, int) else 0)

@@ -102,10 +102,11 @@ def convert(
     """
     compute = replace(compute, device=processes.local_device(compute.device))
     processes.start(compute.device)
+    endings = ("report.json", "report.md") if target is None else ("report.json", "report.md", "recipe.yaml")
     with contextlib.ExitStack() as held:
         with processes.agree():
             if processes.main():
-                held.enter_context(reserved(output.path, output.beside("report.json"), output.beside("report.md")))
+                held.enter_context(reserved(output.path, *map(output.beside, endings)))
         return _convert(request, recipe, output, images, target, compute, listener)
 
 

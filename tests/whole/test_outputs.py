@@ -259,3 +259,11 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(run, tmp_pa
     code, out, err = run(*command.split(" "), output)
     assert (code, out) == (1, "") and err.startswith("error: cannot write ") and err.count("\n") == 1, err
     assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("lies", ["a.report.json", "a.report.md", "a.recipe.yaml"])
+def test_what_lies_beside_a_model_is_looked_at_first_too(run, tmp_path, lies):
+    (tmp_path / lies).mkdir()
+    code, out, err = run("convert", "digits", "--calib-images", 2, "--target-macs", 0.7, "-o", "a.safetensors")
+    assert (code, out, err) == (1, "", f"error: cannot write {lies}: it is a folder\n")
+    assert os.listdir(tmp_path) == [lies]
