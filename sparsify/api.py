@@ -23,7 +23,7 @@ from sparsify.jobs.save import save as save_job
 from sparsify.measure.accuracy import Evaluation
 from sparsify.measure.evaluate import evaluate_images, own_compute
 from sparsify.measure.figures import Profile
-from sparsify.measure.latency import Budget
+from sparsify.measure.latency import BUDGET_S, Budget
 from sparsify.measure.profile import profile as profile_model
 from sparsify.models import checkpoint, hub
 from sparsify.models.original import opened
@@ -265,16 +265,17 @@ def profile(model: ModelOrFile, *, dense: ModelOrFile | None = None, **options: 
             module nobody knows whether its weights were changed: say backbone_changed=True or give `dense`.
         batch_size, device, dtype, backend, kernel_precision: of the measurement (`sparsify.processes.Compute`).
         budget_s: about how many seconds to measure for, all models together (10), unless `repeats` says how many rounds.
-        img_size, backbone_changed, measure, repeats, count_as: see `sparsify.measure.profile.profile`.
+        img_size, backbone_changed, measure, count_as: see `sparsify.measure.profile.profile`.
 
     Raises:
         SparsifyError: see `sparsify.measure.profile.profile` and `sparsify.models.original.load_original`.
     """
     sparse, original, changed = _opened(model, dense)
     compute, rest = _split(Compute(), options, ProfileOptions)
-    if (seconds := rest.pop("budget_s", None)) is not None and rest.get("repeats") is None:
-        rest["repeats"] = Budget(seconds)
-    return profile_model(sparse, dense=original, compute=compute, **{"backbone_changed": changed, **rest})
+    budget = Budget(rest.pop("budget_s", BUDGET_S), rest.pop("repeats", None))
+    return profile_model(
+        sparse, dense=original, compute=compute, budget=budget, **{"backbone_changed": changed, **rest}
+    )
 
 
 def evaluate(

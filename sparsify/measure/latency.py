@@ -20,9 +20,10 @@ MIN_ROUNDS = 5
 
 @dataclass(frozen=True)
 class Budget:
-    """Seconds of measuring, all candidates together; at least `MIN_ROUNDS` rounds."""
+    """How long to measure: as `interleaved`."""
 
     seconds: float = BUDGET_S
+    rounds: int | None = None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def profile(
     backbone_changed: bool = False,
     measure: bool = True,
     compute: Compute = Compute(),
-    repeats: int | latency.Budget | None = None,
+    budget: latency.Budget = latency.Budget(),
     count_as: str = "product",
 ) -> Profile:
     """Count and, unless `measure=False`, measure a sparse model beside its dense original. Both models are left as they are.
@@ -46,7 +46,7 @@ def profile(
             dense twin.
         compute: of the measurement; batch_size: images per measured batch (1), MACs are always per image; workers and
             micro_batch have no effect.
-        repeats: rounds to time, or as many as fit in a budget; None: `latency.Budget()`.
+        budget: how long to measure.
         count_as: one of `ACCOUNTINGS`; paper: also MHSA by the authors' accounting (`sparsify.measure.paper`).
 
     Example:
@@ -61,13 +61,13 @@ def profile(
         (8780800, 201728, 4942336, 7727104)
 
     Raises:
-        UsageError: a value of `compute`, `repeats` or `count_as` that is unknown, too small or cannot be used here; an
+        UsageError: a value of `compute`, `budget` or `count_as` that is unknown, too small or cannot be used here; an
             image size that the model cannot take; a dense model that cannot be compared with it.
         SparsifyError: not a sparse model; or the two counts of MACs differ, which is a bug.
     """
     check_sparse(model)
     attention = list(attention_modules(model))
-    _check(compute, repeats, count_as)
+    _check(compute, budget, count_as)
     execution = Execution(compute.backend, compute.kernel_precision)
     check_execution(execution, compute.torch_device, compute.torch_dtype, hosts.biased(model))
     image = _image(model, img_size)
@@ -92,7 +92,7 @@ def profile(
         images = torch.randn(compute.batch_size or 1, *image, generator=generator)  # (B, C, H, W)
         images = images.to(compute.torch_device, compute.torch_dtype)
         choices = paths.taken(models["auto"], images)
-        measured = _measure(models, images, repeats)
+        measured = _measure(models, images, budget)
         backend = backends.describe(backend, compute.kernel_precision, images.device, images.dtype, hosts.biased(model))
         known = {"batch_size": len(images), "device": str(images.device), "runs": measured.sparse.runs}
         circumstances |= conditions(PROFILE, compute, **known)
@@ -116,10 +116,10 @@ def profile(
     )
 
 
-def _check(compute: Compute, repeats: int | latency.Budget | None, count_as: str) -> None:
+def _check(compute: Compute, budget: latency.Budget, count_as: str) -> None:
     """Raise `UsageError` where an option cannot be understood, or the device cannot be used."""
-    if isinstance(repeats, int) and repeats < 1:
-        raise UsageError(f"repeats {repeats}: expected 1 or more")
+    if budget.rounds is not None and budget.rounds < 1:
+        raise UsageError(f"repeats {budget.rounds}: expected 1 or more")
     if compute.dtype not in DTYPES:
         raise UsageError(f"dtype '{compute.dtype}': expected one of {', '.join(DTYPES)}")
     _ = compute.torch_device  # refuses what is unknown
@@ -191,11 +191,10 @@ def _timed(model: nn.Module, dense: nn.Module | None, backbone_changed: bool, co
     return models if beside is None else {"dense": beside, **models}
 
 
-def _measure(models: Mapping[str, nn.Module], images: torch.Tensor, repeats: int | latency.Budget | None) -> Measured:
+def _measure(models: Mapping[str, nn.Module], images: torch.Tensor, budget: latency.Budget) -> Measured:
     candidates: dict[str, Callable[[], object]] = {name: partial(model, images) for name, model in models.items()}
     wait = partial(torch.cuda.synchronize, images.device) if images.device.type == "cuda" else lambda: None
     dense_memory = latency.peak_memory(models["dense"], images) if "dense" in models else None
     memory = latency.peak_memory(models["sparse"], images)
-    rounds, budget = (repeats, latency.Budget()) if isinstance(repeats, int) else (None, repeats or latency.Budget())
-    times = latency.interleaved(candidates, rounds=rounds, budget_s=budget.seconds, synchronize=wait)
+    times = latency.interleaved(candidates, rounds=budget.rounds, budget_s=budget.seconds, synchronize=wait)
     return Measured(times.get("dense"), times["sparse"], times["auto"], dense_memory, memory)

@@ -23,7 +23,7 @@ from sparsify.errors import BadFile, SparsifyError, UsageError
 from sparsify.files.outputs import write_json, write_text
 from sparsify.measure import latency
 from sparsify.measure.figures import Profile
-from sparsify.measure.latency import Timing
+from sparsify.measure.latency import Budget, Timing
 from sparsify.measure.profile import profile
 from sparsify.nn import graft
 from sparsify.ops import auto, backends, remembered
@@ -54,7 +54,7 @@ def small(config: SparsityConfig | None = None, **options) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def found() -> Profile:
-    return profile(small(), compute=Compute(batch_size=3), repeats=3)
+    return profile(small(), compute=Compute(batch_size=3), budget=Budget(rounds=3))
 
 
 def timed(p: Profile, dense: tuple[float, float, float], sparse: tuple[float, float, float]) -> Profile:
@@ -159,7 +159,7 @@ def test_tree_on_screen_joins_blocks_that_are_alike():
 def test_profile_changes_nothing():
     model = small().train()
     before = {name: (t.data_ptr(), t.dtype) for name, t in model.state_dict().items()}
-    assert profile(model, compute=Compute(dtype="bfloat16"), repeats=1).conditions["dtype"] == "bfloat16"
+    assert profile(model, compute=Compute(dtype="bfloat16"), budget=Budget(rounds=1)).conditions["dtype"] == "bfloat16"
     assert {name: (t.data_ptr(), t.dtype) for name, t in model.state_dict().items()} == before
     assert all(m.training for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
@@ -183,6 +183,14 @@ def test_profile_changes_nothing():
 def test_bad_options_are_usage_errors(options, message):
     with pytest.raises(UsageError, match=message):
         sparsify.profile(small(), **options)
+
+
+@pytest.mark.parametrize(
+    "options, rounds",
+    [({"repeats": 2}, 2), ({"budget_s": 0.0}, latency.MIN_ROUNDS), ({"budget_s": 9.0, "repeats": 2}, 2)],
+)
+def test_how_long_is_measured_is_said_in_rounds_or_in_seconds(options, rounds):
+    assert sparsify.profile(small(), **options).conditions["runs"] == rounds
 
 
 def test_dense_model_is_refused():
@@ -266,7 +274,7 @@ def test_peak_memory_by_hand(capfd):
 
 def test_peak_memory_sees_inside_the_op():
     model = small(img_size=128)  # N = 257: the reference writes all scores, 2 heads of 257 x 257
-    found = profile(model, compute=Compute(backend="reference"), repeats=1).measured
+    found = profile(model, compute=Compute(backend="reference"), budget=Budget(rounds=1)).measured
     assert found.peak_memory_sparse - found.peak_memory_dense > 4 * 2 * 257 * 257
 
 
@@ -284,7 +292,9 @@ def fake_race(monkeypatch, **ms: float) -> None:
 def test_auto_takes_dense_attention_where_it_is_faster_and_says_so(monkeypatch):
     fake_race(monkeypatch, reference=0.42, sdpa=0.31)
     found = profile(
-        small(SparsityConfig(keep=(0.25, 0.5, 0.25), rank=4, cells=(2, 2))), repeats=9, compute=Compute(batch_size=2)
+        small(SparsityConfig(keep=(0.25, 0.5, 0.25), rank=4, cells=(2, 2))),
+        budget=Budget(rounds=9),
+        compute=Compute(batch_size=2),
     )
     assert found.backend == "reference (no compiler)"
     assert [choice["blocks"] for choice in found.choices] == [[0, 2], [1]]
@@ -300,7 +310,7 @@ def test_auto_takes_dense_attention_where_it_is_faster_and_says_so(monkeypatch):
 @pytest.mark.parametrize("changed", [False, True])
 def test_no_dense_fallback_where_the_backbone_was_changed(changed, monkeypatch):
     fake_race(monkeypatch, reference=0.42, sdpa=0.31)
-    found = profile(small(), repeats=1, backbone_changed=changed)
+    found = profile(small(), budget=Budget(rounds=1), backbone_changed=changed)
     assert [choice["taken"] for choice in found.choices] == ["reference" if changed else "sdpa"]
     if changed:
         assert found.choices[0]["ms"] == {}
@@ -311,7 +321,7 @@ def test_dense_blocks_and_blocks_of_prefix_rows_alone_are_no_choice(monkeypatch)
     fake_race(monkeypatch, reference=0.42, sdpa=0.31)
     tokens = Tokens(way="merge", keep=(0.5, 1.0, 0.0))
     model = small(SparsityConfig(keep=("dense", 0.5, 0.5), rank=4, cells=(2, 2), tokens=tokens))
-    found = profile(model, repeats=1)
+    found = profile(model, budget=Budget(rounds=1))
     assert [(choice["blocks"], choice["taken"]) for choice in found.choices] == [
         ([0], "sdpa"),
         ([1], "sdpa"),
@@ -385,8 +395,8 @@ def test_nothing_measured_says_so():
 @pytest.mark.parametrize("count_as", ["product", "paper"])
 def test_without_a_dense_model_a_dash_stands_for_every_dense_figure_and_change(count_as, monkeypatch):
     fake_race(monkeypatch, reference=0.42, sdpa=0.31)
-    p = profile(small(), repeats=1, backbone_changed=True, count_as=count_as)
-    with_dense = dataclasses.replace(profile(small(), repeats=1, count_as=count_as), stage_macs=7)
+    p = profile(small(), budget=Budget(rounds=1), backbone_changed=True, count_as=count_as)
+    with_dense = dataclasses.replace(profile(small(), budget=Budget(rounds=1), count_as=count_as), stage_macs=7)
     p = dataclasses.replace(p, stage_macs=7)
     for rows in (report.headline, report.measured):
         assert [(row[0], row[1], row[3]) for row in rows(p)] == [(row[0], "–", "–") for row in rows(with_dense)]
