@@ -103,9 +103,7 @@ def sweep(
     set_execution(base, execution)
     dense = graft.dense_twin(base)
     sparse = {choice.name: graft.applied(base, choice.config) for choice in choices}
-    evaluations = evaluate.compare(
-        dense, sparse, shown, labelled, compute, lambda done: progress("eval", done, shown.total)
-    )
+    evaluations = evaluate.compare(dense, sparse, shown, compute, lambda done: progress("eval", done, shown.total))
     for line in shown.flaws.lines():
         say(line)
     if nonfinite := max(e.nonfinite for e in evaluations.values()):

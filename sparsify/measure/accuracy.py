@@ -57,7 +57,7 @@ class Evaluation:
 
 
 class Logits:
-    """Sums over logits [B, classes]; without dense ones only the sparse model's own figures.
+    """Sums over logits [B, classes]; without dense ones only the sparse model's own figures, without labels no accuracy.
 
     Of one output, a binary head's or a regression's, there are no classes: only how near it is to the dense one.
     """
@@ -80,18 +80,14 @@ class Logits:
             self.moments += torch.stack([x.sum() for x in (d, s, d * d, s * s, d * s)])
         if self.single:
             return
-        s, s5 = _right(sparse, y)
-        images = {"top1": s, "top5": s5}
+        images = {}
+        if labelled(y):
+            images["top1"], images["top5"] = s, _ = _right(sparse, y)
+            if dense is not None:
+                images["dense_top1"], images["dense_top5"] = d, _ = _right(dense, y)
+                images |= {"images_lost": d & ~s, "images_gained": s & ~d}
         if dense is not None:
-            d, d5 = _right(dense, y)
-            same = (dense.argmax(1) == sparse.argmax(1)) & finite
-            images |= {
-                "dense_top1": d,
-                "dense_top5": d5,
-                "agreement": same,
-                "images_lost": d & ~s,
-                "images_gained": s & ~d,
-            }
+            images["agreement"] = (dense.argmax(1) == sparse.argmax(1)) & finite
             self.kl += float(kl_terms(dense, sparse).sum())
         self.counts.update({name: int(which.sum()) for name, which in images.items()})
 
@@ -158,12 +154,13 @@ class Features:
 
     def result(self, n: int) -> Evaluation:
         y = torch.cat(self.labels)
-        alone = Evaluation(knn_top1=knn(torch.cat(self.pooled["sparse"]), y), nonfinite=self.nonfinite)
+        nearest = {name: knn(torch.cat(pooled), y) for name, pooled in self.pooled.items() if pooled and labelled(y)}
+        alone = Evaluation(knn_top1=nearest.get("sparse"), nonfinite=self.nonfinite)
         if not self.pooled["dense"]:
             return alone
         names = ("cosine_pooled", "rel_error_pooled", "cosine_patch", "rel_error_patch")
         figures = dict(zip(names, map(_known, (self.sums / n).tolist()), strict=True))
-        return replace(alone, **cast(Any, figures), dense_knn_top1=knn(torch.cat(self.pooled["dense"]), y))
+        return replace(alone, **cast(Any, figures), dense_knn_top1=nearest.get("dense"))
 
 
 def kl_terms(dense: Tensor, sparse: Tensor) -> Tensor:
@@ -217,6 +214,11 @@ def knn(features: Tensor, labels: Tensor, k: int = NEIGHBOURS) -> float | None:
         votes = torch.zeros(len(rows), len(classes)).scatter_add_(1, index[best.indices], best.values.clamp_min(0))
         right += int(((votes.argmax(1) == index[rows]) & finite[rows]).sum())
     return 100 * right / n
+
+
+def labelled(y: Tensor) -> bool:
+    """Whether any of the images with labels y [B], -1 for none, has one."""
+    return bool((y >= 0).any())
 
 
 def _right(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

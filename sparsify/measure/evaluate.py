@@ -116,6 +116,7 @@ def evaluate_images(
         img_size=int(config["input_size"][-1]),
         crop_pct=float(config["crop_pct"]),
         interpolation=config["interpolation"],
+        **cast(Any, rates_of(parts)),
     )
 
 
@@ -137,7 +138,9 @@ def evaluate(
     """
     compute = compute or own_compute(sparse)
     with sparse_form(sparse, compute.backend, compute.kernel_precision):
-        return figures_of([run_pass(_named(sparse, dense), batches, compute)])
+        passes = [run_pass(_named(sparse, dense), batches, compute)]
+    result = figures_of(passes)
+    return replace(result, **cast(Any, rates_of(passes))) if result.images else result
 
 
 def own_compute(model: nn.Module) -> Compute:
@@ -150,7 +153,6 @@ def compare(
     dense: nn.Module,
     sparse: Mapping[str, nn.Module],
     batches: Batches,
-    labelled: bool,
     compute: Compute,
     progress: Callable[[int], None],
 ) -> dict[str, Evaluation]:
@@ -158,13 +160,10 @@ def compare(
 
     Raises `SparsifyError` if there are no images.
     """
-    unknown = ["throughput_sparse", "throughput_dense"]
-    if not labelled:
-        unknown += "top1 top5 dense_top1 dense_top5 images_lost images_gained knn_top1 dense_knn_top1".split()
     summed = run_pass({DENSE: dense, **sparse}, batches, compute, progress)
     if not summed.images:
         raise SparsifyError("there are no images to evaluate on")
-    return {name: replace(figures_of([summed], name), **cast(Any, dict.fromkeys(unknown))) for name in sparse}
+    return {name: figures_of([summed], name) for name in sparse}
 
 
 @dataclass
@@ -212,24 +211,20 @@ def run_pass(
 
 
 def figures_of(passes: Sequence[Pass], name: str = SPARSE) -> Evaluation:
-    """The figures of a sparse model over the images of all passes; throughput is the sum of theirs."""
+    """The figures of a sparse model over the images of all passes, without throughput."""
     images = sum(each.images for each in passes)
     if not images:
         return Evaluation()
     sums = cast(Any, passes[0].sums[name])
     for other in passes[1:]:
         sums.merge(other.sums[name])
+    return replace(sums.result(images), images=images, broken=sum(each.flaws.broken for each in passes))
 
-    def rate(model: str) -> float | None:
-        return sum(each.images / each.seconds[model] for each in passes if each.images)
 
-    return replace(
-        sums.result(images),
-        images=images,
-        broken=sum(each.flaws.broken for each in passes),
-        throughput_sparse=rate(name),
-        throughput_dense=rate(DENSE) if DENSE in passes[0].seconds else None,
-    )
+def rates_of(passes: Sequence[Pass]) -> dict[str, float]:
+    """Images per second of a sparse model and of its dense original, the sums of all passes."""
+    models = {f"throughput_{name}": name for name in passes[0].seconds}
+    return {key: sum(p.images / p.seconds[name] for p in passes if p.images) for key, name in models.items()}
 
 
 def _named(sparse: nn.Module, dense: nn.Module | None) -> dict[str, nn.Module]:

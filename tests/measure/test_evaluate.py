@@ -11,7 +11,7 @@ from torch import nn
 from helpers.families import build
 from sparsify.config import SparsityConfig
 from sparsify.images import datasets
-from sparsify.measure.accuracy import knn
+from sparsify.measure.accuracy import Features, knn
 from sparsify.measure.evaluate import evaluate, evaluate_images
 from sparsify.nn import graft
 from sparsify.processes import Compute, Listener
@@ -49,6 +49,20 @@ def test_batches_do_not_change_the_figures():
     many = evaluate(noisy, Answers(), zip(x.split(2), y.split(2), strict=True))
     assert (one.top1, one.agreement, one.images_lost) == (many.top1, many.agreement, many.images_lost)
     assert one.kl == pytest.approx(many.kl)
+
+
+def test_images_without_labels_have_no_accuracy():
+    x, none = torch.eye(3), torch.full((3,), -1)
+    flip = nn.Module()
+    flip.forward = lambda x: x[:, [1, 0, 2]]
+    e = evaluate(flip, Answers(), [(x, none)])
+    assert e.agreement == pytest.approx(100 / 3) and e.kl > 0 and e.images == 3
+    assert {e.top1, e.top5, e.dense_top1, e.dense_top5, e.images_lost, e.images_gained} == {None}
+    features, tokens = torch.randn(3, 4), torch.randn(3, 2, 4)
+    sums = Features(0)
+    sums.add((features, tokens), (features, tokens), none)
+    alike = sums.result(3)
+    assert (alike.knn_top1, alike.dense_knn_top1) == (None, None) and alike.cosine_patch == pytest.approx(1)
 
 
 def test_nearest_neighbours_leave_the_image_itself_out():

@@ -161,6 +161,7 @@ def test_rates_of_processes_add_up_and_those_without_images_count_nothing():
     one = evaluate.run_pass({"sparse": Answers()}, [(torch.eye(3), torch.arange(3))], Compute())
     one.seconds = {"sparse": 1.5}
     empty = evaluate.Pass({"sparse": Logits()}, {"sparse": 0.0}, flaws=Flaws(2))
-    found = evaluate.figures_of([one, empty, replace(one, sums={"sparse": Logits()}, flaws=Flaws(1))])
-    assert (found.throughput_sparse, found.images, found.broken) == (4.0, 6, 3)
+    passes = [one, empty, replace(one, sums={"sparse": Logits()}, flaws=Flaws(1))]
+    found = evaluate.figures_of(passes)
+    assert (evaluate.rates_of(passes), found.images, found.broken) == ({"throughput_sparse": 4.0}, 6, 3)
     assert evaluate.figures_of([empty]) == Evaluation()

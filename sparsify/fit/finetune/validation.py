@@ -69,7 +69,7 @@ class Validator:
     def __call__(self, model: nn.Module) -> ValidationScore:
         """The score of a sparse model in its sparse form. Its training mode is restored."""
         training, first = model.training, not self.teacher_outputs
-        logits, error, images, labelled = Logits(), 0.0, 0, False  # error: relative squared error of the output
+        logits, error, images = Logits(), 0.0, 0  # error: relative squared error of pooled features
         model.eval()
         with execution.sparse_form(model):
             for i, (x, y) in enumerate(self.images):
@@ -79,16 +79,16 @@ class Validator:
                 teacher, student = self.teacher_outputs[i], model(x).float().cpu()
                 if getattr(model, "num_classes", 0):
                     logits.add(teacher, student, y)
-                error += len(x) * float(losses.pooled(teacher, student))
+                else:
+                    error += len(x) * float(losses.pooled(teacher, student))
                 images += len(x)
-                labelled |= bool((y >= 0).any())
         model.train(training)
         classified = first and any(map(classify, self.teacher_outputs))
-        return self._score(processes.gather((logits, error, images, labelled, classified)), first)
+        return self._score(processes.gather((logits, error, images, classified)), first)
 
-    def _score(self, parts: list[tuple[Logits, float, int, bool, bool]], first: bool) -> ValidationScore:
+    def _score(self, parts: list[tuple[Logits, float, int, bool]], first: bool) -> ValidationScore:
         """The score over the images of all processes, from the sums of each."""
-        (logits, *others), errors, counts, labelled, classified = zip(*parts, strict=True)
+        (logits, *others), errors, counts, classified = zip(*parts, strict=True)
         for other in others:
             logits.merge(other)
         images = sum(counts)
@@ -97,9 +97,8 @@ class Validator:
         result, (error, size) = logits.result(images), logits.squares
         if first and not any(classified) and size:
             self.scale = size / images
-        top1 = result.top1 if any(labelled) else None
         if result.nonfinite:
-            return ValidationScore(math.nan, result.agreement, top1, images)
+            return ValidationScore(math.nan, result.agreement, result.top1, images)
         if self.scale is not None:
-            return ValidationScore(error / size, None, top1, images)
-        return ValidationScore(math.nan if result.kl is None else result.kl, result.agreement, top1, images)
+            return ValidationScore(error / size, None, result.top1, images)
+        return ValidationScore(math.nan if result.kl is None else result.kl, result.agreement, result.top1, images)
