@@ -75,6 +75,7 @@ def reserved(*paths: str | Path | None) -> Iterator[None]:
                 advice = f"wait until it is done, or choose another {field('output')}"
                 raise BadFile(f"another process is making {path}: {advice}") from None
             except OSError:  # a file system without locks
+                Path(name).unlink(missing_ok=True)
                 continue
             held.callback(lock.release)
             held.callback(Path(name).unlink, missing_ok=True)  # before it is released

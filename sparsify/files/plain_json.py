@@ -11,12 +11,20 @@ from typing import Any
 from sparsify.errors import BadFile, one_line
 
 
+def from_json(text: str | bytes, **options: Any) -> Any:
+    """What JSON text holds, by `json.loads`; `ValueError` also where it is nested too deep for that."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file that a command wrote; `BadFile`: missing, not JSON, or JSON of another type."""
     if not path.exists():
         raise BadFile(f"no file {path}")
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadFile(f"{path} cannot be read as JSON: {one_line(error, 100)}") from None
     if not isinstance(tree, dict):

@@ -4,7 +4,6 @@ paths in UTF-8 only."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from sparsify.files.plain_json import from_json
 
 MOST_HEADER = 16 << 20  # bytes
 DTYPES = {"F32": torch.float32, "F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
@@ -71,12 +72,12 @@ def _header(file: IO[bytes], size: int) -> tuple[dict[str, str], dict[str, Entry
     if not 2 <= length <= min(size - 8, MOST_HEADER):
         raise NotWhole("the length of its header is impossible")
     try:
-        tree = json.loads(file.read(length))
+        tree = from_json(file.read(length))
         metadata = tree.pop("__metadata__", {})
         if not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError
         found = sorted(((*_entry(name, about), name) for name, about in tree.items()), key=lambda each: each[:2])
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise NotWhole("its header cannot be read") from None
     end, entries = 0, {}
     for start, stop, dtype, shape, name in found:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, cast
 from torch import nn
 
 from sparsify.errors import BadFile, UsageError, field, one_line
+from sparsify.files.plain_json import from_json
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # timm's names
 LARGEST_MAP = 2**24  # bytes
@@ -81,7 +81,7 @@ def read_class_map(path: str | Path) -> tuple[str, ...]:
             raise ValueError("too large")
         text = Path(path).read_text(encoding="utf-8-sig")
         is_json = Path(path).suffix.lower() == ".json"
-        found = json.loads(text) if is_json else [line.strip() for line in text.rstrip().splitlines()]
+        found = from_json(text) if is_json else [line.strip() for line in text.rstrip().splitlines()]
         if isinstance(found, dict):
             if sorted(found.values()) != list(range(len(found))):
                 raise ValueError("the numbers are not 0, 1, 2, ...")
@@ -91,5 +91,5 @@ def read_class_map(path: str | Path) -> tuple[str, ...]:
         if not found or len(set(found)) != len(found):
             raise ValueError("a class twice" if found else "no classes")
         return tuple(found)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise BadFile(f"{path} is no class map ({one_line(error, 100)}): {expected}") from None

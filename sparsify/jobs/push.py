@@ -15,7 +15,7 @@ from typing import Any
 
 from sparsify.errors import BadFile, SparsifyError, UsageError, field, one_line
 from sparsify.files.outputs import whole, write_all
-from sparsify.files.plain_json import to_json
+from sparsify.files.plain_json import from_json, to_json
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint, hub, provenance
 from sparsify.models.hub import ARCHITECTURE
@@ -175,7 +175,7 @@ def _may_push(api: Any, made: Package, private: bool, revision: str | None, forc
 def _described(repo: str, revision: str | None) -> tuple[str, int] | None:
     file = hub.fetch(repo + (f"@{revision}" if revision else ""), hub.CONFIG)
     try:
-        return _identity(json.loads(file.read_text(encoding="utf-8")))
+        return _identity(from_json(file.read_text(encoding="utf-8")))
     except ValueError:
         return None
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from sparsify.errors import BadFile, one_line
+from sparsify.files.plain_json import from_json
 
 SAFETENSORS, TORCH = "safetensors", "torch"
 _TORCH = (b"PK\x03\x04", b"\x80\x02\x8a")  # its archive, and its older form
@@ -54,6 +54,6 @@ def of(path: Path) -> str:
 
 def _is_index(path: Path) -> bool:
     try:
-        return "weight_map" in json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return "weight_map" in from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import math
 import operator
 import types
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from sparsify.config import SparsityConfig, validate
 from sparsify.errors import UsageError
+from sparsify.files.plain_json import from_json
 
 FORMAT = 1
 JSON_KEYS = ("architecture", "config", "provenance", "report")
@@ -176,9 +176,9 @@ def _tuples(tree: Any) -> Any:
 def _json(key: str, text: str) -> dict[str, Any]:
     """A JSON object of bounded depth, with numbers of bounded length, and text that can be encoded."""
     try:
-        tree = json.loads(text, parse_int=_short(int), parse_float=_short(float))
+        tree = from_json(text, parse_int=_short(int), parse_float=_short(float))
         _bound(tree, MOST_DEPTH)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UsageError(f"{key}: {error if isinstance(error, _Unreadable) else 'not JSON'}") from None
     if not isinstance(tree, dict):
         raise UsageError(f"{key}: an object of JSON is expected")

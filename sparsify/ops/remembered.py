@@ -18,6 +18,7 @@ import torch
 
 from sparsify.errors import BadFile
 from sparsify.files.outputs import write_json
+from sparsify.files.plain_json import from_json
 from sparsify.ops import backends
 from sparsify.ops.backends import device_name
 from sparsify.ops.cpu import build, kernels
@@ -53,8 +54,8 @@ def read(path: Path | None) -> dict[str, Any]:
     try:
         if path is None or not path.is_file() or path.stat().st_size > LARGEST:
             return {}
-        choices = json.loads(path.read_text(encoding="utf-8"))["choices"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        choices = from_json(path.read_text(encoding="utf-8"))["choices"]
+    except (OSError, ValueError, TypeError, KeyError):
         return {}
     return choices if isinstance(choices, dict) else {}
 

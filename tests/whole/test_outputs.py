@@ -1,6 +1,8 @@
 """Outputs: what lies at their path stays what it is, what cannot be written is refused first, and kills leave nothing."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import signal
 import stat
@@ -179,6 +181,30 @@ def test_what_is_no_leftover_of_ours_stays(tmp_path):
     (tmp_path / f"{locks.SCRATCH}link").symlink_to("elsewhere")
     outputs.write_text(tmp_path / "out", "x")
     assert len(os.listdir(tmp_path)) == 4 and not os.listdir(tmp_path / "elsewhere")
+
+
+def test_what_another_user_left_stays(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("files are given away by root")
+    left = tmp_path / f"{locks.SCRATCH}left"
+    left.mkdir()
+    os.chown(left, 12345, 54321)
+    outputs.write_text(tmp_path / "out", "x")
+    assert sorted(os.listdir(tmp_path)) == [left.name, "out"]
+
+
+def test_without_locks_files_are_written_all_the_same(tmp_path, monkeypatch):
+    """As on some network file systems."""
+
+    def refuse(*given):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / f"{locks.SCRATCH}left").mkdir()  # nobody knows whether its process lives
+    with locks.reserved(tmp_path / "out"):
+        outputs.write_text(tmp_path / "out", "x")
+    assert (tmp_path / "out").read_text() == "x"
+    assert sorted(os.listdir(tmp_path)) == [".sparsify-left", "out"]
 
 
 # who writes

@@ -21,6 +21,7 @@ from sparsify.errors import BadFile, UsageError, field, one_line
 from sparsify.files.destinations import check_folder
 from sparsify.files.locks import scratch
 from sparsify.files.outputs import write_all
+from sparsify.files.plain_json import from_json
 from sparsify.fit.finetune import saved_state
 from sparsify.fit.finetune.saved_state import SavedState
 
@@ -98,7 +99,7 @@ class RunFolder:
     def _identity(self) -> Any:
         """Of the run that lies here."""
         try:
-            return json.loads(self.facts.read_text(encoding="utf-8"))
+            return from_json(self.facts.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             problem = f"{self.facts} cannot be read ({one_line(error)})"
             raise BadFile(f"{problem}: start anew with {field('force')}") from None

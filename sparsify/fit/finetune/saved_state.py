@@ -5,7 +5,6 @@ Random numbers of a step depend on the seed and the step alone, so no generator 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import BadFile, field, one_line
 from sparsify.files.outputs import whole
-from sparsify.files.plain_json import to_json
+from sparsify.files.plain_json import from_json, to_json
 from sparsify.files.tensors import opened
 from sparsify.fit.finetune.validation import ValidationScore
 
@@ -96,7 +95,7 @@ def load(path: Path) -> SavedState:
             meta, tensors = file.metadata, {name: file.read(name) for name in file.entries}
         if meta.get("run") != FORMAT:
             raise ValueError("another format")
-        return SavedState(tensors, json.loads(meta["facts"]))
+        return SavedState(tensors, from_json(meta["facts"]))
     except (OSError, KeyError, ValueError) as error:
         raise BadFile(f"{path} is no saved run ({one_line(error)}): start anew with {field('force')}") from None
 
