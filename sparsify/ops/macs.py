@@ -9,8 +9,7 @@ masks them, a compiled kernel does not. Sums, softmax, exp, top-k and elementwis
     tail        logits and values of the cells, and the assignments of `clusters`
 
 `HANDLES` has them in the form that fvcore's `set_op_handle` takes; torch's `FlopCounterMode` sees two flops for each once
-this module is imported. `sparsify.measure.analytic` counts the same things
-without this file, so that the two can disagree.
+this module is imported. `sparsify.measure.analytic` counts the same things without this file, so that the two can disagree.
 """
 
 from __future__ import annotations
@@ -82,22 +81,22 @@ def _dense_handle(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
 
 
 def _sparse_handle(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    q, _, _, row, _, features, _, _, _, place, _ = inputs[:TENSORS]
-    _, ranks, predictor, *spec, _, _ = (_constant(v) for v in inputs[TENSORS:])
-    shape, products = q.type().sizes(), sum(ranks)
-    compared = shape[1] * features.type().sizes()[-1] if features.isCompleteTensor() else products
-    shared = 0 if row.isCompleteTensor() else products
-    return sparse_macs(shape, predictor, shared, compared, Spec(*spec), place.isCompleteTensor())
+    shapes = [v.type().sizes() if v.isCompleteTensor() else None for v in inputs[:TENSORS]]
+    return _of_call(shapes, [_constant(v) for v in inputs[TENSORS:]])
 
 
 @register_flop_formula(torch.ops.sparsify.sparse_attention)
 def _flops(*arguments: Any, out_shape: Any = None, **_: Any) -> int:
-    """Of one call, whose tensors are given by their shapes."""
-    q, _, _, row, _, features, _, _, _, place, _ = arguments[:TENSORS]
-    _, ranks, predictor, *spec = arguments[TENSORS : TENSORS + 10]
-    compared = q[1] * features[-1] if features is not None else sum(ranks)
+    return 2 * sum(_of_call(arguments[:TENSORS], arguments[TENSORS:]).values())
+
+
+def _of_call(shapes: Sequence[Any], constants: Sequence[Any]) -> Counter[str]:
+    """`sparse_macs` of the op's arguments: shapes of its tensors, None for one that is not given, and its constants."""
+    q, _, _, row, _, features, _, _, _, place, _ = shapes
+    _, ranks, predictor, *spec = constants[: 3 + len(Spec._fields)]  # without backend and precision
+    compared = sum(ranks) if features is None else q[1] * features[-1]
     shared = sum(ranks) if row is None else 0
-    return 2 * sum(sparse_macs(q, predictor, shared, compared, Spec(*spec), place is not None).values())
+    return sparse_macs(q, predictor, shared, compared, Spec(*spec), place is not None)
 
 
 def _constant(value: Any) -> Any:
