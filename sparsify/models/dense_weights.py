@@ -59,18 +59,17 @@ def read_checkpoint(path: Path, ema: bool | None = None) -> Checkpoint:
     if not os.path.isfile(path):
         raise BadFile(f"weights file {path} " + ("is a folder" if os.path.isdir(path) else "does not exist"))
     content = _content(path)
-    averages = [key for key in _AVERAGED if isinstance(content, dict) and isinstance(content.get(key), dict)]
-    if ema and not averages:
+    tree = content if isinstance(content, dict) else {}
+    wrapped = {key: tree[key] for key in (*_AVERAGED, *_LAST) if isinstance(tree.get(key), dict)}
+    has_average = not wrapped.keys().isdisjoint(_AVERAGED)
+    if ema and not has_average:
         raise BadFile(f"{path} has no averaged weights ({' or '.join(_AVERAGED)}): leave {field('ema')} out")
-    averaged = ema is not False and bool(averages)
-    for wrapper in averages if averaged else _LAST:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            break
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    averaged = has_average and ema is not False
+    tensors = next((wrapped[key] for key in (_AVERAGED if averaged else _LAST) if key in wrapped), tree)
+    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise BadFile(f"{path} holds no state dict: a mapping from names to tensors is expected")
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in content.items()}
-    return Checkpoint(path, state, averaged if averages else None)
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in tensors.items()}
+    return Checkpoint(path, state, averaged if has_average else None)
 
 
 def _content(path: Path) -> Any:
