@@ -81,7 +81,7 @@ def note(model: nn.Module, source: Source) -> str:
 
 
 def describe(model: nn.Module, source: Source) -> dict[str, Any]:
-    """JSON-able `architecture`, `model_args` and `pretrained_cfg` (preprocessing, licence, classifier) for `rebuild`.
+    """JSON-able `architecture`, `model_args` and `pretrained_cfg` (preprocessing, licence, classifier) for `described`.
 
     Where weights came from (URLs, local paths) is left out: it would go stale, or tell about the user's machine.
     """

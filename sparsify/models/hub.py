@@ -37,8 +37,8 @@ def local(name: str | Path) -> Path:
         return Path(text.removeprefix("local-dir:")) / WEIGHTS
     if text.startswith(SCHEMES):
         return fetch(text.partition(":")[2])
-    is_name = isinstance(name, str) and _NAME.fullmatch(text) and not text.endswith((*CHECKPOINTS, ".json", ".yaml"))
-    return fetch(text) if is_name and not os.path.exists(name) else Path(name)
+    on_hub = isinstance(name, str) and is_name(text) and not text.endswith((*CHECKPOINTS, ".json", ".yaml"))
+    return fetch(text) if on_hub and not os.path.exists(name) else Path(name)
 
 
 def is_name(name: str) -> bool:

@@ -156,8 +156,6 @@ def _unknown(name: str) -> str:
     if "/" in name or "\\" in name:
         return f"'{name}' is not a model name: give hf-hub:OWNER/NAME, local-dir:FOLDER, or a name and {weights} FILE"
     listed = (resources.files("sparsify.models") / "names.txt").read_text(encoding="utf-8").split()
-    known = [
-        each for each in listed if each in ALIASES or each == DIGITS or timm.is_model(each)
-    ]  # older timms have fewer
+    known = [each for each in listed if each in (*ALIASES, DIGITS) or timm.is_model(each)]  # older timms have fewer
     near = difflib.get_close_matches(name[:80], known, n=3, cutoff=0.3)
     return f"unknown model '{name}'; nearest: {', '.join(near) or 'none'} (see 'sparsify models')"

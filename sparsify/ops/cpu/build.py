@@ -42,11 +42,8 @@ AVX512BF16 = (*AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni", "-mavx51
 FLAGS_OF = {"kernel_avx2": AVX2, "kernel_avx512": AVX512, "kernel_avx512bf16": AVX512BF16}
 NEEDS_TORCH = "binding"
 
-SILENT_S, LONGEST_S = (
-    5.0,
-    300.0,
-)  # of waiting for another process that builds: until it is said, and until it is given up
-PASSING = (
+SILENT_S, LONGEST_S = 5.0, 300.0  # of waiting for another process that builds: until it is said, and until the end
+PASSING = (  # words of failures that another time may not have
     "Killed",
     "terminated",
     "No space left",
@@ -58,7 +55,7 @@ PASSING = (
     "virtual memory exhausted",
     "out of memory",
     "Resource temporarily unavailable",
-)  # words of failures that another time may not have
+)
 ROOM = 16_000_000  # bytes: with less on the disk no failure is remembered
 
 MORE = "'sparsify build-kernels --verbose' shows all, --force tries again"
@@ -277,12 +274,11 @@ def _put(file: Path, target: Path) -> None:
 
 def _known(target: Path, show: Callable[[str], None]) -> Built | None:
     """What an earlier build left in `target`: a whole library, or a reason. Raises _Failed where it must not be loaded."""
+    library = target / LIBRARY
     try:
-        if (target / SUM).is_file() and (target / SUM).read_text(encoding="utf-8").split()[:1] == [
-            _sum(target / LIBRARY)
-        ]:
-            _check_owner((target / LIBRARY).resolve(), (target / LIBRARY).resolve().parent)
-            return Built(target / LIBRARY)
+        if (target / SUM).is_file() and (target / SUM).read_text(encoding="utf-8").split()[:1] == [_sum(library)]:
+            _check_owner(library.resolve(), library.resolve().parent)
+            return Built(library)
         if (target / FAILED).is_file():
             reason, _, printed = (target / FAILED).read_text(encoding="utf-8").partition("\n")
             if reason.strip():
