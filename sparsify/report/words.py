@@ -112,7 +112,7 @@ def markdown(text: Any) -> Markdown:
     """Plain text as Markdown on one line: no link, image, heading, list, table cell or HTML comes of it."""
     if isinstance(text, Markdown):
         return text
-    escaped = html.escape(_verbatim(text), quote=False)
+    escaped = html.escape(re.sub(" {2,}", " ", _verbatim(text)), quote=False)  # an indented line would be code
     escaped = _MARKS.sub(r"\\\g<0>", escaped)
     return Markdown(_AT_START.sub(r"\1\\\2", escaped))
 
