@@ -36,7 +36,7 @@ from sparsify.models.header import FORMAT, JSON_KEYS, MOST_PATCHES, RATES, Heade
 from sparsify.models.licence import licence_of
 from sparsify.nn import graft, hosts
 
-MOST_COMPUTED = 1 << 30  # bytes of buffers that are computed, not in the file
+MOST_COMPUTED = 1 << 30  # bytes of buffers that are computed, beyond as many as the file's tensors have
 _AGAIN = "convert again or fetch it anew"
 
 
@@ -47,7 +47,7 @@ def save(model: nn.Module, path: Path, header: Header) -> None:
     """
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     meta = {"format": "pt", "sparsify.format": str(FORMAT)}
-    meta["sparsify.licence"] = licence_of(header.architecture, header.provenance).name or "unknown"
+    meta["sparsify.licence"] = licence_of(header).name or "unknown"
     content = header._replace(config=header.config.model_dump(mode="json"))._asdict()  # type: ignore[arg-type]
     meta |= {f"sparsify.{key}": to_json(content[key], sort_keys=True) for key in JSON_KEYS}
     parse(meta)
@@ -144,8 +144,8 @@ def _rebuilt(path: Path, header: Header, rates: Mapping[str, float], entries: Ma
     except Exception as error:
         raise BadFile(f"{path}: its header does not describe a model: {one_line(error)}") from None
     _check_tensors(path, frame, entries)
-    computed = sum(t.nbytes for t in frame.buffers()) - sum(t.nbytes for t in frame.state_dict().values())
-    if patches > MOST_PATCHES or computed > MOST_COMPUTED:
+    beyond = sum(t.nbytes for t in frame.buffers()) - sum(t.nbytes for t in frame.state_dict().values())
+    if patches > MOST_PATCHES or beyond > MOST_COMPUTED:
         raise BadFile(f"{path}: its header asks for {patches} tokens, too many for tensors of this size: {_AGAIN}")
     return building.materialise(build, frame).eval()
 

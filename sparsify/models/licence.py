@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from sparsify.models.header import Header
 
 _IDENTIFIERS = (
     "apache-2.0 mit bsd-3-clause cc-by-4.0 cc-by-nc-4.0 cc-by-sa-4.0 cc-by-nc-sa-4.0 cc0-1.0 gemma openrail apple-ascl "
@@ -34,17 +34,17 @@ class Licence:
         return bool(_NON_COMMERCIAL.search(self.name))
 
 
-def licence_of(architecture: Mapping[str, Any], provenance: Mapping[str, Any], given: str | None = None) -> Licence:
+def licence_of(header: Header, given: str | None = None) -> Licence:
     """The licence of the weights in a file: `given` by their owner, else that of the weights that were converted.
 
     A user's own checkpoint has the licence that its owner gives it: what timm says of the architecture's weights does not
-    apply to it. `architecture` and `provenance`: of the file's header.
+    apply to it.
     """
     if given:
         return _licence(given)
-    if provenance.get("weights"):
+    if header.provenance.get("weights"):
         return Licence("", _UNKNOWN + "they come from a checkpoint that does not say.")
-    name = str((architecture.get("pretrained_cfg") or {}).get("license") or "unknown")
+    name = str(header.architecture["pretrained_cfg"].get("license") or "unknown")
     if name.lower() == "unknown":
         return Licence("", _UNKNOWN + "ask where the original was published before using them.")
     return _licence(name)

@@ -34,7 +34,7 @@ def origin(header: Header, file: Path) -> list[Fact]:
         ("checkpoint", str(about.get("weights") or "") + (", its averaged weights (EMA)" if about.get("ema") else "")),
         ("architecture", f"{built.get('architecture', '')}{tag}"),
         ("image", f"{words.rectangle(sides)} pixels" if all(isinstance(side, int) for side in sides) else ""),
-        ("licence of the weights", licence_of(built, about).name or "unknown"),
+        ("licence of the weights", licence_of(header).name or "unknown"),
         ("recipe", str(recipe.get("description") or "")),
         ("calibrated on", f"{calibration['images']} {kind}" if calibration.get("images") else ""),
         ("weights", weights),

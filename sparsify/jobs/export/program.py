@@ -114,7 +114,7 @@ def _write(
     writer.check_size(sum(t.nbytes for t in model.state_dict().values()))
     described = loaded.metadata | metadata(model, format, batch_size)
     described.pop("format", None)  # safetensors' own
-    described["sparsify.licence"] = licence_of(header.architecture, header.provenance).name or "unknown"  # as of today
+    described["sparsify.licence"] = licence_of(header).name or "unknown"  # as of today
     program = trace(model, batch_size)
     with whole(path) as temporary:
         say(f"writing {path}")
