@@ -42,6 +42,8 @@ FIELDS = [
     ("config.keep", "@digits@", "number of 5000 characters"),
     ("provenance.note", "@deep@", "provenance"),
     ("provenance.note", NESTED, "nested more than 16 levels"),
+    ("provenance.note", "\ud800", "provenance: not JSON"),
+    ("provenance.note", "x" * (8 << 20), "more than 8 million characters"),
     ("architecture.pretrained_cfg.mean", "hf-hub:../../x", "mean"),
     ("architecture.pretrained_cfg.mean", [0.5, 0.5], "mean"),
     ("architecture.pretrained_cfg.std", {"x": 1}, "std"),
@@ -52,6 +54,8 @@ FIELDS = [
     ("architecture.model_args.qkv_bias", "yes", "qkv_bias"),
     ("architecture.model_args.proj_drop_rate", float("nan"), "proj_drop_rate"),
     ("architecture.model_args.init_values", 10**30, "init_values"),
+    ("architecture.model_args.proj_drop_rate", 1, "proj_drop_rate: a number from 0 up to 1"),
+    ("architecture.model_args.act_layer", "x" * 41, "act_layer: a short word"),
     ("architecture.model_args", [], "model_args"),
     ("architecture.architecture", "a b", "architecture"),
     ("provenance.calibration", [], "calibration"),
@@ -71,6 +75,11 @@ def test_a_field_of_a_wrong_type_or_range_is_named(field, value, named, drawn, t
     tree[last] = value
     message = refusal(drawn, tmp_path / "m.safetensors")
     assert "header is damaged" in message and named in message
+
+
+def test_a_key_that_is_no_object_is_named(drawn, tmp_path):
+    drawn.trees["report"] = []
+    assert "report: an object of JSON is expected" in refusal(drawn, tmp_path / "m.safetensors")
 
 
 def test_what_no_command_reads_may_be_any_json(drawn, tmp_path):
@@ -135,6 +144,12 @@ def test_tokens_that_no_tensor_bears_out_are_limited(tmp_path, monkeypatch):
     file = made("vit_tiny_patch16_224", args, HOSTS[0][2])
     file.trees["architecture"]["model_args"]["img_size"] = [1 << 14, 1 << 14]
     assert "too many" in refusal(file, tmp_path / "m.safetensors")
+
+
+def test_buffers_that_no_tensor_bears_out_are_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "materialise", lambda *_: pytest.fail("memory is taken"))
+    monkeypatch.setattr(checkpoint, "MOST_COMPUTED", -(1 << 20))  # no small file gets past the real limit
+    assert "too many" in refusal(made(*HOSTS[2]), tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -239,8 +254,20 @@ def test_a_layout_that_the_library_refuses_is_refused(tmp_path):
         read = {name: file.read(name) for name in file.entries}
         assert file.metadata == {"x": "y"}
     assert all(torch.equal(t, read[name]) for name, t in load_file(path).items())
-    for old, new in ((b"[0,12]", b"[1,12]"), (b"[0,12]", b"[0,-1]"), (b"[2,2]", b"[2,3]"), (b'"F32"', b'"F31"')):
+    wrong = [content + b"0", content[:-1], content.replace(b"[12,28]", b"[13,29]") + b"0"]
+    for old, new in (
+        (b"[0,12]", b"[1,12]"), (b"[0,12]", b"[0,-1]"), (b"[2,2]", b"[2,3]"), (b'"F32"', b'"F31"'), (b'"y"', b"123"),
+    ):  # fmt: skip
         assert old in content
-        path.write_bytes(content.replace(old, new, 1))
+        wrong.append(content.replace(old, new, 1))
+    for each in wrong:
+        path.write_bytes(each)
         with pytest.raises(BadFile, match="not a whole safetensors"), checkpoint.reading(path):
             pass
+
+
+def test_a_header_of_many_megabytes_is_not_read(tmp_path):
+    text = b"{" + b" " * (16 << 20) + b"}"
+    (tmp_path / "m.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(BadFile, match="length of its header"):
+        checkpoint.load(tmp_path / "m.safetensors")

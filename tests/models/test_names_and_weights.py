@@ -240,7 +240,7 @@ class Evil:
         ("junk.pth", "nothing else is unpickled|cannot be read"),
         ("pickled", "nothing else is unpickled"),
         ("not a state dict", "no state dict"),
-        ("converted", "already converted"),
+        ("converted", r"^\S+ is already converted"),
     ],
 )
 def test_damaged_file_gives_one_line(kind, said, tmp_path, monkeypatch):
@@ -301,6 +301,7 @@ FOREIGN = {
     "config.pth": (b'{"model_type": "vit"}', "is JSON, not weights"),
     "keras.h5": (b"\x89HDF\r\n", "HDF5"),
     "array.pth": (b"\x93NUMPY\x01\x00", "NumPy: a state dict is expected"),
+    "archive.pth": (b"\x1f\x8b\x08\x00", "a gzip archive: unpack it"),
     "nothing.pth": (b"", "is empty"),
 }
 
@@ -485,7 +486,10 @@ def test_other_channels_than_those_of_pictures_are_refused_in_words(channels, tm
         "pretrained_cfg": {},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModel, match=rf"with {channels} input channels: images of 3 \(RGB\) are expected"):
+    with pytest.raises(
+        UnsupportedModel,
+        match=rf"^vit_tiny_patch16_224 with {channels} input channels: images of 3 \(RGB\) are expected$",
+    ):
         building.skeleton(resolve(f"local-dir:{tmp_path}"))
 
 
