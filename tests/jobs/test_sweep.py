@@ -225,6 +225,12 @@ def test_an_earlier_sweeps_recipes_go_and_other_files_stay(tmp_path):
     assert yaml.safe_load((tmp_path / "s.recipes" / "keep-0.1.yaml").read_text())["seed"] == 0
 
 
+def test_the_picture_of_any_name_is_shown(tmp_path):
+    report.write(small(), tmp_path / "a (b) & c")
+    assert "](a%20%28b%29%20%26%20c.png)" in (tmp_path / "a (b) & c.md").read_text()
+    assert "--recipe a (b) & c.recipes/keep-0.1.yaml" in (tmp_path / "a (b) & c.md").read_text()
+
+
 def test_an_error_while_writing_leaves_what_was_there(tmp_path, monkeypatch):
     made = small()
     report.write(made, tmp_path / "s")
