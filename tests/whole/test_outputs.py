@@ -25,6 +25,7 @@ from sparsify.recipe import recipe_yaml
 
 PYTHON = (sys.executable, "-c")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(sparsify.__file__).parents[1])}
+ENVIRONMENT.pop("PYTHONUNBUFFERED", None)  # what was printed waits in a buffer, as for most users
 
 # what lies there
 
@@ -241,6 +242,11 @@ def test_a_trained_output_is_held_from_before_calibration_to_the_end(tmp_path):
     made = small_runs.convert(tmp_path / "m.safetensors", small_runs.recipe({}), say=say)
     assert {"calibrating", "fine-tuning", "kept"} <= seen and not [line for line in seen if line.startswith("free")]
     with locks.reserved(made.path):
+        pass
+
+
+def test_a_device_is_held_by_nobody():
+    with locks.reserved("/dev/null"), locks.reserved(Path("/dev/null"), None):
         pass
 
 
