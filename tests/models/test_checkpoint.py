@@ -15,6 +15,7 @@ from sparsify.models import building, checkpoint, names, original, pretrained
 from sparsify.nn import attention
 from sparsify.processes import Listener
 from sparsify.recipe import Recipe
+from sparsify.report import header as facts
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +175,8 @@ def test_the_header_says_whether_averaged_weights_were_converted(tmp_path):
     assert (made[None].provenance["ema"], made[False].provenance["ema"]) == (True, False)
     assert len([line for line in lines if line.startswith("own.pth: ")]) == 2
     assert made[None].dense_sha256 != made[False].dense_sha256
+    said = [dict(facts.origin(made[ema], tmp_path / f"{ema}.safetensors"))["checkpoint"] for ema in (None, False)]
+    assert said[0] == f"{said[1]}, its averaged weights (EMA)"
     for ema, state in ((None, average), (False, last)):  # the original is found in the same file
         dense = original.load_original(made[ema], file)
         assert all(torch.equal(dense.state_dict()[name], state[name]) for name in state)
