@@ -43,8 +43,6 @@ def _decoded(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
         losses.append(DEEP)
         image = Image.fromarray(_eight_bits(np.asarray(image), image.format))
     elif image.has_transparency_data:
-        if image.mode == "P":
-            image = image.convert("RGBA")
         bands = image if "A" in image.getbands() else image.convert("RGBA")
         if cast(tuple[int, int], bands.getchannel("A").getextrema())[0] < 255:
             losses.append(CLEAR)

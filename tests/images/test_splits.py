@@ -41,6 +41,7 @@ LAYOUTS = {  # images, where to learn, where to measure
     "train alone": (of_class("train"), "train", "train"),
     "val beside a folder of other images": ([*of_class("val"), "more/x.png"], "val", "val"),
     "val beside other class folders": ([*of_class("val"), *of_class("mine")], "val", "val"),
+    "train alone, flat": (["train/0.png", "train/1.png"], "train", "train"),
     "flat": (["train/0.png", "val/0.png"], "train", "val"),
     "a level above": ([f"set/{x}" for x in (*of_class("train"), *of_class("test"))], "set/train", "set/test"),
     "a level inside": ([*of_class("train/train"), *of_class("valid/x")], "train/train", "valid/x"),

@@ -53,6 +53,14 @@ def trained(fatal=False, workers=2):
     return sum(len(batch.x) for _ in range(4) for batch in next(steps))
 
 
+def test_the_handler_of_the_callers_children_stays():
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(ImageBatches(Decoded(Mapped(Images(False)), datasets.transform(CONFIG)), 2, 1))
+    next(batches)
+    assert signal.getsignal(signal.SIGCHLD) is before
+    batches.close()
+
+
 READERS = pytest.mark.parametrize("read, images", [(measured, 8), (trained, 16)])
 
 

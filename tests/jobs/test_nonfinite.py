@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,6 +73,11 @@ def test_json_has_null_for_what_is_not_finite(tmp_path):
     tree = {"a": [1.0, math.nan, (math.inf, -math.inf)], "b": {"c": 2, "d": True, "e": "NaN"}, "f": None}
     expected = {"a": [1.0, None, [None, None]], "b": {"c": 2, "d": True, "e": "NaN"}, "f": None}
     assert json.loads(to_json(tree), parse_constant=lambda word: pytest.fail(word)) == expected
+
+
+def test_a_score_that_is_no_number_is_never_better_however_many_labels_it_hits():
+    none, some = ValidationScore(math.nan, 50.0, 90.0, 4), ValidationScore(2.0, 50.0, 10.0, 4)
+    assert not none.better_than(some) and some.better_than(replace(none, top1=None))
 
 
 def test_a_score_that_is_no_number_comes_back_as_that():

@@ -71,6 +71,12 @@ def test_nearest_neighbours_leave_the_image_itself_out():
     assert knn(features[:1], torch.tensor([0])) is None
 
 
+def test_features_that_are_not_finite_are_wrong_and_no_neighbours():
+    features = torch.tensor([[1.0, 0], [1, 0.1], [math.nan, 0], [math.inf, 0]])
+    assert knn(features, torch.tensor([0, 0, 0, 0]), k=1) == 50.0  # the first two are each other's
+    assert knn(features, torch.tensor([0, 0, 1, 1]), k=3) == 50.0
+
+
 @pytest.mark.parametrize("name", ["dinov2", "siglip"])
 def test_models_without_a_classifier_compare_features(name, tmp_path):
     for c in ("a", "b"):
