@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -81,3 +82,11 @@ def correlation(model: nn.Module) -> float:
     with torch.inference_mode():
         pairs = [torch.stack([graft.dense_twin(model)(x)[:, 0], model(x)[:, 0]]) for x in images]
     return float(torch.corrcoef(torch.cat(pairs, 1))[0, 1])
+
+
+def test_any_class_folders_will_do_for_one_output(tmp_path):
+    for name in ("low", "high"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (28, 28)).save(tmp_path / name / "0.png")
+    batches = datasets.labelled(tmp_path, 1, datasets.transform(datasets.data_config(network.build(pretrained=False))))
+    assert [y.tolist() for _, y in batches] == [[0, 1]]

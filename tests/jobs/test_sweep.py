@@ -338,3 +338,8 @@ def test_ctrl_c_leaves_nothing_and_says_so(ctrl_c, tmp_path):
 def test_help_fits_80_columns(run):
     code, out, _ = run("sweep", "--help")
     assert code == 0 and "--targets" in out and max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("ema, word", [(True, ("--ema",)), (False, ("--no-ema",)), (None, ())])
+def test_the_printed_command_takes_the_same_weights(ema, word):
+    assert sweep._command(DenseRequest("digits", ema=ema), None, "float32")[3:] == word
