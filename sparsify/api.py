@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -43,7 +42,7 @@ class RecipeOptions(TypedDict, total=False):
     rank: Any
     tail: str | None
     cells: Any
-    spread_rank: bool | None
+    spread: str | None
     granularity: str | None
     tile: tuple[int, int] | None
     fold: bool | None
@@ -149,7 +148,7 @@ def convert(
         device: of torch: cpu (default), cuda, cuda:1, mps. say: called with a line now and then.
         mean, std, crop_pct, interpolation, class_map: written into the file; see
             `sparsify.images.preprocessing.Preprocessing`.
-        predictor, rank, tail, cells, spread_rank, granularity, tile, fold, token_lowrank, tokens: fields of
+        predictor, rank, tail, cells, spread, granularity, tile, fold, token_lowrank, tokens: fields of
             `SparsityConfig`; tokens is a mapping:
             {"keep": 0.7, "stages": (4, 7, 10), "way": "merge", "importance": "fitted"}.
         description, calib_images, seed, start, precision, hold_back, repair, stages: fields of `Recipe`.
@@ -299,7 +298,7 @@ def evaluate(
     sparse, original, changed = _opened(model, dense)
     compute, rest = _split(own_compute(sparse), options, EvaluateOptions)
     if given := _preprocessing(rest):
-        sparse = copy.copy(sparse)  # the caller's model keeps its own
+        sparse = graft.shallow_copy(sparse)  # the caller's model keeps its own
         given.apply(sparse)
     tell = rest.pop("progress", lambda done, total: None)
     listener = Listener(_in_python(rest.pop("say", None)), lambda step, done, total: tell(done, total))

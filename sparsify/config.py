@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from numbers import Integral
 from operator import mul
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -38,15 +38,24 @@ Rank = Annotated[Whole, Field(ge=1, le=1024)]
 Side = Annotated[Whole, Field(ge=1, le=64)]
 
 
+Cells = tuple[Side, Side]
+
+
 class Frozen(BaseModel):
     """Values that do not change; unknown fields are refused, and so are NaN and infinities."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @classmethod
+    def renamed(cls, tree: Any) -> Any:
+        """`tree` with today's names for fields that had another one."""
+        return tree
+
     @model_validator(mode="before")
     @classmethod
     def _known(cls, tree: Any) -> Any:
         """`tree`; an error that names the field that does not exist, and the nearest ones, if it has one."""
+        tree = cls.renamed(tree)
         for name in tree if isinstance(tree, dict) else ():
             if name not in cls.model_fields:
                 raise ValueError(unknown(name, cls.model_fields))
@@ -179,11 +188,26 @@ class Geometry(NamedTuple):
 
 
 class BlockPlan(NamedTuple):
-    """A configuration resolved for one block."""
+    """A configuration resolved for one block. Keeps and cells are of each head, or one for all heads."""
 
-    keep: float | None  # fraction of keys that each patch query attends to; None: dense attention
+    keeps: tuple[float, ...] | None  # fraction of keys that each patch query attends to; None: dense attention
     ranks: tuple[int, ...]  # r of each head
-    cells: tuple[int, int]  # rows and columns of the tail's grid of cells
+    cells: tuple[tuple[int, int], ...]  # rows and columns of the tail's grid of cells
+
+
+def listed(value: Any) -> tuple[Any, ...]:
+    """Values of each block, or one for all, as a tuple."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def plainest(values: Sequence[Any]) -> Any:
+    """Values of each block as a configuration has them: one for all blocks where they are the same."""
+    return values[0] if len(set(values)) == 1 and not _by_head(values[0]) else tuple(values)
+
+
+def _by_head(value: Any) -> bool:
+    """Whether a value of a block lists one for each head."""
+    return isinstance(value, tuple) and not isinstance(value[0], int)
 
 
 def growth(tokens: int) -> float:
@@ -204,19 +228,22 @@ class SparsityConfig(Frozen):
     """A sparse attention: predictor, budget and tail.
 
     `keep` is the fraction of all N keys that each patch query attends to, 0 < keep <= 1; the budget is
-    b = ceil(keep N - 1e-9) of the N remaining tokens. A list gives one value for each block; `dense` leaves the attention
-    of a block as it is.
+    b = ceil(keep N - 1e-9) of the N remaining tokens. A list gives one value for each block, or a list of one for each of
+    its heads; `dense` leaves the attention of a block as it is.
+
+    With `spread`, what a calibration fits costs as many MACs as `keep`, `rank` and `cells` would everywhere, but is spent
+    over the heads where it matters most; values that are lists of each head stay as they are, and so does keep 1.
     """
 
     predictor: Literal["head-lowrank", "token-lowrank"] = "head-lowrank"
-    keep: Keep | tuple[Keep, ...] = 0.1
+    keep: Keep | tuple[Keep | tuple[PositiveShare, ...], ...] = 0.1
     rank: Rank | tuple[Rank, ...] | tuple[tuple[Rank, ...], ...] = 16
     """r: coordinates of the head (head-lowrank) or rows of W_down; one, or by block, or by block and head"""
     tail: Literal["none", "mean", "cells", "clusters"] = "clusters"
-    cells: tuple[Side, Side] | tuple[tuple[Side, Side], ...] | None = None
-    """rows and columns of the grid of cells; one grid, or one a block; null: by N and keep"""
-    spread_rank: bool = True
-    """an integer rank is the mean over heads (head-lowrank)"""
+    cells: Cells | tuple[Cells | tuple[Cells, ...], ...] | None = None
+    """rows and columns of the grid of cells; one grid, or by block, or by block and head; null: by N and keep"""
+    spread: Literal["none", "rank", "all"] = "all"
+    """what head-lowrank spends over the heads: nothing, ranks, or ranks, keep and cells"""
     granularity: Literal["token", "tile"] = "token"
     tile: tuple[Side, Side] = (4, 4)
     """rows and columns of a tile of queries"""
@@ -226,21 +253,37 @@ class SparsityConfig(Frozen):
     tokens: Tokens | None = None
     """removal of tokens; null keeps all"""
 
-    def keep_of(self, block: int) -> float | None:
-        """Keep fraction of block `block` (counted from 0); None: dense."""
+    @classmethod
+    def renamed(cls, tree: Any) -> Any:
+        """`tree` with `spread` for `spread_rank`, which the first files and recipes have."""
+        if not isinstance(tree, dict) or not isinstance(tree.get("spread_rank"), bool):
+            return tree
+        rest = {name: value for name, value in tree.items() if name != "spread_rank"}
+        return {"spread": "rank" if tree["spread_rank"] else "none"} | rest
+
+    def keeps_of(self, block: int) -> tuple[float, ...] | None:
+        """Keep fractions of block `block` (counted from 0), of each head or one for all; None: dense."""
         keep = self.keep[block] if isinstance(self.keep, tuple) else self.keep
-        return None if keep == "dense" else float(keep)
+        if keep == "dense":
+            return None
+        return keep if isinstance(keep, tuple) else (float(keep),)
+
+    def keep_of(self, block: int) -> float | None:
+        """Keep fraction of block `block` (counted from 0), the mean over its heads; None: dense."""
+        keeps = self.keeps_of(block)
+        return None if keeps is None else sum(keeps) / len(keeps)
 
     def ranks_of(self, block: int, heads: int) -> tuple[int, ...]:
         """Rank of each head of block `block` (counted from 0)."""
         rank = self.rank[block] if isinstance(self.rank, tuple) else self.rank
         return rank if isinstance(rank, tuple) else (rank,) * heads
 
-    def cells_of(self, block: int) -> tuple[int, int]:
-        """Grid of cells of block `block` (counted from 0) of a configuration that `with_cells` gave."""
+    def cells_of(self, block: int) -> tuple[tuple[int, int], ...]:
+        """Grids of cells of block `block` (counted from 0), of each head or one for all, of a configuration that
+        `with_cells` gave."""
         assert self.cells is not None
-        cells = self.cells if isinstance(self.cells[0], int) else self.cells[block]
-        return cast(tuple[int, int], cells)
+        cells: Any = self.cells if isinstance(self.cells[0], int) else self.cells[block]
+        return (cells,) if isinstance(cells[0], int) else cells
 
     def with_cells(self, tokens: int) -> SparsityConfig:
         """A copy with `cells` filled in for N = `tokens`, by block where `keep` differs. A file says them.
@@ -252,16 +295,28 @@ class SparsityConfig(Frozen):
         """
         if self.cells is not None:
             return self
-        listed = self.keep if isinstance(self.keep, tuple) else (self.keep,)
-        shares = [1.0 if keep == "dense" else keep for keep in listed]
-        cells = [grid_of(min(1 / 6, max(0.6 * keep, 0.1 - 0.4 * keep)) * growth(tokens)) for keep in shares]
-        return self.model_copy(update={"cells": cells[0] if len(set(cells)) == 1 else tuple(cells)})
+
+        def grid(keep: Any) -> Any:
+            if isinstance(keep, tuple):
+                return tuple(grid(each) for each in keep)
+            share = 1.0 if keep == "dense" else keep
+            return grid_of(min(1 / 6, max(0.6 * share, 0.1 - 0.4 * share)) * growth(tokens))
+
+        return self.model_copy(update={"cells": plainest([grid(keep) for keep in listed(self.keep)])})
+
+    def with_plans(self, plans: Sequence[BlockPlan]) -> SparsityConfig:
+        """A copy in which each block has its plan."""
+        keeps = tuple("dense" if p.keeps is None else p.keeps[0] if len(p.keeps) == 1 else p.keeps for p in plans)
+        cells = tuple(p.cells[0] if len(p.cells) == 1 else p.cells for p in plans)
+        ranks = [p.ranks for p in plans]
+        rank = ranks[0][0] if len({rank for each in ranks for rank in each}) == 1 else tuple(ranks)
+        return self.model_copy(update={"keep": keeps, "rank": rank, "cells": plainest(cells)})
 
     def resolved(self, shape: Geometry) -> tuple[BlockPlan, ...]:
         """The plan of each block of a model of that shape; `UsageError` where it does not fit."""
         self._check(shape)
         full, heads = self.with_cells(shape.tokens), shape.heads
-        return tuple(BlockPlan(full.keep_of(i), full.ranks_of(i, heads), full.cells_of(i)) for i in range(shape.depth))
+        return tuple(BlockPlan(full.keeps_of(i), full.ranks_of(i, heads), full.cells_of(i)) for i in range(shape.depth))
 
     def _check(self, shape: Geometry) -> None:
         depth, heads, head_dim, _, prefix = shape
@@ -272,12 +327,21 @@ class SparsityConfig(Frozen):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != depth:
                 raise UsageError(f"{name} lists {len(value)} values, but the model has {depth} blocks: give one each")
-        ranks = [self.ranks_of(i, heads) for i in range(depth) if self.keep_of(i) is not None]
-        if not ranks:
+        sparse = [i for i in range(depth) if self.keep_of(i) is not None]
+        if not sparse:
             return
-        if any(len(r) != heads for r in ranks):
-            given = min(map(len, ranks))
-            raise UsageError(f"rank lists {given} values for a block, but it has {heads} heads: give one each")
+        ranks = [self.ranks_of(i, heads) for i in sparse]
+        by_head: dict[str, list[Sequence[Any]]] = {
+            "rank": list(ranks),
+            "keep": [self.keeps_of(i) or () for i in sparse],
+        }
+        if self.cells is not None:
+            by_head["cells"] = [self.cells_of(i) for i in sparse]
+        for name, values in by_head.items():
+            for value in values:
+                if len(value) != heads and (name == "rank" or len(value) != 1):
+                    many = f"{name} lists {len(value)} values for a block"
+                    raise UsageError(f"{many}, but it has {heads} heads: give one each")
         if self.predictor == "token-lowrank" and any(len(set(r)) > 1 for r in ranks):
             raise UsageError("token-lowrank has one rank for all heads of a block")
         largest = max(map(max, ranks))

@@ -237,6 +237,7 @@ class Recipe(Frozen):
     description: str = ""
     sparsity: SparsityConfig = SparsityConfig()
     calib_images: Count = 128
+    """to calibrate on; of images of more than 577 tokens fewer, with as many tokens"""
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
     start: Literal["closed-form", "random"] = "closed-form"
     """predictors before the first stage; random: as the authors"""

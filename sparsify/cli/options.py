@@ -101,7 +101,8 @@ Debug = Annotated[bool, flag("--debug", "Show the traceback of an error.", TALK)
 # of convert
 
 _KEEP = (
-    "Fraction of keys that each query attends to, above 0 and up to 1, or dense; or one for each block, 0.2,dense,..."
+    "Fraction of keys that each query attends to, above 0 and up to 1, or dense; what it costs is spent over the heads. "
+    "Or one for each block, 0.2,dense,..."
 )
 Keep = Annotated[str | None, option("SHARE", _KEEP, KEPT, "the recipe's, 0.1; dense with --token-keep alone")]
 _TOKEN_KEEP = "Fraction of patch tokens kept at each stage; or a rate for each block, 1,1,0.8,..."
@@ -125,7 +126,7 @@ _SET = "Any field of the recipe: stages.0.epochs=3 (stages count from 0). Repeat
 Assignments = Annotated[list[str] | None, option("FIELD=VALUE", _SET, LEARNING, False, names="--set")]
 _PREDICTOR = "head-lowrank or token-lowrank (the paper's)."
 Predictor = Annotated[str | None, option("NAME", _PREDICTOR, FORM, "the recipe's, head-lowrank", completion.PREDICTORS)]
-_RANK = "Coordinates of the predictor: a mean over all heads, or one for each block."
+_RANK = "Coordinates of the predictor; what they cost is spent over the heads. Or one for each block."
 Rank = Annotated[str | None, option("R", _RANK, FORM, "the recipe's, 16")]
 _TAIL = "What stands for dropped keys: none, mean, cells or clusters."
 Tail = Annotated[str | None, option("NAME", _TAIL, FORM, "the recipe's, clusters", completion.TAILS)]

@@ -34,6 +34,7 @@ from sparsify.models import building, checkpoint
 from sparsify.nn import graft, hosts, token_models
 from sparsify.processes import Compute, Listener
 from sparsify.recipe import Recipe, recipe_yaml
+from sparsify.report.header import by_head
 from sparsify.report.profile import to_markdown
 from sparsify.report.words import publishable
 from sparsify.version import __version__
@@ -219,8 +220,10 @@ def _calibrated(
         graft.reset_predictors(graft.graft(model, config), recipe.seed)
         return Calibrated(model, config, recipe, "nothing: predictors are drawn at random", 0)
     calibrator = Calibrator.on(images, dense, recipe, compute, listener)
-    calibration = calibrator.calibrate(model, _calibrated_config(recipe, target))
+    calibration = calibrator.calibrate(model, _calibrated_config(recipe, target), target.keeps if target else ())
     config = calibration.config
+    if target is None and (words := by_head(config)):
+        listener.say(f"spent over the heads, means and ranges: {words}")
     if target is not None:
         config, recipe = _choose_schedule(calibration, recipe, target, calibrator)
         for stage in recipe.stages:  # the schedule may remove tokens
@@ -232,9 +235,9 @@ def _choose_schedule(
     calibration: Calibration, recipe: Recipe, target: Target, calibrator: Calibrator
 ) -> tuple[SparsityConfig, Recipe]:
     """Applies the schedule for `target` to the calibrated model; its configuration, and the recipe that reproduces it."""
-    model, asked, say = calibration.model, recipe.sparsity, calibrator.listener.say
-    config = calibration.config.model_copy(update={"cells": asked.cells, "tokens": asked.tokens})
-    sensitivity = calibrator.sensitivity(model, config, target.keeps, "schedule")
+    model, say, tokens = calibration.model, calibrator.listener.say, recipe.sparsity.tokens
+    config = calibration.config.model_copy(update={"tokens": tokens})
+    sensitivity = calibrator.sensitivity(calibration, tokens, target, "schedule")
     if target.macs is not None:
         found, what = choose.for_macs(model, config, sensitivity, target.macs, choose.dense_macs(model)), "MACs"
     else:
@@ -248,10 +251,8 @@ def _choose_schedule(
     say("  tokens after each block  " + " ".join(str(n + prefix) for n in found.schedule.counts[1:]))
     say("  keep of each block       " + " ".join(f"{keep:g}" if keep else "dense" for keep in found.schedule.keeps))
     config = graft.filled(model, found.config)
-    # ranks as calibrated, which depend on keep; cells as asked
-    sparsity = config if asked.cells else config.model_copy(update={"cells": None})
     description = f"{recipe.description.split('; schedule')[0]}; schedule for {words}"
-    return config, recipe.model_copy(update={"sparsity": sparsity, "description": description})
+    return config, recipe.model_copy(update={"sparsity": config, "description": description})
 
 
 def _provenance(found: Calibrated, own_images: bool) -> dict[str, Any]:

@@ -11,10 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsify.config import SparsityConfig, Tokens
+from sparsify.config import SparsityConfig, Target, Tokens
 from sparsify.errors import BadFile, SparsifyError, field
-from sparsify.fit.calibrate.calibrate import Calibration, calibrate, first_images, fit_importance, spends_ranks
-from sparsify.fit.schedule.choose import KEEPS, sensitivity
+from sparsify.fit.calibrate.budgets import spends
+from sparsify.fit.calibrate.calibrate import Calibration, calibrate, first_images, fit_importance, images_of
+from sparsify.fit.schedule.choose import sensitivity
+from sparsify.fit.schedule.head_costs import timed
 from sparsify.fit.schedule.sensitivity import Sensitivity
 from sparsify.images import datasets
 from sparsify.images.preprocessing import Preprocessing
@@ -132,7 +134,8 @@ class Calibrator:
         `option`: the argument that `images` was given by, for the description.
         """
         transform = datasets.transform(datasets.data_config(dense.model))
-        n, size, device = recipe.calib_images, compute.batch_size or BATCH_SIZE, compute.torch_device
+        n = images_of(recipe.calib_images, hosts.num_tokens(dense.model))
+        size, device = compute.batch_size or BATCH_SIZE, compute.torch_device
         if images is not None:
             if images.note:
                 listener.say(f"{field(option)}: {images.note}")
@@ -153,29 +156,40 @@ class Calibrator:
 
         return cls(batches, words, n, compute, listener)
 
-    def calibrate(self, model: nn.Module, config: SparsityConfig) -> Calibration:
-        """Grafts sparse attention into a dense `model`, in place, and fits its predictors."""
+    def calibrate(self, model: nn.Module, config: SparsityConfig, keeps: Sequence[float | None] = ()) -> Calibration:
+        """Grafts sparse attention into a dense `model`, in place, and fits its predictors; `keeps`: see `calibrate`."""
         device, dtype = self.compute.torch_device, self.compute.torch_dtype
         self.listener.say(f"calibrating on {self.words}")
         note = backends.note(self.compute.backend, device, dtype, hosts.biased(model))
-        if note and spends_ranks(config):
+        if note and spends(config):
             self.listener.say(note)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), _finite_moments():
-            return calibrate(model, config, self.batches, self._progress, Execution(self.compute.backend))
+            others = [keep for keep in keeps if keep]
+            execution = Execution(self.compute.backend)
+            return calibrate(model, config, self.batches, self._progress, execution, others)
 
     def sensitivity(
-        self, model: nn.Module, config: SparsityConfig, keeps: Sequence[float | None] = KEEPS, step: str = "sensitivity"
+        self,
+        calibration: Calibration,
+        tokens: Tokens | None,
+        target: Target = Target(macs=1.0),
+        step: str = "sensitivity",
     ) -> Sensitivity:
-        """What tokens and keys removed in each block cost a calibrated `model`; it gets its fitted importance.
+        """What tokens and keys removed in each block cost a calibrated model; it gets its fitted importance.
 
-        `config`: the model's, cells and tokens as the search takes them; `keeps`: to try, None: dense; `step`: its name.
+        `tokens`: as the search takes them; `target`: what it is for, with the keeps to try; `step`: its name.
         """
+        model, config = calibration.model, calibration.config.model_copy(update={"tokens": tokens})
         if (config.tokens or Tokens()).importance == "fitted":
             fit_importance(model, self.batches, self._progress)
         set_execution(model, Execution(self.compute.backend))
         probe = list(first_images(self.batches(), PROBE_IMAGES))
         total = sum(map(len, probe))
-        return sensitivity(model, config, probe, keeps, lambda done: self.listener.progress(step, done, total))
+        budgets = calibration.budgets
+        if target.latency is not None:
+            budgets = timed(model, budgets, target.batch_size)
+        options = budgets.options(target.keeps)
+        return sensitivity(model, config, probe, options, lambda done: self.listener.progress(step, done, total))
 
     def _progress(self, step: str, done: int, total: int | None) -> None:
         self.listener.progress(step, done, total or self.total)

@@ -12,7 +12,7 @@ import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from sparsify.config import SparsityConfig
+from sparsify.config import SparsityConfig, plainest
 from sparsify.errors import UsageError, one_line
 from sparsify.files.destinations import check_file
 from sparsify.measure.profile import profile
@@ -104,10 +104,10 @@ def _config(host: nn.Module, config: SparsityConfig) -> SparsityConfig:
     modules = list(attention.attention_modules(host).values())
     known = config.with_cells(hosts.num_tokens(host))
     own = [getattr(m, "sparsity", None) for m in modules]
-    cells = tuple(known.cells_of(i) if s is None else s.cells for i, s in enumerate(own))
-    if cells == tuple(known.cells_of(i) for i in range(len(modules))):
+    cells = [known.cells_of(i) if s is None else s.cells for i, s in enumerate(own)]
+    if cells == [known.cells_of(i) for i in range(len(modules))]:
         return config
-    return config.model_copy(update={"cells": cells[0] if len(set(cells)) == 1 else cells})
+    return config.model_copy(update={"cells": plainest([each[0] if len(each) == 1 else each for each in cells])})
 
 
 @torch.inference_mode()

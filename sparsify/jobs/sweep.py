@@ -18,9 +18,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from sparsify.config import SparsityConfig
 from sparsify.errors import BadFile, UsageError, as_options, field
-from sparsify.fit.schedule.choose import dense_macs, for_macs
+from sparsify.fit.calibrate.calibrate import Calibration
+from sparsify.fit.schedule.choose import KEEPS, dense_macs, for_macs
 from sparsify.images.trainset import trainset
 from sparsify.jobs.dense import Calibrator, DenseRequest, load_dense
 from sparsify.measure import evaluate, latency
@@ -89,9 +89,8 @@ def sweep(
     calibrator = Calibrator.on(
         trainset(calib) if calib else None, loaded, recipe, replace(compute, batch_size=None), listener, "calib"
     )
-    calibrated = calibrator.calibrate(model, recipe.sparsity)
-    config = calibrated.config.model_copy(update={"cells": recipe.sparsity.cells, "tokens": None})
-    choices, skipped = _choices(model, config, targets, keeps, calibrator)
+    calibrated = calibrator.calibrate(model, recipe.sparsity, (*keeps, *(KEEPS if targets else ())))
+    choices, skipped = _choices(calibrated, targets, keeps, calibrator)
     if not choices:
         raise UsageError("nothing to measure: " + "; ".join(skipped.values()))
     profiles = []
@@ -155,18 +154,16 @@ def _refuse_file(name: str) -> None:
 
 
 def _choices(
-    model: nn.Module, config: SparsityConfig, targets: Sequence[float], keeps: Sequence[float], calibrator: Calibrator
+    calibrated: Calibration, targets: Sequence[float], keeps: Sequence[float], calibrator: Calibrator
 ) -> tuple[list[SweepChoice], dict[str, str]]:
-    """The settings of a calibrated model, and those that are impossible, with the reason; `config`: cells as asked."""
-    tokens = hosts.num_tokens(model)
-    choices = [
-        SweepChoice(f"keep-{keep:g}", keep, config.model_copy(update={"keep": keep}).with_cells(tokens), None)
-        for keep in keeps
-    ]
+    """The settings of a calibrated model, and those that are impossible, with the reason."""
+    model, config = calibrated.model, calibrated.config.model_copy(update={"tokens": None})
+    of_keep = [calibrated.budgets.model(keep).model_copy(update={"tokens": None}) for keep in keeps]
+    choices = [SweepChoice(f"keep-{keep:g}", keep, each, None) for keep, each in zip(keeps, of_keep, strict=True)]
     skipped: dict[str, str] = {}
     if not targets:
         return choices, skipped
-    sensitivity, macs = calibrator.sensitivity(model, config), dense_macs(model)
+    sensitivity, macs = calibrator.sensitivity(calibrated, None), dense_macs(model)
     for target in targets:
         name = f"macs-{target:g}"
         try:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,23 +149,27 @@ def attention(module: GraftedAttention, N: int, patches: int | None = None) -> d
         return {"pairs": N * N * 2 * width}
     s = module.sparsity
     P = min(s.prefix, N)
-    b = min(N, max(1, math.ceil(s.keep * N - 1e-9)))
-    nnz = P * N + (N - P) * b
     predictor, known, features = _predictor(module.predictor, H, N, P, d)
-    pairs = H * nnz * 2 * d - (N - P) * b * known  # `known`: products of a kept logit that the predictor has done
-    return {"pairs": pairs, "predictor": predictor, "tail": _tail(s, H, N, P, d, features, patches)}
+    pairs = tail = 0
+    for h in range(H):
+        b = min(N, max(1, math.ceil(s.keeps[h % len(s.keeps)] * N - 1e-9)))
+        pairs += (P * N + (N - P) * b) * 2 * d - (N - P) * b * known[
+            h
+        ]  # `known`: what the predictor has done of a logit
+        tail += _tail(s, h, N, P, d, features[h], patches)
+    return {"pairs": pairs, "predictor": predictor, "tail": tail}
 
 
-def _predictor(p: Predictor, H: int, N: int, P: int, d: int) -> tuple[int, int, int]:
-    """MACs of the scores of every patch query; products shared with a kept logit and features of a key, over all heads."""
+def _predictor(p: Predictor, H: int, N: int, P: int, d: int) -> tuple[int, Sequence[int], Sequence[int]]:
+    """MACs of the scores of every patch query; products shared with a kept logit and features of a key, of each head."""
     if not isinstance(p, HeadLowrankPredictor | TokenLowrankPredictor):  # another class reports its own
-        return p.macs(N, P), p.shared(), p.compared(H, d)
+        return p.macs(N, P), p.shared(H), p.compared(H, d)
     scores = H * (N - P) * N  # score entries
     if isinstance(p, HeadLowrankPredictor):
         coordinates = sum(p.ranks)
         if p.a_q is None or p.a_k is None:
-            return (N - P) * N * coordinates, coordinates, coordinates
-        return (N - P) * N * coordinates + 2 * N * d * coordinates, 0, coordinates
+            return (N - P) * N * coordinates, p.ranks, p.ranks
+        return (N - P) * N * coordinates + 2 * N * d * coordinates, [0] * H, p.ranks
     r = p.w_down.shape[0]
     c, macs = d, 0
     if p.w_q is not None and p.w_k is not None:
@@ -173,21 +177,22 @@ def _predictor(p: Predictor, H: int, N: int, P: int, d: int) -> tuple[int, int, 
         macs += H * N * (p.w_q.numel() + p.w_k.numel())
     macs += H * r * N * c  # W_down k'
     macs += H * (N - P) * r * c  # q' K_down'
-    return macs + scores * min(r, p.knobs["coef_topk"] or r), 0, H * d
+    return macs + scores * min(r, p.knobs["coef_topk"] or r), [0] * H, [d] * H
 
 
-def _tail(s: Sparsity, H: int, N: int, P: int, d: int, features: int, patches: int | None) -> int:
-    """Every patch row meets the mean key and mean value of every cell; `clusters` first finds the cells."""
+def _tail(s: Sparsity, h: int, N: int, P: int, d: int, features: int, patches: int | None) -> int:
+    """In head h every patch row meets the mean key and mean value of every cell; `clusters` first finds the cells."""
     if not s.tail.stands_for_dropped_keys:
         return 0
     n, cells = N - P, 1
     if s.tail.name != "mean":
         whole = n if patches is None else patches
         grid = s.grid if s.grid[0] * s.grid[1] == whole else _other_grid(whole)
-        asked = s.cells if patches is None else s.cells_of(N)
+        grids = s.cells if patches is None else s.cells_of(N)
+        asked = grids[h % len(grids)]
         cells = min(asked[0], grid[0]) * min(asked[1], grid[1]) if known(s.tail) else s.tail.count(grid, asked)
     search = LLOYD_STEPS * n * cells * features if s.tail.name == "clusters" else 0
-    return H * n * (cells + P) * 2 * d + search
+    return n * (cells + P) * 2 * d + search
 
 
 def _other_grid(n: int) -> tuple[int, int]:

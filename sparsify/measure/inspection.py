@@ -41,7 +41,7 @@ class Layer:
 
     block: int
     sparse: bool  # whether a predictor selects keys; otherwise all are kept
-    budget: int  # b, keys kept by each patch row
+    budgets: tuple[int, ...]  # b, keys kept by each patch row: of each head
     owner: Tensor  # token that contains each of the n0 patches, counted without prefix, -1 if dropped: int64 [n0]
     rows: Tensor  # token of each query's patch, counted with prefix, -1 if dropped: int64 [Q]
     kept: Tensor  # keys that each query keeps, bool [H, Q, N]; none for dropped queries
@@ -220,19 +220,21 @@ def _layer(call: _Call, P: int, patches: int, queries: Sequence[int], original: 
     seen = rows.clamp_min(P).to(q.device)
     dropped = (rows < 0)[None, :, None]
     each: dict[str, list[Tensor]] = {name: [] for name in ("kept", "weight", "tail", "mass", "best")}
-    budget = N
+    budgets = []
     for h, ranked in enumerate(_rankings(module, q, k, mask, tokens, H)):
         one = slice(h, h + 1)
         head_bias = None if bias is None else bias[:, one]
         chosen, a = torch.ones(1, 1, N, N, dtype=torch.bool, device=q.device), None
+        budget = N
         if ranked is not None:
             ranking, spec = ranked
-            budget = spec.budget
+            (budget,) = spec.budgets
             context = Context(mask if head_bias is None else head_bias, size, place)
             chosen = selection.kept(ranking, context, spec)  # (1, 1, N, N)
             a, _ = selection.cells(ranking, context, spec)
         row_bias = None if head_bias is None else head_bias[:, :, seen]
         weight, tail = weights.weights(q[:, one, seen], k[:, one], chosen[:, :, seen], a, row_bias, size, module.scale)
+        budgets.append(budget)
         each["kept"].append(chosen[0, :, seen])
         each["weight"].append(weight[0])
         each["tail"].append(tail[0])
@@ -246,7 +248,9 @@ def _layer(call: _Call, P: int, patches: int, queries: Sequence[int], original: 
         each["best"].append(true.topk(min(budget, N), -1).values.sum(-1).mean().reshape(1))
     kept, weight, tail, mass, best = (torch.cat(parts).cpu() for parts in each.values())
     kept, weight, tail = kept & ~dropped, weight.masked_fill(dropped, 0), tail.masked_fill(dropped[..., 0], 0)
-    return Layer(block, isinstance(module, SparseAttention), budget, owner, rows, kept, weight, tail, mass, best)
+    return Layer(
+        block, isinstance(module, SparseAttention), tuple(budgets), owner, rows, kept, weight, tail, mass, best
+    )
 
 
 def _rankings(
@@ -257,7 +261,7 @@ def _rankings(
         return [None] * H
     spec = module.spec(q.shape[2], tokens)
     ranking = module.predictor(q, k, mask, tokens, spec).written(q, k)
-    return [(ranking.head(h), spec) for h in range(H)]
+    return [(ranking.head(h), spec.head(h)) for h in range(H)]
 
 
 def _on_tokens(original: _Map, h: int, owner: Tensor, P: int, N: int) -> tuple[Tensor, Tensor]:

@@ -42,9 +42,11 @@ def count(attention: Sequence[GraftedAttention], tokens: Sequence[int], prefix: 
         H, D = module.num_heads, module.num_heads * module.head_dim
         dense += 2 * D * full * full
         rows = N - prefix
-        kept = most = full if full == N else rows  # keys of a row
+        most = full if full == N else rows  # keys of a row
+        kept: float = most
         if isinstance(module, SparseAttention):
-            kept = min(most, max(1, math.ceil(module.sparsity.keep * full - 1e-9)))
+            keeps = module.sparsity.keeps
+            kept = sum(min(most, max(1, math.ceil(keep * full - 1e-9))) for keep in keeps) / len(keeps)
             sparse += 2 * N * RANK * D + H * rows * N * KAPPA
         sparse += 2 * D * (prefix * full + rows * kept)
     return Mhsa(dense, round(sparse))

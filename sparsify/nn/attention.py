@@ -5,15 +5,16 @@ Unlike timm's, both support removed and merged tokens (`sparsify.nn.tokens`).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 import sparsify.ops.macs  # noqa: F401 (registers what torch's FlopCounterMode counts)
-from sparsify.config import grid_of, growth
+from sparsify.config import BlockPlan, grid_of, growth
 from sparsify.errors import SparsifyError
 from sparsify.nn import projection
 from sparsify.nn.predictor import Predictor
@@ -21,7 +22,7 @@ from sparsify.nn.tokens import TokenState
 from sparsify.ops import attention, auto, backends, tails
 from sparsify.ops.auto import Choice, Chooser
 from sparsify.ops.selection import Context, cells_of
-from sparsify.ops.spec import Shape, Spec, budget
+from sparsify.ops.spec import Grid, Shape, Spec, budget, shortest
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,21 @@ class Execution:
 class Sparsity:
     """Constants of one block's sparse attention; terms as in `sparsify.config.SparsityConfig`."""
 
-    keep: float
+    keeps: tuple[float, ...]  # of each head, or one for all
     prefix: int
     tail: tails.Tail
-    grid: tuple[int, int]
-    cells: tuple[int, int]
+    grid: Grid
+    cells: tuple[Grid, ...]  # of each head, or one for all
     tile: tuple[int, ...] = ()  # empty: one key set for each query
 
-    def cells_of(self, N: int) -> tuple[int, int]:
-        """Grid of cells for N tokens: fewer where tokens were removed, by the rule of `SparsityConfig.with_cells`."""
+    def cells_of(self, N: int) -> tuple[Grid, ...]:
+        """Grids of cells for N tokens: fewer where tokens were removed, by the rule of `SparsityConfig.with_cells`."""
         all_tokens = self.prefix + self.grid[0] * self.grid[1]
-        if all_tokens <= N:
-            return self.cells
-        return grid_of(self.cells[0] * self.cells[1] * growth(N) / growth(all_tokens))
+        return self.cells if all_tokens <= N else self.cells_for(growth(N) / growth(all_tokens))
+
+    def cells_for(self, factor: float) -> tuple[Grid, ...]:
+        """Grids of cells with about `factor` times as many."""
+        return tuple(grid_of(rows * columns * factor) for rows, columns in self.cells)
 
 
 class GraftedAttention(nn.Module):
@@ -223,6 +226,18 @@ class SparseAttention(GraftedAttention):
         super().train(mode)
         return self
 
+    def set_plan(self, plan: BlockPlan) -> None:
+        """Set keeps, cells and, where the predictor can have others, ranks of each head; plan: not dense."""
+        assert plan.keeps is not None
+        self.sparsity = replace(self.sparsity, keeps=plan.keeps, cells=plan.cells)
+        self.predictor.set_ranks(plan.ranks)
+
+    def with_plan(self, plan: BlockPlan) -> SparseAttention:
+        """The same attention by another plan, over the same parameters."""
+        other = SparseAttention(self, copy.copy(self.predictor), self.sparsity)
+        other.set_plan(plan)
+        return other.train(self.training)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: TokenState | None) -> Tensor:
         """[B, H, N, d] x 3 -> [B, N, H*d], by the path that `execution` selects."""
         self._refuse_dropout()
@@ -255,7 +270,7 @@ class SparseAttention(GraftedAttention):
         elif not tails.known(tail):
             cell, count = cells_of(tail, ranking.written(q, k), context, spec)
             context = context._replace(cell=cell)
-            spec = spec._replace(tail=tails.ASSIGNED, cells=(1, count - min(spec.prefix, q.shape[2])))
+            spec = spec._replace(tail=tails.ASSIGNED, cells=((1, count - min(spec.prefix, q.shape[2])),))
         return attention.attention(q, k, v, ranking, context, spec, backend, self.execution.precision)
 
     def path(self, q: Tensor, mask: Tensor | None, tokens: TokenState | None, spec: Spec) -> tuple[str, Choice | None]:
@@ -287,20 +302,23 @@ class SparseAttention(GraftedAttention):
     def spec_of(self, s: Sparsity, N: int, reduced: bool) -> Spec:
         """The same for other constants; `reduced`: tokens were removed in an earlier block."""
         cells = s.cells_of(N) if reduced else s.cells
-        return Spec(budget(s.keep, N), s.prefix, s.tail.name, s.grid, cells, s.tile, self.scale)
+        N = int(N)  # a trace has it as a tensor, and takes no list of these
+        budgets = tuple(budget(keep, N) for keep in s.keeps)
+        return Spec(shortest(budgets), s.prefix, s.tail.name, s.grid, shortest(cells), s.tile, self.scale)
 
     def shape(self, q: Tensor, mask: Tensor | None, sparse: str, spec: Spec, tokens: TokenState | None = None) -> Shape:
         """What decides how long a call takes: the key of `auto.Chooser`. sparse: what computes the sparse form."""
         B, H, N, d = q.shape
         size, place = (None, None) if tokens is None else (tokens.size, tokens.place)
         device, threads = q.device.type, torch.get_num_threads()
-        precision, kind = self.execution.precision, self.predictor.kind()
+        precision, kind, spec = self.execution.precision, self.predictor.kind(), spec.typical(N)
         shape = Shape(B, H, N, d, q.dtype, device, threads, mask is not None, precision, sparse, kind, spec)
         return shape._replace(merged=size is not None, placed=place is not None)
 
     def extra_repr(self) -> str:
         s = self.sparsity
-        return f"keep={s.keep:g}, tail={s.tail.name}, cells={s.cells[0]}x{s.cells[1]}, heads={self.num_heads}"
+        keeps, cells = ",".join(f"{keep:g}" for keep in s.keeps), ",".join(f"{r}x{c}" for r, c in s.cells)
+        return f"keep={keeps}, tail={s.tail.name}, cells={cells}, heads={self.num_heads}"
 
 
 def sparse_modules(model: nn.Module) -> dict[str, SparseAttention]:

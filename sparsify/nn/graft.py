@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from sparsify.config import BlockPlan, SparsityConfig, grid_of, growth
+from sparsify.config import BlockPlan, SparsityConfig, growth
 from sparsify.errors import UsageError
 from sparsify.nn import hosts, projection, token_models
 from sparsify.nn.attention import (
@@ -23,7 +23,6 @@ from sparsify.nn.attention import (
     sparse_modules,
 )
 from sparsify.nn.predictor import HeadLowrankPredictor, Predictor, TokenLowrankPredictor
-from sparsify.ops.selection import rank_mask
 from sparsify.ops.tails import TAILS
 
 
@@ -110,10 +109,11 @@ def apply(model: nn.Module, config: SparsityConfig) -> nn.Module:
     attentions = attention_modules(model)
     plans = config.resolved(hosts.geometry(model, attentions))
     for i, ((name, module), plan) in enumerate(zip(attentions.items(), plans, strict=True)):
-        if plan.keep is None:
+        if plan.keeps is None:
             model.set_submodule(name, DenseAttention(module).train(module.training))
         elif isinstance(module, SparseAttention):
-            module.sparsity = dataclasses.replace(module.sparsity, keep=plan.keep, cells=plan.cells)
+            module.set_plan(plan)
+            module.predictor.trim()
         else:
             raise UsageError(f"block {i + 1} has no predictor: its attention is dense and cannot be made sparse here")
     set_token_stages(model, config)
@@ -123,6 +123,14 @@ def apply(model: nn.Module, config: SparsityConfig) -> nn.Module:
 def applied(model: nn.Module, config: SparsityConfig) -> nn.Module:
     """A copy changed by `apply`; it shares every parameter and buffer with `model`."""
     return apply(_copy(model), config)
+
+
+def shallow_copy(model: nn.Module) -> nn.Module:
+    """The same modules and tensors in a model whose attributes are its own."""
+    other = copy.copy(model)
+    if "set_input_size" in other.__dict__:
+        cast(Any, other).set_input_size = _SetInputSize(other)
+    return other
 
 
 def dense_twin(model: nn.Module) -> nn.Module:
@@ -142,19 +150,25 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def new_predictor(
-    model: nn.Module, host: nn.Module, config: SparsityConfig, plan: BlockPlan, fold: bool | None = None
+    model: nn.Module,
+    host: nn.Module,
+    config: SparsityConfig,
+    plan: BlockPlan,
+    fold: bool | None = None,
+    width: int | None = None,
 ) -> Predictor | None:
     """An unfitted predictor for one block, with dtype and device of the host; None where the plan is dense.
 
     fold: fold head-lowrank where that is exact; None: as `config.fold`. `set_basis` does the folding, not this function.
+    width: see `HeadLowrankPredictor`.
     """
-    if plan.keep is None:
+    if plan.keeps is None:
         return None
     heads, head_dim = projection.heads_of(host), projection.head_dim(host)
     predictor: Predictor
     if config.predictor == "head-lowrank":
         fold = (config.fold if fold is None else fold) and projection.foldable(host, hosts.rotary(model))
-        predictor = HeadLowrankPredictor(head_dim, plan.ranks, fold)
+        predictor = HeadLowrankPredictor(head_dim, plan.ranks, fold, width)
     else:
         knobs = config.token_lowrank.model_dump()
         prefix, tokens = hosts.num_prefix_tokens(model), hosts.num_tokens(model)
@@ -173,11 +187,11 @@ def reset_predictors(model: nn.Module, seed: int) -> nn.Module:
 def _grafted(
     model: nn.Module, host: nn.Module, config: SparsityConfig, plan: BlockPlan, predictor: Predictor | None
 ) -> GraftedAttention:
-    if plan.keep is None or predictor is None:
+    if plan.keeps is None or predictor is None:
         return DenseAttention(host, hosts.rotary(model)).train(host.training)
     tile = config.tile if config.granularity == "tile" else ()
     tail, prefix = TAILS[config.tail], hosts.num_prefix_tokens(model)
-    sparsity = Sparsity(plan.keep, prefix, tail, hosts.patch_grid(model), plan.cells, tile)
+    sparsity = Sparsity(plan.keeps, prefix, tail, hosts.patch_grid(model), plan.cells, tile)
     return SparseAttention(host, predictor, sparsity, hosts.rotary(model)).train(host.training)
 
 
@@ -196,11 +210,11 @@ def set_basis(host: nn.Module, predictor: HeadLowrankPredictor, t_q: torch.Tenso
     """Set the basis T_q, T_k [H, d, d] of a predictor: folded into the host's projections, else A_q, A_k are its first r
     columns."""
     if predictor.a_q is None or predictor.a_k is None:
-        projection.fold(host, t_q, t_k, predictor.ranks)
+        alike = predictor.width > max(predictor.ranks)  # other ranks are to be tried
+        projection.fold(host, t_q, t_k, [predictor.width] * len(t_q) if alike else predictor.ranks)
     else:
-        used = rank_mask(predictor.ranks, predictor.a_q)  # (H, 1, r)
-        predictor.a_q.copy_(t_q[..., : used.shape[-1]] * used)
-        predictor.a_k.copy_(t_k[..., : used.shape[-1]] * used)
+        predictor.a_q.copy_(t_q[..., : predictor.width])
+        predictor.a_k.copy_(t_k[..., : predictor.width])
 
 
 def freeze_predictors(model: nn.Module) -> nn.Module:
@@ -229,11 +243,13 @@ class _SetInputSize:
     until the garbage collector runs.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = weakref.ref(model)
+    def __init__(self, model: nn.Module | None) -> None:
+        self.model: Callable[[], nn.Module | None] = (lambda: None) if model is None else weakref.ref(model)
 
     def __call__(self, *arguments: Any, **named: Any) -> None:
         model = cast(Any, self.model())
+        if model is None:
+            raise ReferenceError("the model of this method is gone: of a shallow copy, call it on a deep one")
         _follow(model, lambda: type(model).set_input_size(model, *arguments, **named))
 
     def __reduce__(self) -> tuple[type[_SetInputSize], tuple[nn.Module | None]]:
@@ -255,9 +271,9 @@ def _follow(model: nn.Module, change: Callable[[], None]) -> None:
             model.set_submodule(name, module)
     new = hosts.patch_grid(model)
     for module in sparse_modules(model).values():
-        rows, cols = module.sparsity.cells
-        cells = (rows, cols) if old == new else grid_of(rows * cols * growth(hosts.num_tokens(model)) / growth(tokens))
-        module.sparsity = dataclasses.replace(module.sparsity, grid=new, cells=cells)
+        sparsity, more = module.sparsity, growth(hosts.num_tokens(model)) / growth(tokens)
+        cells = sparsity.cells if old == new else sparsity.cells_for(more)
+        module.sparsity = dataclasses.replace(sparsity, grid=new, cells=cells)
         module.predictor.resample(old, new)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.nn.tokens import TokenState
-from sparsify.ops.selection import Ranking, alive, rank_mask, top_b
+from sparsify.ops.selection import Ranking, alive, top_b
 from sparsify.ops.spec import Kind, Spec
 
 
@@ -49,17 +49,23 @@ class Predictor(nn.Module):
         patch query and key."""
         raise NotImplementedError
 
-    def shared(self) -> int:
-        """Products of a score that are also part of the pair's logit, summed over heads."""
-        return 0
+    def shared(self, heads: int) -> tuple[int, ...]:
+        """Products of a score that are also part of the pair's logit, of each head."""
+        return (0,) * heads
 
-    def compared(self, heads: int, head_dim: int) -> int:
-        """Features of a key that the `clusters` tail compares, summed over heads."""
-        return heads * head_dim
+    def compared(self, heads: int, head_dim: int) -> tuple[int, ...]:
+        """Features of a key that the `clusters` tail compares, of each head."""
+        return (head_dim,) * heads
 
     def kind(self) -> Kind:
         """What of this predictor decides how long a call takes."""
-        return Kind(type(self).__name__, sum(p.numel() for p in self.parameters()), self.shared())
+        return Kind(type(self).__name__, sum(p.numel() for p in self.parameters()), 0)
+
+    def set_ranks(self, ranks: tuple[int, ...]) -> None:
+        """Score by other numbers of coordinates, one for each head; nothing where they are fixed."""
+
+    def trim(self) -> None:
+        """Forget what only other ranks need."""
 
     def reconstruct(
         self, q: Tensor, k: Tensor, scale: float, form: Reconstruction, bias: Tensor | None = None
@@ -79,19 +85,30 @@ class HeadLowrankPredictor(Predictor):
         head_dim: d.
         ranks: r of each of the H heads, 1 <= r <= d.
         folded: A_q and A_k are folded into `qkv`: no parameters, the first r coordinates of q and k give the scores.
+        width: the most that a head can be set to (`set_ranks`): columns of A_q and A_k; None: the largest rank.
 
-    Parameters (not folded): a_q, a_k, [H, d, max r] each; columns past a head's r are 0.
+    Parameters (not folded): a_q, a_k, [H, d, width] each; columns past a head's r are not used.
     """
 
-    def __init__(self, head_dim: int, ranks: tuple[int, ...], folded: bool) -> None:
+    def __init__(self, head_dim: int, ranks: tuple[int, ...], folded: bool, width: int | None = None) -> None:
         super().__init__()
-        self.head_dim, self.ranks, self.folded = head_dim, ranks, folded
-        self.products = sum(ranks)  # of one score, over all heads
+        self.head_dim, self.folded, self.width = head_dim, folded, width or max(ranks)
+        self.set_ranks(ranks)
         if folded:
             self.a_q = self.a_k = None
-        else:  # before fitting: the first r coordinates
-            eye = torch.eye(head_dim, max(ranks)) * rank_mask(ranks, torch.empty(0))  # (H, d, r)
+        else:  # before fitting: the first coordinates
+            eye = torch.eye(head_dim, self.width).expand(len(ranks), -1, -1)  # (H, d, width)
             self.a_q, self.a_k = nn.Parameter(eye.clone()), nn.Parameter(eye.clone())
+
+    def set_ranks(self, ranks: tuple[int, ...]) -> None:
+        self.ranks = ranks
+        self.products = sum(ranks)  # of one score, over all heads
+
+    def trim(self) -> None:
+        """Forget the columns that the ranks do not use."""
+        self.width = max(self.ranks)
+        if self.a_q is not None and self.a_k is not None:
+            self.a_q, self.a_k = (nn.Parameter(a[..., : self.width].clone()) for a in (self.a_q, self.a_k))
 
     def by_head(self) -> list[tuple[Tensor, Tensor]]:
         """A_q and A_k of each head, [d, r] each; not folded."""
@@ -101,7 +118,8 @@ class HeadLowrankPredictor(Predictor):
     def forward(self, q: Tensor, k: Tensor, mask: Tensor | None, tokens: TokenState | None, spec: Spec) -> Ranking:
         row = col = None
         if self.a_q is not None and self.a_k is not None:
-            row, col = q @ self.a_q.to(q.dtype), k @ self.a_k.to(k.dtype)  # (B, H, N, r) each
+            used = slice(max(self.ranks))
+            row, col = q @ self.a_q[..., used].to(q.dtype), k @ self.a_k[..., used].to(k.dtype)  # (B, H, N, r) each
         shift = None if tokens is None or tokens.size is None else tokens.size.log() / spec.scale
         return Ranking(row, col, None, shift, 1 / spec.scale, self.ranks, self.macs(int(q.shape[2]), spec.prefix))
 
@@ -109,17 +127,17 @@ class HeadLowrankPredictor(Predictor):
         projections = 0 if self.folded else 2 * N * self.head_dim
         return ((N - min(P, N)) * N + projections) * self.products
 
-    def shared(self) -> int:
-        return self.products if self.folded else 0
+    def shared(self, heads: int) -> tuple[int, ...]:
+        return self.ranks if self.folded else (0,) * heads
 
-    def compared(self, heads: int, head_dim: int) -> int:
-        return self.products
+    def compared(self, heads: int, head_dim: int) -> tuple[int, ...]:
+        return self.ranks
 
     def reconstruct(
         self, q: Tensor, k: Tensor, scale: float, form: Reconstruction, bias: Tensor | None = None
     ) -> Tensor:
         """softmax(scores scale + bias)."""
-        spec = Spec(1, 0, "none", (1, 1), (1, 1), scale=scale)
+        spec = Spec.uniform(1, 0, "none", (1, 1), (1, 1), scale=scale)
         q, k = q.float(), k.float()
         row, col, *_ = self(q, k, None, None, spec).written(q, k)
         logits = (row @ col.mT) * scale

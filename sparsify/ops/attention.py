@@ -48,7 +48,7 @@ def sparse_attention(
     ranked: float,
     ranks: Sequence[int],
     macs: int,
-    budget: int,
+    budgets: Sequence[int],
     prefix: int,
     tail: str,
     grid: Sequence[int],
@@ -65,7 +65,7 @@ def sparse_attention(
         row, col, features, shift, ranked, ranks, macs: see `selection.Ranking`.
         mask, size, place, cell: see `selection.Context`; a row that may attend to nothing gives 0. log s_j is added to the
             logit of key j, and the tail counts and averages key j s_j times. Cells and tiles follow `place`.
-        budget, prefix, tail, grid, cells, tile, scale: see `Spec`.
+        budgets, prefix, tail, grid, cells, tile, scale: see `Spec.flat`.
         backend: cpu: the kernels, where they are available and take these inputs (float32 or bfloat16 on cpu, no mask, a
             tail that they know); else the reference computes.
         precision: input or bf16; see `sparsify.nn.attention.Execution`. The reference computes in that of the inputs.
@@ -76,7 +76,7 @@ def sparse_attention(
     _refuse_forward_mode()
     ranking = Ranking(row, col, features, shift, ranked, tuple(ranks), macs)
     context = Context(mask, size, place, cell)
-    spec = Spec(budget, prefix, tail, tuple(grid), tuple(cells), tuple(tile), scale)  # type: ignore[arg-type]
+    spec = Spec.of_flat(budgets, prefix, tail, grid, cells, tile, scale)
     _check(q, ranking, spec)
     if _kernel(backend, q, context):
         return kernels.attention(q, k, v, ranking, context, spec, precision)
@@ -110,7 +110,7 @@ def attention(
         return masked.attend(q, k, v, ranking, context, spec)
     if path == "inline":
         return reference.attend(q, k, v, ranking, context, spec)
-    return sparse_attention(q, k, v, *ranking[:4], *context, *ranking[4:], *spec, backend, precision)
+    return sparse_attention(q, k, v, *ranking[:4], *context, *ranking[4:], *spec.flat(), backend, precision)
 
 
 def dense(
@@ -188,9 +188,11 @@ def _check(q: Tensor, ranking: Ranking, spec: Spec) -> None:
 
 @lru_cache(maxsize=4096)
 def _checked(spec: Spec, ranks: tuple[int, ...], H: int, N: int, r: int) -> None:
-    pairs = (spec.grid, spec.cells, *((spec.tile,) if spec.tile else ()))
+    pairs = (spec.grid, *spec.cells, *((spec.tile,) if spec.tile else ()))
     for right, what in (
-        (1 <= spec.budget <= N, f"budget {spec.budget}: expected 1 to {N}"),
+        (all(1 <= b <= N for b in spec.budgets), f"budgets {spec.budgets}: expected 1 to {N}"),
+        (len(spec.budgets) in (1, H), f"budgets {spec.budgets}: expected 1 or {H}"),
+        (len(spec.cells) in (1, H), f"cells {spec.cells}: expected 1 or {H} grids"),
         (spec.prefix >= 0, f"prefix {spec.prefix}: expected 0 or more"),
         (spec.tail in (*tails.TAILS, tails.ASSIGNED), f"tail '{spec.tail}': expected one of {', '.join(tails.TAILS)}"),
         (
@@ -221,7 +223,7 @@ def _backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
     def call(*tensors: Any) -> Tensor:
         q, k, v, row, col, features, shift, *context = tensors
         ranking = Ranking(row, col, features, shift, ranked, tuple(ranks), macs)
-        return reference.attend(q, k, v, ranking, Context(*context), Spec(*spec))
+        return reference.attend(q, k, v, ranking, Context(*context), Spec.of_flat(*spec))
 
     grads = reference.gradients(call, ctx.saved_tensors, ctx.needs_input_grad[:TENSORS], grad)
     return (*grads, *[None] * len(ctx.constants))

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sparsify.ops import tails
 from sparsify.ops.attention import TENSORS
-from sparsify.ops.spec import Spec
+from sparsify.ops.spec import Spec, of_head
 
 PARTS = ("kept", "prefix", "predictor", "tail")
 
@@ -35,16 +35,21 @@ def dense_macs(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> int:
 
 
 def sparse_macs(
-    shape: Sequence[int], predictor: int, shared: int, features: int, spec: Spec, placed: bool = False
+    shape: Sequence[int],
+    predictor: int,
+    shared: Sequence[int],
+    features: Sequence[int],
+    spec: Spec,
+    placed: bool = False,
 ) -> Counter[str]:
     """MACs of one `sparse_attention` by part.
 
     Args:
         shape: [B, H, N, d] of q.
         predictor: of one image (`Ranking.macs`).
-        shared: products of a score that its logit needs too, summed over the heads: where the predictor is folded into q and
-            k, the first r of d products are done.
-        features: size of what `clusters` compares of a key, summed over the heads.
+        shared: products of a score that its logit needs too, of each head: where the predictor is folded into q and k, the
+            first r of d products are done.
+        features: size of what `clusters` compares of a key, of each head.
         spec: the call's constants.
         placed: patch tokens have places of their own on the grid, so that its cells stay as they are.
     """
@@ -54,25 +59,28 @@ def sparse_macs(
     macs = Counter(
         prefix=H * P * N * 2 * d,
         predictor=predictor,
-        kept=n * spec.budget * (H * 2 * d - shared),
+        kept=n * sum(of_head(spec.budgets, h) * (2 * d - shared[h]) for h in range(H)),
         tail=_tail(shape, features, spec, placed),
     )
     return Counter({part: B * count for part, count in macs.items()})
 
 
-def _tail(shape: Sequence[int], features: int, spec: Spec, placed: bool) -> int:
+def _tail(shape: Sequence[int], features: Sequence[int], spec: Spec, placed: bool) -> int:
     """Logits and values of M cells and P prefix keys for each patch row; `clusters`: distances to M centres too."""
     _, H, N, d = shape
     P = min(spec.prefix, N)
-    n, grid = N - P, (spec.grid[0], spec.grid[1])
+    n, grid = N - P, spec.grid if placed else tails.patch_grid(N - P, spec.grid)
     if spec.tail == tails.ASSIGNED:
-        M = spec.cells[0] * spec.cells[1]
+        counts = [rows * columns for rows, columns in spec.cells]
     elif tails.TAILS[spec.tail].stands_for_dropped_keys:
-        M = tails.TAILS[spec.tail].count(grid if placed else tails.patch_grid(n, grid), (spec.cells[0], spec.cells[1]))
+        counts = [tails.TAILS[spec.tail].count(grid, cells) for cells in spec.cells]
     else:
         return 0
-    assignments = tails.LLOYD_STEPS * n * M * features if spec.tail == "clusters" else 0
-    return H * n * (M + P) * 2 * d + assignments
+    steps, total = tails.LLOYD_STEPS if spec.tail == "clusters" else 0, 0
+    for h in range(H):
+        M = of_head(counts, h)
+        total += n * (M + P) * 2 * d + steps * n * M * features[h]
+    return total
 
 
 def _dense_handle(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
@@ -94,9 +102,9 @@ def _of_call(shapes: Sequence[Any], constants: Sequence[Any]) -> Counter[str]:
     """`sparse_macs` of the op's arguments: shapes of its tensors, None for one that is not given, and its constants."""
     q, _, _, row, _, features, _, _, _, place, _ = shapes
     _, ranks, predictor, *spec = constants[: 3 + len(Spec._fields)]  # without backend and precision
-    compared = sum(ranks) if features is None else q[1] * features[-1]
-    shared = sum(ranks) if row is None else 0
-    return sparse_macs(q, predictor, shared, compared, Spec(*spec), place is not None)
+    compared = ranks if features is None else q[1] * [features[-1]]
+    shared = ranks if row is None else q[1] * [0]
+    return sparse_macs(q, predictor, shared, compared, Spec.of_flat(*spec), place is not None)
 
 
 def _constant(value: Any) -> Any:

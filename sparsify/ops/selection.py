@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsify.ops import tails
-from sparsify.ops.spec import Spec
+from sparsify.ops.spec import Grid, Spec
 
 HIDDEN = -1e4  # what is added to the logit of a key that may not be attended to is this or lower: e^HIDDEN is 0
 
@@ -38,14 +38,16 @@ class Ranking(NamedTuple):
     features: Tensor | None  # of the keys, compared by the `clusters` tail, [B, H, N, *]; None: those of col
     shift: Tensor | None  # added to the scores of every row, [B, N]; None: nothing
     ranked: float  # an additive mask times this is added to the scores; 0: the mask only hides keys
-    ranks: tuple[int, ...]  # coordinates of each head, 1 <= r; columns of row and col past a head's own are 0
+    ranks: tuple[int, ...]  # coordinates of each head, 1 <= r; columns of row and col past a head's own do not count
     macs: int = 0  # multiply-accumulates of the predictor for one image, all scores included
 
     def written(self, q: Tensor, k: Tensor) -> Ranking:
         """The same with row, col [B or 1, H or 1, N, r] and features written out; q, k: [B, H, N, d]."""
         row, col = self.row, self.col
         if row is None or col is None:
-            row, col = q[..., : max(self.ranks)], k[..., : max(self.ranks)] * rank_mask(self.ranks, k)
+            row, col = q[..., : max(self.ranks)], k[..., : max(self.ranks)]
+        if min(self.ranks) < col.shape[-1]:
+            col = col * rank_mask(self.ranks, col)
         features = col.expand(*row.shape[:2], -1, -1) if self.features is None else self.features
         return self._replace(row=row, col=col, features=features)
 
@@ -67,21 +69,26 @@ def rank_mask(ranks: Sequence[int], like: Tensor) -> Tensor:
     return (torch.arange(max(ranks), device=like.device) < r).to(like.dtype)
 
 
-def top_b(scores: Tensor, b: int) -> Tensor:
+def top_b(scores: Tensor, budgets: int | Sequence[int]) -> Tensor:
     """The b highest scores of each row, equal scores by the lower index; NaN is lowest.
 
     Args:
-        scores: [..., N], float.
-        b: keys kept in each row, 1 <= b <= N.
+        scores: [..., N], float; [..., H, rows, N] where heads differ.
+        budgets: b, keys kept in each row, 1 <= b <= N; several: of each head.
 
     Returns:
         bool [..., N], exactly b True in each row.
     """
     s = scores.detach().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    threshold = s.topk(b, dim=-1).values[..., -1:]  # (..., 1)
+    each = (budgets,) if isinstance(budgets, int) else tuple(budgets)
+    highest, b = s.topk(max(each), dim=-1).values, each[0] if len(each) == 1 else s.new_tensor(each, dtype=torch.int64)
+    threshold = highest[..., -1:]  # (..., 1)
+    if isinstance(b, Tensor):
+        b = b[:, None, None]  # (H, 1, 1)
+        threshold = highest.gather(-1, (b - 1).expand(threshold.shape))
     kept = s >= threshold
     if readable(s):
-        without_ties = bool((kept.sum(-1) == b).all())  # the usual case
+        without_ties = bool((kept.sum(-1, keepdim=True) == b).all())  # the usual case
         if without_ties:
             return kept
     above, tie = s > threshold, s == threshold
@@ -147,10 +154,9 @@ def alive(mask: Tensor, q: Tensor) -> Tensor:
     return (additive(mask, q.dtype) > HIDDEN).expand(B, H, N, N).any(-2).to(q.dtype)
 
 
-def grid_of(spec: Spec, n: int, place: Tensor | None) -> tuple[int, int]:
-    """Rows and columns of the grid on which n patch tokens stand: `spec.grid` where they have places of their own."""
-    grid = (spec.grid[0], spec.grid[1])
-    return grid if place is not None else tails.patch_grid(n, grid)
+def grid_of(spec: Spec, n: int, place: Tensor | None) -> Grid:
+    """The grid on which n patch tokens stand: `spec.grid` where they have places of their own."""
+    return spec.grid if place is not None else tails.patch_grid(n, spec.grid)
 
 
 def selector(ranking: Ranking, context: Context, spec: Spec) -> Callable[[slice], Tensor]:
@@ -170,14 +176,14 @@ def selector(ranking: Ranking, context: Context, spec: Spec) -> Callable[[slice]
     if spec.tile and P < N:
         scores = _plus(row @ col.mT, added)[:, :, P:]
         pooled = pool_tiles(scores, grid_of(spec, N - P, context.place), (spec.tile[0], spec.tile[1]), context.place)
-        whole = torch.nn.functional.pad(top_b(pooled, spec.budget), (0, 0, P, 0), value=True)
+        whole = torch.nn.functional.pad(top_b(pooled, spec.budgets), (0, 0, P, 0), value=True)
         return lambda rows: whole[:, :, rows]
 
     def of_rows(rows: slice) -> Tensor:
         scores = row[:, :, rows] @ col.mT
         bias = added if added is None or added.shape[-2] == 1 else added[..., rows, :]
         prefix = torch.arange(N, device=row.device)[rows] < P  # (rows)
-        return top_b(_plus(scores, bias), spec.budget) | prefix[:, None]
+        return top_b(_plus(scores, bias), spec.budgets) | prefix[:, None]
 
     return of_rows
 
@@ -193,23 +199,27 @@ def cells(ranking: Ranking, context: Context, spec: Spec) -> tuple[Tensor | None
     None and 0 where there is no tail. ranking: written out.
     """
     if context.cell is not None:
-        return context.cell, min(spec.prefix, context.cell.shape[2]) + spec.cells[0] * spec.cells[1]
+        return context.cell, min(spec.prefix, context.cell.shape[2]) + spec.cells[0][0] * spec.cells[0][1]
     tail = tails.TAILS[spec.tail]
     return cells_of(tail, ranking, context, spec) if tail.stands_for_dropped_keys else (None, 0)
 
 
 def cells_of(tail: tails.Tail, ranking: Ranking, context: Context, spec: Spec) -> tuple[Tensor, int]:
-    """`cells` of any tail."""
+    """`cells` of any tail; heads with fewer cells than others leave their last ones empty."""
     features = ranking.features
     assert features is not None
     B, H, N, _ = features.shape
     P = min(spec.prefix, N)
-    grid, shape = grid_of(spec, N - P, context.place), (spec.cells[0], spec.cells[1])
+    grid = grid_of(spec, N - P, context.place)
     weight = None if context.mask is None else alive(context.mask, features)  # (B, H, N)
     if context.size is not None:
         size = context.size.to(features.dtype)[:, None].expand(B, H, N)
         weight = size if weight is None else weight * size
-    return tail.assign(features, weight, P, grid, shape, context.place), P + tail.count(grid, shape)
+    if len(spec.cells) == 1:
+        return tail.assign(features, weight, P, grid, spec.cells[0], context.place), P + tail.count(grid, spec.cells[0])
+    heads = [_of(h, features, weight) for h in range(H)]
+    found = [tail.assign(*own, P, grid, shape, context.place) for own, shape in zip(heads, spec.cells, strict=True)]
+    return torch.cat(found, 1), P + max(tail.count(grid, shape) for shape in spec.cells)
 
 
 def _added(ranking: Ranking, context: Context, like: Tensor) -> Tensor | None:
@@ -221,6 +231,11 @@ def _added(ranking: Ranking, context: Context, like: Tensor) -> Tensor | None:
     if ranking.shift is not None:
         added = ranking.shift.to(like.dtype)[:, None, None] + (0 if added is None else added)
     return added
+
+
+def _of(h: int, features: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Those of head h."""
+    return features[:, h : h + 1], None if weight is None else weight[:, h : h + 1]
 
 
 def _plus(x: Tensor, bias: Tensor | None) -> Tensor:

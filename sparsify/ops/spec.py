@@ -4,21 +4,74 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+Grid = tuple[int, int]  # rows and columns
+
 
 class Spec(NamedTuple):
-    """The constants of a call."""
+    """The constants of a call. Budgets and cells are of each head, or one for all heads."""
 
-    budget: int  # b, keys kept by each patch query row, 1 <= b <= N
+    budgets: tuple[int, ...]  # b, keys kept by each patch query row, 1 <= b <= N
     prefix: int  # P, leading prefix tokens; their rows attend densely
     tail: str  # of `tails.TAILS`, or `tails.ASSIGNED` where the caller gives every key's cell
-    grid: tuple[int, int]  # rows and columns of the patch grid, for cells and tiles
-    cells: tuple[int, int]  # rows and columns of the grid of cells
+    grid: Grid  # the patches, for cells and tiles
+    cells: tuple[Grid, ...]  # the grid of cells
     tile: tuple[int, ...] = ()  # rows and columns of a tile of queries that share one key set; empty: no tiles
     scale: float = 1.0  # factor of q.k, usually 1/sqrt(d)
+
+    @classmethod
+    def uniform(
+        cls,
+        budget: int,
+        prefix: int,
+        tail: str,
+        grid: Grid,
+        cells: Grid,
+        tile: tuple[int, ...] = (),
+        scale: float = 1.0,
+    ) -> Spec:
+        """The same budget and cells in all heads."""
+        return cls((budget,), prefix, tail, grid, (cells,), tile, scale)
+
+    def head(self, h: int) -> Spec:
+        """The constants of one head, counted from 0."""
+        return self._replace(budgets=(of_head(self.budgets, h),), cells=(of_head(self.cells, h),))
+
+    def flat(self) -> tuple[tuple[int, ...], int, str, Grid, tuple[int, ...], tuple[int, ...], float]:
+        """As the arguments of a torch op, which takes lists of numbers."""
+        sides = tuple(side for grid in self.cells for side in grid)
+        return self.budgets, self.prefix, self.tail, self.grid, sides, self.tile, self.scale
+
+    def typical(self, N: int) -> Spec:
+        """One budget and one number of cells that take about as long: the means, the budget to 1/64 of N."""
+        if len(self.budgets) == len(self.cells) == 1:
+            return self
+        step, cells = max(1, N // 64), [rows * columns for rows, columns in self.cells]
+        budget = min(N, step * round(sum(self.budgets) / len(self.budgets) / step) or 1)
+        return self._replace(budgets=(budget,), cells=((1, round(sum(cells) / len(cells))),))
+
+    @classmethod
+    def of_flat(cls, budgets: Any, prefix: int, tail: str, grid: Any, cells: Any, tile: Any, scale: float) -> Spec:
+        """The inverse of `flat`."""
+        pairs = tuple(zip(cells[::2], cells[1::2], strict=True))
+        return cls(tuple(budgets), prefix, tail, tuple(grid), pairs, tuple(tile), scale)
+
+
+T = TypeVar("T")
+
+
+def of_head(values: Sequence[T], h: int) -> T:
+    """The value of head h of values that are of each head, or one for all."""
+    return values[h if len(values) > 1 else 0]
+
+
+def shortest(values: Sequence[T]) -> tuple[T, ...]:
+    """Values of each head; one for all where they are the same."""
+    return tuple(values[:1] if len(set(values)) == 1 else values)
 
 
 def budget(keep: float, n: int) -> int:
@@ -52,7 +105,7 @@ class Shape(NamedTuple):
     precision: str  # see `sparsify.nn.attention.Execution`
     sparse: str  # what would compute the sparse form, cpu or reference
     kind: Kind
-    spec: Spec
+    spec: Spec  # `Spec.typical`
     merged: bool = False  # whether keys have sizes
     placed: bool = False  # whether patch tokens have places
 

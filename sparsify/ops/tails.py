@@ -19,10 +19,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsify.ops.spec import Grid
+
 LLOYD_STEPS = 2  # assignments from the grid start; see docs/design.md, 'The tail', for 1, 2 and 3
 ASSIGNED = "assigned"  # the tail of a call whose cells are given (`selection.Context.cell`)
-
-Grid = tuple[int, int]
 
 
 class Tail:

@@ -17,10 +17,16 @@ def percent(share: float) -> str:
 
 
 def layer(layer: Layer | None) -> str:
-    """Tokens and budget of a layer: '197 tokens, 20 keys a query'."""
+    """Tokens and budgets of a layer: '197 tokens, 4 to 39 keys a query'."""
     if layer is None:
         return NOT_COMPUTED
-    return f"{layer.tokens} tokens, " + (f"{layer.budget} keys a query" if layer.sparse else "dense: all keys")
+    return f"{layer.tokens} tokens, " + (f"{budgets(layer)} keys a query" if layer.sparse else "dense: all keys")
+
+
+def budgets(layer: Layer) -> str:
+    """Keys that a query keeps, over all heads: '20' or '4 to 39'."""
+    low, high = min(layer.budgets), max(layer.budgets)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def panel(inspection: Inspection, layer: Layer, head: int, query: int) -> str:

@@ -91,7 +91,7 @@ def _attends(facts: Facts) -> str:
     shares = sorted({k for k in keeps if k is not None})
     if not shares:
         return "attends densely"
-    low, high = (f"{100 * share:g}" for share in (shares[0], shares[-1]))
+    low, high = (f"{100 * share:.3g}" for share in (shares[0], shares[-1]))
     keys = f"{low} %" if low == high else f"{low} to {high} %"
     some = f" in {len(keeps) - keeps.count(None)} of {len(keeps)} blocks" if None in keeps else ""
     return f"attends to {keys} of the keys, chosen for each image{some}"
@@ -106,7 +106,7 @@ def _settings(facts: Facts) -> dict[str, Any]:
     sides = size or h.architecture["pretrained_cfg"].get("input_size", [3, 224, 224])[1:]
     return {
         "size": words.rectangle((sides, sides) if isinstance(sides, int) else sides),
-        "keeps": _listed([keep if keep is not None else "dense" for keep in keeps]),
+        "keeps": _listed(["dense" if keep is None else float(f"{keep:.3g}") for keep in keeps]),
         "sparse": bool(sparse),
         "folded": c.predictor == "head-lowrank" and facts.profile.param_count == facts.profile.param_count_dense,
         "ranks": _listed([f"{rank:g}" for rank in ranks]) if sparse else "",
@@ -124,7 +124,7 @@ def _heads(rank: Any, block: int) -> int:
 def _cells(c: Any, sparse: Sequence[int]) -> str:
     if c.tail not in ("cells", "clusters") or c.cells is None:
         return ""
-    return f", {_listed([words.rectangle(c.cells_of(i)) for i in sparse])} cells"
+    return f", {_listed([words.cells(c.cells_of(i)) for i in sparse])} cells"
 
 
 def _listed(values: Sequence[Any]) -> str:

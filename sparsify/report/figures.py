@@ -61,12 +61,13 @@ def keys(shown: Shown, query: int) -> bytes:
     drawing.title(figure, f"{photo.name}: the keys that a patch attends to")
     for i, block in enumerate(shown.layers):
         layer, y = found.layer(block), head_room + i * (INCH * tall + words_room)
-        words = "not computed"
+        about_layer = "not computed"
         if layer is not None:
-            words = f"{layer.tokens} tokens\n" + (f"{layer.budget} keys" if layer.sparse else "dense")
+            kept = f"{captions.budgets(layer)} keys" if layer.sparse else "dense"
+            about_layer = f"{layer.tokens} tokens\n{kept}"
         middle = y + INCH * tall / 2
         write(side - gap, middle, f"layer {block + 1}", 10, ha="right", va="bottom")
-        write(side - gap, middle + 0.03, words, 7.5, ha="right", color=INK, linespacing=1.3)
+        write(side - gap, middle + 0.03, about_layer, 7.5, ha="right", color=INK, linespacing=1.3)
         for j, head in enumerate(shown.heads):
             x = side + j * (INCH + gap)
             axes = box(x, y, INCH, INCH * tall)

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from sparsify.config import SparsityConfig
+from sparsify.config import SparsityConfig, listed
 from sparsify.models.checkpoint import Header
 from sparsify.models.licence import licence_of
 from sparsify.report import words
@@ -46,8 +46,8 @@ def origin(header: Header, file: Path) -> list[Fact]:
 
 def settings(config: SparsityConfig) -> list[Fact]:
     """The sparse attention, and which tokens remain."""
-    facts = [("keep, share of keys", _each(config.keep))]
-    if not set(_listed(config.keep)) <= {"dense"}:
+    facts = [("keep, share of keys", _keep(config))]
+    if not set(listed(config.keep)) <= {"dense"}:
         tile = f" of {words.rectangle(config.tile)}" if config.granularity == "tile" else ""
         facts += [
             ("predictor", f"{config.predictor}, rank {_rank(config.rank)}"),
@@ -71,8 +71,8 @@ def title(header: Header) -> str:
 def _tail(config: SparsityConfig) -> str:
     if config.tail in ("none", "mean") or config.cells is None:
         return config.tail
-    grids = [config.cells] if isinstance(config.cells[0], int) else list(config.cells)
-    return f"{config.tail}, {_runs([words.rectangle(grid) for grid in grids])} cells"  # type: ignore[arg-type]
+    blocks = 1 if isinstance(config.cells[0], int) else len(config.cells)
+    return f"{config.tail}, {_runs([words.cells(config.cells_of(i)) for i in range(blocks)])} cells"
 
 
 def _rank(rank: Any) -> str:
@@ -82,9 +82,36 @@ def _rank(rank: Any) -> str:
     return f"{sum(flat) / len(flat):.3g} on average, {min(flat)} to {max(flat)}"
 
 
+def by_head(config: SparsityConfig) -> str:
+    """What heads have that differ, in one line: 'keep 0.15 (0.015 to 0.35), rank 11 (4 to 24), cells 8 (1 to 25)'; or ''."""
+    blocks = [i for i in range(len(listed(config.keep))) if config.keeps_of(i) is not None]
+    if isinstance(config.rank, int) or not isinstance(config.rank[0], tuple):
+        return ""
+    keeps = [keep for i in blocks for keep in config.keeps_of(i) or ()]
+    ranks = [rank for i in blocks for rank in config.ranks_of(i, 1)]
+    cells = [] if config.cells is None else [rows * columns for i in blocks for rows, columns in config.cells_of(i)]
+    parts = [
+        f"{name} {sum(every) / len(every):.3g} ({min(every):.3g} to {max(every):.3g})"
+        for name, every in (("keep", keeps), ("rank", ranks), ("cells", cells))
+        if len(set(every)) > 1
+    ]
+    return ", ".join(parts)
+
+
+def _keep(config: SparsityConfig) -> str:
+    """'0.1', by layer where it differs; of layers whose heads differ the mean, and the range over all heads."""
+    blocks = range(len(listed(config.keep)))
+    keeps = [config.keeps_of(i) for i in blocks]
+    by_layer = _each(tuple("dense" if (keep := config.keep_of(i)) is None else keep for i in blocks))
+    if all(keep is None or len(keep) == 1 for keep in keeps):
+        return by_layer
+    every = [keep for block in keeps for keep in block or ()]
+    return f"{sum(every) / len(every):.3g} on average, {min(every):.2g} to {max(every):.2g} by head; layers {by_layer}"
+
+
 def _each(value: Any) -> str:
     """0.1 -> '0.1'; (0.1, 0.1, 'dense') -> '0.1 (2 layers), dense'."""
-    return _runs([each if isinstance(each, str) else f"{each:.3g}" for each in _listed(value)])
+    return _runs([each if isinstance(each, str) else f"{each:.3g}" for each in listed(value)])
 
 
 def _runs(values: Sequence[str]) -> str:
@@ -92,7 +119,3 @@ def _runs(values: Sequence[str]) -> str:
         return values[0]
     runs = [(value, len(list(group))) for value, group in groupby(values)]
     return ", ".join(value if count == 1 else f"{value} ({count} layers)" for value, count in runs)
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, tuple | list) else [value]

@@ -171,7 +171,7 @@ def write(sweep: Sweep, prefix: Path) -> tuple[list[Path], str]:
 
 def _keeps(setting: Setting) -> list[str]:
     config, depth = setting.choice.config, len(setting.profile.tokens)
-    return ["dense" if (keep := config.keep_of(i)) is None else f"{keep:g}" for i in range(depth)]
+    return ["dense" if (keep := config.keep_of(i)) is None else f"{keep:.3g}" for i in range(depth)]
 
 
 def _tokens(setting: Setting) -> list[int]:

@@ -71,6 +71,12 @@ def rectangle(sides: Sequence[int]) -> str:
     return "x".join(map(str, sides))
 
 
+def cells(grids: Sequence[Sequence[int]]) -> str:
+    """Grids of cells of the heads of a layer: '4x3', or their numbers where they differ, '1 to 30'."""
+    counts = sorted(rows * columns for rows, columns in grids)
+    return rectangle(grids[0]) if len(set(grids)) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
 def threads(count: int) -> str:
     """'1 thread' or '8 threads'."""
     return "1 thread" if count == 1 else f"{count} threads"

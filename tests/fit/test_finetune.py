@@ -119,25 +119,28 @@ def test_a_stop_between_keeps_the_model_its_own_share_of_keys(tmp_path, monkeypa
     )
     made = small_runs.convert(tmp_path / "m.safetensors", recipe(stage, repair={"images": 16}))
     assert made.tuning.stopped and made.tuning.changed
-    assert {module.sparsity.keep for module in attention.sparse_modules(made.model).values()} == {0.1}
+    assert {module.sparsity.keeps for module in attention.sparse_modules(made.model).values()} == {(0.1,)}
 
 
 # what a stage does
 
 
+def keep_of(module):
+    (keep,) = module.sparsity.keeps
+    return keep
+
+
 def test_the_share_of_keys_is_annealed_to_the_models_own(tmp_path, monkeypatch):
-    seen = spied(
-        monkeypatch, "_step", lambda s, found: [m.sparsity.keep for m in attention.sparse_modules(s.student).values()]
-    )
+    seen = spied(monkeypatch, "_step", lambda s, found: [*map(keep_of, attention.sparse_modules(s.student).values())])
     judged = []
     whole = loop.Validator.__call__
 
     def judge(self, model):
-        judged.append({m.sparsity.keep for m in attention.sparse_modules(model).values()})
+        judged.append(set(map(keep_of, attention.sparse_modules(model).values())))
         return whole(self, model)
 
     monkeypatch.setattr(loop.Validator, "__call__", judge)
-    keeps = {"sparsity": {"keep": (0.1, 0.2, "dense", 1.0)}}
+    keeps = {"sparsity": {"keep": (0.1, 0.2, "dense", 1.0), "spread": "none"}}
     first = {"steps": 4, "keep": {"start": 0.6, "until": 0.5}}
     made = small_runs.convert(
         tmp_path / "m.safetensors", recipe(first, {"steps": 1}, {"steps": 1, "keep": 0.5}, **keeps)
@@ -145,7 +148,7 @@ def test_the_share_of_keys_is_annealed_to_the_models_own(tmp_path, monkeypatch):
     expected = [[0.6, 0.6, 1.0], [0.35, 0.4, 1.0], [0.1, 0.2, 1.0], [0.1, 0.2, 1.0], [0.1, 0.2, 1.0], [0.5] * 3]
     assert [pytest.approx(row) for row in expected] == seen
     assert judged == [{0.1, 0.2, 1.0}] * 4
-    assert [m.sparsity.keep for m in attention.sparse_modules(made.model).values()] == [0.1, 0.2, 1.0]
+    assert [m.sparsity.keeps for m in attention.sparse_modules(made.model).values()] == [(0.1,), (0.2,), (1.0,)]
 
 
 def test_the_running_mean_is_what_is_judged_and_kept(tmp_path, scores, monkeypatch):

@@ -131,15 +131,15 @@ def test_lost_mass_is_the_share_of_dropped_keys_once_the_step_is_sharp(drawn, mo
     monkeypatch.setattr(losses, "SOFTNESS", 1e-6)
     kept = torch.zeros_like(target).scatter(-1, estimate.topk(2, -1).indices, 1.0)
     by_hand = float(1 - (target * kept).sum(-1).mean())
-    assert float(losses.lost_mass(estimate, target, 2)) == pytest.approx(by_hand, abs=5e-3)
-    assert float(losses.lost_mass(estimate, target, 5)) == 0  # nothing is dropped
+    assert float(losses.lost_mass(estimate, target, [2])) == pytest.approx(by_hand, abs=5e-3)
+    assert float(losses.lost_mass(estimate, target, [5])) == 0  # nothing is dropped
 
 
 def test_flat_scores_do_not_pass_for_good_ones(drawn):
     """Of equal scores each key is kept by b / N; without a sum of b, all would be kept by half."""
     target, estimate = attention(drawn)
-    assert float(losses.lost_mass(0 * estimate, target, 2)) == pytest.approx(1 - 2 / 5, abs=0.01)
-    assert float(losses.lost_mass(target, target, 2)) < float(losses.lost_mass(0 * estimate, target, 2))
+    assert float(losses.lost_mass(0 * estimate, target, [2])) == pytest.approx(1 - 2 / 5, abs=0.01)
+    assert float(losses.lost_mass(target, target, [2])) < float(losses.lost_mass(0 * estimate, target, [2]))
 
 
 @pytest.mark.parametrize("softness", [0.05, 0.5])
@@ -151,7 +151,7 @@ def test_learning_by_lost_mass_keeps_more(drawn, monkeypatch, softness):
     for _ in range(60):
         kept = torch.zeros_like(target).scatter(-1, scores.detach().topk(2, -1).indices, 1.0)
         found.append(float((target * kept).sum(-1).mean()))
-        (slope,) = torch.autograd.grad(losses.lost_mass(scores, target, 2), scores)
+        (slope,) = torch.autograd.grad(losses.lost_mass(scores, target, [2]), scores)
         scores = (scores - 2 * slope).detach().requires_grad_()
     assert found[-1] > found[0] + 0.05
 
@@ -176,7 +176,7 @@ def parts(drawn):
         "attention rms": lambda i: losses.over_blocks(
             [losses.attention(e[i], target[i], "mse-sum", 1) for e in (estimate, 3 * estimate)], "rms"
         ),
-        "mass": lambda i: losses.lost_mass(estimate[i], target[i], 2),
+        "mass": lambda i: losses.lost_mass(estimate[i], target[i], [2]),
     }
 
 

@@ -17,7 +17,7 @@ from sparsify.nn.folding import unfold
 from sparsify.recipe import Stage
 
 SMALL = dict(embed_dim=48, num_heads=3, patches=4)
-HEAD = dict(predictor="head-lowrank", rank=4, spread_rank=False, keep=0.3)
+HEAD = dict(predictor="head-lowrank", rank=4, spread="none", keep=0.3)
 TOKEN = dict(predictor="token-lowrank", rank=5, keep=0.3, tail="none", token_lowrank=dict(channels=4, coef_topk=3))
 OUTPUT = {"classification", "logits", "tokens", "features"}
 

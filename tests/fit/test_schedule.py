@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify.cli.app import main
-from sparsify.config import SparsityConfig, Tokens
+from sparsify.config import BlockPlan, SparsityConfig, Tokens
 from sparsify.errors import UsageError
 from sparsify.fit.calibrate.calibrate import fit_importance
 from sparsify.fit.schedule import choose, search
@@ -24,13 +24,18 @@ from sparsify.nn import execution, graft, token_models
 from sparsify.nn.attention import Execution, attention_modules
 from sparsify.recipe import load_recipe
 
+DENSE = BlockPlan(None, (4, 4), ((1, 1),))
 KW = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
 
 
 def tiny(**more):
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", **KW | more).eval()
-    return graft.graft(model, SparsityConfig(keep=0.5, rank=4, spread_rank=False, cells=(2, 2)))
+    return graft.graft(model, SparsityConfig(keep=0.5, rank=4, spread="none", cells=(2, 2)))
+
+
+def sensitivity(model, config, images, keeps):
+    return choose.sensitivity(model, config, images, choose.options_of(model, config, keeps))
 
 
 class Linear(BlockCost):
@@ -57,22 +62,22 @@ def drawn(seed, depth=3, patches=8, empty=None):
     rise = np.sort(rng.random((depth, 6)), 1)
     tokens = np.concatenate([np.zeros((depth, 1)), rise], 1)
     keeps = np.stack([np.zeros(depth), rng.random(depth) / 10], 1)
-    return Sensitivity(patches, (1.0, 0.85, 0.7, 0.5, 0.35, 0.2, 0.1), tokens, empty, (None, 0.5), keeps)
+    return Sensitivity(patches, (1.0, 0.85, 0.7, 0.5, 0.35, 0.2, 0.1), tokens, empty, {None: (), 0.5: ()}, keeps)
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 1000), st.floats(0.01, 1), st.booleans())
 def test_the_search_finds_the_least_damage_for_a_price(seed, price, empty):
-    sensitivity = drawn(seed, empty=0.01 if empty else None)
+    measured = drawn(seed, empty=0.01 if empty else None)
     costs = [Linear()] * 3
-    found = search._solver(sensitivity, costs)(price)
+    found = search._solver(measured, costs)(price)
     levels = [*range(8, 0, -1), *([0] if empty else [])]
 
     def worth(s):
         return s.damage + price * s.cost
 
     best = min(
-        worth(search._schedule(sensitivity, costs, (8, a, b, c), keeps))
+        worth(search._schedule(measured, costs, (8, a, b, c), keeps))
         for a, b, c in itertools.product(levels, repeat=3)
         if 8 >= a >= b >= c and a and b
         for keeps in itertools.product((None, 0.5), repeat=3)
@@ -101,10 +106,9 @@ def test_costs_are_the_profiles_macs(way, counts, importance):
     if importance == "fitted":
         fit_importance(model, lambda: [torch.randn(4, 3, 32, 32)])
     keeps = (None, 0.5, 0.25, None)
-    options = {None: (1, 1), 0.5: (2, 2), 0.25: (2, 1)}
-    cells = ((1, 1), (2, 2), (2, 1), (1, 1))
-    listed = tuple("dense" if k is None else k for k in keeps)
-    config = SparsityConfig(keep=listed, rank=4, spread_rank=False, cells=cells)
+    by_head = BlockPlan((0.5, 0.2), (3, 8), ((2, 2), (1, 1)))
+    options = {None: [DENSE] * 4, 0.5: [by_head] * 4, 0.25: [BlockPlan((0.25,), (4, 4), ((2, 1),))] * 4}
+    config = SparsityConfig(spread="none").with_plans([options[keep][i] for i, keep in enumerate(keeps)])
     costs = costing.macs_costs(model, way, options)
 
     def total(c, a):
@@ -126,7 +130,7 @@ def test_the_importance_that_is_timed_is_the_models(importance, untimed, monkeyp
     if importance == "fitted":
         fit_importance(model, lambda: [torch.randn(4, 3, 32, 32)])
     monkeypatch.setattr(costing, untimed, lambda *arguments: pytest.fail("timed"))
-    costs = costing.measured_costs(model, "merge", {None: (1, 1)}, 1)
+    costs = costing.measured_costs(model, "merge", {None: [DENSE] * 4}, 1)
     assert costs[0].stage(12, 6) > 0
 
 
@@ -136,7 +140,7 @@ def test_sensitivity_leaves_the_model_as_it_was_and_sees_what_matters():
     x = torch.randn(6, 3, 32, 32)
     with torch.no_grad():
         before = model(x)
-    measured = choose.sensitivity(model, SparsityConfig(keep=0.5, rank=4), [x], (None, 0.5, 0.25))
+    measured = sensitivity(model, SparsityConfig(keep=0.5, rank=4), [x], (None, 0.5, 0.25))
     with torch.no_grad():
         assert torch.equal(model(x), before)
     assert type(model).__name__ == "VisionTransformer" and not list(token_models.stages(model))
@@ -148,7 +152,7 @@ def test_sensitivity_leaves_the_model_as_it_was_and_sees_what_matters():
 def test_no_classifier_no_empty_end():
     model = tiny(num_classes=0)
     execution.set_execution(model, Execution("reference"))
-    measured = choose.sensitivity(model, SparsityConfig(keep=0.5, rank=4), [torch.randn(4, 3, 32, 32)], (None, 0.5))
+    measured = sensitivity(model, SparsityConfig(keep=0.5, rank=4), [torch.randn(4, 3, 32, 32)], (None, 0.5))
     assert measured.empty is None and measured.tokens[-1, -1] > 0
 
 
@@ -156,9 +160,9 @@ def test_no_classifier_no_empty_end():
 def test_target_macs_is_met_and_the_better_of_two(target):
     model = tiny()
     execution.set_execution(model, Execution("reference"))
-    config = SparsityConfig(keep=0.5, rank=4, spread_rank=False)
+    config = SparsityConfig(keep=0.5, rank=4, spread="none")
     x = torch.randn(8, 3, 32, 32)
-    measured = choose.sensitivity(model, config, [x], (None, 0.5))
+    measured = sensitivity(model, config, [x], (None, 0.5))
     dense = profile(model, measure=False).macs_dense
     found = choose.for_macs(model, config, measured, target, dense)
     got = profile(graft.applied(model, found.config), measure=False).macs_sparse / dense
@@ -168,8 +172,8 @@ def test_target_macs_is_met_and_the_better_of_two(target):
 def test_a_target_below_the_least_is_refused():
     model = tiny()
     execution.set_execution(model, Execution("reference"))
-    config = SparsityConfig(keep=0.5, rank=4, spread_rank=False)
-    measured = choose.sensitivity(model, config, [torch.randn(2, 3, 32, 32)], (None,))
+    config = SparsityConfig(keep=0.5, rank=4, spread="none")
+    measured = sensitivity(model, config, [torch.randn(2, 3, 32, 32)], (None,))
     with pytest.raises(UsageError, match="least that a schedule"):
         choose.for_macs(model, config, measured, 0.01, profile(model, measure=False).macs_dense)
 
@@ -177,8 +181,8 @@ def test_a_target_below_the_least_is_refused():
 def test_target_latency_aims_by_what_it_measures(monkeypatch):
     model = tiny()
     execution.set_execution(model, Execution("reference"))
-    config = SparsityConfig(keep=0.5, rank=4, spread_rank=False)
-    measured = choose.sensitivity(model, config, [torch.randn(4, 3, 32, 32)], (None, 0.5))
+    config = SparsityConfig(keep=0.5, rank=4, spread="none")
+    measured = sensitivity(model, config, [torch.randn(4, 3, 32, 32)], (None, 0.5))
     said, shares = [], iter([0.9, 0.75, 0.61])
 
     class At:
@@ -197,7 +201,9 @@ def test_target_latency_aims_by_what_it_measures(monkeypatch):
 def test_measured_costs_are_times():
     model = tiny()
     execution.set_execution(model, Execution("reference"))
-    costs = costing.measured_costs(model, "merge", {None: (1, 1), 0.5: (2, 2)}, 1)
+    costs = costing.measured_costs(
+        model, "merge", {None: [DENSE] * 4, 0.5: [BlockPlan((0.5,), (4, 4), ((2, 2),))] * 4}, 1
+    )
     assert len(costs) == 4
     for n, m in ((16, 16), (16, 9), (9, 3), (3, 0)):
         assert costs[0].whole(None, n, m) > 0 and costs[0].attention(0.5, n) > 0
@@ -240,7 +246,7 @@ def test_token_keep_alone_leaves_attention_dense(tmp_path):
     header = checkpoint.read_header(
         convert(tmp_path, "--token-keep", "0.7", "--token-stages", "2", "--token-way", "evit", "--keep", "0.2")
     )
-    assert header.config.keep == 0.2 and header.config.tokens == Tokens(way="evit", keep=0.7, stages=(2,))
+    assert 0.1 < header.config.keep_of(0) < 0.5 and header.config.tokens == Tokens(way="evit", keep=0.7, stages=(2,))
 
 
 @pytest.mark.parametrize("importance", ["fitted", "attention"])

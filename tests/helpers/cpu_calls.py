@@ -19,7 +19,7 @@ from helpers.op_calls import head_ranking, token_ranking
 from sparsify.ops import reference, selection, tails
 from sparsify.ops.cpu import build, kernels
 from sparsify.ops.selection import Context
-from sparsify.ops.spec import Spec
+from sparsify.ops.spec import Spec, of_head
 
 ISA = pytest.mark.parametrize("isa", [1, 2, 3], ids=kernels.ISAS[1:])
 TAILS = ["none", "mean", "cells", "clusters"]
@@ -112,10 +112,14 @@ class Call:
         out, kept, cells = self.kernel("probe_attention", isa, precision)
         (B, H, N, d), P = self.q.shape, self.P
         assert bool((kept[:, :, :P] == -1).all() and (cells[:, :, :P] == -1).all())
-        keys = kept[:, :, P:].long()
-        assert bool(((keys >= 0) & (keys < N)).all()), "no such key"
-        mask = torch.zeros(B, H, N - P, N, dtype=torch.bool).scatter_(-1, keys, True)
-        assert bool((mask.sum(-1) == self.spec.budget).all()), "not b different keys"
+        mask = torch.zeros(B, H, N - P, N, dtype=torch.bool)
+        for h in range(H):
+            b = of_head(self.spec.budgets, h)
+            keys = kept[:, h, P:, :b].long()
+            assert bool(((keys >= 0) & (keys < N)).all()), "no such key"
+            assert bool((kept[:, h, P:, b:] == -1).all()), "more than b keys"
+            mask[:, h].scatter_(-1, keys, True)
+            assert bool((mask[:, h].sum(-1) == b).all()), "not b different keys"
         a = torch.cat([torch.arange(P).expand(B, H, P), cells[:, :, P:].long() + P], -1)
         return out.view(B, N, H, d).transpose(1, 2), pad(mask, (0, 0, P, 0), value=True), a
 
@@ -133,11 +137,29 @@ class Call:
         return out.view(B, N, H, d).transpose(1, 2)
 
 
-def grids(call):
-    """The grid of the patches, and that of the cells."""
-    if call.place is not None:
-        return call.spec.grid, call.spec.cells
-    return tails.patch_grid(call.q.shape[2] - call.P, call.spec.grid), call.spec.cells
+def grid_of(call):
+    """The grid of the patches."""
+    return call.spec.grid if call.place is not None else tails.patch_grid(call.q.shape[2] - call.P, call.spec.grid)
+
+
+def assigned(call, f, weight=None, tail=None):
+    """The cell of every key, [B, H, N], head by head; f: features; tail: another than the call's."""
+    found = []
+    for h in range(f.shape[1]):
+        own = None if weight is None else weight[:, h : h + 1]
+        cells = of_head(call.spec.cells, h)
+        tail_of = tails.TAILS[tail or call.spec.tail]
+        found.append(tail_of.assign(f[:, h : h + 1], own, call.P, grid_of(call), cells, call.place))
+    return torch.cat(found, 1)
+
+
+def last_kept(s, budgets):
+    """The b-th and the next lower score of each row of s [B, H, n, N]: [B, H, n, 2]; the last twice where b = N."""
+    s = s.sort(-1, descending=True).values
+    heads = [
+        s[:, h, :, [of_head(budgets, h) - 1, min(of_head(budgets, h), s.shape[-1] - 1)]] for h in range(s.shape[1])
+    ]
+    return torch.stack(heads, 1)
 
 
 def layout(draw, g, B, H, N, d, dtype):
@@ -195,12 +217,15 @@ def calls(
         N = N if place is None else P + place.shape[1]
         size = drawn_sizes(draw, g, B, N)
     q, k, v = layout(draw, g, B, H, N, d, dtype)
-    tile, cells = draw(st.sampled_from(TILES)), (draw(st.integers(1, 6)), draw(st.integers(1, 6)))
-    budget = draw(st.sampled_from([1, N, max(1, N // 10)]) | st.integers(1, N))
+    tile = draw(st.sampled_from(TILES))
+    budget = st.sampled_from([1, N, max(1, N // 10)]) | st.integers(1, N)
+    many, several = draw(st.sampled_from([1, 1, H])), draw(st.sampled_from([1, 1, H]))
+    budgets = tuple(draw(budget) for _ in range(many))
     prefix = draw(st.sampled_from([P, P, P, P, N + 2]))
     if place is not None and prefix > P:
         place = place[:, :0]
-    spec = Spec(budget, prefix, draw(st.sampled_from(TAILS)), grid, cells, tile)
+    cells = tuple((draw(st.integers(1, 6)), draw(st.integers(1, 6))) for _ in range(several))
+    spec = Spec(budgets, prefix, draw(st.sampled_from(TAILS)), grid, cells, tile)
     kind, which = draw(st.sampled_from(numbers)), torch.randint(0, min(3, N), (N,), generator=g)
     if kind == "coarse":
         q.copy_(q.round()), k.copy_(k.round())
@@ -272,7 +297,7 @@ def largest(v):
 
 def over_tiles(x, call):
     """The largest of x [B, H, n] over the queries of each tile."""
-    grid, tile = grids(call)[0], call.spec.tile
+    grid, tile = grid_of(call), call.spec.tile
     t = (torch.arange(grid[0])[:, None] // tile[0] * grid[1] + torch.arange(grid[1]) // tile[1]).flatten()
     t = (t if call.place is None else t[call.place].unsqueeze(1)).expand_as(x)
     return x.new_full((*x.shape[:2], int(t.max()) + 1), -torch.inf).scatter_reduce(2, t, x, "amax").gather(2, t)
@@ -289,7 +314,7 @@ def ranking(call):
     near = 1e-5 * row[:, :, call.P :] * col.amax(-1, keepdim=True)
     near = near if call.shift is None else near + 1e-6 * call.shift.double().abs().amax(-1)[:, None, None]
     if call.spec.tile and s.shape[2]:
-        s = selection.pool_tiles(s, grids(call)[0], call.spec.tile, call.place)
+        s = selection.pool_tiles(s, grid_of(call), call.spec.tile, call.place)
         near = (near / sd).nan_to_num(0)
         near = near.masked_fill(near > 0.1, torch.inf)  # scores that differ by rounding alone: any order will do
         near = over_tiles(near, call)
@@ -307,7 +332,7 @@ def assert_highest(call, kept, coarse=False):
     assert bool((excess <= 0).all()), f"a key with a score higher by {float(excess.max()):.2g} was dropped"
     row, col, _ = call.coordinates()
     shift = torch.zeros(1, s.shape[-1]) if call.shift is None else call.shift
-    first = selection.top_b(shift, call.spec.budget)[:, None, None].expand_as(kept)
+    first = selection.top_b(shift[:, None, None].expand_as(kept), call.spec.budgets)
     zero = ~row[:, :, call.P :].any(-1)
     if call.spec.tile and s.shape[2]:
         zero = over_tiles((~zero).float(), call) == 0
@@ -323,7 +348,7 @@ def assert_highest(call, kept, coarse=False):
 
 def assert_cells(call, a):
     """Cells of the reference in float64, in heads without keys that lie between two of them."""
-    (B, H, N, _), P, spec, (grid, _) = call.q.shape, call.P, call.spec, grids(call)
+    (B, H, N, _), P, spec, grid = call.q.shape, call.P, call.spec, grid_of(call)
     if spec.tail == "none" or P == N:
         return
     f = call.coordinates()[2].double()
@@ -331,32 +356,34 @@ def assert_cells(call, a):
     clear = torch.ones(B, H, dtype=torch.bool)
     if spec.tail == "clusters":
         f = f.nan_to_num(0, 0, 0)
-        x, start, w = f[:, :, P:], tails.grid_cells(grid, spec.cells), weight[:, :, P:, None].double()
-        m = int(start.max()) + 1
-        now = (start if call.place is None else start[call.place].unsqueeze(1)).expand(B, H, -1)
-        for _ in range(tails.LLOYD_STEPS if m > 1 else 0):
-            count = tails.cell_sums(w, now, m)
-            distance = torch.cdist(x, tails.cell_sums(x * w, now, m) / count.masked_fill(count == 0, 1)).square()
-            distance = distance.masked_fill(count.mT == 0, torch.inf)
-            two = distance.topk(2, largest=False).values
-            clear &= (two[..., 1] - two[..., 0] > 1e-5 * x.square().sum(-1).amax(-1, keepdim=True)).all(-1)
-            now = distance.argmin(-1)
-        assert bool(((a[..., P:] >= P) & (a[..., P:] < P + m)).all())
-    right = tails.TAILS[spec.tail].assign(f, weight, P, grid, spec.cells, call.place)
+        for h in range(H):
+            one = slice(h, h + 1)
+            start = tails.grid_cells(grid, of_head(spec.cells, h))
+            x, w, m = f[:, one, P:], weight[:, one, P:, None].double(), int(start.max()) + 1
+            now = (start if call.place is None else start[call.place].unsqueeze(1)).expand(B, 1, -1)
+            for _ in range(tails.LLOYD_STEPS if m > 1 else 0):
+                count = tails.cell_sums(w, now, m)
+                distance = torch.cdist(x, tails.cell_sums(x * w, now, m) / count.masked_fill(count == 0, 1)).square()
+                distance = distance.masked_fill(count.mT == 0, torch.inf)
+                two = distance.topk(2, largest=False).values
+                clear[:, one] &= (two[..., 1] - two[..., 0] > 1e-5 * x.square().sum(-1).amax(-1, keepdim=True)).all(-1)
+                now = distance.argmin(-1)
+            assert bool(((a[:, h, P:] >= P) & (a[:, h, P:] < P + m)).all())
+    right = assigned(call, f, weight)
     assert torch.equal(a[clear], right[clear]), "another cell"
 
 
 def assert_reference_right(call):
     """The reference's output is the oracle's, for the keys and cells that its own parts give."""
     row, col, f = call.coordinates()
-    (grid, cells), s = grids(call), (row @ col.mT)[:, :, call.P :]
+    grid, s = grid_of(call), (row @ col.mT)[:, :, call.P :]
     s = s if call.shift is None else s + call.shift[:, None, None]
     if call.spec.tile and s.shape[2]:
         s = selection.pool_tiles(s, grid, call.spec.tile, call.place)
-    kept = pad(selection.top_b(s, call.spec.budget), (0, 0, call.P, 0), value=True)
+    kept = pad(selection.top_b(s, call.spec.budgets), (0, 0, call.P, 0), value=True)
     weight = None if call.size is None else call.size[:, None].expand(f.shape[:3])
     tail = "mean" if call.spec.tail == "none" else call.spec.tail
-    right, logit, _ = oracle(call, kept, tails.TAILS[tail].assign(f, weight, call.P, grid, cells, call.place))
+    right, logit, _ = oracle(call, kept, assigned(call, f, weight, tail))
     assert_near(call.expected(), right, largest(call.v) * (2e-5 + 4e-7 * logit))
 
 
@@ -389,7 +416,7 @@ def plain(B=1, H=2, side=14, d=64, budget=20, tail="cells", tile=(), dtype=torch
     x = (2 * x + 0.5 * torch.randn(x.shape, generator=g)).mT.reshape(B, -1, 3, H, d)
     x[:, :, :2] *= 0.93 ** torch.arange(d)  # the first coordinates of q and k hold the most, as calibration leaves them
     q, k, v = x.to(dtype).permute(2, 0, 3, 1, 4).unbind(0)
-    return Call(q, k, v, Spec(budget, 1, tail, (side, side), (4, 3), tile), [16] * H)
+    return Call(q, k, v, Spec.uniform(budget, 1, tail, (side, side), (4, 3), tile), [16] * H)
 
 
 def heads(out, call):

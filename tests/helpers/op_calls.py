@@ -25,14 +25,16 @@ def token_ranking(q, k, w_down, w_up, reduce, mask, coef_scale, topk=0, threshol
         setattr(predictor, name, None if tensor is None else torch.nn.Parameter(tensor))
     predictor.coef_scale = coef_scale
     predictor.weights_of = lambda N, tokens: (w_down, w_up)
-    return predictor.requires_grad_(False)(q, k, mask, None, Spec(1, 0, "none", (1, 1), (1, 1)))
+    return predictor.requires_grad_(False)(q, k, mask, None, Spec.uniform(1, 0, "none", (1, 1), (1, 1)))
+
+
+def _spec(spec, scale):
+    return spec._replace(scale=scale) if isinstance(spec, Spec) else Spec.uniform(*spec, scale=scale)
 
 
 def op(q, k, v, ranking, context, spec, backend="reference", precision="input"):
     """The op itself, through torch.library."""
-    return attention.sparse_attention(
-        q, k, v, *ranking[:4], *context, *ranking[4:], *spec[:6], spec.scale, backend, precision
-    )
+    return attention.sparse_attention(q, k, v, *ranking[:4], *context, *ranking[4:], *spec.flat(), backend, precision)
 
 
 def head_lowrank(
@@ -40,7 +42,7 @@ def head_lowrank(
 ):
     """Attention by a head-lowrank predictor; spec: budget, prefix, tail, grid, cells, tile; call: `op` or `attention`."""
     ranking = head_ranking(q, k, a_q, a_k, size, ranks, scale)
-    return call(q, k, v, ranking, Context(mask, size, place), Spec(*spec[:6], scale=scale), backend, precision)
+    return call(q, k, v, ranking, Context(mask, size, place), _spec(spec, scale), backend, precision)
 
 
 def token_lowrank(
@@ -48,4 +50,4 @@ def token_lowrank(
 ):
     """Attention by a token-lowrank predictor; coef: scale, top-k and threshold of the coefficients."""
     ranking = token_ranking(q, k, w_down, w_up, reduce, mask, *coef)
-    return call(q, k, v, ranking, Context(mask, size, place), Spec(*spec[:6], scale=scale), backend, precision)
+    return call(q, k, v, ranking, Context(mask, size, place), _spec(spec, scale), backend, precision)

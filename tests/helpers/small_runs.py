@@ -20,7 +20,7 @@ from sparsify.report import training_plot
 
 PLAIN = {"form": "eval"}
 SMALL: dict[str, Any] = {"precision": "float32", "calib_images": 8, "hold_back": 0.01}
-SPARSITY: dict[str, Any] = {"keep": 0.1, "rank": 12, "spread_rank": False}
+SPARSITY: dict[str, Any] = {"keep": 0.1, "rank": 12, "spread": "none"}
 STAGE: dict[str, Any] = {
     "steps": 3, "batch_size": 8, "losses": {"logits": 1.0, "tokens": 0.5}, "augmentation": PLAIN,
     "optimiser": {"lr": 1e-4, "weight_decay": 0.0}, "schedule": {"warmup_share": 0.3},

@@ -89,7 +89,7 @@ def structure(model: nn.Module) -> tuple[Any, ...]:
 def difference(dense: nn.Module, predictor: str = "head-lowrank") -> float:
     """Largest difference of an output, keep=1 through predictor, selection and sparse op, from the dense model's."""
     model, x = copy.deepcopy(dense), images(dense)
-    config = SparsityConfig(keep=1.0, rank=4, cells=(2, 2), predictor=predictor, spread_rank=False)
+    config = SparsityConfig(keep=1.0, rank=4, cells=(2, 2), predictor=predictor, spread="none")
     calibrate(model, config, lambda: [x])
     assert len(sparse_modules(model)) == len(dense.blocks)
     with torch.inference_mode():
@@ -101,7 +101,7 @@ def difference(dense: nn.Module, predictor: str = "head-lowrank") -> float:
 def reaches_the_output(dense: nn.Module) -> bool:
     """Whether dropping most keys changes the features: otherwise equality at keep=1 would show nothing."""
     model, x = copy.deepcopy(dense), images(dense)
-    calibrate(model, SparsityConfig(keep=0.1, rank=4, tail="none", spread_rank=False), lambda: [x])
+    calibrate(model, SparsityConfig(keep=0.1, rank=4, tail="none", spread="none"), lambda: [x])
     with torch.inference_mode():
         return float((outputs(model, x)[0] - outputs(dense, x)[0]).abs().max()) > 10 * TOLERANCE
 

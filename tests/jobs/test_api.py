@@ -19,7 +19,7 @@ from sparsify.ops.auto import Choice, Chooser
 
 def test_convert_load_profile_evaluate(tmp_path):
     path = tmp_path / "digits.safetensors"
-    made = sparsify.convert("digits", keep=0.2, output=path, calib_images=8, spread_rank=False)
+    made = sparsify.convert("digits", keep=0.2, output=path, calib_images=8, spread="none")
     assert made.path == path and made.header.config.keep == 0.2
     model = sparsify.load(path)
     figures = sparsify.profile(model, measure=False).as_dict()
@@ -36,7 +36,7 @@ def executions(model):
 
 def test_load_chooses_how_to_compute_and_evaluate_never_takes_the_dense_way(tmp_path, monkeypatch):
     path = tmp_path / "digits.safetensors"
-    made = sparsify.convert("digits", output=path, calib_images=2, spread_rank=False)
+    made = sparsify.convert("digits", output=path, calib_images=2, spread="none")
     assert executions(made.model) == {Execution()}
     model = sparsify.load(path)
     (execution,) = executions(model)
@@ -80,7 +80,7 @@ def test_a_device_that_cannot_compute_here_is_one_line(device, run, tmp_path):
 
 def test_a_device_that_is_not_here_is_refused_by_every_function(tmp_path):
     path = tmp_path / "digits.safetensors"
-    model = sparsify.convert("digits", output=path, calib_images=2, spread_rank=False).model
+    model = sparsify.convert("digits", output=path, calib_images=2, spread="none").model
     for call in (sparsify.load, sparsify.profile, lambda *given, **how: sparsify.evaluate(*given, "digits", **how)):
         for given in (path,) if call is sparsify.load else (path, model):
             with pytest.raises(UsageError, match="^device xla cannot be used here"):
@@ -112,7 +112,7 @@ def test_what_a_caller_gives_wrongly_is_one_line_that_names_arguments(tmp_path):
 
 
 def test_evaluate_also_computes_in_float64(tmp_path):
-    made = sparsify.convert("digits", calib_images=4, spread_rank=False, output=tmp_path / "m.safetensors")
+    made = sparsify.convert("digits", calib_images=4, spread="none", output=tmp_path / "m.safetensors")
     found = sparsify.evaluate(made.path, class_folders(tmp_path / "photos", "0123456789", 1), dtype=torch.float64)
     assert found.images == 10
     with pytest.raises(UsageError, match="dtype 'float64': expected one of float32, bfloat16, float16$"):
@@ -123,7 +123,7 @@ def test_evaluate_also_computes_in_float64(tmp_path):
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_batch_without_images_is_refused_and_not_taken_for_the_default(size, tmp_path):
     folder, refused = class_folders(tmp_path / "photos", "0123456789", 1), f"batch size {size}: expected 1 or more"
-    made = sparsify.convert("digits", calib_images=4, spread_rank=False, output=tmp_path / "m.safetensors")
+    made = sparsify.convert("digits", calib_images=4, spread="none", output=tmp_path / "m.safetensors")
     for call in (sparsify.profile, lambda m, **o: sparsify.evaluate(m, folder, **o), sparsify.export):
         with pytest.raises(UsageError, match=refused):
             call(made.path, batch_size=size)
@@ -131,7 +131,7 @@ def test_a_batch_without_images_is_refused_and_not_taken_for_the_default(size, t
 
 def test_a_process_in_which_warnings_are_errors_loads_runs_and_profiles_without_one(tmp_path):
     """fvcore, whose torch.jit warns, is imported where MACs are counted, and there nothing reaches the user."""
-    path = sparsify.convert("digits", output=tmp_path / "m.safetensors", calib_images=2, spread_rank=False).path
+    path = sparsify.convert("digits", output=tmp_path / "m.safetensors", calib_images=2, spread="none").path
     code = """
 import sys, torch, sparsify
 model = sparsify.load(sys.argv[1], backend="reference")
@@ -148,7 +148,7 @@ assert sparsify.profile(model, measure=False).macs_sparse > 0
 def test_the_default_dtype_of_the_caller_rounds_no_weights(tmp_path):
     def written(name: str) -> tuple[dict[str, torch.Tensor], torch.nn.Module]:
         path = tmp_path / name
-        sparsify.convert("digits", keep=0.2, output=path, calib_images=8, spread_rank=False)
+        sparsify.convert("digits", keep=0.2, output=path, calib_images=8, spread="none")
         return load_file(path), sparsify.load(path)
 
     tensors, model = written("float32.safetensors")

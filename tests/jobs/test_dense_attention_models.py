@@ -29,7 +29,7 @@ DENSE_FIGURES = (
 def files(tmp_path_factory):
     """A calibrated file that knows its original, `same`; one with a weight nudged, `tuned`; dense checkpoints."""
     folder = tmp_path_factory.mktemp("dense")
-    made = sparsify.convert("digits", output=folder / "same.safetensors", calib_images=8, spread_rank=False)
+    made = sparsify.convert("digits", output=folder / "same.safetensors", calib_images=8, spread="none")
     dense = network.build()
     known = made.header.provenance | {"dense_sha256": checkpoint.digest_of(dense)}
     checkpoint.save(made.model, made.path, made.header._replace(provenance=known))

@@ -30,7 +30,7 @@ from sparsify.report import header
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("made") / "digits.safetensors"
-    return convert(DenseRequest("digits"), Recipe().override(calib_images=8, spread_rank=False), OutputOptions(path))
+    return convert(DenseRequest("digits"), Recipe().override(calib_images=8, spread="none"), OutputOptions(path))
 
 
 @pytest.fixture
@@ -390,7 +390,7 @@ def test_a_checkpoint_has_no_licence_until_its_owner_says_one(tmp_path, run):
     weights = tmp_path / "own.safetensors"
     save_file(pretrained.load(names.resolve("digits")).state_dict(), weights)
     path = tmp_path / "own-sparse.safetensors"
-    recipe = Recipe().override(calib_images=8, spread_rank=False)
+    recipe = Recipe().override(calib_images=8, spread="none")
     own = convert(DenseRequest("digits", weights), recipe, OutputOptions(path))
     stored = checkpoint.metadata(path)
     assert stored["sparsify.licence"] == "unknown" and "license" not in stored["sparsify.architecture"]
@@ -422,7 +422,7 @@ def test_convert_leaves_folders_of_the_machine_out_of_the_file(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1, num_classes=3)
     timm.models.save_for_hf(model, folder, safe_serialization=True, model_args=dict(img_size=64, depth=1))
     made = sparsify.convert(
-        f"local-dir:{folder}", output=tmp_path / "m.safetensors", calib_images=2, spread_rank=False, keep=0.5
+        f"local-dir:{folder}", output=tmp_path / "m.safetensors", calib_images=2, spread="none", keep=0.5
     )
     assert made.header.provenance["source"] == "local-dir:weights"
     assert str(tmp_path) not in json.dumps(made.header.provenance)

@@ -70,7 +70,7 @@ def test_a_schedule_for_one_output_is_as_good_as_for_two(tmp_path):
     for outputs in (1, 2):
         path = tmp_path / f"{outputs}.safetensors"
         given = weights(tmp_path / "w.safetensors", outputs)
-        chosen = load_recipe("calibrate").override(calib_images=16, spread_rank=False)
+        chosen = load_recipe("calibrate").override(calib_images=16, spread="none")
         made = sparsify.convert("digits", recipe=chosen, weights=given, output=path, target_macs=0.55)
         found[outputs] = correlation(made.model)
     assert found[1] > found[2] - 0.02 and found[1] > 0.9, found

@@ -39,7 +39,11 @@ def test_no_error_repeats_a_large_value(tmp_path):
     [
         ("sparsity.keep=x", "sparsity.keep: expected a number, 'dense' or a list (given: 'x')"),
         ("sparsity.keep=2", "sparsity.keep: expected a number of at most 1, 'dense' or a list (given: 2)"),
-        ("sparsity.keep=[0.5, true]", "sparsity.keep.1: expected a number or 'dense' (given: True)"),
+        ("sparsity.keep=[0.5, true]", "sparsity.keep.1: expected a number, 'dense' or a list (given: True)"),
+        ("sparsity.keep=[[0.1, 2]]", "sparsity.keep.0.1: expected a number of at most 1 (given: 2)"),
+        ("sparsity.keep=[[0.1, dense]]", "sparsity.keep.0.1: expected a number (given: 'dense')"),
+        ("sparsity.cells=[[[4, x]]]", "sparsity.cells.0.0.1: expected a whole number (given: 'x')"),
+        ("sparsity.spread=alle", "sparsity.spread: expected 'none', 'rank' or 'all' (given: 'alle')"),
         ("sparsity.rank=[[1, 2], [3, 0]]", "sparsity.rank.1.1: expected a number of at least 1 (given: 0)"),
         ("sparsity.tile=[1, 2, 3]", "sparsity.tile: expected 2 values (given: [1, 2, 3])"),
         ("sparsity.tokens={stages: [a]}", "sparsity.tokens.stages.0: expected a whole number (given: 'a')"),

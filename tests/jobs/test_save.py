@@ -34,14 +34,14 @@ SETTINGS = {
 def file(request, tmp_path_factory):
     """The digits model with that setting, in a file."""
     path = tmp_path_factory.mktemp("further") / "model.safetensors"
-    sparsify.convert("digits", keep=0.2, output=path, calib_images=4, spread_rank=False, **SETTINGS[request.param])
+    sparsify.convert("digits", keep=0.2, output=path, calib_images=4, spread="none", **SETTINGS[request.param])
     return path
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     path = tmp_path_factory.mktemp("plain") / "model.safetensors"
-    sparsify.convert("digits", keep=0.2, output=path, calib_images=4, spread_rank=False)
+    sparsify.convert("digits", keep=0.2, output=path, calib_images=4, spread="none")
     return path
 
 
@@ -179,7 +179,7 @@ def test_what_was_not_trained_is_not_called_changed(plain, tmp_path):
 
 def test_a_learnt_predictor_alone_leaves_the_backbone_unchanged(tmp_path):
     path = tmp_path / "model.safetensors"
-    sparsify.convert("digits", keep=0.2, output=path, calib_images=4, spread_rank=False, fold=False)
+    sparsify.convert("digits", keep=0.2, output=path, calib_images=4, spread="none", fold=False)
     model = sparsify.load(path)
     with torch.no_grad():
         model.blocks[0].attn.predictor.a_q *= 1.5

@@ -91,7 +91,7 @@ def test_macs_are_the_targets_within_two_percent_and_add_up(figures):
             assert s["macs_share"] == pytest.approx(s["asked"], rel=0.02)
             assert s["tokens"][-1] < s["tokens"][0] == 197
         else:
-            assert set(s["tokens"]) == {197} and set(s["keeps"]) == {"0.1"}
+            assert set(s["tokens"]) == {197} and len(set(s["keeps"])) > 1  # what keep 0.1 costs is spent unevenly
             # only attention differs: the whole model saves what the attention saves
             assert dense - s["macs"] == figures["dense"]["mhsa_macs"] - s["mhsa_macs"]
 
@@ -221,7 +221,7 @@ def test_an_earlier_sweeps_recipes_go_and_other_files_stay(tmp_path):
     report.write(made, tmp_path / "s")
     assert sorted(p.name for p in (tmp_path / "s.recipes").iterdir()) == ["keep-0.1.yaml", "mine.txt"]
     recipe = load_recipe(str(tmp_path / "s.recipes" / "keep-0.1.yaml"))
-    assert recipe.sparsity.keep == 0.1 and recipe == made.settings[0].recipe
+    assert len(recipe.sparsity.keep) == 4 and recipe == made.settings[0].recipe
     assert yaml.safe_load((tmp_path / "s.recipes" / "keep-0.1.yaml").read_text())["seed"] == 0
 
 

@@ -61,7 +61,7 @@ def test_kept_mass_is_what_a_direct_computation_gives(kind):
         for h in range(found.heads):
             shares = [float(true[h, row, layer.kept[h, query]].sum()) for row, query in at.items()]
             assert float(layer.mass[h]) == pytest.approx(sum(shares) / len(shares), abs=1e-5)
-            best = [float(true[h, row].sort(descending=True).values[: layer.budget].sum()) for row in at]
+            best = [float(true[h, row].sort(descending=True).values[: layer.budgets[h]].sum()) for row in at]
             assert float(layer.best[h]) == pytest.approx(sum(best) / len(best), abs=1e-5)
             assert layer.mass[h] <= layer.best[h] + 1e-6
         if not layer.sparse:

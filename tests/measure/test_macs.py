@@ -125,8 +125,8 @@ def test_folded_whole_model_saves_what_the_mhsa_saves(deit_small):
 @pytest.mark.parametrize("kind", ["token-lowrank", "unfolded", "folded"])
 def test_deit_small_macs_per_kept_key(kind):
     def kept(b: int) -> int:
-        spec = Spec(b, 1, "none", (14, 14), (1, 1))
-        return 12 * sparse_macs((1, 6, 197, 64), 0, predictor.shared(), 6 * 64, spec)["kept"]
+        spec = Spec.uniform(b, 1, "none", (14, 14), (1, 1))
+        return 12 * sparse_macs((1, 6, 197, 64), 0, predictor.shared(6), [64] * 6, spec)["kept"]
 
     predictor: Predictor = HeadLowrankPredictor(64, (16,) * 6, kind == "folded")
     if kind == "token-lowrank":
@@ -138,15 +138,15 @@ def test_deit_small_macs_per_kept_key(kind):
 
 def test_paper_table_is_a_line_over_the_budget():
     # Sparsifiner's MHSA of DeiT-S: slope 1.806336 M; 1.816 M of cls rows at b = 0; its predictor is 73.45 M of the rest
-    part = sparse_macs((1, 6, 197, 64), 0, 0, 6 * 64, Spec(60, 1, "none", (14, 14), (1, 1)))
+    part = sparse_macs((1, 6, 197, 64), 0, [0] * 6, [64] * 6, Spec.uniform(60, 1, "none", (14, 14), (1, 1)))
     assert 12 * (part["kept"] + part["prefix"]) == 1_806_336 * 60 + 12 * 2 * 197 * 384
     assert part["tail"] == 0
 
 
 def test_counts_grow_with_the_batch():
-    spec = Spec(2, 1, "clusters", (2, 2), (2, 1))
-    one = sparse_macs((1, 2, 5, 4), 80, 4, 4, spec)
-    assert sparse_macs((3, 2, 5, 4), 80, 4, 4, spec) == {k: 3 * v for k, v in one.items()}
+    spec = Spec.uniform(2, 1, "clusters", (2, 2), (2, 1))
+    one = sparse_macs((1, 2, 5, 4), 80, [1, 3], [1, 3], spec)
+    assert sparse_macs((3, 2, 5, 4), 80, [1, 3], [1, 3], spec) == {k: 3 * v for k, v in one.items()}
     assert dense_macs((3, 2, 5, 4), (3, 2, 5, 4), (3, 2, 5, 4)) == 3 * 2 * 5 * 5 * 8
 
 

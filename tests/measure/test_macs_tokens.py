@@ -236,7 +236,7 @@ def shape():
 
     def with_keep(keep: float) -> list:
         for module in sparse_modules(model).values():
-            module.sparsity = dataclasses.replace(module.sparsity, keep=keep)
+            module.sparsity = dataclasses.replace(module.sparsity, keeps=(keep,))
         return list(attention_modules(model).values())
 
     return with_keep

@@ -21,7 +21,7 @@ from sparsify.report import header as facts
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("made") / "digits.safetensors"
-    recipe = Recipe().override(calib_images=8, spread_rank=False)
+    recipe = Recipe().override(calib_images=8, spread="none")
     return convert(DenseRequest("digits"), recipe, OutputOptions(path))
 
 
@@ -51,7 +51,7 @@ def test_header_says_everything(made, parts):
 
 
 def test_same_seed_gives_the_same_file_apart_from_the_date(made, tmp_path):
-    small = Recipe().override(calib_images=8, spread_rank=False)
+    small = Recipe().override(calib_images=8, spread="none")
     again = convert(DenseRequest("digits"), small, OutputOptions(tmp_path / "b.safetensors"))
     a, b = load_file(made.path), load_file(again.path)
     assert all(torch.equal(a[name], b[name]) for name in a | b)
@@ -65,7 +65,7 @@ def test_same_seed_gives_the_same_file_apart_from_the_date(made, tmp_path):
 
 
 def test_another_seed_draws_other_images(made, tmp_path):
-    recipe = Recipe().override(calib_images=8, spread_rank=False, seed=1)
+    recipe = Recipe().override(calib_images=8, spread="none", seed=1)
     other = convert(DenseRequest("digits"), recipe, OutputOptions(tmp_path / "b.safetensors"))
     a, b = load_file(made.path), load_file(other.path)
     assert any(not torch.equal(a[name], b[name]) for name in a)
@@ -167,7 +167,7 @@ def test_the_header_says_whether_averaged_weights_were_converted(tmp_path):
     average = {name: tensor * 1.01 for name, tensor in last.items()}
     file = tmp_path / "own.pth"
     torch.save({"model": last, "model_ema": average}, file)
-    recipe = Recipe().override(calib_images=4, spread_rank=False)
+    recipe = Recipe().override(calib_images=4, spread="none")
     made, lines = {}, []
     for ema in (None, False):
         request, output = DenseRequest("digits", file, ema=ema), OutputOptions(tmp_path / f"{ema}.safetensors")

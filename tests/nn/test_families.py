@@ -39,7 +39,7 @@ def close(found, expected, tolerance=1e-4):
 
 def sparse(dense, **settings):
     model, x = copy.deepcopy(dense), images(dense, 4)
-    calibrate(model, SparsityConfig(**{"rank": 8, "cells": (2, 2), "spread_rank": False, **settings}), lambda: [x])
+    calibrate(model, SparsityConfig(**{"rank": 8, "cells": (2, 2), "spread": "none", **settings}), lambda: [x])
     return model
 
 
@@ -73,7 +73,7 @@ def test_own_checkpoint_to_file_and_back(family, loaded, tmp_path):
     assert hosts.image_size(dense) == hosts.image_size(frame) and dense.num_classes == 7
     with torch.inference_mode():
         close(dense(x), frame(x))
-    model, config = sparse(dense, keep=0.4), SparsityConfig(rank=8, cells=(2, 2), keep=0.4, spread_rank=False)
+    model, config = sparse(dense, keep=0.4), SparsityConfig(rank=8, cells=(2, 2), keep=0.4, spread="none")
     path = tmp_path / "model.safetensors"
     described = describe(dense, source)
     checkpoint.save(model, path, checkpoint.Header(described, config, {}, {}))

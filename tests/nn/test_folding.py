@@ -25,7 +25,7 @@ def rotations(generator, heads, d):
 def sparse(family="deit", **more):
     """A sparse model whose predictors have a random basis."""
     model = build(family)
-    graft.graft(model, SparsityConfig(**{"keep": 0.4, "rank": RANKS, "spread_rank": False, **more}))
+    graft.graft(model, SparsityConfig(**{"keep": 0.4, "rank": RANKS, "spread": "none", **more}))
     generator = torch.Generator().manual_seed(3)
     for module in attention.sparse_modules(model).values():
         graft.set_basis(module, module.predictor, *rotations(generator, module.num_heads, module.head_dim))
@@ -156,7 +156,7 @@ def test_retracted_pairs_are_dual(d, data):
 def stub(d, ranks):
     """The attention of one block, with heads of size d and an unfolded predictor."""
     host = build("deit", depth=1, embed_dim=d * len(ranks), num_heads=len(ranks))
-    graft.graft(host, SparsityConfig(rank=(ranks,), fold=False, spread_rank=False))
+    graft.graft(host, SparsityConfig(rank=(ranks,), fold=False, spread="none"))
     (module,) = attention.sparse_modules(host).values()
     assert isinstance(module.predictor, HeadLowrankPredictor)
     return module

@@ -52,7 +52,7 @@ def test_keep_below_one_differs_and_the_dense_twin_does_not(family):
 def test_one_key_less_than_all_is_a_dense_softmax_without_the_lowest_scored_key(family):
     dense = build(family)
     N = hosts.num_prefix_tokens(dense) + 36
-    model = sparse(dense, keep=(N - 1) / N, tail="none")
+    model = sparse(dense, keep=(N - 1) / N, tail="none", spread="rank")
     block, P = model.blocks[0], hosts.num_prefix_tokens(dense)
     with torch.inference_mode():
         tokens = dense._pos_embed(dense.patch_embed(images(dense)))  # (B, N, C)
@@ -121,7 +121,7 @@ def test_unfolded_and_folded_keep_the_same_keys():
     dense = build("deit")
     x = images(dense)
     with torch.inference_mode():
-        outs = [sparse(dense, keep=0.3, spread_rank=False, fold=fold)(x) for fold in (True, False)]
+        outs = [sparse(dense, keep=0.3, spread="none", fold=fold)(x) for fold in (True, False)]
     torch.testing.assert_close(*outs, atol=1e-4, rtol=1e-4)
 
 
@@ -139,10 +139,10 @@ def test_another_image_size_equals_dense_at_that_size(predictor, size):
 
 
 def test_another_image_size_has_the_cells_that_a_conversion_at_that_size_has():
-    model = sparse(build("deit", patches=14), keep=0.1, cells=None)
+    model = sparse(build("deit", patches=14), keep=0.1, cells=None, spread="none")
     for side, cells in ((14, (4, 3)), (24, (5, 4)), (37, (6, 5)), (14, (4, 3))):
         graft.resize(model, 16 * side)
-        assert {m.sparsity.cells for m in attention.sparse_modules(model).values()} == {cells}
+        assert {m.sparsity.cells for m in attention.sparse_modules(model).values()} == {(cells,)}
 
 
 @pytest.mark.parametrize(
@@ -181,5 +181,5 @@ def test_lists_must_fit_the_depth():
 
 
 def test_keep_per_block_is_used():
-    model = sparse(build("deit"), keep=(0.2, 0.7), rank=8)
-    assert [m.sparsity.keep for m in attention.sparse_modules(model).values()] == [0.2, 0.7]
+    model = sparse(build("deit"), keep=(0.2, 0.7), rank=8, spread="none")
+    assert [m.sparsity.keeps for m in attention.sparse_modules(model).values()] == [(0.2,), (0.7,)]

@@ -32,11 +32,11 @@ def test_set_input_size_of_timm_is_resize(family, predictor):
 
 def test_a_rectangle_has_the_grid_and_the_cells_of_its_own_size():
     model = grafted("deit", patches=(8, 8))
-    assert {m.sparsity.cells for m in sparse_modules(model).values()} == {(3, 3)}
+    assert {m.sparsity.cells for m in sparse_modules(model).values()} == {((3, 3),)}
     model.set_input_size(img_size=(14 * 16, 20 * 16))
     # 9 cells of 65 tokens become 9 sqrt(197 * 281) / 65 = 32.6 of 281
     found = {(m.sparsity.grid, m.sparsity.cells) for m in sparse_modules(model).values()}
-    assert found == {((14, 20), (6, 5))}
+    assert found == {((14, 20), ((6, 5),))}
     twin = graft.dense_twin(model)
     assert "set_input_size" not in twin.__dict__
     twin.set_input_size(img_size=(64, 64))

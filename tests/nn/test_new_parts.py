@@ -36,7 +36,7 @@ class Projected(Predictor):
         return self.heads * (2 * N * self.a.numel() + (N - P) * N * 2)
 
     def compared(self, heads, head_dim):
-        return 2 * heads
+        return (2,) * heads
 
 
 class Columns(Tail):
@@ -172,7 +172,7 @@ def test_a_new_tail_is_written_by_hand():
     spec, r = module.spec(1 + h * w), module.predictor.ranks
     for head, row in ((0, 1), (2, h * w)):
         scores = k[0, head, :, : r[head]] @ q[0, head, row, : r[head]]
-        kept = set(scores.topk(spec.budget).indices.tolist())
+        kept = set(scores.topk(spec.budgets[0]).indices.tolist())
         logits = k[0, head] @ q[0, head, row] * module.scale
         terms = [(logits[j].exp(), v[0, head, j]) for j in kept]
         for cell in [[0], *([1 + y * w + x for y in range(h)] for x in range(w))]:

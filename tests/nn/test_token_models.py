@@ -555,10 +555,10 @@ def test_budget_and_cells_follow_the_tokens_present(way, predictor, more, monkey
     fused = way == "evit-fused"
     assert [N for N, *_ in calls] == [37, 19 + fused, 10 + fused]
     for i, (N, size, place, spec) in enumerate(calls):
-        assert spec.budget == math.ceil(0.3 * N) == budget(0.3, N) and spec.grid == (6, 6) and spec.prefix == 1
+        assert spec.budgets == (math.ceil(0.3 * N),) == (budget(0.3, N),) and spec.grid == (6, 6) and spec.prefix == 1
         assert (size is not None) == (i > 0 and way == "merge") and (place is not None) == (i > 0)
-        assert spec == model.blocks[i].attn.spec(N) if i == 0 else spec.cells[0] * spec.cells[1] < 12
-    counts = [spec.cells[0] * spec.cells[1] for *_, spec in calls]
+        assert spec == model.blocks[i].attn.spec(N) if i == 0 else math.prod(spec.cells[0]) < 12
+    counts = [math.prod(spec.cells[0]) for *_, spec in calls]
     assert counts[0] == 12 and counts == sorted(counts, reverse=True)
     assert abs(counts[1] - 12 * calls[1][0] / 37) <= 1.5  # in proportion to the tokens, up to the next grid
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from helpers.op_calls import head_lowrank, head_ranking, op, token_lowrank, token_ranking
 from sparsify.ops import attention, reference, selection, tails
 from sparsify.ops.selection import Context
-from sparsify.ops.spec import budget
+from sparsify.ops.spec import Spec, budget, of_head
 
 TAILS = ["none", "mean", "cells", "clusters"]
 
@@ -27,15 +27,21 @@ def problems(draw):
     if draw(st.integers(0, 2)) == 0:
         q, k = q.round(), k.round()
     tile = draw(st.sampled_from([(), (2, 2)]))
-    cells = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    cells = tuple(draw(of_heads(st.tuples(st.integers(1, 3), st.integers(1, 3)), H)))
     return dict(
-        q=q, k=k, v=v, ranks=draw(st.lists(st.integers(1, d), min_size=H, max_size=H)), budget=draw(st.integers(1, N)),
-        prefix=prefix, tail=draw(st.sampled_from(TAILS)), grid=grid, cells=cells, tile=tile,
+        q=q, k=k, v=v, ranks=draw(st.lists(st.integers(1, d), min_size=H, max_size=H)),
+        budgets=tuple(draw(of_heads(st.integers(1, N), H))), prefix=prefix, tail=draw(st.sampled_from(TAILS)), grid=grid,
+        cells=cells, tile=tile,
     )  # fmt: skip
 
 
+def of_heads(values, H):
+    """Lists of one value for all heads, or of one for each."""
+    return st.lists(values, min_size=1, max_size=1) | st.lists(values, min_size=H, max_size=H)
+
+
 def attend(p, mask=None, a_q=None, a_k=None):
-    spec = [p[name] for name in ("budget", "prefix", "tail", "grid", "cells", "tile")]
+    spec = Spec(*(p[name] for name in ("budgets", "prefix", "tail", "grid", "cells", "tile")))
     scale = p["q"].shape[-1] ** -0.5
     return head_lowrank(p["q"], p["k"], p["v"], a_q, a_k, mask, p.get("size"), p.get("place"), p["ranks"], scale, spec)
 
@@ -50,7 +56,9 @@ def by_hand(p, mask=None, cell=None):
     alive = torch.ones(B, H, N) if mask is None else mask.expand(B, H, N, N).any(-2).double()
     if cell is None and p["tail"] != "none":
         features = k * selection.rank_mask([*p["ranks"], d], k)[:-1]
-        cell = tails.TAILS[p["tail"]].assign(features, alive, P, p["grid"], p["cells"])
+        tail, heads = tails.TAILS[p["tail"]], [slice(h, h + 1) for h in range(H)]
+        each = [tail.assign(features[:, h], alive[:, h], P, p["grid"], of_head(p["cells"], h.start)) for h in heads]
+        cell = torch.cat(each, 1)
     for b in range(B):
         for h in range(H):
             for i in range(N):
@@ -58,7 +66,7 @@ def by_hand(p, mask=None, cell=None):
                 r, s = p["ranks"][h], size[b]
                 scores = [float(q[b, h, i, :r] @ k[b, h, j, :r]) * scale + math.log(s[j]) for j in range(N)]
                 order = sorted(range(N), key=lambda j: (-scores[j] if j in allowed else math.inf, j))
-                kept = list(range(N)) if i < P else order[: p["budget"]]
+                kept = list(range(N)) if i < P else order[: of_head(p["budgets"], h)]
                 kept = [j for j in kept if j in allowed]
                 terms = [(float(s[j]), float(q[b, h, i] @ k[b, h, j]) * scale, v[b, h, j]) for j in kept]
                 for c in set() if cell is None else set(cell[b, h].tolist()):
@@ -93,7 +101,7 @@ def test_masked_keys_are_neither_kept_nor_in_the_tail(p, seed):
 @settings(max_examples=40, deadline=None)
 @given(problems())
 def test_budget_n_equals_dense_attention(p):
-    p["budget"] = p["q"].shape[2]
+    p["budgets"] = (p["q"].shape[2],)
     dense = torch.nn.functional.scaled_dot_product_attention(p["q"], p["k"], p["v"]).transpose(1, 2).flatten(2)
     torch.testing.assert_close(attend(p), dense)
 
@@ -104,7 +112,7 @@ def test_budget_one_less_drops_the_lowest_scored_key(p):
     N = p["q"].shape[2]
     if N < 2 or p["prefix"] == N:
         return
-    p |= dict(budget=N - 1, tail="none", tile=())
+    p |= dict(budgets=(N - 1,), tail="none", tile=())
     d, P = p["q"].shape[-1], p["prefix"]
     scores = p["q"] @ (p["k"] * selection.rank_mask([*p["ranks"], d], p["k"])[:-1]).mT
     lowest = N - 1 - scores.flip(-1).argmin(-1)  # of equal scores the higher index goes
@@ -239,11 +247,11 @@ def test_registered_ops_pass_torch_library_opcheck():
     where = Context(None, size, place)
     cell = tails.TAILS["cells"].assign(k, None, 1, (3, 3), (2, 2))
     for ranking, context, constants in (
-        (head, where, ("clusters", [3, 3], [2, 2], [])),
-        (token, where, ("cells", [3, 3], [2, 2], [2, 2])),
-        (head, where._replace(cell=cell), (tails.ASSIGNED, [3, 3], [1, 4], [])),
+        (head, where, ([3, 4], 1, "clusters", [3, 3], [2, 2, 1, 2], [])),
+        (token, where, ([3], 1, "cells", [3, 3], [2, 2], [2, 2])),
+        (head, where._replace(cell=cell), ([3], 1, tails.ASSIGNED, [3, 3], [1, 4], [])),
     ):
-        arguments = (q, k, v, *ranking[:4], *context, ranking.ranked, list(ranking.ranks), 0, 3, 1, *constants, 0.5)
+        arguments = (q, k, v, *ranking[:4], *context, ranking.ranked, list(ranking.ranks), 0, *constants, 0.5)
         checks = ("test_schema", "test_faketensor", "test_autograd_registration")
         torch.library.opcheck(attention.sparse_attention, arguments, test_utils=checks)
 
@@ -261,18 +269,18 @@ def reduced_problems(draw):
     p["size"] = torch.randint(1, 5, (B, P + n), generator=generator).double()
     if draw(st.booleans()):
         p["size"] += torch.rand(B, P + n, generator=generator)
-    return p | {"budget": draw(st.integers(1, P + n)), "tile": ()}
+    return p | {"budgets": tuple(draw(of_heads(st.integers(1, P + n), H))), "tile": ()}
 
 
 def cells_by_hand(p, mask=None):
     """Cells of the keys by the docstrings of `tails.py`, one key at a time: [B][H][N], prefix keys their own; or None."""
     P, (h, w) = p["prefix"], p["grid"]
-    rows, cols = min(p["cells"][0], h), min(p["cells"][1], w)
     B, H, N, _ = p["k"].shape
     if p["tail"] == "none":
         return None
     found = torch.arange(N).expand(B, H, N).clone()
     for b, head in ((b, head) for b in range(B) for head in range(H)):
+        rows, cols = (min(asked, sides) for asked, sides in zip(of_head(p["cells"], head), p["grid"], strict=True))
         where = [int(j) for j in p["place"][b]]
         a = [0 if p["tail"] == "mean" else (j // w * rows // h) * cols + j % w * cols // w for j in where]
         f = p["k"][b, head, P:, : p["ranks"][head]]
@@ -313,7 +321,9 @@ def test_reference_equals_the_equation_with_sizes_and_places(p, mask_seed):
 def test_sizes_count_in_the_means_of_clusters(seed):
     g = torch.Generator().manual_seed(seed)
     q, k, v = torch.randn(3, 1, 2, 31, 4, generator=g, dtype=torch.float64)
-    p = dict(q=q, k=k, v=v, ranks=[2, 3], budget=3, prefix=1, tail="clusters", grid=(6, 6), cells=(3, 3), tile=())
+    p = dict(
+        q=q, k=k, v=v, ranks=[2, 3], budgets=(3,), prefix=1, tail="clusters", grid=(6, 6), cells=((3, 3),), tile=()
+    )
     p |= dict(place=torch.randperm(36, generator=g)[None, :30], size=torch.rand(1, 31, generator=g).double() * 20 + 0.1)
     cells = cells_by_hand(p)
     assert not torch.equal(cells, cells_by_hand(p | {"size": torch.ones(1, 31)}))
@@ -332,10 +342,14 @@ def test_a_key_of_size_c_is_c_equal_keys(p, mask_seed, additive, data):
         mask = torch.where(
             mask, torch.randn(mask.shape, dtype=torch.float64, generator=torch.manual_seed(0)), -torch.inf
         )
-    many = p | {name: p[name][:, :, copies] for name in "qkv"} | {"budget": len(copies), "prefix": int(count[:P].sum())}
+    many = (
+        p
+        | {name: p[name][:, :, copies] for name in "qkv"}
+        | {"budgets": (len(copies),), "prefix": int(count[:P].sum())}
+    )
     many["place"] = (copies[copies >= P] - P).expand(B, -1)
     each = attend(many, None if mask is None else mask[:, :, copies][..., copies])
-    one = attend(p | {"size": count.double().expand(B, N), "budget": N}, mask)
+    one = attend(p | {"size": count.double().expand(B, N), "budgets": (N,)}, mask)
     torch.testing.assert_close(one[:, copies], each)
 
 
@@ -377,7 +391,7 @@ def test_tokens_that_left_are_keys_that_nobody_sees(p, tile):
 @settings(max_examples=40, deadline=None)
 @given(problems(), st.integers(0, 10_000))
 def test_sizes_count_in_the_ranking(p, seed):
-    p |= {"budget": 1, "prefix": 0, "tail": "none", "tile": ()}
+    p |= {"budgets": (1,), "prefix": 0, "tail": "none", "tile": ()}
     p["q"], p["k"] = torch.randn(2, *p["q"].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     B, H, N, d = p["q"].shape
     p["size"] = 8 * torch.rand(B, N, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 0.1
@@ -482,7 +496,8 @@ def test_budget_of_a_product_that_is_whole_up_to_rounding():
 
 
 @pytest.mark.parametrize("change", [
-    dict(cells=(-1, 1)), dict(tile=(2,)), dict(prefix=-1), dict(budget=0), dict(budget=11), dict(ranks=[10**9, 1]),
+    dict(cells=((-1, 1),)), dict(cells=3 * ((2, 2),)), dict(tile=(2,)), dict(prefix=-1), dict(budgets=(0,)),
+    dict(budgets=(3, 11)), dict(budgets=(3, 3, 3)), dict(ranks=[10**9, 1]),
     dict(ranks=[5, 1]), dict(ranks=[1]), dict(grid=(0, 9)), dict(tail="unknown"),
 ])  # fmt: skip
 @pytest.mark.parametrize("by", ["op", "attention"])
@@ -490,8 +505,8 @@ def test_budget_of_a_product_that_is_whole_up_to_rounding():
 def test_constants_that_cannot_be_are_refused(change, by, backend):
     """The kernels read them without a look: negative cells ended the process."""
     q, k, v = torch.randn(3, 1, 2, 10, 4, generator=torch.Generator().manual_seed(0))
-    right = dict(budget=3, prefix=1, tail="clusters", grid=(3, 3), cells=(2, 2), tile=(), ranks=[2, 1]) | change
-    spec = [right[name] for name in ("budget", "prefix", "tail", "grid", "cells", "tile")]
+    right = dict(budgets=(3,), prefix=1, tail="clusters", grid=(3, 3), cells=((2, 2),), tile=(), ranks=[2, 1]) | change
+    spec = Spec(*(right[name] for name in ("budgets", "prefix", "tail", "grid", "cells", "tile")))
     call = {"op": op, "attention": attention.attention}[by]
     with pytest.raises(ValueError, match=f"sparse_attention: .*{next(iter(change))}"):
         head_lowrank(q, k, v, None, None, None, None, None, right["ranks"], 0.5, spec, backend, call=call)

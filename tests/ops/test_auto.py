@@ -30,7 +30,7 @@ from sparsify.ops.cpu import kernels as cpu
 from sparsify.ops.selection import Context
 from sparsify.ops.spec import Kind, Shape, Spec
 
-SPEC = Spec(5, 1, "clusters", (4, 4), (2, 2))
+SPEC = Spec.uniform(5, 1, "clusters", (4, 4), (2, 2))
 SHAPE = Shape(1, 2, 17, 8, torch.float32, "cpu", 1, False, "input", "cpu", Kind("head-folded", 8, 4), SPEC)
 SPARSE, DENSE = 7.0, 9.0  # what the pretended kernels return
 
@@ -183,7 +183,7 @@ OTHER = {
 OTHER_KIND = {
     "name": "head", "rank_sum": 7, "rank_max": 5, "channels": 3, "up_heads": 1, "coef_topk": 2, "coef_threshold": 0.05,
 }  # fmt: skip
-OTHER_SPEC = {"budget": 6, "prefix": 2, "tail": "mean", "grid": (2, 8), "cells": (1, 2), "tile": (2, 2)}
+OTHER_SPEC = {"budgets": (6,), "prefix": 2, "tail": "mean", "grid": (2, 8), "cells": ((1, 2),), "tile": (2, 2)}
 
 
 def test_every_field_of_the_shape_is_part_of_the_key(folder):

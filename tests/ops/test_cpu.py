@@ -19,10 +19,11 @@ from helpers.cpu_calls import (
     assert_near,
     assert_reference_right,
     assert_right,
+    assigned,
     calls,
-    grids,
     heads,
     largest,
+    last_kept,
     need,
     oracle,
     plain,
@@ -31,7 +32,7 @@ from helpers.cpu_calls import (
 )  # fmt: skip
 from helpers.op_calls import op
 from sparsify.measure.latency import peak_memory
-from sparsify.ops import selection, tails
+from sparsify.ops import selection
 from sparsify.ops.cpu import kernels as cpu
 
 
@@ -101,11 +102,11 @@ def test_nan_and_infinity_stay_where_they_matter(isa, data, seed):
     harmed = sum(t.isnan().flatten(2).sum(-1) for t in keys)[..., None] > 0  # (B, H, 1)
     harmed = harmed | ~call.q.isfinite().all(-1) | ~expected.isfinite().all(-1)  # (B, H, N)
     if call.spec.tail == "clusters":  # other cells: `assert_cells` says where they may be
-        own = tails.TAILS["clusters"].assign(call.coordinates()[2], None, call.P, *grids(call))
+        own = assigned(call, call.coordinates()[2])
         harmed |= (own != a).any(-1, keepdim=True)
-    if call.spec.budget < call.q.shape[2]:  # rounding decides which key is kept
+    if min(call.spec.budgets) < call.q.shape[2]:  # rounding decides which key is kept
         s, near, _ = ranking(call)
-        two = s.sort(-1, descending=True).values[..., call.spec.budget - 1 :][..., :2]
+        two = last_kept(s, call.spec.budgets)
         harmed[:, :, call.P :] |= two[..., 0] - two[..., 1] <= near
     assert_near(out, torch.where(nowhere | harmed[..., None], out, expected).double(), 2 * tolerance)
 
@@ -233,8 +234,8 @@ def test_memory_is_linear_in_tokens(tail, tile, precision):
 
 def test_a_budget_of_more_than_all_keys_is_refused():
     call = plain()
-    with pytest.raises(RuntimeError, match="inconsistent sizes"):
-        replace(call, spec=call.spec._replace(budget=198)).out()
+    with pytest.raises(RuntimeError, match="inconsistent budgets"):
+        replace(call, spec=call.spec._replace(budgets=(198,))).out()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -17,17 +17,19 @@ from helpers.cpu_calls import (
     assert_near,
     assert_reference_right,
     assert_right,
+    assigned,
     calls,
-    grids,
+    grid_of,
     heads,
     largest,
+    last_kept,
     need,
     oracle,
     plain,
     require_kernels,
 )
 from helpers.op_calls import op
-from sparsify.ops import attention, selection, tails
+from sparsify.ops import attention, selection
 from sparsify.ops.cpu import kernels as cpu
 
 
@@ -44,7 +46,7 @@ def merged(call, seed=0, n=None):
     index = torch.cat([torch.arange(P).expand(B, P), place + P], -1)[:, None, :, None]
     q, k, v = (t.take_along_dim(index, 2) for t in (call.q, call.k, call.v))
     size = torch.cat([torch.ones(B, P), torch.randn(place.shape, generator=g).exp()], -1)
-    spec = call.spec._replace(budget=min(call.spec.budget, q.shape[2]))
+    spec = call.spec._replace(budgets=tuple(min(b, q.shape[2]) for b in call.spec.budgets))
     return replace(call, q=q, k=k, v=v, spec=spec, size=size, place=place)
 
 
@@ -75,15 +77,14 @@ def test_the_op_is_the_reference_where_scores_differ(isa, data):
     row, col, f = call.coordinates()
     s = (row @ col.mT)[:, :, call.P :]
     s = s if call.shift is None else s + call.shift[:, None, None]
-    grid, cells = grids(call)
     if call.spec.tile and s.shape[2]:
-        s = selection.pool_tiles(s, grid, call.spec.tile, call.place)
-    same = (selection.top_b(s, call.spec.budget) == kept[:, :, call.P :]).all(-1).all(-1)  # (B, H)
+        s = selection.pool_tiles(s, grid_of(call), call.spec.tile, call.place)
+    same = (selection.top_b(s, call.spec.budgets) == kept[:, :, call.P :]).all(-1).all(-1)  # (B, H)
     if call.spec.tail == "clusters":
         weight = None if call.size is None else call.size[:, None].expand(f.shape[:3])
-        same &= (tails.TAILS["clusters"].assign(f, weight, call.P, grid, cells, call.place) == a).all(-1)
-    two = s.sort(-1, descending=True).values[..., call.spec.budget - 1 :][..., :2]
-    clear = ((two[..., 0] - two[..., -1]) > 1e-4 * s.abs().amax(-1)).all(-1) | (call.spec.budget == s.shape[-1])
+        same &= (assigned(call, f, weight) == a).all(-1)
+    two, all_keys = last_kept(s, call.spec.budgets), torch.tensor(call.spec.budgets) == s.shape[-1]
+    clear = ((two[..., 0] - two[..., -1]) > 1e-4 * s.abs().amax(-1)).all(-1) | all_keys
     if call.spec.tail != "clusters":
         assert bool((same | ~clear).all()), "other keys"
     _, logit, _ = oracle(call, kept, a)
@@ -104,7 +105,7 @@ def test_as_few_tokens_as_there_can_be(isa, mode, tile, P, n):
         size = torch.rand(2, P + n, generator=torch.Generator().manual_seed(n)) + 0.5
         place = torch.tensor([[35, 0, 35], [7, 7, 7]])[:, :n]
         for budget in range(1, P + n + 1):
-            spec = call.spec._replace(budget=budget, prefix=P)
+            spec = call.spec._replace(budgets=(budget,), prefix=P)
             assert_right(replace(call, q=q, k=k, v=v, spec=spec, size=size, place=place), isa, precision)
 
 
@@ -119,9 +120,9 @@ def test_a_key_of_size_s_is_s_keys(isa, mode, tile, tail):
     call = merged(plain(B=1, side=9, tail=tail, tile=tile, dtype=dtype))
     N, g = call.q.shape[2], torch.Generator().manual_seed(1)
     times = torch.cat([torch.ones(1, dtype=torch.long), torch.randint(1, 5, (N - 1,), generator=g)])
-    few = replace(call, size=times[None].float(), spec=call.spec._replace(budget=N))
+    few = replace(call, size=times[None].float(), spec=call.spec._replace(budgets=(N,)))
     many = {name: getattr(call, name).repeat_interleave(times, 2) for name in "qkv"}
-    place, spec = call.place.repeat_interleave(times[1:], 1), call.spec._replace(budget=int(times.sum()))
+    place, spec = call.place.repeat_interleave(times[1:], 1), call.spec._replace(budgets=(int(times.sum()),))
     right = replace(call, **many, size=None, place=place, spec=spec).out(isa, precision)
     first = times.cumsum(0) - times
     near = largest(call.v) * (2e-5 if mode == "float32" or (isa < 3 and dtype == torch.float32) else 0.02)

@@ -131,15 +131,15 @@ def test_gradients_of_the_kernels_are_those_of_the_equation(call, isa):
     wanted = torch.autograd.grad(expected, (exact.q, exact.k, exact.v), g.double())
     _, keys, cells = call.kernel("probe_attention", isa, "input")
     found = torch.ops.sparsify_cpu.sparse_backward(
-        g, *(t.contiguous() for t in (call.q, call.k, call.v)), keys, cells, call.size, call.scale, call.spec.prefix,
-        cpu.TAILS[call.spec.tail], cells_of(call), isa,
+        g, *(t.contiguous() for t in (call.q, call.k, call.v)), keys, cells, call.size, call.scale, call.spec.budgets,
+        call.spec.prefix, cpu.TAILS[call.spec.tail], cells_of(call), isa,
     )  # fmt: skip
     assert_gradients(found, wanted, call, g.transpose(1, 2).flatten(2))
 
 
 def cells_of(call):
     grid = call.spec.grid if call.place is not None else tails.patch_grid(call.q.shape[2] - call.P, call.spec.grid)
-    return tails.TAILS[call.spec.tail].count(grid, call.spec.cells)
+    return [tails.TAILS[call.spec.tail].count(grid, cells) for cells in call.spec.cells]
 
 
 @settings(max_examples=60, deadline=None)
@@ -195,18 +195,26 @@ def test_a_backward_refuses_keys_and_cells_that_are_not_there(kernels):
     _, keys, cells = call.kernel("probe_attention", 0, "input")
     arguments = (call.q.contiguous(),) * 4
 
-    def backward(keys, cells, m=12):
-        return torch.ops.sparsify_cpu.sparse_backward(*arguments, keys, cells, None, 0.1, 1, cpu.TAILS["cells"], m, 0)
+    def backward(keys, cells, m=(12,), budgets=(20,)):
+        tail = cpu.TAILS["cells"]
+        return torch.ops.sparsify_cpu.sparse_backward(*arguments, keys, cells, None, 0.1, budgets, 1, tail, m, 0)
 
     backward(keys, cells)
-    for bad in ((keys + 197, cells), (keys, cells - 1), (keys, cells, 3), (keys[:, :, 1:].contiguous(), cells)):
+    few = keys[:, :, 1:].contiguous()
+    keys[:, 0, :, 12:] = -1
+    backward(keys, cells, (12, 12), (12, 20))
+    for bad in (
+        (keys, cells), (keys + 197, cells, (12,), (12, 20)), (keys, cells - 1, (12,), (12, 20)), (keys, cells, (3,)),
+        (few, cells), (keys, cells, (12, 3), (12, 20)), (keys, cells, (12,), (12, 21)), (keys, cells, (12,), (0, 20)),
+        (keys, cells, (12,), (12, 20, 20)), (keys, cells, (), (12, 20)),
+    ):  # fmt: skip
         with pytest.raises(RuntimeError, match="sparsify_cpu"):
             backward(*bad)
 
 
 def attention(**execution):
     torch.manual_seed(0)
-    sparsity = Sparsity(0.2, 1, tails.TAILS["clusters"], (6, 6), (3, 2))
+    sparsity = Sparsity((0.2,), 1, tails.TAILS["clusters"], (6, 6), ((3, 2),))
     sparse = SparseAttention(Attention(64, num_heads=2), HeadLowrankPredictor(32, (8, 8), True), sparsity)
     sparse.execution = Execution(**execution)
     return sparse
@@ -254,7 +262,7 @@ def test_token_lowrank_in_training(backend):
     g = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(2, 2, 37, 8, generator=g, requires_grad=True) for _ in range(3))
     w_down, w_up = torch.rand(5, 37, generator=g), torch.randn(2, 5, 37, generator=g)
-    spec = Spec(6, 1, "clusters", (6, 6), (3, 2))
+    spec = Spec.uniform(6, 1, "clusters", (6, 6), (3, 2))
     size = torch.rand(2, 37, generator=g) + 0.5
 
     def run(backend):
@@ -268,7 +276,7 @@ def test_token_lowrank_in_training(backend):
 
 def test_masks_sizes_with_gradients_and_those_who_trace_take_the_op(kernels):
     q, k, v = (torch.randn(1, 1, 5, 4, requires_grad=True) for _ in range(3))
-    spec = Spec(2, 1, "mean", (2, 2), (1, 1))
+    spec = Spec.uniform(2, 1, "mean", (2, 2), (1, 1))
 
     def run(mask=None, size=None, backend="cpu"):
         arguments = (None, None, mask, size, None, (2,), 0.5, spec, backend)

@@ -68,7 +68,7 @@ def test_keys_and_weights_are_those_of_the_op(case, masked):
             a, _ = selection.cells(ranking, context, spec)
             bias = selection.bias_of(mask, q)
             weight, tail = weights.weights(q, k, kept, a, bias, size, module.scale)
-        assert (kept[:, :, spec.prefix :].sum(-1) == spec.budget).all() and kept[:, :, : spec.prefix].all()
+        assert (kept[:, :, spec.prefix :].sum(-1) == spec.budgets[0]).all() and kept[:, :, : spec.prefix].all()
         assert (weight[~kept] == 0).all()
         torch.testing.assert_close(weight.sum(-1) + tail, torch.ones(B, H, N))
         rest = out - weight  # what the tail spreads over the keys of its cells
@@ -101,7 +101,7 @@ def test_equal_scores_keep_the_same_keys_as_the_op(data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
     q = torch.randint(-1, 2, (2, H, N, N), generator=generator).float()
     k = torch.randint(-1, 2, (2, H, N, N), generator=generator).float()
-    spec = Spec(b, P, "none", (h, w), (1, 1), tile)
+    spec = Spec.uniform(b, P, "none", (h, w), (1, 1), tile)
     size = None
     if data.draw(st.booleans()):
         size = torch.randint(1, 3, (2, N), generator=generator).float()
@@ -125,4 +125,4 @@ def test_all_scores_equal_keep_the_first_keys():
     for module, q, k, mask, tokens in calls(model, images(model)):
         spec = module.spec(q.shape[2], tokens)
         kept = selection.kept(module.predictor(q, k, mask, tokens, spec).written(q, k), Context(mask), spec)
-        assert (kept[:, :, 1:, : spec.budget]).all() and not (kept[:, :, 1:, spec.budget :]).any()
+        assert (kept[:, :, 1:, : spec.budgets[0]]).all() and not (kept[:, :, 1:, spec.budgets[0] :]).any()

@@ -118,7 +118,7 @@ uint32_t written(const char* at, int64_t i, bool half) {
 Result run(Problem p, const Kernels* k, bool again) {
   const int fill = again ? 0xff : 0x00;
   const int64_t numbers = p.B * p.N * p.H * p.d, rows = p.B * p.H * p.N;
-  Bytes out(numbers * (p.out_bf16 ? 2 : 4), 0xfd), kept(rows * p.budget * 4, 0xfd), cells(rows * 4, 0xfd);
+  Bytes out(numbers * (p.out_bf16 ? 2 : 4), 0xfd), kept(rows * p.widest * 4, 0xfd), cells(rows * 4, 0xfd);
   const Probe probe{(int32_t*)kept.data, (int32_t*)cells.data};
   p.out = out.data;
   Bytes scratch(k->scratch_bytes(p), fill);
@@ -133,7 +133,7 @@ Result run(Problem p, const Kernels* k, bool again) {
   for (int64_t i = 0; i < numbers; i++) {
     found.out.push_back(written(out.data, i, p.out_bf16));
   }
-  found.kept.assign(probe.kept, probe.kept + rows * p.budget), found.cells.assign(probe.cells, probe.cells + rows);
+  found.kept.assign(probe.kept, probe.kept + rows * p.widest), found.cells.assign(probe.cells, probe.cells + rows);
   return found;
 }
 
@@ -183,7 +183,7 @@ float drawn_size(Random& g, Kind kind) {
 void check(const Problem& p, const Result& x) {
   for (int64_t row = 0; row < p.B * p.H * p.N && p.budget; row++) {
     if (row % p.N < p.P) continue;
-    std::vector<int32_t> keys(x.kept.begin() + row * p.budget, x.kept.begin() + (row + 1) * p.budget);
+    std::vector<int32_t> keys(x.kept.begin() + row * p.widest, x.kept.begin() + row * p.widest + p.budget);
     std::sort(keys.begin(), keys.end());
     if (keys.front() < 0 || keys.back() >= p.N) fail("a kept key is out of range");
     if (std::unique(keys.begin(), keys.end()) != keys.end()) fail("a key was kept twice");
@@ -216,6 +216,7 @@ void call(uint64_t seed, const Kernels* (*kernels)(bool, Work), const char* isa)
   p.ranks = ranks.data(), p.feature_dims = p.feature_is_col ? ranks.data() : dims.data();
   p.scale = 1 / float(p.d), p.out_bf16 = input;
   p.budget = dense ? 0 : chance(g, 0.5) ? std::max<int64_t>(1, p.N / 10) : between(g, 1, p.N);
+  p.widest = p.budget + (dense ? 0 : between(g, 0, std::min<int64_t>(3, p.N - p.budget)));  // another head may keep more
   p.tail = dense ? TAIL_NONE : int(between(g, TAIL_NONE, TAIL_CLUSTERS));
   const bool sized = chance(g, 0.5), shifted = !dense && (sized ? chance(g, 0.7) : chance(g, 0.1));
   Numbers size(p, sized, [&] { return drawn_size(g, kind); }), shift(p, shifted, [&] { return number(g, kind) * 5; });

@@ -33,6 +33,7 @@ TOY = {
     "equality.py": "--only deit --depth 1",
     "exported.py": "toy.safetensors --images 2 --rounds 1 --formats pt2",
     "families.py": "beit --limit 1",
+    "features.py": "--sizes 56 --images 4 --calib-images 4 --spread all",
     "finetune.py": "--only default --set stages.0.steps=1 --set stages.0.batch_size=4 --set calib_images=4",
     "fingerprints.py": "--only token-lowrank",
     "frontier.py": "--images 4 --calib-images 4 --only mean --output .",
@@ -57,10 +58,10 @@ def toy_data(tmp_path_factory):
             for j in range(8 if part.endswith("train") else 2):
                 Image.effect_noise((64, 64), 40 + 20 * i + j).convert("RGB").save(folder / part / name / f"{j}.png")
     torch.manual_seed(0)
-    save_file(
-        timm.create_model("deit_tiny_patch16_224", depth=DEPTH).state_dict(),
-        folder / "deit_tiny_patch16_224.safetensors",
-    )
+    for name, file in (
+        ("deit_tiny_patch16_224", "deit_tiny_patch16_224"), ("vit_small_patch14_dinov2", "vit_small_patch14_saliency")
+    ):  # fmt: skip
+        save_file(timm.create_model(name, depth=DEPTH).state_dict(), folder / f"{file}.safetensors")
     return folder
 
 
@@ -71,7 +72,7 @@ def shallow(monkeypatch):
     def flattened(build):
         return functools.wraps(build)(lambda *given, **more: build(*given, **{"depth": DEPTH, **more}))
 
-    for name in ("deit_tiny_patch16_224", "deit_small_patch16_224"):
+    for name in ("deit_tiny_patch16_224", "deit_small_patch16_224", "vit_small_patch14_dinov2"):
         monkeypatch.setitem(_registry._model_entrypoints, name, flattened(_registry._model_entrypoints[name]))
 
 

@@ -24,7 +24,7 @@ COUNTS = ("images", "broken", "top1", "top5", "dense_top1", "dense_top5", "agree
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("processes") / "model.safetensors"
-    sparsify.convert("digits", keep=0.05, output=path, calib_images=8, spread_rank=False)
+    sparsify.convert("digits", keep=0.05, output=path, calib_images=8, spread="none")
     return path
 
 

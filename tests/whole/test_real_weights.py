@@ -38,7 +38,7 @@ def sparse(dense, calibrate_on, **settings):
 
 
 def test_folded_keep_one_equals_dense(deit_tiny, photographs):
-    model = sparse(deit_tiny, photographs[0], keep=1.0, spread_rank=False)
+    model = sparse(deit_tiny, photographs[0], keep=1.0, spread="none")
     x = photographs[1][0][0][:8]
     with torch.inference_mode():
         torch.testing.assert_close(model(x), deit_tiny(x), atol=1e-4, rtol=1e-4)
@@ -60,7 +60,7 @@ def test_tails_and_predictors_rank_as_documented(deit_tiny, photographs):
     }
     kl = {}
     for name, setting in settings.items():
-        model = sparse(deit_tiny, photographs[0], spread_rank=False, **setting)
+        model = sparse(deit_tiny, photographs[0], spread="none", **setting)
         kl[name] = evaluate(model, deit_tiny, photographs[1][:1]).kl
     assert kl["clusters"] < kl["cells"] < kl["none"]
     assert kl["clusters"] < kl["paper"] < kl["none"]
@@ -71,7 +71,7 @@ def test_onnx_answers_as_the_model_does_but_for_near_ties(deit_tiny, photographs
     """Two blocks of the twelve, for the time it takes; all of them: `make bench-exported`."""
     cut, path = copy.deepcopy(deit_tiny), str(tmp_path / "two.onnx")
     cut.blocks = cut.blocks[:2]
-    model = sparse(cut, photographs[0], keep=0.1, spread_rank=False, tokens=tokens).requires_grad_(False)
+    model = sparse(cut, photographs[0], keep=0.1, spread="none", tokens=tokens).requires_grad_(False)
     onnx_file.write(program.trace(model, 8), path, {}, "logits")
     checked = program.compare(model, onnx_file.runner(path), photographs[1][0][0][:16], 8)
     assert checked.median < 1e-4 and checked.apart <= 4, checked

@@ -9,7 +9,7 @@ import pytest
 from helpers import small_runs
 
 COMMON = [
-    "precision=float32", "hold_back=0.01", "calib_images=8", "sparsity.spread_rank=false",
+    "precision=float32", "hold_back=0.01", "calib_images=8", "sparsity.spread=none",
 ]  # fmt: skip
 STAGE = ["steps=3", "batch_size=8", "augmentation={form: eval}", "schedule={warmup_share: 0.4}"]
 RUNS = {

@@ -2,7 +2,7 @@
 
 1. Moments of queries and keys (or Gram matrices of the paper's predictor), summed batch by batch.
 2. Closed-form predictors; head-lowrank is folded into `qkv` where that is exact.
-3. A fixed sum of ranks is spent over the heads (`head_lowrank.py`), by the first images.
+3. Ranks, keeps and cells are spent over the heads (`budgets.py`), by the first images.
 4. A fitted importance of tokens, where stages use one (`token_importance.py`).
 
 The same images in the same order give the same tensors.
@@ -10,28 +10,26 @@ The same images in the same order give the same tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from sparsify.config import BlockPlan, SparsityConfig
-from sparsify.fit.calibrate import token_importance
-from sparsify.fit.calibrate.head_lowrank import Moments, candidates, spend
+from sparsify.fit.calibrate import budgets, token_importance
+from sparsify.fit.calibrate.budgets import Budgets
+from sparsify.fit.calibrate.head_errors import Bases, Trial, measure
+from sparsify.fit.calibrate.head_lowrank import Moments
 from sparsify.fit.calibrate.token_lowrank import BasisFit, pooling
-from sparsify.measure.accuracy import distance
 from sparsify.nn import graft, hosts, projection
 from sparsify.nn.attention import Execution, SparseAttention, attention_modules
 from sparsify.nn.observe import observe
 from sparsify.nn.predictor import HeadLowrankPredictor, TokenLowrankPredictor
-from sparsify.ops import attention
-from sparsify.ops.backends import resolve
-from sparsify.ops.selection import Context
-from sparsify.ops.spec import Spec, budget
 
-PROBE_IMAGES = 24  # images that decide the ranks: enough to order the blocks, seconds on two cores
+PROBE_IMAGES = 24  # images that decide how a budget is spent; fewer large ones (`images_of`)
+MANY_TOKENS = 577  # beyond it, fewer images hold as many tokens
 
 Batches = Callable[[], Iterable[Tensor]]
 """Gives the calibration images anew at each call: batches [B, C, H, W], float32, normalised as the model expects."""
@@ -46,6 +44,7 @@ class Calibration:
     model: nn.Module  # the model that was given, its attention replaced
     config: SparsityConfig  # the requested one with cells and ranks resolved
     images: int  # calibration images read
+    budgets: Budgets  # what other keeps would have
 
 
 def calibrate(
@@ -54,16 +53,18 @@ def calibrate(
     batches: Batches,
     progress: Progress = lambda step, done, total: None,
     execution: Execution = Execution(),
+    keeps: Sequence[float] = (),
 ) -> Calibration:
     """Grafts sparse attention into the dense `model` (in place; on its device, eval mode) and fits its predictors.
 
-    An integer rank is a mean that is spent unevenly over the heads by head-lowrank with `spread_rank`; a list is used as it
-    is. `execution`: how sparse attention is computed in the trials that spend the ranks. Raises as `graft.graft`; the model
-    is unchanged then.
+    head-lowrank spends what `config.spread` says unevenly over the heads; lists are used as they are. `execution`: how
+    sparse attention is computed in the trials for that; `keeps`: others that `Calibration.budgets` will be asked for. Raises
+    as `graft.graft`; the model is unchanged then.
     """
-    plans = graft.plans_of(model, config)
+    plans, filled = graft.plans_of(model, config), graft.filled(model, config)
     with torch.no_grad():
-        fit = _Fit(model, graft.filled(model, config), plans, batches, progress, execution)
+        asked = config.model_copy(update={"tokens": filled.tokens})
+        fit = _Fit(model, asked, filled, plans, batches, progress, execution, keeps)
         result = fit.head_lowrank() if config.predictor == "head-lowrank" else fit.token_lowrank()
         if any(graft.fits_importance(config, len(plans))):
             fit_importance(model, batches, progress)
@@ -76,46 +77,39 @@ def fit_importance(model: nn.Module, batches: Batches, progress: Progress = lamb
     token_importance.fit(model, _counted(batches(), "importance", progress))
 
 
-def spends_ranks(config: SparsityConfig) -> bool:
-    """Whether a calibration spends the ranks over the heads, and for that tries sparse attention at several ranks."""
-    return config.predictor == "head-lowrank" and isinstance(config.rank, int) and config.spread_rank
-
-
 @dataclass
 class _Fit:
-    """The fit of all predictors of a dense model; arguments as of `calibrate`, the cells of `config` resolved."""
+    """The fit of all predictors of a dense model; arguments as of `calibrate`."""
 
     model: nn.Module
-    config: SparsityConfig
+    asked: SparsityConfig
+    config: SparsityConfig  # `asked` with its cells
     plans: tuple[BlockPlan, ...]
     batches: Batches
     progress: Progress
     execution: Execution
+    keeps: Sequence[float]
 
     def __post_init__(self) -> None:
         self.attentions, self.grid = hosts.supported_attentions(self.model), hosts.patch_grid(self.model)
-        self.depth, self.heads, self.head_dim, _, self.prefix = hosts.geometry(self.model, self.attentions)
+        self.shape = hosts.geometry(self.model, self.attentions)
+        self.depth, self.heads, self.head_dim, _, self.prefix = self.shape
         self.biases = [hosts.position_bias(self.model, host) for host in self.attentions.values()]
 
     def head_lowrank(self) -> Calibration:
-        model, config = self.model, self.config
-        sparse = [i for i, plan in enumerate(self.plans) if plan.keep is not None]
-        if not sparse:
-            graft.graft(model, config)
-            return Calibration(model, config, 0)
-        moments, seen = self._moments()
+        model, sparse = self.model, any(plan.keeps is not None for plan in self.plans)
+        moments, seen = self._moments() if sparse else ([], 0)
         bases = [m.basis()[:2] for m in moments]
-        if spends_ranks(config):
-            probe = torch.cat(list(first_images(self.batches(), PROBE_IMAGES)))
-            mean_rank = cast(int, config.rank)
-            ranks = candidates(mean_rank, self.head_dim)
-            errors, distances = self._head_errors(bases, ranks, probe), self._distances(bases, probe)
-            config = config.model_copy(update={"rank": spend(errors, distances, ranks, mean_rank, sparse)})
-        graft.graft(model, config)
-        for (t_q, t_k), module in zip(bases, attention_modules(model).values(), strict=True):
+        spent = self._budgets(bases)
+        config = spent.model(self.config.keep)
+        plans = config.resolved(self.shape)
+        hosts_and_plans = zip(self.attentions.values(), plans, strict=True)
+        most = spent.largest_rank() if self.keeps else None
+        graft.graft(model, config, [graft.new_predictor(model, h, config, p, width=most) for h, p in hosts_and_plans])
+        for i, module in enumerate(attention_modules(model).values()):
             if isinstance(module, SparseAttention):
-                graft.set_basis(module, cast(HeadLowrankPredictor, module.predictor), t_q, t_k)
-        return Calibration(model, config, seen)
+                graft.set_basis(module, cast(HeadLowrankPredictor, module.predictor), *bases[i])
+        return Calibration(model, config, seen, spent)
 
     def token_lowrank(self) -> Calibration:
         model, config, channels = self.model, self.config, self.config.token_lowrank.channels
@@ -139,7 +133,19 @@ class _Fit:
         for fit in fits.values():
             fit.solve()
         graft.graft(model, config, predictors)
-        return Calibration(model, config, seen)
+        return Calibration(model, config, seen, Budgets(config, self.shape, {}))
+
+    def _budgets(self, bases: Bases) -> Budgets:
+        """What keeps cost, by the first of the images if anything is to be spent."""
+        spent = Budgets(self.asked, self.shape, {})
+        if not bases or not budgets.spends(self.asked):
+            return spent
+        probe = images_of(PROBE_IMAGES, self.shape.tokens, 8)
+        images = torch.cat(list(first_images(self.batches(), probe)))
+        plans = [self.plans, *(spent.uniform(keep) for keep in self.keeps)]
+        trial = Trial(self.model, self.asked, plans, bases, images, self.execution)
+        self.progress("budgets", 0, len(images))
+        return replace(spent, blocks=measure(trial, lambda done: self.progress("budgets", done, len(images))))
 
     def _moments(self) -> tuple[list[Moments], int]:
         """The moments of each block, and the images seen."""
@@ -147,48 +153,10 @@ class _Fit:
         images = _counted(self.batches(), "moments", self.progress)
         return moments, observe(self.model, images, lambda i, q, k, v: moments[i].add(q, k, self.prefix))
 
-    def _head_errors(self, bases: list[tuple[Tensor, Tensor]], ranks: list[int], probe: Tensor) -> Tensor:
-        """Squared difference of each head's output after `proj` from the dense one at each rank: [depth, H, len(ranks)].
 
-        bases: T_q and T_k of each block (`head_lowrank`); probe: images.
-        """
-        attentions = list(self.attentions.values())
-        error = torch.zeros(self.depth, self.heads, len(ranks), dtype=torch.float64)
-
-        def add(i: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-            keep = self.plans[i].keep
-            if keep is None:
-                return
-            bias, (t_q, t_k) = self.biases[i], (t.to(q) for t in bases[i])
-            dense = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)  # (B, N, H, d)
-            q, k = q @ t_q, k @ t_k
-            b, scale = budget(keep, q.shape[2]), self.head_dim**-0.5
-            spec = Spec(b, self.prefix, self.config.tail, self.grid, self.plans[i].cells, (), scale)
-            path = resolve(self.execution.backend, q, bias)
-            w = cast(nn.Linear, attentions[i].proj).weight.unflatten(1, (self.heads, -1))  # (C, H, d)
-            gram = torch.einsum("chd,che->hde", w, w)
-            for j, r in enumerate(ranks):
-                ranking = HeadLowrankPredictor(self.head_dim, (r,) * self.heads, True)(q, k, bias, None, spec)
-                out = attention.attention(q, k, v, ranking, Context(bias), spec, path, self.execution.precision)
-                difference = out.view_as(dense) - dense
-                squares = torch.einsum("bnhd,hde,bnhe->h", difference, gram.to(difference), difference)
-                error[i, :, j] += squares.double().cpu()
-
-        observe(self.model, _counted(probe.split(8), "ranks", self.progress, len(probe)), add)
-        return error
-
-    def _distances(self, bases: list[tuple[Tensor, Tensor]], probe: Tensor) -> list[float]:
-        """`distance` of the model's output from the dense one when one block alone is sparse; 0 where the plan is dense."""
-        twin, dense = graft.dense_twin(self.model), self.model(probe)
-        distances = [0.0] * self.depth
-        for i, (name, host) in enumerate(self.attentions.items()):
-            if self.plans[i].keep is not None:
-                sparse = graft.sparse_block(self.model, host, self.config, self.plans[i], bases[i])
-                sparse.execution = self.execution
-                twin.set_submodule(name, sparse)
-                distances[i] = distance(dense, twin(probe), bool(getattr(self.model, "num_classes", 0)))
-                twin.set_submodule(name, host)
-        return distances
+def images_of(n: int, tokens: int, least: int = 32) -> int:
+    """How many images of N = `tokens` tokens stand for n of up to `MANY_TOKENS`: as many tokens, at least `least` images."""
+    return max(min(n, least), min(n, n * MANY_TOKENS // tokens))
 
 
 def first_images(batches: Iterable[Tensor], n: int) -> Iterator[Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -78,11 +80,17 @@ def over_blocks(errors: list[Tensor], form: str) -> Tensor:
     return each.mean() if form == "mean" else (each.square().mean(0) + SMALLEST**2).sqrt().mean()
 
 
-def lost_mass(scores: Tensor, target: Tensor, b: int) -> Tensor:
-    """Fraction of the true attention `target` [..., N] on keys that are dropped, 0 to 1, mean over rows.
+def lost_mass(scores: Tensor, target: Tensor, budgets: Sequence[int]) -> Tensor:
+    """Fraction of the true attention `target` [B, H, n, N] on keys that are dropped, 0 to 1, mean over rows.
 
-    The b highest scores [..., N] are kept, with a soft step (`soft_top`) that is `SOFTNESS` of the row's deviation wide.
+    The b highest scores [B, H, n, N] are kept, with a soft step (`soft_top`) that is `SOFTNESS` of the row's deviation wide.
+    budgets: b of each head, or one for all.
     """
+    heads = zip(scores.chunk(len(budgets), 1), target.chunk(len(budgets), 1), budgets, strict=True)
+    return torch.stack([_lost_mass(*head) for head in heads]).mean()
+
+
+def _lost_mass(scores: Tensor, target: Tensor, b: int) -> Tensor:
     if b >= scores.shape[-1]:
         return (scores * 0).sum()
     width = (SOFTNESS * scores.detach().std(-1, keepdim=True)).clamp_min(1e-12)

@@ -145,14 +145,14 @@ class Objective(nn.Module):
             module = modules[i]
             if not isinstance(module, SparseAttention):
                 continue
-            keep, prefix = module.sparsity.keep, module.sparsity.prefix
+            keeps, prefix = module.sparsity.keeps, module.sparsity.prefix
             bias = hosts.position_bias(self.student, module)
             true = true_attention(*targets[i], module.scale, prefix, bias)
             estimate = module.predictor.reconstruct(q, k, module.scale, form, bias)[:, :, prefix:]
             if weights.attention:
                 errors.append(losses.attention(estimate, true, weights.attention_form, weights.reference_batch))
             if weights.mass:
-                lost.append(losses.lost_mass(estimate, true, budget(keep, true.shape[-1])))
+                lost.append(losses.lost_mass(estimate, true, [budget(keep, true.shape[-1]) for keep in keeps]))
         terms = {}
         if errors:
             terms["attention"] = losses.over_blocks(errors, weights.attention_blocks)

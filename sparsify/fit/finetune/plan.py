@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparsify.config import SparsityConfig
+from sparsify.config import SparsityConfig, listed
 from sparsify.errors import UsageError, field
 from sparsify.fit.calibrate.repair import check_repairable
 from sparsify.fit.finetune import trainable
@@ -152,8 +152,7 @@ def check_stage(stage: Stage, sparsity: SparsityConfig, classes: int) -> None:
     name, losses, predictor = f"stage '{stage.name}'", stage.losses, sparsity.predictor
     if losses.classification > 0 and classes < 2:
         raise UsageError(f"{name}: the loss classification needs a model with classes; use tokens, features or logits")
-    keeps = sparsity.keep if isinstance(sparsity.keep, tuple) else (sparsity.keep,)
-    if stage.train == "predictors" and set(keeps) == {"dense"}:
+    if stage.train == "predictors" and set(listed(sparsity.keep)) == {"dense"}:
         raise UsageError(f"{name} trains nothing: with keep dense there are no predictors")
     if sparsity.tokens is not None and stage.attention == "sparse" and losses.pairs:
         reason = "the losses attention and mass compare all tokens, and tokens leave this model"

@@ -84,19 +84,18 @@ class KeepSchedule:
 
     def __init__(self, model: nn.Module, stage: Stage, steps: int) -> None:
         self.modules = list(attention.sparse_modules(model).values())
-        self.targets = [module.sparsity.keep for module in self.modules]
+        self.targets = [module.sparsity.keeps for module in self.modules]
         self.keep, self.steps = stage.keep, steps
 
     def set_step(self, step: int | None) -> None:
         """Sets the keeps for a step, counted from 0; None: the model's own."""
         if self.keep is None:
             return
-        for module, target in zip(self.modules, self.targets, strict=True):
-            if step is None:
-                keep = target
-            elif isinstance(self.keep, Anneal):
-                remaining = max(0.0, 1 - step / max(1.0, self.keep.until * self.steps))
-                keep = target + (max(target, self.keep.start) - target) * remaining
-            else:
-                keep = self.keep
-            module.sparsity = dataclasses.replace(module.sparsity, keep=keep)
+        for module, targets in zip(self.modules, self.targets, strict=True):
+            keeps = targets
+            if step is not None and isinstance(self.keep, Anneal):
+                start, remaining = self.keep.start, max(0.0, 1 - step / max(1.0, self.keep.until * self.steps))
+                keeps = tuple(target + (max(target, start) - target) * remaining for target in targets)
+            elif step is not None:
+                keeps = (cast(float, self.keep),)
+            module.sparsity = dataclasses.replace(module.sparsity, keeps=keeps)

@@ -17,6 +17,7 @@ from sparsify.fit.schedule.sensitivity import Sensitivity, measure
 from sparsify.measure.latency import interleaved
 from sparsify.measure.macs import count, image_shape, replica
 from sparsify.nn import graft, hosts
+from sparsify.nn.attention import attention_modules
 
 KEEPS: tuple[Keep, ...] = (None, 0.25, 0.1, 0.05)  # that a search tries
 TRIES = 4  # searches for a latency
@@ -32,21 +33,21 @@ class FoundSchedule:
     share: float  # of the dense cost: MACs as the search counts them, or time as measured
 
 
-def options_of(config: SparsityConfig, tokens: int, keeps: Sequence[Keep] = KEEPS) -> Options:
-    """Keeps to try for N = `tokens`, each with the grid of cells that `config` gives it."""
-    sparse = {keep: config.model_copy(update={"keep": keep}).with_cells(tokens).cells_of(0) for keep in keeps if keep}
-    return {keep: sparse[keep] if keep else (1, 1) for keep in keeps}
+def options_of(model: nn.Module, config: SparsityConfig, keeps: Sequence[Keep] = KEEPS) -> Options:
+    """Keeps to try in a grafted model, the same in all heads of a block, with ranks and cells as `config` has them."""
+    shape = hosts.geometry(model, attention_modules(model))
+    return {keep: config.model_copy(update={"keep": keep or "dense"}).resolved(shape) for keep in keeps}
 
 
 def sensitivity(
     model: nn.Module,
     config: SparsityConfig,
     images: Iterable[Tensor],
-    keeps: Sequence[Keep] = KEEPS,
+    options: Options,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Sensitivity:
     """`measure` for a grafted model and its configuration."""
-    return measure(model, *_trials(model, config, keeps), images, progress).smoothed()
+    return measure(model, _way(config), options, images, progress).smoothed()
 
 
 def dense_macs(model: nn.Module) -> int:
@@ -59,14 +60,14 @@ def for_macs(
     model: nn.Module, config: SparsityConfig, measured: Sensitivity, target: float, dense: int
 ) -> FoundSchedule:
     """The schedule of least damage by which the model takes `target` of `dense` MACs an image; `UsageError` for none."""
-    costs = macs_costs(model, *_trials(model, config, measured.options))
+    costs = macs_costs(model, _way(config), measured.options)
     fixed = dense - _dense_price(costs, measured.patches)
     schedule = search(measured, costs, target * dense - fixed)
     share = (schedule.cost + fixed) / dense
     if share > 1.02 * target:
         least = f"the least that a schedule of this model reaches is {share:.3f}"
         raise UsageError(f"{field('target_macs')} {target:g}: {least}")
-    return FoundSchedule(scheduled(config, schedule), schedule, share)
+    return FoundSchedule(scheduled(config, schedule, measured.options), schedule, share)
 
 
 def for_latency(
@@ -83,7 +84,7 @@ def for_latency(
     whole, in turns with the dense model, and the search is repeated up to `TRIES` times for a target corrected by what the
     measured time missed. The result is the schedule that came closest. Raises `UsageError` where none is that fast.
     """
-    costs = measured_costs(model, *_trials(model, config, measured.options), batch)
+    costs = measured_costs(model, _way(config), measured.options, batch)
     dense = graft.dense_twin(model)
     images = torch.randn(batch, *image_shape(model), generator=torch.Generator().manual_seed(0))
     images = images.to(next(model.parameters()))
@@ -92,7 +93,7 @@ def for_latency(
     aim, best = target, None
     for _ in range(TRIES):
         schedule = search(measured, costs, aim * whole - fixed)
-        found = scheduled(config, schedule)
+        found = scheduled(config, schedule, measured.options)
         sparse = graft.applied(model, found)
         times = interleaved({"dense": partial(dense, images), "sparse": partial(sparse, images)}, rounds=ROUNDS)
         share = times["sparse"].median / times["dense"].median
@@ -109,18 +110,18 @@ def for_latency(
     return best
 
 
-def scheduled(config: SparsityConfig, schedule: BlockSchedule) -> SparsityConfig:
-    """`config` with the keeps and token rates of a schedule."""
+def scheduled(config: SparsityConfig, schedule: BlockSchedule, options: Options) -> SparsityConfig:
+    """`config` with the plans and token rates of a schedule."""
     tokens = None
     if len(set(schedule.counts)) > 1:
         tokens = (config.tokens or Tokens()).model_dump() | {"keep": schedule.rates()}
-    keeps = tuple("dense" if keep is None else keep for keep in schedule.keeps)
-    return SparsityConfig.model_validate(config.model_dump() | {"keep": keeps, "tokens": tokens})
+    config = config.with_plans([options[keep][i] for i, keep in enumerate(schedule.keeps)])
+    return SparsityConfig.model_validate(config.model_dump() | {"tokens": tokens})
 
 
-def _trials(model: nn.Module, config: SparsityConfig, keeps: Sequence[Keep]) -> tuple[str, Options]:
-    """How tokens are removed (`Tokens.way`), and the keeps to try."""
-    return (config.tokens or Tokens()).way, options_of(config, hosts.num_tokens(model), keeps)
+def _way(config: SparsityConfig) -> str:
+    """How tokens are removed."""
+    return (config.tokens or Tokens()).way
 
 
 def _dense_price(costs: Sequence[BlockCost], patches: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparsify.config import BlockPlan
 from sparsify.measure.latency import interleaved
 from sparsify.nn import hosts, projection
 from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention
@@ -23,8 +24,8 @@ POINTS = (0.1, 0.25, 0.5, 0.75, 1.0)  # fractions of the tokens at which parts a
 ROUNDS = 9  # of every timing
 
 Keep = float | None  # None: dense
-Options = Mapping[Keep, tuple[int, int]]
-"""Keeps that a block may have, and the grid of cells for each (unused where dense)."""
+Options = Mapping[Keep, Sequence[BlockPlan]]
+"""Keeps that a block may have, and the plan of each block at it: what that keep costs, spent over the heads."""
 
 
 class BlockCost(Protocol):
@@ -56,12 +57,15 @@ class BlockCost(Protocol):
 class MacsCost(BlockCost):
     """MACs of a block with grafted attention, counted as `profile` does.
 
-    prefix: P; ranking_rows: see `sparsify.nn.hosts.ranking_rows`; way: of the stages (`sparsify.nn.tokens.WAYS`).
+    prefix: P; ranking_rows: see `sparsify.nn.hosts.ranking_rows`; way: of the stages (`sparsify.nn.tokens.WAYS`);
+    plans: of this block at each keep.
     """
 
-    def __init__(self, block: nn.Module, prefix: int, ranking_rows: int, way: str, options: Options) -> None:
-        self.options = options
+    def __init__(
+        self, block: nn.Module, prefix: int, ranking_rows: int, way: str, plans: Mapping[Keep, BlockPlan]
+    ) -> None:
         self.attn = cast(GraftedAttention, block.attn)
+        self.sparse = _by_keep(self.attn, plans)
         self.prefix, self.rows, self.way = prefix, max(1, ranking_rows), way
         self.width = self.attn.num_heads * self.attn.head_dim
         self.channels = projection.channels(self.attn)
@@ -73,13 +77,13 @@ class MacsCost(BlockCost):
     def attention(self, keep: Keep, n: int) -> float:
         attn, N = self.attn, n + self.prefix
         shape = (1, attn.num_heads, N, attn.head_dim)
-        if keep is None or not isinstance(attn, SparseAttention):
+        if keep not in self.sparse:
             return dense_macs(shape, shape, shape)
-        sparsity = replace(attn.sparsity, keep=keep, cells=self.options[keep])
-        n0 = sparsity.grid[0] * sparsity.grid[1]
-        spec, p = attn.spec_of(sparsity, N, n < n0), attn.predictor
-        features = p.compared(attn.num_heads, attn.head_dim)
-        return sparse_macs(shape, p.macs(N, self.prefix), p.shared(), features, spec, placed=True).total()
+        module = self.sparse[keep]
+        n0 = module.sparsity.grid[0] * module.sparsity.grid[1]
+        spec, p = module.spec_of(module.sparsity, N, n < n0), module.predictor
+        shared, features = p.shared(attn.num_heads), p.compared(attn.num_heads, attn.head_dim)
+        return sparse_macs(shape, p.macs(N, self.prefix), shared, features, spec, placed=True).total()
 
     def entering(self, n: int) -> float:
         return (n + self.prefix) * (self.norm + self.qkv + self.proj)
@@ -114,7 +118,17 @@ def _norms(module: nn.Module) -> int:
 def macs_costs(model: nn.Module, way: str, options: Options) -> list[BlockCost]:
     """`MacsCost` of every block of a grafted model."""
     prefix, rows = hosts.num_prefix_tokens(model), hosts.ranking_rows(model)
-    return [MacsCost(block, prefix, rows, way, options) for block in cast(nn.Sequential, model.blocks)]
+    blocks = enumerate(cast(nn.Sequential, model.blocks))
+    return [
+        MacsCost(block, prefix, rows, way, {keep: plans[i] for keep, plans in options.items()}) for i, block in blocks
+    ]
+
+
+def _by_keep(attn: GraftedAttention, plans: Mapping[Keep, BlockPlan]) -> dict[Keep, SparseAttention]:
+    """The attention of a block at each keep that is sparse there."""
+    if not isinstance(attn, SparseAttention):
+        return {}
+    return {keep: attn.with_plan(plan) for keep, plan in plans.items() if plan.keeps is not None}
 
 
 @dataclass(frozen=True)
@@ -148,11 +162,13 @@ class MeasuredCost(BlockCost):
 def measured_costs(model: nn.Module, way: str, options: Options, batch: int) -> list[BlockCost]:
     """`MeasuredCost` of every block: one block is timed, as all blocks of a plain ViT are alike."""
     blocks = cast(Any, list(cast(nn.Sequential, model.blocks)))
-    block = blocks[len(blocks) // 2]
+    middle = len(blocks) // 2
+    block = blocks[middle]
     attn = cast(GraftedAttention, block.attn)
+    sparse = _by_keep(attn, {keep: plans[middle] for keep, plans in options.items()})
     prefix, rows = hosts.num_prefix_tokens(model), hosts.ranking_rows(model)
     patches = int(np.prod(hosts.patch_grid(model)))
-    dense = DenseAttention(attn)
+    dense: GraftedAttention = DenseAttention(attn)
     counts = sorted({max(2, round(share * patches)) for share in POINTS})
     tables: dict[Any, list[float]] = {}
     generator = torch.Generator().manual_seed(0)
@@ -175,11 +191,8 @@ def measured_costs(model: nn.Module, way: str, options: Options, batch: int) -> 
             "choosing": partial(stage, x, ranking(), tokens),
             "last": partial(attn.prefix_rows, x, max(prefix, 1), tokens, rope, bias),
         }
-        for keep, cells in options.items():
-            module: GraftedAttention = dense
-            if keep is not None and isinstance(attn, SparseAttention):
-                module = SparseAttention(attn, attn.predictor, replace(attn.sparsity, keep=keep, cells=cells))
-            runs["attention", keep] = partial(module.attend, q, k, v, bias, tokens)
+        for keep in options:
+            runs["attention", keep] = partial(sparse.get(keep, dense).attend, q, k, v, bias, tokens)
         for part, timing in interleaved(cast(Any, runs), rounds=ROUNDS).items():
             tables.setdefault(part, []).append(timing.median / batch)
     return [MeasuredCost(counts, tables)] * len(blocks)

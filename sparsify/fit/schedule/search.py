@@ -71,7 +71,7 @@ def _solver(sensitivity: Sensitivity, costs: Sequence[BlockCost]) -> Callable[[f
     damage = np.stack([sensitivity.of_tokens(i, levels) for i in range(depth)])  # (depth, L)
     step = np.maximum(damage[:, None, :] - damage[:, :, None], 0)  # (depth, L in, L out)
     allowed = np.triu(np.ones((L, L), bool))  # tokens do not come back
-    options = sensitivity.options
+    options = list(sensitivity.options)
     attention = np.array([[[c.attention(a, n) if n else 0.0 for n in levels] for a in options] for c in costs])
     keep_damage = np.array([[sensitivity.of_keep(i, a) for a in options] for i in range(depth)])  # (depth, options)
     rest = np.array([[[_rest(c, n, m) for m in levels] for n in levels] for c in costs])  # (depth, L in, L out)

@@ -37,7 +37,7 @@ class Sensitivity:
     shares: tuple[float, ...]  # of the patch tokens, descending, 1 first
     tokens: np.ndarray  # [depth, len(shares)], damage of a stage after the block
     empty: float | None  # damage of keeping only prefix tokens after the last block; None where the head reads patches
-    options: tuple[Keep, ...]  # keeps; None: dense
+    options: Options  # what a block may have; None: dense
     keeps: np.ndarray  # [depth, len(options)], damage of a keep in the block
 
     def of_tokens(self, block: int, counts: np.ndarray) -> np.ndarray:
@@ -70,14 +70,14 @@ class Sensitivity:
 
     def of_keep(self, block: int, keep: Keep) -> float:
         """Damage of a keep of `options` in a block."""
-        return float(self.keeps[block][self.options.index(keep)])
+        return float(self.keeps[block][list(self.options).index(keep)])
 
 
 @torch.no_grad()
 def measure(model: nn.Module, way: str, options: Options, images: Iterable[Tensor], progress: Progress) -> Sensitivity:
     """Measures a model with fitted predictors on batches [B, C, H, W]; `model` is unchanged afterwards.
 
-    way: of the stages (`sparsify.nn.tokens.WAYS`); options: keeps to try, with their cells.
+    way: of the stages (`sparsify.nn.tokens.WAYS`); options: keeps to try.
     """
     with _dense_with_stages(model, way) as (host, blocks, sparse):
         depth, shares = len(blocks), (1.0, *SHARES, 0.0)
@@ -94,17 +94,16 @@ def measure(model: nn.Module, way: str, options: Options, images: Iterable[Tenso
                         block.stage = TokenStage(way, share, host.num_prefix_tokens)
                         tokens[i, j] += len(x) * _damage(host, blocks[i:], states[i], dense)
                         block.stage = None
-                for j, (keep, cells) in enumerate(options.items()):
-                    if keep is not None and i in sparse:
-                        before, attn, sparsity = block.attn, sparse[i], sparse[i].sparsity
-                        block.attn, attn.sparsity = attn, replace(sparsity, keep=keep, cells=cells)
+                for j, plans in enumerate(options.values()):
+                    if plans[i].keeps is not None and i in sparse:
+                        before, block.attn = block.attn, sparse[i].with_plan(plans[i])
                         keeps[i, j] += len(x) * _damage(host, blocks[i:], states[i], dense)
-                        block.attn, attn.sparsity = before, sparsity
+                        block.attn = before
             done += len(x)
             progress(done)
         tokens, keeps = tokens / max(done, 1), keeps / max(done, 1)
         empty = float(tokens[-1, -1]) if host.reads_prefix else None
-    return Sensitivity(patches, shares[:-1], tokens[:, :-1], empty, tuple(options), keeps)
+    return Sensitivity(patches, shares[:-1], tokens[:, :-1], empty, options, keeps)
 
 
 @contextmanager

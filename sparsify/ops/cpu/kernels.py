@@ -126,7 +126,7 @@ def attention(
     features = None if features is None or spec.tail != "clusters" else _flat(features)
     grid = grid_of(spec, N - P, context.place)
     tail, stored = TAILS[spec.tail], _bf16(q, precision)
-    constants = (spec.scale, spec.budget, P, tail, grid, spec.cells, spec.tile, stored, _load()[0])
+    constants = (spec.scale, spec.budgets, P, tail, grid, spec.flat()[4], spec.tile, stored, _load()[0])
     tensors = (_flat(q), _flat(k), _flat(v), _flat(row), _flat(col), features, context.size, shift, context.place)
     call: Any = op or torch.ops.sparsify_cpu.sparse_attention.default
     return call(*tensors, ranking.ranks, *constants)
@@ -158,22 +158,22 @@ class _Trained(torch.autograd.Function):
             call = partial(reference.attend_chosen, kept=chosen[0], cells=chosen[1], size=size, scale=spec.scale)
             return *reference.gradients(call, (q, k, v), ctx.needs_input_grad[:3], grad), None, None, None, None
         grad = _flat(grad.unflatten(-1, (q.shape[1], -1)).transpose(1, 2))
-        tail = TAILS[spec.tail]
+        constants = (spec.scale, spec.budgets, spec.prefix, TAILS[spec.tail], m, _load()[0])
         found = torch.ops.sparsify_cpu.sparse_backward.default(
-            grad, _flat(q), _flat(k), _flat(v), kept, cells, size, spec.scale, spec.prefix, tail, m, _load()[0]
+            grad, _flat(q), _flat(k), _flat(v), kept, cells, size, *constants
         )
         return *found, None, None, None, None
 
 
-def _chosen(kept: Tensor, cells: Tensor, spec: Spec, m: int) -> tuple[Tensor, tuple[Tensor | None, int]]:
-    """The kernels' kept keys [B, H, N, b] and cells [B, H, N], -1 for prefix tokens, as the reference has them."""
+def _chosen(kept: Tensor, cells: Tensor, spec: Spec, m: list[int]) -> tuple[Tensor, tuple[Tensor | None, int]]:
+    """The kernels' kept keys [B, H, N, b] and cells [B, H, N] as the reference has them; -1: none."""
     (B, H, N, _), P = kept.shape, min(spec.prefix, kept.shape[2])
-    mask = torch.zeros(B, H, N, N, dtype=torch.bool).scatter(-1, kept.clamp_min(0).long(), True)
+    mask = torch.zeros(B, H, N, N + 1, dtype=torch.bool).scatter(-1, kept.long() % (N + 1), True)[..., :N]
     mask[:, :, :P] = True
     if not tails.TAILS[spec.tail].stands_for_dropped_keys:
         return mask, (None, 0)
     own = torch.arange(N)  # every prefix token is a cell of its own
-    return mask, (torch.where(own < P, own, cells.long() + P), P + m)
+    return mask, (torch.where(own < P, own, cells.long() + P), P + max(m))
 
 
 def trained(q: Tensor, k: Tensor, v: Tensor, context: Context, spec: Spec, call: Callable[..., Any]) -> Tensor:
@@ -182,7 +182,7 @@ def trained(q: Tensor, k: Tensor, v: Tensor, context: Context, spec: Spec, call:
     The choice of keys has no gradient. Kept between forward and backward: q, k, v and b + 1 integers a row.
     """
     grid = grid_of(spec, max(0, q.shape[2] - spec.prefix), context.place)
-    m = tails.TAILS[spec.tail].count(grid, spec.cells)
+    m = [tails.TAILS[spec.tail].count(grid, cells) for cells in spec.cells]
     return _Trained.apply(q, k, v, context.size, spec, m, call)[0]  # type: ignore[no-untyped-call]
 
 

@@ -117,7 +117,7 @@ static void backward_list(const Problem& p, const float* size, int64_t row0, int
     *length = p.N, *counted = size ? p.N : 0;
     return;
   }
-  const int32_t* kept = p.kept + (row0 + i) * p.budget;
+  const int32_t* kept = p.kept + (row0 + i) * p.widest;
   for (int64_t j = 0; j < p.budget; j++) list[p.M + j] = uint16_t(kept[j]);
   *length = size ? complete(p, size, head, list, count, (uint64_t*)x.seen) : complete(p, size, head, list, count, x.seen);
   *counted = size ? *length : p.M;

@@ -52,11 +52,18 @@ View view(const Tensor& x) {
 
 char* aligned(const Tensor& x) { return (char*)(((uintptr_t)x.data_ptr() + 63) / 64 * 64); }
 
+typedef std::vector<Problem> Problems;  // of each head, or one for all
+
 // Each thread begins at heads of its own, packs one and works through its blocks while they are in its cache; then it helps
 // with the others'. Few heads: every one has a workspace. Many: a thread has one, and heads are not shared.
-void run(const Problem& p, const Kernels* k, const Probe* probe) {
-  const int64_t heads = p.B * p.H, blocks = k->blocks(p), threads = at::get_num_threads();
-  const int64_t head_bytes = (k->head_bytes(p) + 63) / 64 * 64, scratch_bytes = (k->scratch_bytes(p) + 63) / 64 * 64;
+void run(const Problems& problems, const Kernels* k, const Probe* probe) {
+  const Problem& first = problems[0];
+  const int64_t heads = first.B * first.H, blocks = k->blocks(first), threads = at::get_num_threads();
+  int64_t head_bytes = 0, scratch_bytes = 0;
+  for (const Problem& p : problems) {
+    head_bytes = std::max(head_bytes, int64_t(k->head_bytes(p) + 63) / 64 * 64);
+    scratch_bytes = std::max(scratch_bytes, int64_t(k->scratch_bytes(p) + 63) / 64 * 64);
+  }
   const bool shared = heads < 4 * threads;
   auto bytes = [](int64_t n) { return at::empty({n + 64}, at::TensorOptions().dtype(at::kByte)); };
   Tensor scratch = bytes(threads * scratch_bytes), space = bytes((shared ? heads : threads) * head_bytes);
@@ -68,7 +75,8 @@ void run(const Problem& p, const Kernels* k, const Probe* probe) {
   at::parallel_for(0, threads, 1, [&](int64_t from, int64_t) {
     char* own = aligned(scratch) + from * scratch_bytes;
     for (int64_t i = 0; i < heads; i++) {
-      const int64_t head = (from * heads / threads + i) % heads, b = head / p.H, h = head % p.H;
+      const int64_t head = (from * heads / threads + i) % heads, b = head / first.H, h = head % first.H;
+      const Problem& p = problems[problems.size() > 1 ? h : 0];
       Head& state = states[head];
       char* at = aligned(space) + (shared ? head : from) * head_bytes;
       if (!state.claimed.exchange(true)) {
@@ -105,9 +113,20 @@ const float* floats(const Tensor& x) { return x.defined() ? x.const_data_ptr<flo
       const std::optional<Tensor>&feature, const std::optional<Tensor>&size, const std::optional<Tensor>&shift,  \
       const std::optional<Tensor>& place
 #define CONSTANTS                                                                                                \
-  at::IntArrayRef ranks, double scale, int64_t budget, int64_t prefix, int64_t tail, at::IntArrayRef grid,       \
+  at::IntArrayRef ranks, double scale, at::IntArrayRef budgets, int64_t prefix, int64_t tail, at::IntArrayRef grid, \
       at::IntArrayRef cells, at::IntArrayRef tile, bool bf16, int64_t isa
-#define ALL q, k, v, row, col, feature, size, shift, place, ranks, scale, budget, prefix, tail, grid, cells, tile, bf16, isa
+#define ALL q, k, v, row, col, feature, size, shift, place, ranks, scale, budgets, prefix, tail, grid, cells, tile, bf16, isa
+
+// Sets the largest of the budgets, of each head or one for all.
+void check_budgets(Problem& p, at::IntArrayRef budgets) {
+  const bool right = int64_t(budgets.size()) == p.H || budgets.size() == 1;
+  for (int64_t b : budgets) p.widest = std::max(p.widest, right && b >= 1 && b <= p.N ? b : p.N + 1);
+  TORCH_CHECK(right && p.widest <= p.N, "sparsify_cpu: inconsistent budgets");
+}
+
+void check_size(const Problem& p) {
+  TORCH_CHECK(p.N + p.M + p.P < 65536 && p.d <= 1024, "sparsify_cpu: too many tokens or too large a head");
+}
 
 Tensor attend(TENSORS, CONSTANTS, const Tensor& kept, const Tensor& found_cells) {
   Tensor out = at::empty({q.size(0), q.size(2), q.size(1) * q.size(3)}, q.options().memory_format(std::nullopt));
@@ -116,10 +135,11 @@ Tensor attend(TENSORS, CONSTANTS, const Tensor& kept, const Tensor& found_cells)
   p.feature_is_col = !feature;
   std::vector<int64_t> dims(p.H, feature ? feature->size(3) : 0);
   p.ranks = ranks.data(), p.feature_dims = feature ? dims.data() : ranks.data();
-  p.P = std::min(prefix, p.N), p.budget = budget, p.tail = int(tail);
-  const int64_t h = grid[0], w = grid[1], n = p.N - p.P;
+  p.P = std::min(prefix, p.N), p.tail = int(tail);
+  const int64_t h = grid[0], w = grid[1], n = p.N - p.P, grids = int64_t(cells.size()) / 2;
   const bool grid_fits = place ? h > 0 && w > 0 : h * w == n;
-  TORCH_CHECK(int64_t(ranks.size()) == p.H && grid_fits && budget >= 1 && budget <= p.N, "sparsify_cpu: inconsistent sizes");
+  TORCH_CHECK(int64_t(ranks.size()) == p.H && grid_fits && (grids == 1 || grids == p.H), "sparsify_cpu: inconsistent sizes");
+  check_budgets(p, budgets);
   const Tensor sizes = numbers(size, p, p.N, at::kFloat), shifts = numbers(shift, p, p.N, at::kFloat);
   const Tensor places = numbers(place, p, n, at::kLong);
   const int64_t* patch = places.defined() ? places.const_data_ptr<int64_t>() : nullptr;
@@ -127,12 +147,18 @@ Tensor attend(TENSORS, CONSTANTS, const Tensor& kept, const Tensor& found_cells)
   for (int64_t at = 0; patch && at < p.B * n; at++) known &= uint64_t(patch[at]) < uint64_t(h * w);
   TORCH_CHECK(known, "sparsify_cpu: a place outside the grid");
   p.size = floats(sizes), p.shift = floats(shifts);
-  sparsify::Layout layout;
-  sparsify::lay_out(p, h, w, cells[0], cells[1], tile.empty() ? 0 : tile[0], tile.empty() ? 0 : tile[1], patch, layout);
-  TORCH_CHECK(p.N + p.M + p.P < 65536 && p.d <= 1024, "sparsify_cpu: too many tokens or too large a head");
+  Problems problems(std::max<size_t>(budgets.size(), grids), p);
+  std::vector<sparsify::Layout> layouts(problems.size());
+  for (size_t i = 0; i < problems.size(); i++) {
+    const int64_t* c = cells.data() + (grids > 1 ? 2 * i : 0);
+    Problem& own = problems[i];
+    own.budget = budgets[budgets.size() > 1 ? i : 0];
+    sparsify::lay_out(own, h, w, c[0], c[1], tile.empty() ? 0 : tile[0], tile.empty() ? 0 : tile[1], patch, layouts[i]);
+    check_size(own);
+  }
   Probe probe{};
   if (kept.defined()) probe = {kept.data_ptr<int32_t>(), found_cells.data_ptr<int32_t>()};
-  run(p, kernels(isa, bf16, sparsify::SPARSE), kept.defined() ? &probe : nullptr);
+  run(problems, kernels(isa, bf16, sparsify::SPARSE), kept.defined() ? &probe : nullptr);
   return out;
 }
 
@@ -140,7 +166,8 @@ Tensor sparse_attention(TENSORS, CONSTANTS) { return attend(ALL, {}, {}); }
 
 std::tuple<Tensor, Tensor, Tensor> probe_attention(TENSORS, CONSTANTS) {
   auto ints = at::TensorOptions().dtype(at::kInt);
-  Tensor kept = at::empty({q.size(0), q.size(1), q.size(2), budget}, ints).fill_(-1);
+  const int64_t widest = budgets.empty() ? 1 : *std::max_element(budgets.begin(), budgets.end());
+  Tensor kept = at::empty({q.size(0), q.size(1), q.size(2), widest}, ints).fill_(-1);
   Tensor found = at::empty({q.size(0), q.size(1), q.size(2)}, ints).fill_(-1);
   Tensor out = attend(ALL, kept, found);
   return {out, kept, found};
@@ -152,43 +179,52 @@ Tensor dense_attention(const Tensor& q, const Tensor& k, const Tensor& v, const 
   Problem p = shape(q, k, v, scale, out);
   const Tensor sizes = numbers(size, p, p.N, at::kFloat);
   p.size = floats(sizes);
-  run(p, kernels(isa, bf16, sparsify::DENSE), nullptr);
+  run({p}, kernels(isa, bf16, sparsify::DENSE), nullptr);
   return out;
 }
 
-// Whether all of [rows, n] numbers but those of the first P rows of every N are in 0..limit-1.
-bool within(const int32_t* x, int64_t rows, int64_t n, const Problem& p, int64_t limit) {
+// Whether the first n of `stride` numbers of the patch rows of head h, all of [B, H, N, stride], are in 0..limit-1.
+bool within(const int32_t* x, const Problem& p, int64_t h, int64_t stride, int64_t n, int64_t limit) {
   uint32_t most = 0;
-  for (int64_t row = 0; row < rows; row++)
-    for (int64_t j = 0; row % p.N >= p.P && j < n; j++) most = std::max(most, uint32_t(x[row * n + j]));
+  for (int64_t b = 0; b < p.B; b++)
+    for (int64_t i = p.P; i < p.N; i++)
+      for (int64_t j = 0; j < n; j++) most = std::max(most, uint32_t(x[(((b * p.H + h) * p.N) + i) * stride + j]));
   return int64_t(most) < limit;
 }
 
 // Gradients of q, k and v from that of the output and from what the forward kept, `kept` and `cells` of `probe_attention`.
 std::tuple<Tensor, Tensor, Tensor> sparse_backward(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& kept, const Tensor& cells,
-    const std::optional<Tensor>& size, double scale, int64_t prefix, int64_t tail, int64_t m, int64_t isa) {
+    const std::optional<Tensor>& size, double scale, at::IntArrayRef budgets, int64_t prefix, int64_t tail, at::IntArrayRef m,
+    int64_t isa) {
   auto like = [](const Tensor& x) {  // as `qkv` gives them
     return at::empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options().memory_format(std::nullopt)).transpose(1, 2);
   };
   Tensor dq = like(q), dk = like(k), dv = like(v);
   Problem p = shape(q, k, v, scale, grad);
-  p.P = std::min(prefix, p.N), p.budget = kept.size(3), p.tail = int(tail), p.M = p.P < p.N ? m : 0;
+  p.P = std::min(prefix, p.N), p.tail = int(tail);
+  check_budgets(p, budgets);
   p.grad = view(grad), p.dq = view(dq), p.dk = view(dk), p.dv = view(dv);
   const int64_t rows = p.B * p.H * p.N;
   TORCH_CHECK(
       grad.sizes() == q.sizes() && k.sizes() == q.sizes() && v.sizes() == q.sizes() && kept.is_contiguous() &&
-          cells.is_contiguous() && kept.numel() == rows * p.budget && cells.numel() == rows && p.budget >= 1 &&
-          p.N + p.M + p.P < 65536 && p.d <= 1024,
+          cells.is_contiguous() && kept.numel() == rows * p.widest && cells.numel() == rows &&
+          (int64_t(m.size()) == p.H || m.size() == 1),
       "sparsify_cpu: inconsistent sizes");
   p.kept = kept.const_data_ptr<int32_t>(), p.cells = cells.const_data_ptr<int32_t>();
-  TORCH_CHECK(within(p.kept, rows, p.budget, p, p.N) && (!p.M || within(p.cells, rows, 1, p, p.M)),
-              "sparsify_cpu: no such key or cell");
   const Tensor sizes = numbers(size, p, p.N, at::kFloat);
   p.size = floats(sizes);
   const std::vector<int64_t> none(p.H, 0);  // no predictor
   p.ranks = p.feature_dims = none.data(), p.feature_is_col = true;
-  run(p, kernels(isa, false, sparsify::BACKWARD), nullptr);
+  Problems problems(p.H, p);
+  for (int64_t h = 0; h < p.H; h++) {
+    Problem& own = problems[h];
+    own.budget = budgets[budgets.size() > 1 ? h : 0], own.M = p.P < p.N ? m[m.size() > 1 ? h : 0] : 0;
+    check_size(own);
+    TORCH_CHECK(within(p.kept, p, h, p.widest, own.budget, p.N) && (!own.M || within(p.cells, p, h, 1, 1, own.M)),
+                "sparsify_cpu: no such key or cell");
+  }
+  run(problems, kernels(isa, false, sparsify::BACKWARD), nullptr);
   return {dq, dk, dv};
 }
 }  // namespace
@@ -196,14 +232,14 @@ std::tuple<Tensor, Tensor, Tensor> sparse_backward(
 TORCH_LIBRARY(sparsify_cpu, m) {
   const std::string sparse =
       "(Tensor q, Tensor k, Tensor v, Tensor row, Tensor col, Tensor? feature, Tensor? size, Tensor? shift, "
-      "Tensor? place, int[] ranks, float scale, int budget, int prefix, int tail, int[] grid, int[] cells, int[] tile, "
+      "Tensor? place, int[] ranks, float scale, int[] budgets, int prefix, int tail, int[] grid, int[] cells, int[] tile, "
       "bool bf16, int isa) -> ";
   m.def(("sparse_attention" + sparse + "Tensor").c_str());
   m.def(("probe_attention" + sparse + "(Tensor, Tensor, Tensor)").c_str());
   m.def("dense_attention(Tensor q, Tensor k, Tensor v, Tensor? size, float scale, bool bf16, int isa) -> Tensor");
   m.def(
       "sparse_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor kept, Tensor cells, Tensor? size, float scale, "
-      "int prefix, int tail, int m, int isa) -> (Tensor, Tensor, Tensor)");
+      "int[] budgets, int prefix, int tail, int[] m, int isa) -> (Tensor, Tensor, Tensor)");
   m.def("best_isa() -> int", best_isa);
 }
 TORCH_LIBRARY_IMPL(sparsify_cpu, CPU, m) {

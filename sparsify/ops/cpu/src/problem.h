@@ -1,4 +1,5 @@
-// One sparse (or dense) attention call as plain data: what binding.cpp hands to the kernels of each instruction set.
+// One sparse (or dense) attention call as plain data: what binding.cpp hands to the kernels of each instruction set. Heads
+// that differ in budget or cells have a Problem each, which says the same of all heads but for these.
 // Sizes are the paper's letters: B images, H heads, N tokens, d head size, P prefix tokens, M cells, b budget, r rank.
 #pragma once
 #include <stddef.h>
@@ -17,6 +18,7 @@ struct View {
 
 struct Problem {
   int64_t B, H, N, d, P, M, budget;
+  int64_t widest;             // largest budget of all heads: the row of a list of kept keys
   View q, k, v;
   View row, col;              // coordinates whose product ranks the keys: row [.., r], col [.., r]
   View feature;               // what `clusters` compares: [.., r or d]
@@ -42,7 +44,7 @@ struct Problem {
 
 // What the tests and the backward read: the kept keys of every row and the cell of every key.
 struct Probe {
-  int32_t* kept;   // [B, H, N, budget]; rows of prefix tokens are not written
+  int32_t* kept;   // [B, H, N, widest]; rows of prefix tokens are not written, nor what lies past a head's budget
   int32_t* cells;  // [B, H, N]
 };
 

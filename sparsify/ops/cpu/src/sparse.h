@@ -233,7 +233,7 @@ static void block(const Problem& p, int64_t b, int64_t h, int64_t which, const v
       select_exact(score, p.N, p.budget, x.order, keys);
     if (probe) {
       int64_t at = (b * p.H + h) * p.N + first + i;
-      for (int64_t j = 0; j < p.budget; j++) probe->kept[at * p.budget + j] = keys[j];
+      for (int64_t j = 0; j < p.budget; j++) probe->kept[at * p.widest + j] = keys[j];
       probe->cells[at] = head.cell[first + i];
     }
   }

@@ -106,7 +106,7 @@ static void tiles_block(const Problem& p, int64_t b, int64_t h, int64_t which, c
   if (probe)
     for (int64_t i = 0; i < n; i++) {
       int64_t at = (b * p.H + h) * p.N + token[i];
-      for (int64_t j = 0; j < p.budget; j++) probe->kept[at * p.budget + j] = keys[j];
+      for (int64_t j = 0; j < p.budget; j++) probe->kept[at * p.widest + j] = keys[j];
       probe->cells[at] = head.cell[token[i]];
     }
   const int64_t length = complete(p, b, head, x.rows, list, x.rows.count);
