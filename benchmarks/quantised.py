@@ -1,25 +1,30 @@
-"""Accuracy of int8 models (torchao), dense and sparse, on real weights and photographs: `make bench-quantised`.
+"""Accuracy of int8 models (torchao, torch.ao, onnxruntime), dense and sparse, on real weights: `make bench-quantised`.
 
     python benchmarks/quantised.py [FILE ...]
 
 Reads DeiT-Tiny's weights and photographs from SPARSIFY_TEST_DATA as `accuracy.py` does, and measures on the same 950.
-Without files of its own it converts twice from 128 photographs: keep 0.1, and token keep 0.7 besides. Every linear layer is
+Without files of its own it converts from 128 photographs: keep 0.1, and token keep 0.7 besides. Every linear layer is
 quantised after the conversion: weights to int8 by output channel (`weights`), or those and the activations of each call by
-token (`weights and activations`), or both with one scale for a whole tensor (`per tensor`, torch.ao). Nothing is timed.
+token (`weights and activations`), or both with one scale for a whole tensor (`per tensor`: torch.ao, and the exported
+program by onnxruntime's defaults). Nothing is timed.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
+import onnxruntime
 import torch
 from accuracy import DATA, WEIGHTS, photographs
 from harness import Report as Tables
 from harness import Row, conditions, options
-from torch import nn
+from onnxruntime.quantization import quantize_dynamic as quantize_program
+from torch import Tensor, nn
 from torch.ao.quantization import quantize_dynamic
 from torchao import __version__ as torchao_version
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
@@ -31,27 +36,37 @@ from sparsify.nn import graft
 from sparsify.recipe import load_recipe
 
 CONFIGS = {"weights": Int8WeightOnlyConfig, "weights and activations": Int8DynamicActivationInt8WeightConfig}
-SETTINGS = {"keep 0.1": {}, "keep 0.1, token keep 0.7": {"tokens": {"keep": 0.7, "way": "merge"}}}
+SETTINGS = {
+    "dense": {"keep": "dense"},
+    "keep 0.1": {"keep": 0.1},
+    "keep 0.1, token keep 0.7": {"keep": 0.1, "tokens": {"keep": 0.7, "way": "merge"}},
+}
 
 
-def converted(files: list[Path]) -> dict[str, nn.Module]:
-    """Name -> sparse model."""
-    if files:
-        return {file.stem: checkpoint.load(file) for file in files}
-    made = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, changes in SETTINGS.items():
-            recipe = load_recipe("calibrate").override(keep=0.1, **changes)
-            images, out = DATA / "imagenet-sample" / "train", Path(folder) / "model.safetensors"
-            made[name] = sparsify.convert("deit_tiny", recipe=recipe, output=out, weights=WEIGHTS, data=images).model
-            out.unlink()
-    return made
+def converted(folder: Path) -> dict[str, Path]:
+    """Name -> file; the first is the dense model, in which nothing is folded."""
+    images, files = DATA / "imagenet-sample" / "train", {}
+    for name, changes in SETTINGS.items():
+        recipe = load_recipe("calibrate").override(**changes)
+        output = folder / f"{name}.safetensors"
+        files[name] = sparsify.convert("deit_tiny", recipe=recipe, output=output, weights=WEIGHTS, data=images).path
+    return files
 
 
 def per_tensor(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.ao is to move into torchao, which quantises by channel
         return quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+
+
+def program_per_tensor(file: Path, folder: Path) -> Callable[[Tensor], Tensor]:
+    """The exported program, quantised and run by onnxruntime."""
+    exported = sparsify.export(file, "onnx", folder / "program.onnx", batch_size=None, force=True).path
+    logging.disable(logging.WARNING)  # onnxruntime recommends a pass over the program that changes nothing here
+    quantize_program(exported, folder / "int8.onnx")
+    session = onnxruntime.InferenceSession(folder / "int8.onnx")
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
 
 def int8(model: nn.Module, config: type) -> nn.Module:
@@ -68,13 +83,15 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if not WEIGHTS.exists():
         raise SystemExit(f"no weights and photographs at {DATA} (set SPARSIFY_TEST_DATA)")
-    sparse = converted(arguments.files)
-    dense = graft.dense_twin(next(iter(sparse.values())))
-    models = {}
-    for name, model in {"dense": dense, **sparse}.items():
-        models[name] = model
-        models |= {f"{name}, int8 {what}": int8(model, config) for what, config in CONFIGS.items()}
-        models[f"{name}, int8 per tensor"] = per_tensor(model)
+    models: dict[str, Callable[[Tensor], Tensor]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        own = {file.stem: file for file in arguments.files}
+        for name, file in (own or converted(Path(folder))).items():
+            model = models[name] = checkpoint.load(file)
+            models |= {f"{name}, int8 {what}": int8(model, config) for what, config in CONFIGS.items()}
+            models[f"{name}, int8 per tensor"] = per_tensor(model)
+            models[f"{name}, onnxruntime int8 per tensor"] = program_per_tensor(file, Path(folder))
+    dense = graft.dense_twin(model) if own else models["dense"]
     sums, images = {name: Logits() for name in models}, 0
     with torch.inference_mode():
         for x, y in photographs(dense):
