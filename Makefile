@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST_TIMM := 1.0.28
 
-.PHONY: venv demo test test-oldest fuzz sanitize lint format bench bench-kernels-accuracy bench-auto bench-accuracy bench-equality \
+.PHONY: venv demo test test-oldest fuzz sanitize lint format bench bench-kernels-accuracy bench-auto bench-accuracy bench-features bench-equality \
 	bench-families bench-tokens bench-finetune bench-survive bench-compiled bench-exported bench-quantised \
 	bench-same bench-against house families frontier names docs clean
 
@@ -71,6 +71,10 @@ bench-auto: venv
 # Accuracy and MACs of docs/results.md, from real weights and photographs (SPARSIFY_TEST_DATA, default ../shared/data).
 bench-accuracy: venv
 	$(BIN)/python benchmarks/accuracy.py
+
+# Features of a second real model at 224 and 518 pixels, sparse beside dense, and what its conversion takes.
+bench-features: venv
+	$(BIN)/python benchmarks/features.py
 
 # Fewer tokens: accuracy of schedules on real weights, then time of whole models; tables in build/bench/.
 bench-tokens: venv

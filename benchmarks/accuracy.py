@@ -98,7 +98,7 @@ def macs() -> None:
 def _per_key(fold: bool) -> int:
     kept = []
     for b in (20, 21):
-        config = SparsityConfig(keep=b / 197, fold=fold, spread_rank=False)
+        config = SparsityConfig(keep=b / 197, fold=fold, spread="none")
         dense = timm.create_model("deit_small_patch16_224").eval()
         kept.append(profile(graft.graft(dense, config), measure=False).kept_macs)
     return kept[1] - kept[0]

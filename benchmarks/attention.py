@@ -106,8 +106,9 @@ def sparse(
         _, H, N, d = q.shape
         scale, config = d**-0.5, config.with_cells(N)
         tile = config.tile if config.granularity == "tile" else ()
-        assert config.cells is not None
-        spec = Spec(budget(config.keep_of(0), N), PREFIX, config.tail, grid_of(N), config.cells, tile, scale)
+        spec = Spec.uniform(
+            budget(config.keep_of(0), N), PREFIX, config.tail, grid_of(N), *config.cells_of(0), tile, scale
+        )
         predictor: Predictor = HeadLowrankPredictor(d, block.ranks, True)
         ranks = block.ranks
         if config.predictor == "token-lowrank":

@@ -39,9 +39,8 @@ def shape(
 ) -> Shape:  # fmt: skip
     """A call as a converted model makes it."""
     threads, config = torch.get_num_threads(), SparsityConfig(keep=keep).with_cells(tokens)
-    assert config.cells is not None
     kind = Kind("head-folded", 16 * heads, 24 if heads > 1 else 16)
-    spec = Spec(budget(keep, tokens), PREFIX, tail, grid_of(tokens), config.cells, tile, d**-0.5)
+    spec = Spec.uniform(budget(keep, tokens), PREFIX, tail, grid_of(tokens), *config.cells_of(0), tile, d**-0.5)
     if paper:
         knobs = load_recipe("paper-calibrated").sparsity
         kind = Kind("token", knobs.rank, knobs.rank, 0, heads, knobs.token_lowrank.coef_topk or 0)  # type: ignore[arg-type]
@@ -65,7 +64,7 @@ def sweep() -> Iterator[Shape]:
 
 
 def name(s: Shape) -> str:
-    extra = [f"keep {s.spec.budget / s.tokens:.2g}"]
+    extra = [f"keep {s.spec.budgets[0] / s.tokens:.2g}"]
     extra += [f"d {s.head_dim}"] if s.head_dim != 64 else []
     extra += ["tile {}x{}".format(*s.spec.tile)] if s.spec.tile else []
     extra += ["bf16 storage"] if s.precision == "bf16" else []

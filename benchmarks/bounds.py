@@ -64,10 +64,11 @@ def sparse(spec: Spec, ranks: tuple[int, ...], N: int, d: int, bf16: bool) -> Bo
         bf16: stored and multiplied as bfloat16.
     """
     n, per_lane = N - spec.prefix, LANES * (2 if bf16 else 1)
-    M = tails.TAILS[spec.tail].count((spec.grid[0], spec.grid[1]), (spec.cells[0], spec.cells[1]))
+    counts = [tails.TAILS[spec.tail].count(spec.grid, cells) for cells in spec.cells]
+    M = sum(counts) / len(counts)
     r = sum(ranks) / len(ranks)
     lists = math.prod(-(-side // tile) for side, tile in zip(spec.grid, spec.tile, strict=True)) if spec.tile else n
-    attended = spec.budget + M
+    attended = sum(spec.budgets) / len(spec.budgets) + M
     size = 2 if bf16 else 4
     in_l1 = min(1, L1_BYTES / (N * 2 * d * size))
     fma = (n * attended + spec.prefix * N) * 2 * d / per_lane

@@ -38,7 +38,7 @@ def main() -> None:
     model = timm.create_model(arguments.architecture, pretrained=False).eval()
     pictures = builtin_calibration(False, PICTURES, 0, datasets.transform(datasets.data_config(model)), batch_size=2)
     tokens = None if arguments.token_keep is None else Tokens(keep=arguments.token_keep)
-    config = SparsityConfig(keep=arguments.keep, spread_rank=False, tokens=tokens)
+    config = SparsityConfig(keep=arguments.keep, spread="none", tokens=tokens)
     sparse = calibrate.calibrate(model, config, lambda: pictures).model.eval().requires_grad_(False)
     execution.set_execution(sparse, Execution("cpu"))
     dense = graft.dense_twin(sparse)

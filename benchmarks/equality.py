@@ -33,7 +33,7 @@ def main() -> None:
     for family in arguments.only.split(","):
         name, dense = FAMILIES[family][0], build(family, patches=None, depth=arguments.depth)
         model, x = copy.deepcopy(dense), images(dense, 1)
-        calibrate(model, SparsityConfig(keep=1.0, spread_rank=False), lambda x=x: [x])
+        calibrate(model, SparsityConfig(keep=1.0, spread="none"), lambda x=x: [x])
         with torch.inference_mode():
             expected = dense(x)
             difference = float((model(x) - expected).abs().max())

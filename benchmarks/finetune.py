@@ -93,7 +93,7 @@ def by_layer(model: nn.Module, dense: nn.Module, batches: list[Tensor]) -> list[
         P = module.sparsity.prefix
         true = true_attention(q, k, module.scale, P)  # (B, H, n, N)
         scores = module.predictor.reconstruct(q, k, module.scale, Reconstruction(False, False))[:, :, P:]
-        kept = top_b(scores, budget(module.sparsity.keep, q.shape[2]))
+        kept = top_b(scores, [budget(keep, q.shape[2]) for keep in module.sparsity.keeps])
         count = true[..., 0].numel()
         error = float(attention(scores, true, "mse-sum", 1).sum())
         sums[block] += torch.tensor([error, float((true * kept).sum()), count], dtype=torch.float64)

@@ -41,7 +41,7 @@ def settings() -> Iterator[tuple[str, dict]]:
             yield f"{tail}, rank 16", dict(keep=keep, tail=tail)
     for rank in (8, 12, 20, 24):
         yield "clusters, other ranks, keep 0.1", dict(keep=0.1, rank=rank)
-    yield "clusters, rank 16, keep 0.1, not spread", dict(keep=0.1, spread_rank=False)
+    yield "clusters, rank 16, keep 0.1, not spread", dict(keep=0.1, spread="none")
     for cells in ((2, 2), (3, 2), (4, 4), (5, 5)):
         yield "clusters, other cells, rank 16, keep 0.1", dict(keep=0.1, cells=cells)
     for keep, tail in ((0.1, "none"), (0.25, "none"), (0.1, "clusters")):

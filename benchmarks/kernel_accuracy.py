@@ -97,7 +97,7 @@ def tiles(side: int, images: int, calib_images: int, report: Report) -> None:
         rows.append(
             {"queries with one key set": name, **figures, "lost / gained": f"{e.images_lost} / {e.images_gained}"}
         )
-    cells = next(iter(attention.sparse_modules(sparse).values())).sparsity.cells
+    cells = next(iter(attention.sparse_modules(sparse).values())).sparsity.cells[0]
     tokens, shape = hosts.num_tokens(sparse), f"{cells[0]}x{cells[1]} clusters"
     report.add(f"Tiles, {side} pixels, N = {tokens}, keep 0.1, {shape}, {len(labels)} photographs", rows)
 

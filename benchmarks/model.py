@@ -90,7 +90,7 @@ def converted(architecture: str, side: int) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(architecture, pretrained=False, img_size=side).eval()
     pictures = builtin_calibration(False, PICTURES, 0, datasets.transform(datasets.data_config(model)), batch_size=1)
-    return calibrate.calibrate(model, SparsityConfig(keep=0.1, spread_rank=False), lambda: pictures).model.eval()
+    return calibrate.calibrate(model, SparsityConfig(keep=0.1, spread="none"), lambda: pictures).model.eval()
 
 
 def variants(sparse: nn.Module) -> dict[str, nn.Module]:

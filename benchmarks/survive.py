@@ -43,7 +43,7 @@ from sparsify.ops.cpu import build
 
 RECIPE = """
 description: two short stages
-sparsity: {keep: 0.1, rank: 12, spread_rank: false}
+sparsity: {keep: 0.1, rank: 12, spread: none}
 calib_images: 16
 precision: float32
 hold_back: 0.02

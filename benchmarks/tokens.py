@@ -80,7 +80,8 @@ def one_rate(base: nn.Module, config: SparsityConfig, target: float, ends_empty:
     """One token rate for all blocks that gives `target` of the dense MACs, keep 0.1 everywhere."""
     n0, depth = hosts.num_tokens(base) - 1, len(attention.attention_modules(base))
     dense = profile(base, measure=False).macs_dense
-    costs = costing.macs_costs(base, "merge", choose.options_of(config, n0 + 1, (None, 0.1)))
+    plans = config.resolved(hosts.geometry(base, attention.attention_modules(base)))
+    costs = costing.macs_costs(base, "merge", {**choose.options_of(base, config, (None,)), 0.1: plans})
     fixed = dense - search.price(costs, [n0] * (depth + 1), [None] * depth)
     low, high = 0.5, 1.0
     for _ in range(40):

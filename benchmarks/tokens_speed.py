@@ -11,7 +11,7 @@ random: enough for time, and for MACs, and nothing is said of accuracy. `bar` is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
@@ -73,11 +73,11 @@ CASES = (
 def sensitivity() -> tuple[SparsityConfig, Sensitivity]:
     """Of DeiT-Tiny on photographs, no labels."""
     model = deit_tiny(224, 32)
-    config = SparsityConfig(keep=0.1)
+    config = SparsityConfig(keep=0.1, spread="none")
     transform = datasets.transform(datasets.data_config(model))
     images = trainset(str(DATA / "imagenet-sample" / "train")).calibration(PROBE, 0, transform, 16, 0)
     fit_importance(model, lambda: images)
-    return config, choose.sensitivity(model, config, images)
+    return config, choose.sensitivity(model, config, images, choose.options_of(model, config))
 
 
 def variants(case: Case, sparse: nn.Module) -> dict[str, nn.Module]:
@@ -87,7 +87,7 @@ def variants(case: Case, sparse: nn.Module) -> dict[str, nn.Module]:
     found = {"dense": graft.dense_twin(sparse)}
     if case.targets:
         config, measured = sensitivity()
-        config = config.model_copy(update={"spread_rank": False})
+        measured = replace(measured, options=choose.options_of(sparse, config))  # it has other heads than DeiT-Tiny
         dense = count(found["dense"]).total
         for target in case.targets:
             chosen = choose.for_macs(sparse, config, measured, target, dense).config
@@ -96,7 +96,7 @@ def variants(case: Case, sparse: nn.Module) -> dict[str, nn.Module]:
                 sparse, chosen.model_copy(update={"keep": "dense"})
             )
     else:
-        config = SparsityConfig(keep=0.1, spread_rank=False)
+        config = SparsityConfig(keep=0.1, spread="none")
         for way in ("merge", "evit"):
             tokens = THREE.model_copy(update={"way": way})
             found[way] = graft.applied(sparse, config.model_copy(update={"tokens": tokens}))

@@ -410,7 +410,8 @@ def test_owner_can_say_the_licence(made):
 
 def test_card_of_a_file_that_was_trained_says_so(made, tmp_path):
     tuned = {"kept": "fine-tuned", "steps": 120, "judged_on": "x", "start": {}, "best": {}}
-    recipe = made.header.provenance["recipe"] | {"stages": [{"name": "distill"}, {}]}  # another program's may have no name
+    stages = [{"name": "distill"}, {}]  # another program's may have no name
+    recipe = made.header.provenance["recipe"] | {"stages": stages}
     _, body, _ = described(made, tmp_path, backbone_changed=True, finetuned=tuned, recipe=recipe, further=[{}])
     assert "120 steps (distill); then further by a training loop" in body and "| whole model | 196.1 M |" in body
     assert "not the original's any more" in body
