@@ -249,7 +249,7 @@ def test_card_says_what_it_is_and_only_what_is_known(made, run, tmp_path):
     assert head["pipeline_tag"] == "image-classification" and "base_model" not in head
     assert 'sparsify.load("hf-hub:someone/digits-sparse")' in body and "bibtex" in body
     assert f"{made.profile.macs_sparse / 1e6:.1f} M" in body and "Theoretical" in body
-    assert "| keep: share of keys of a query | 0.1 |" in body and "8 images built in" in body
+    assert "| keep: share of keys of a query, mean over heads | 0.1 |" in body and "8 images built in" in body
     assert "Not measured" in body and "## Speed" not in body and "Conditions" not in body
 
 
