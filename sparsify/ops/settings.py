@@ -48,11 +48,12 @@ class Rows:
         (B, H, R, _), K = self.asking.shape, len(budgets)
         order = self._order(ranking, max(budgets))  # (B, H, R, most)
         kept = self.weight.gather(-1, order)
-        last = torch.tensor(budgets) - 1
+        last = torch.tensor(budgets, device=order.device) - 1
         total = kept.cumsum(-1)[..., last]  # (B, H, R, K)
         values = self._values(order, kept, budgets)  # (B, H, R, K, d)
         tail = tails.TAILS[self.spec.tail]
-        step = torch.searchsorted(last, torch.arange(max(budgets)))  # the first budget that keeps each place, (most)
+        places = torch.arange(max(budgets), device=order.device)
+        step = torch.searchsorted(last, places)  # the first budget that keeps each place, (most)
         for grid in cells:
             if not tail.stands_for_dropped_keys:
                 yield values / total.unsqueeze(-1)
@@ -89,7 +90,7 @@ class Rows:
     def _values(self, order: Tensor, weight: Tensor, budgets: Sequence[int]) -> Tensor:
         """Sums of the weighted values of the first b keys of `order`, for every budget: [B, H, R, K, d]."""
         B, H, N, d = self.v.shape
-        first = torch.arange(B * H).view(B, H, 1, 1) * N
+        first = torch.arange(B * H, device=order.device).view(B, H, 1, 1) * N
         index, weight = (order + first).flatten(0, 2), weight.flatten(0, 2)  # (B*H*R, most)
         table = self.v.reshape(B * H * N, d)
         parts, start = [], 0

@@ -49,3 +49,11 @@ def test_all_keys_kept_is_dense(budget):
     (out,) = asked.outputs(head_ranking(q, k, None, None, None, [4, 2], 0.5).written(q, k), [budget], [(2, 2)])
     same = torch.allclose(out[..., 0, :], asked.dense, atol=1e-5)
     assert same == (budget == 17)
+
+
+def test_nothing_is_made_on_another_device():
+    q, k, v = torch.empty(3, 2, 3, 17, 8, device="meta")
+    spec = Spec.uniform(1, 1, "clusters", (4, 4), (1, 1), scale=0.3)
+    asked = Rows(q, k, v, torch.empty(1, 3, 17, 17, device="meta"), torch.arange(1, 9, device="meta"), spec)
+    found = asked.outputs(head_ranking(q, k, None, None, None, [4, 2, 8], 0.3).written(q, k), [2, 5], [(2, 2), (1, 1)])
+    assert [(out.device.type, *out.shape) for out in found] == [("meta", 2, 3, 8, 2, 8)] * 2
