@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from helpers.families import build, images
 from sparsify.config import BlockPlan, SparsityConfig
 from sparsify.errors import UsageError
-from sparsify.fit.calibrate import budgets
+from sparsify.fit.calibrate import budgets, head_errors
 from sparsify.fit.calibrate.budgets import BlockErrors, Settings
 from sparsify.fit.calibrate.calibrate import calibrate
 from sparsify.fit.schedule import head_costs
@@ -20,6 +20,7 @@ from sparsify.measure.profile import profile
 from sparsify.nn import graft
 from sparsify.nn.attention import sparse_modules
 from sparsify.ops.spec import budget
+from sparsify.report import header
 
 
 def fitted(model=None, keeps=(), **settings):
@@ -200,3 +201,25 @@ def test_every_block_counts_where_all_tokens_may_be_read(family):
         reads_patches = classes == 0 or model.global_pool != "token"
         first, last = (float(found.budgets.blocks[i].errors.max()) for i in (0, 1))
         assert (last > 1e-3 * first) == reads_patches
+
+
+def test_more_never_counts_as_worse():
+    errors = torch.tensor([[[[5.0], [7.0]], [[6.0], [1.0]]]]).double()  # one head, two ranks, two keeps, one grid
+    block = BlockErrors(Settings((4, 8), (0.1, 0.2), ((1, 1),)), errors, torch.ones(2, 2, 1).double())
+    assert block.ordered().errors.flatten().tolist() == [7.0, 7.0, 6.0, 1.0]
+
+
+def test_a_distance_below_zero_is_none(monkeypatch):
+    """KL of outputs that do not differ is a rounding error of either sign; a negative price of errors has no solution."""
+    monkeypatch.setattr(head_errors, "distance", lambda *_: -1e-12)
+    found = fitted(keep=0.2)
+    assert all(float(block.errors.abs().max()) == 0 for block in found.budgets.blocks.values())
+
+
+def test_what_heads_have_is_said_in_one_line():
+    config = SparsityConfig(keep=("dense", (0.1, 0.3)), rank=((8, 8), (4, 12)), cells=((2, 2), ((1, 1), (3, 3))))
+    assert header.by_head(config) == "keep 0.2 (0.1 to 0.3), rank 8 (4 to 12), cells 5 (1 to 9)"
+    assert header.by_head(SparsityConfig(keep=0.1)) == ""
+    facts = dict(header.settings(config))
+    assert facts["keep, share of keys"] == "0.2 on average, 0.1 to 0.3 by head; layers dense, 0.2"
+    assert facts["tail"] == "clusters, 2x2, 1 to 9 cells"

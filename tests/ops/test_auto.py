@@ -512,3 +512,12 @@ def test_blocks_whose_mean_ranks_differ_by_little_share_a_decision():
     ]
     assert kinds[0] == kinds[1] == kinds[2] and kinds[0].rank_sum == 60
     assert kinds[3].rank_sum == 3  # never more than the largest rank in every head
+
+
+def test_budgets_by_head_are_one_decision_for_about_the_same_means():
+    """By hand: budgets of 2 to 9 have the mean 5, cells of 1 and 7 the mean 4."""
+    by_head = SPEC._replace(budgets=(2, 8), cells=((1, 1), (7, 1)))
+    assert by_head.typical(17) == SPEC._replace(cells=((1, 4),))
+    assert SPEC._replace(budgets=(1, 9), cells=((2, 2), (1, 4))).typical(17) == by_head.typical(17)
+    assert SPEC.typical(17) is SPEC
+    assert SPEC._replace(budgets=(60, 63)).typical(640).budgets == (60,)  # to 1/64 of the tokens

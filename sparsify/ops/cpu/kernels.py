@@ -126,7 +126,8 @@ def attention(
     features = None if features is None or spec.tail != "clusters" else _flat(features)
     grid = grid_of(spec, N - P, context.place)
     tail, stored = TAILS[spec.tail], _bf16(q, precision)
-    constants = (spec.scale, spec.budgets, P, tail, grid, spec.flat()[4], spec.tile, stored, _load()[0])
+    budgets, _, _, _, cells, *_ = spec.flat()
+    constants = (spec.scale, budgets, P, tail, grid, cells, spec.tile, stored, _load()[0])
     tensors = (_flat(q), _flat(k), _flat(v), _flat(row), _flat(col), features, context.size, shift, context.place)
     call: Any = op or torch.ops.sparsify_cpu.sparse_attention.default
     return call(*tensors, ranking.ranks, *constants)
