@@ -34,7 +34,7 @@ from sparsify.jobs.dense import Calibrator, Dense
 from sparsify.measure.evaluate import evaluate
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint, names
-from sparsify.nn import attention, graft, hosts
+from sparsify.nn import attention, graft, hosts, schedules
 from sparsify.processes import Compute, Listener
 from sparsify.recipe import load_recipe
 
@@ -91,7 +91,7 @@ def one_rate(base: nn.Module, config: SparsityConfig, target: float, ends_empty:
         over = search.price(costs, counts, [0.1] * depth) + fixed > target * dense
         low, high = (low, rate) if over else (rate, high)
     rates = (low,) * (depth - 1) + (0.0 if ends_empty else low,)
-    return graft.applied(base, config.model_copy(update={"tokens": Tokens(keep=rates)}))
+    return schedules.applied(base, config.model_copy(update={"tokens": Tokens(keep=rates)}))
 
 
 def main() -> None:
@@ -126,7 +126,7 @@ def main() -> None:
             for way in ("merge", "evit", "evit-fused"):
                 for importance in ("fitted", "attention"):
                     tokens = Tokens.model_validate({"way": way, "importance": importance})
-                    model = graft.applied(made.model, config.model_copy(update={"keep": "dense", "tokens": tokens}))
+                    model = schedules.applied(made.model, config.model_copy(update={"keep": "dense", "tokens": tokens}))
                     print(row(f"token keep 0.7, {way}, {importance}", model), flush=True)
 
 

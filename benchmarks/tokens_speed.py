@@ -30,7 +30,7 @@ from sparsify.images.trainset import trainset
 from sparsify.measure import analytic
 from sparsify.measure.latency import interleaved
 from sparsify.measure.macs import image_shape, replica
-from sparsify.nn import execution, graft
+from sparsify.nn import execution, graft, schedules
 from sparsify.nn.attention import Execution
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -91,19 +91,19 @@ def variants(case: Case, sparse: nn.Module) -> dict[str, nn.Module]:
         dense = count(found["dense"]).total
         for target in case.targets:
             chosen = choose.for_macs(sparse, config, measured, target, dense).config
-            found[f"{target} of MACs"] = graft.applied(sparse, chosen)
-            found[f"{target} of MACs, its tokens, dense attention"] = graft.applied(
+            found[f"{target} of MACs"] = schedules.applied(sparse, chosen)
+            found[f"{target} of MACs, its tokens, dense attention"] = schedules.applied(
                 sparse, chosen.model_copy(update={"keep": "dense"})
             )
     else:
         config = SparsityConfig(keep=0.1, spread="none")
         for way in ("merge", "evit"):
             tokens = THREE.model_copy(update={"way": way})
-            found[way] = graft.applied(sparse, config.model_copy(update={"tokens": tokens}))
-            found[f"{way}, dense attention"] = graft.applied(
+            found[way] = schedules.applied(sparse, config.model_copy(update={"tokens": tokens}))
+            found[f"{way}, dense attention"] = schedules.applied(
                 sparse, config.model_copy(update={"tokens": tokens, "keep": "dense"})
             )
-        found["all tokens, keep 0.1"] = graft.applied(sparse, config)
+        found["all tokens, keep 0.1"] = schedules.applied(sparse, config)
     for name, model in list(found.items()):
         if name == "dense":
             continue

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
 from torch import nn
@@ -71,8 +71,8 @@ class PreprocessingOptions(TypedDict, total=False):
 class ConvertOptions(RecipeOptions, PreprocessingOptions, total=False):
     """Further keywords of `convert`: target, training, model and device."""
 
-    target_macs: float | None
-    target_latency: float | None
+    target_macs: float | Sequence[float] | None
+    target_latency: float | Sequence[float] | None
     calibrate_only: bool
     allow_nonfinite: bool
     val: str | Path | None
@@ -98,6 +98,7 @@ class ProfileOptions(ComputeOptions, total=False):
     """Keywords of `profile`."""
 
     img_size: int | tuple[int, int] | None
+    budget: float | None
     backbone_changed: bool
     measure: bool
     repeats: int | None
@@ -109,6 +110,7 @@ class EvaluateOptions(ComputeOptions, PreprocessingOptions, total=False):
     """Keywords of `evaluate`."""
 
     workers: int
+    budget: float | None
     backbone_changed: bool
     name: str
     strict: bool
@@ -132,13 +134,14 @@ def convert(
     Args:
         name: alias, timm name, `hf-hub:` or `local-dir:` name, or `digits`.
         keep: fraction of keys that each query attends to, 0 < keep <= 1, or 'dense'; one value, or one for each block.
-        recipe: name, YAML file or `Recipe`; None: `distill` with `data`, else `calibrate`.
+        recipe: name, YAML file or `Recipe`; None: `distill` with `data` and at most one target, else `calibrate`.
         data: folder or data set to calibrate on and to learn from. None: the built-in pictures, calibration only.
         weights: local checkpoint (.safetensors, .pth) of that architecture.
         output: file to write; its reports go beside it.
         force: overwrite a file that holds another model.
         target_macs, target_latency: choose keep and tokens of every block for this fraction of the dense model's MACs or
-            time (give one of them, and no `keep`).
+            time (give one of them, and no `keep`). Several fractions: a schedule for each over one backbone, the first in
+            use (`load(..., budget=)`, `model.set_budget`); nothing is trained then.
         allow_nonfinite: take weights with NaN or infinity, which are refused otherwise.
         calibrate_only: leave out the stages of the recipe.
         val: labelled images that decide which weights are written; None: a part of `data` is held back.
@@ -170,7 +173,7 @@ def convert(
     compute, listener = Compute(device=options.pop("device", "cpu")), Listener(_in_python(options.pop("say", None)))
     target = config.target(options.pop("target_macs", None), options.pop("target_latency", None))
     if recipe is None:
-        recipe = default_recipe(data is not None and not calibrate_only)
+        recipe = default_recipe(data is not None and not calibrate_only and (target is None or len(target.shares) == 1))
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     keeps = tuple(keep) if isinstance(keep, Iterable) and not isinstance(keep, str) else keep
     chosen = chosen.override(keep=keeps, **options)
@@ -187,6 +190,7 @@ def load(
     img_size: int | None = None,
     device: str | torch.device = "cpu",
     *,
+    budget: float | None = None,
     backend: str = "auto",
     kernel_precision: str = "input",
     **rates: float,
@@ -201,6 +205,8 @@ def load(
         path: file; `hf-hub:ORG/NAME` or ORG/NAME of a repository that `sparsify push` wrote (@REVISION may follow),
             downloaded once; or `local-dir:FOLDER`.
         img_size: see `sparsify.models.checkpoint.read`.
+        budget: of a file made for several targets, which of them; None: the first; 1: dense attention over all tokens. A
+            model of a file that was made for a target has `set_budget`, to change it between calls.
         backend: cpu or reference computes the sparse form always. auto: per attention shape whatever was measured fastest
             on this machine (about 0.3 s at the first call of a shape, then remembered on disk): the CPU kernels, or
             dense attention, unless the file's backbone was changed. From the first `model.train()` on, always sparse, in
@@ -210,11 +216,12 @@ def load(
 
     Raises:
         BadFile: see `sparsify.models.checkpoint.read`.
-        UsageError: an unknown backend, precision or rate, or backend cpu where the kernels cannot be used.
+        UsageError: an unknown backend, precision or rate, a budget that the file has not, or backend cpu where the kernels
+            cannot be used.
         SparsifyError: a download that failed, see `sparsify.models.hub.fetch`.
     """
     file = hub.local(path)
-    target, loaded = processes.torch_device(device), checkpoint.read(file, img_size, rates)
+    target, loaded = processes.torch_device(device), checkpoint.read(file, img_size, rates, budget)
     model = graft.freeze_predictors(loaded.model.to(target))
     fallback = backend == "auto" and not loaded.header.backbone_changed
     execution.set_execution(model, Execution(backend, kernel_precision, fallback, Chooser() if fallback else None))
@@ -245,6 +252,7 @@ def export(
     *,
     batch_size: int | None = 1,
     img_size: int | None = None,
+    budget: float | None = None,
     force: bool = False,
     say: Say | None = None,
 ) -> Exported:
@@ -252,7 +260,8 @@ def export(
 
     Arguments and errors are those of `sparsify.jobs.export.program.export`; `say` is called with a line now and then.
     """
-    return export_job(path, format, output, batch_size=batch_size, img_size=img_size, force=force, say=_in_python(say))
+    how = {"batch_size": batch_size, "img_size": img_size, "budget": budget, "force": force}
+    return export_job(path, format, output, say=_in_python(say), **cast(Any, how))
 
 
 def profile(model: ModelOrFile, *, dense: ModelOrFile | None = None, **options: Unpack[ProfileOptions]) -> Profile:
@@ -263,13 +272,14 @@ def profile(model: ModelOrFile, *, dense: ModelOrFile | None = None, **options: 
             model's own weights without sparsity, or, for a file whose backbone was changed, no dense figures (None). Of a
             module nobody knows whether its weights were changed: say backbone_changed=True or give `dense`.
         batch_size, device, dtype, backend, kernel_precision: of the measurement (`sparsify.processes.Compute`).
+        budget: of a file, see `load`.
         budget_s: about how many seconds to measure for, all models together (10), unless `repeats` says how many rounds.
         img_size, backbone_changed, measure, count_as: see `sparsify.measure.profile.profile`.
 
     Raises:
         SparsifyError: see `sparsify.measure.profile.profile` and `sparsify.models.original.load_original`.
     """
-    sparse, original, changed = _opened(model, dense)
+    sparse, original, changed = _opened(model, dense, options.pop("budget", None))
     compute, rest = _split(Compute(), options, ProfileOptions)
     budget = Budget(rest.pop("budget_s", BUDGET_S), rest.pop("repeats", None))
     return profile_model(
@@ -286,7 +296,7 @@ def evaluate(
     every one of them must call this.
 
     Args:
-        dense: as in `profile`.
+        dense, budget: as in `profile`.
         batch_size, workers, device, dtype, backend, kernel_precision: see `sparsify.processes.Compute`.
         mean, std, crop_pct, interpolation, class_map: see `sparsify.images.preprocessing.Preprocessing`.
         name, strict, backbone_changed: see `sparsify.measure.evaluate.evaluate_images`.
@@ -295,7 +305,7 @@ def evaluate(
     Raises:
         SparsifyError: see `sparsify.measure.evaluate.evaluate_images` and `sparsify.models.original.load_original`.
     """
-    sparse, original, changed = _opened(model, dense)
+    sparse, original, changed = _opened(model, dense, options.pop("budget", None))
     compute, rest = _split(own_compute(sparse), options, EvaluateOptions)
     if given := _preprocessing(rest):
         sparse = graft.shallow_copy(sparse)  # the caller's model keeps its own
@@ -323,11 +333,15 @@ def _split(compute: Compute, options: Mapping[str, Any], known: Any) -> tuple[Co
     return replace(compute, **given), rest
 
 
-def _opened(model: ModelOrFile, dense: ModelOrFile | None) -> tuple[nn.Module, nn.Module | None, bool]:
+def _opened(
+    model: ModelOrFile, dense: ModelOrFile | None, budget: float | None
+) -> tuple[nn.Module, nn.Module | None, bool]:
     """The sparse model, the dense one that was given, and whether the backbone is known to have changed."""
     if not isinstance(model, nn.Module):
-        file = opened(hub.local(model), dense)
+        file = opened(hub.local(model), dense, budget=budget)
         return file.model, file.dense, file.header.backbone_changed
+    if budget is not None:
+        raise UsageError("budget: of a file; a model has its own (model.set_budget)")
     if dense is None or isinstance(dense, nn.Module):
         return model, dense, False
     raise UsageError(f"dense {dense}: beside a model that is no file, the dense model itself is expected")

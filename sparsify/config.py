@@ -351,22 +351,30 @@ class SparsityConfig(Frozen):
 
 
 class Target(Frozen):
-    """What a schedule is chosen for: `macs` or `latency`, as a fraction of the dense model's.
+    """What schedules are chosen for, one for each of `shares`: fractions of the dense model's MACs or time.
 
-    `keeps` are the fractions of keys that a block may have, null for dense; `batch_size` is that of the timing.
+    The first is the one that a file has in use. `keeps` are the fractions of keys that a block may have, null for dense;
+    `batch_size` is that of the timing.
     """
 
-    macs: PositiveShare | None = None
-    latency: PositiveShare | None = None
+    of: Literal["macs", "latency"]
+    shares: tuple[PositiveShare, ...] = Field(min_length=1, max_length=16)
     keeps: tuple[PositiveShare | None, ...] = (None, 0.25, 0.1, 0.05)
     batch_size: Count = 1
 
 
 def target(macs: Any, latency: Any, keeps: Any = None) -> Target | None:
-    """The `Target` of a caller's arguments (`keeps`: None for the usual ones), or None; `UsageError` where it has both."""
+    """The `Target` of a caller's arguments, a fraction or several; None where neither is given. keeps: None for the usual.
+
+    Raises:
+        UsageError: both are given, or a value is out of range.
+    """
     if macs is None and latency is None:
         return None
     if macs is not None and latency is not None:
         raise UsageError(f"give either {field('target_macs')} or {field('target_latency')}")
-    tree = {"macs": macs, "latency": latency} | ({} if keeps is None else {"keeps": keeps})
-    return validate(Target, tree, lambda path: field("keep" if path.startswith("keeps") else f"target_{path}"))
+    of, given = ("latency", latency) if macs is None else ("macs", macs)
+    several = isinstance(given, Iterable) and not isinstance(given, str)
+    shares = tuple(dict.fromkeys(given)) if several else (given,)
+    tree = {"of": of, "shares": shares} | ({} if keeps is None else {"keeps": keeps})
+    return validate(Target, tree, lambda path: field("keep" if path.startswith("keeps") else f"target_{of}"))

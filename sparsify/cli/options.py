@@ -113,10 +113,13 @@ _WAY = "How tokens are removed: merge, evit or evit-fused."
 TokenWay = Annotated[str | None, option("WAY", _WAY, KEPT, "merge", completion.WAYS)]
 _IMPORTANCE = "Token importance: fitted (predicted from the token) or attention (cls row)."
 TokenImportance = Annotated[str | None, option("KIND", _IMPORTANCE, KEPT, "fitted", completion.IMPORTANCES)]
-_MACS = "Choose keep and tokens of every block for this fraction of the dense model's MACs."
-TargetMacs = Annotated[float | None, option("SHARE", _MACS, KEPT, "none")]
-_LATENCY = "The same for this fraction of its time, on this machine at batch 1."
-TargetLatency = Annotated[float | None, option("SHARE", _LATENCY, KEPT, "none")]
+_MACS = (
+    "Choose keep and tokens of every block for this fraction of the dense model's MACs. Several, 0.7,0.55,0.4: one file "
+    "with a schedule for each; the first is in use."
+)
+TargetMacs = Annotated[str | None, option("SHARE,...", _MACS, KEPT, "none")]
+_LATENCY = "The same for fractions of its time, on this machine at batch 1."
+TargetLatency = Annotated[str | None, option("SHARE,...", _LATENCY, KEPT, "none")]
 Output = Annotated[Path, option("FILE", "File to write.", FILES, names="--output -o")]
 Force = Annotated[bool, flag("--force", "Overwrite another model's file.", FILES)]
 _RECIPE = "Recipe name ('sparsify recipes' lists them) or YAML file."
@@ -160,6 +163,8 @@ _CALIB = "Folder or data set to calibrate on; labels are not used."
 CalibData = Annotated[str | None, option("DATA", _CALIB, default="built-in pictures")]
 Targets = Annotated[str, option("SHARES", "Fractions of the dense model's MACs to search a schedule for; or none.")]
 Keeps = Annotated[str, option("SHARES", "Fractions of keys to measure sparse attention at, all tokens; or none.")]
+_BUDGET = "Which schedule of a file made for several targets: 0.55; 1: dense attention, all tokens."
+Budget = Annotated[float | None, option("SHARE", _BUDGET, MODEL, "the file's first", min=0, max=1)]
 _PREFIX = "Start of the names of .md, .json, .png and the folder .recipes."
 SweepOutput = Annotated[Path, option("PREFIX", _PREFIX, names="--output -o")]
 Limit = Annotated[int | None, option("N", "Images to measure on, drawn by --seed.", default="all", min=1)]

@@ -74,8 +74,8 @@ def tokens(
     return (recipe.model_dump() if recipe else {}) | given if given else None
 
 
-def target(macs: float | None, latency: float | None, keep: str | None, token_keep: str | None) -> Target | None:
-    """What a schedule is chosen for, with the keeps that --keep leaves to choose from; None where no target is given.
+def target(macs: str | None, latency: str | None, keep: str | None, token_keep: str | None) -> Target | None:
+    """What schedules are chosen for, with the keeps that --keep leaves to choose from; None where no target is given.
 
     Raises:
         UsageError: both targets, one that is out of range, or rates that the search is to choose.
@@ -85,7 +85,10 @@ def target(macs: float | None, latency: float | None, keep: str | None, token_ke
     if token_keep is not None and (macs is not None or latency is not None):
         raise UsageError("--token-keep and a target: the search chooses the tokens; leave one of them out")
     chosen = None if keep is None else [None if value == "dense" else value for value in _tuple(keeps(keep))]
-    return config.target(macs, latency, chosen)
+    expected = "numbers above 0 and up to 1 separated by commas are"
+    fractions = None if macs is None else listed(macs, "--target-macs", float, expected)
+    times = None if latency is None else listed(latency, "--target-latency", float, expected)
+    return config.target(fractions, times, chosen)
 
 
 def rectangle(text: str | None, name: str) -> tuple[int, int] | None:

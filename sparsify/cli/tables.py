@@ -12,7 +12,7 @@ from rich.text import Text
 from sparsify.cli import terminal
 from sparsify.measure.figures import Profile
 from sparsify.measure.sweep import Sweep
-from sparsify.report import accuracy, profile, sweep, words
+from sparsify.report import accuracy, header, profile, sweep, words
 
 
 def show(what: RenderableType) -> None:
@@ -43,6 +43,17 @@ def profile_table(figures: Profile) -> Group:
     elif verdict:
         parts.append(verdict)
     return Group(*parts)
+
+
+def budgets_table(about: header.Header) -> Group:
+    """The budgets of a file that has several; nothing for another."""
+    rows = header.budgets(about)
+    table = Table(box=None, pad_edge=False)
+    for heading in header.BUDGET_COLUMNS:
+        table.add_column(heading, justify="left" if heading == "budget" else "right")
+    for row in rows:
+        table.add_row(*row)
+    return Group(Text(), table) if rows else Group()
 
 
 def module_tree(figures: Profile, *, full: bool = False) -> Group:

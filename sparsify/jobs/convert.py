@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -31,10 +32,11 @@ from sparsify.jobs.tune import Calibrated, Tuned, tune
 from sparsify.measure.figures import Profile
 from sparsify.measure.profile import profile
 from sparsify.models import building, checkpoint
-from sparsify.nn import graft, hosts, token_models
+from sparsify.models.header import Schedule
+from sparsify.nn import graft, hosts, schedules, token_models
 from sparsify.processes import Compute, Listener
 from sparsify.recipe import Recipe, recipe_yaml
-from sparsify.report.header import by_head
+from sparsify.report.header import budgets_markdown, by_head
 from sparsify.report.profile import to_markdown
 from sparsify.report.words import publishable
 from sparsify.version import __version__
@@ -69,10 +71,11 @@ class Conversion:
     path: Path  # the model's file; the reports lie beside it
     report_json: Path
     report_md: Path
-    recipe: Path | None  # where a schedule was chosen
+    recipe: Path | None  # where one schedule was chosen
     model: nn.Module  # the sparse model, eval mode
     header: checkpoint.Header  # what the file says of itself
-    profile: Profile  # theoretical MACs, nothing measured
+    profile: Profile  # theoretical MACs of the schedule in use, nothing measured
+    profiles: Mapping[float, Profile]  # the same of every budget of the target, from the largest
     calibration: str  # which images were used, in words
     seconds: float  # wall time from the dense model to the written file
     tuning: RunResult | None = None  # how the fine-tuning went; None where there was none
@@ -93,7 +96,8 @@ def convert(
     """Converts a dense model by `recipe` and writes `output`.
 
     Args:
-        target: choose keep and token keep of every block for it; the recipe's are the start of the calibration.
+        target: choose keep and token keep of every block for it, once for each of its shares; the recipe's are the start of
+            the calibration. Of several the first is in use, and nothing is trained.
         compute: dtype: of the calibration's forward passes (autocast; moments are float64, the file is float32);
             batch_size: images of such a pass; micro_batch: of the fine-tuning; backend: of the calibration's sparse trials.
 
@@ -103,7 +107,7 @@ def convert(
     """
     compute = replace(compute, device=processes.local_device(compute.device))
     processes.start(compute.device)
-    endings = ("report.json", "report.md") if target is None else ("report.json", "report.md", "recipe.yaml")
+    endings = ("report.json", "report.md", *(["recipe.yaml"] if _one_schedule(target) else []))
     with contextlib.ExitStack() as held:
         with processes.agree():
             if processes.main():
@@ -124,6 +128,9 @@ def _convert(
     with processes.agree():
         if recipe.start == "random" and recipe.sparsity.predictor != "token-lowrank":
             raise UsageError("start random is the authors' way for predictor token-lowrank: use start closed-form")
+        if recipe.trains and target is not None and len(target.shares) > 1:
+            given, only = field(f"target_{target.of}"), field("calibrate_only")
+            raise UsageError(f"{given}: weights are trained for one target; give one, or train nothing ({only})")
         dense = load_dense(request, _calibrated_config(recipe, target), compute, listener)
         model = dense.model
         if target is not None:  # its schedule removes tokens
@@ -142,7 +149,9 @@ def _convert(
 
     def header(found: Calibrated, config: SparsityConfig, tuned: Tuned | None = None) -> checkpoint.Header:
         provenance = about | _provenance(found, images.train is not None) | (tuned.provenance() if tuned else {})
-        return checkpoint.Header(architecture, config, provenance, {})
+        configs = found.schedules if len(found.schedules) > 1 else dict.fromkeys(found.schedules, config)
+        several = {budget: Schedule(each, {}) for budget, each in configs.items()}
+        return checkpoint.Header(architecture, config, provenance, {}, several)
 
     tuned, run = None, None
     if plan is None:
@@ -157,16 +166,16 @@ def _convert(
             model, plan, run, how, calibrated, lambda found: header(found, found.config), output.resume, output.force
         )
         found, sparse, config = tuned.start, tuned.model, tuned.config
-    figures = profile(sparse, measure=False)
-    report = {k: v for k, v in figures.as_dict().items() if "macs" in k and isinstance(v, int)}
+    written, figures = _reported(sparse, header(found, config, tuned))
     made = Conversion(
         path=output.path,
         report_json=output.beside("report.json"),
         report_md=output.beside("report.md"),
-        recipe=None if target is None else output.beside("recipe.yaml"),
+        recipe=output.beside("recipe.yaml") if _one_schedule(target) else None,
         model=sparse,
-        header=header(found, config, tuned)._replace(report=report),
-        profile=figures,
+        header=written,
+        profile=next(iter(figures.values())),
+        profiles={budget: figures[budget] for budget in written.schedules},
         calibration=as_arguments(found.words),
         seconds=0.0,
         tuning=None if tuned is None else tuned.outcome,
@@ -180,10 +189,31 @@ def _convert(
     return replace(made, seconds=time.perf_counter() - start)
 
 
+def _reported(model: nn.Module, header: checkpoint.Header) -> tuple[checkpoint.Header, dict[float | None, Profile]]:
+    """The header with theoretical MACs, and the profile behind them by budget, first that of the schedule in use."""
+    figures: dict[float | None, Profile] = {header.budget: profile(model, measure=False)}
+    for budget in header.schedules.keys() - figures.keys():
+        figures[budget] = profile(schedules.applied(model, header.schedules[budget].config), measure=False)
+    reports = {
+        budget: {k: v for k, v in each.as_dict().items() if "macs" in k and isinstance(v, int)}
+        for budget, each in figures.items()
+    }
+    several = {budget: each._replace(report=reports[budget]) for budget, each in sorted(header.schedules.items())[::-1]}
+    return header._replace(report=reports[header.budget], schedules=several), figures
+
+
+def _one_schedule(target: Target | None) -> bool:
+    return target is not None and len(target.shares) == 1
+
+
 def _write(made: Conversion, recipe: Recipe) -> None:
     """The model's file and what lies beside it."""
     checkpoint.save(made.model, made.path, made.header)
-    beside: dict[Path, Any] = {made.report_json: made.profile.as_dict(), made.report_md: to_markdown(made.profile)}
+    figures, words = made.profile.as_dict(), to_markdown(made.profile)
+    if len(made.profiles) > 1:
+        figures["budgets"] = {f"{budget:g}": each.as_dict() for budget, each in made.profiles.items()}
+        words = budgets_markdown(made.header) + "\n" + words
+    beside: dict[Path, Any] = {made.report_json: figures, made.report_md: words}
     if made.recipe is not None:
         beside[made.recipe] = recipe_yaml(recipe)
     write_all(beside)
@@ -221,38 +251,40 @@ def _calibrated(
         return Calibrated(model, config, recipe, "nothing: predictors are drawn at random", 0)
     calibrator = Calibrator.on(images, dense, recipe, compute, listener)
     calibration = calibrator.calibrate(model, _calibrated_config(recipe, target), target.keeps if target else ())
-    config = calibration.config
-    if target is None and (words := by_head(config)):
-        listener.say(f"spent over the heads, means and ranges: {words}")
-    if target is not None:
-        config, recipe = _choose_schedule(calibration, recipe, target, calibrator)
-        for stage in recipe.stages:  # the schedule may remove tokens
-            check_stage(stage, recipe.sparsity, int(getattr(model, "num_classes", 0)))
-    return Calibrated(calibration.model, config, recipe, calibrator.words, calibration.images)
+    made = Calibrated(calibration.model, calibration.config, recipe, calibrator.words, calibration.images)
+    if target is None:
+        if words := by_head(made.config):
+            listener.say(f"spent over the heads, means and ranges: {words}")
+        return made
+    made = _with_schedules(made, calibration, target, calibrator)
+    for stage in made.recipe.stages:  # the schedule may remove tokens
+        check_stage(stage, made.config, int(getattr(model, "num_classes", 0)))
+    return made
 
 
-def _choose_schedule(
-    calibration: Calibration, recipe: Recipe, target: Target, calibrator: Calibrator
-) -> tuple[SparsityConfig, Recipe]:
-    """Applies the schedule for `target` to the calibrated model; its configuration, and the recipe that reproduces it."""
-    model, say, tokens = calibration.model, calibrator.listener.say, recipe.sparsity.tokens
-    config = calibration.config.model_copy(update={"tokens": tokens})
+def _with_schedules(made: Calibrated, calibration: Calibration, target: Target, calibrator: Calibrator) -> Calibrated:
+    """`made` with a schedule for each share of `target`, the first in use, and the recipe that reproduces that one."""
+    model, say, tokens = made.model, calibrator.listener.say, made.recipe.sparsity.tokens
+    config = made.config.model_copy(update={"tokens": tokens})
     sensitivity = calibrator.sensitivity(calibration, tokens, target, "schedule")
-    if target.macs is not None:
-        found, what = choose.for_macs(model, config, sensitivity, target.macs, choose.dense_macs(model)), "MACs"
-    else:
-        assert target.latency is not None
-        found = choose.for_latency(model, config, sensitivity, target.latency, target.batch_size, say)
-        what = f"time at batch {target.batch_size}"
-    words = f"{found.share:.3f} of the dense model's {what}, {target.macs or target.latency:g} asked for"
-    graft.apply(model, found.config)
-    prefix = hosts.num_prefix_tokens(model)
-    say(f"schedule: {words}")
-    say("  tokens after each block  " + " ".join(str(n + prefix) for n in found.schedule.counts[1:]))
-    say("  keep of each block       " + " ".join(f"{keep:g}" if keep else "dense" for keep in found.schedule.keeps))
-    config = graft.filled(model, found.config)
-    description = f"{recipe.description.split('; schedule')[0]}; schedule for {words}"
-    return config, recipe.model_copy(update={"sparsity": config, "description": description})
+    dense = choose.dense_macs(model)
+    what = "MACs" if target.of == "macs" else f"time at batch {target.batch_size}"
+    configs, descriptions, prefix = {}, [], hosts.num_prefix_tokens(model)
+    for share in target.shares:
+        if target.of == "macs":
+            found = choose.for_macs(model, config, sensitivity, share, dense)
+        else:
+            found = choose.for_latency(model, config, sensitivity, share, target.batch_size, say)
+        descriptions.append(f"schedule for {found.share:.3f} of the dense model's {what}, {share:g} asked for")
+        say(descriptions[-1].replace(" for", ":", 1))
+        say("  tokens after each block  " + " ".join(str(n + prefix) for n in found.schedule.counts[1:]))
+        say("  keep of each block       " + " ".join(f"{keep:g}" if keep else "dense" for keep in found.schedule.keeps))
+        configs[share] = graft.filled(model, found.config)
+    first = configs[target.shares[0]]
+    schedules.apply(model, first, configs.values())
+    description = f"{made.recipe.description.split('; schedule')[0]}; {descriptions[0]}"
+    recipe = made.recipe.model_copy(update={"sparsity": first, "description": description})
+    return replace(made, config=first, recipe=recipe, schedules=configs)
 
 
 def _provenance(found: Calibrated, own_images: bool) -> dict[str, Any]:

@@ -172,7 +172,7 @@ class Calibrator:
         self,
         calibration: Calibration,
         tokens: Tokens | None,
-        target: Target = Target(macs=1.0),
+        target: Target = Target(of="macs", shares=(1.0,)),
         step: str = "sensitivity",
     ) -> Sensitivity:
         """What tokens and keys removed in each block cost a calibrated model; it gets its fitted importance.
@@ -186,7 +186,7 @@ class Calibrator:
         probe = list(first_images(self.batches(), PROBE_IMAGES))
         total = sum(map(len, probe))
         budgets = calibration.budgets
-        if target.latency is not None:
+        if target.of == "latency":
             budgets = timed(model, budgets, target.batch_size)
         options = budgets.options(target.keeps)
         return sensitivity(model, config, probe, options, lambda done: self.listener.progress(step, done, total))

@@ -18,7 +18,7 @@ from sparsify.files.destinations import check_file
 from sparsify.measure.profile import profile
 from sparsify.models import building, checkpoint
 from sparsify.models.names import Source
-from sparsify.nn import attention, execution, hosts
+from sparsify.nn import attention, execution, hosts, schedules
 from sparsify.nn.attention import Execution
 from sparsify.version import __version__
 
@@ -62,8 +62,7 @@ def save(model: nn.Module, path: Path, like: Path, force: bool = False) -> Heade
         )
     described = described._replace(provenance=_provenance(header, like, state, described))
     if described.architecture["model_args"] != header.architecture["model_args"]:
-        figures = profile(fresh, measure=False).as_dict()
-        described = described._replace(report={k: v for k, v in figures.items() if k in header.report})
+        described = _counted(fresh, described)
     checkpoint.may_overwrite(path, described.architecture, force)
     checkpoint.save(fresh, path, described)
     return described
@@ -96,7 +95,23 @@ def _described(host: nn.Module, header: Header) -> Header:
             config.pop(name, None)
     size = described["model_args"]["img_size"]
     config.update(num_classes=model.num_classes, input_size=[3, *size])
-    return header._replace(architecture=described, config=_config(host, header.config))
+    header, several = header._replace(architecture=described), schedules.offered(host)
+    if several is None:
+        return header._replace(config=_config(host, header.config))
+    grown = {b: each._replace(config=several.at(b)) for b, each in header.schedules.items()}
+    header = header.at(several.budget)
+    return header._replace(config=several.at(several.budget), schedules=grown)
+
+
+def _counted(model: nn.Module, header: Header) -> Header:
+    """`header` with the MACs of `model` by each of its schedules."""
+
+    def report(config: SparsityConfig, before: dict[str, Any]) -> dict[str, Any]:
+        figures = profile(schedules.applied(model, config), measure=False).as_dict()
+        return {k: v for k, v in figures.items() if k in before}
+
+    several = {b: each._replace(report=report(*each)) for b, each in header.schedules.items()}
+    return header._replace(report=report(header.config, header.report), schedules=several)
 
 
 def _config(host: nn.Module, config: SparsityConfig) -> SparsityConfig:

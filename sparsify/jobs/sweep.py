@@ -30,7 +30,7 @@ from sparsify.measure.macs import image_shape, replica
 from sparsify.measure.profile import profile
 from sparsify.measure.sweep import Setting, Sweep, SweepChoice
 from sparsify.models import building, checkpoint
-from sparsify.nn import graft, hosts
+from sparsify.nn import graft, hosts, schedules
 from sparsify.nn.attention import Execution
 from sparsify.nn.execution import set_execution
 from sparsify.ops import backends
@@ -95,13 +95,13 @@ def sweep(
         raise UsageError("nothing to measure: " + "; ".join(skipped.values()))
     profiles = []
     for done, choice in enumerate(choices):
-        profiles.append(profile(graft.applied(model, choice.config), measure=False))
+        profiles.append(profile(schedules.applied(model, choice.config), measure=False))
         progress("MACs", done + 1, len(choices))
 
     base = replica(model, device, dtype)
     set_execution(base, execution)
     dense = graft.dense_twin(base)
-    sparse = {choice.name: graft.applied(base, choice.config) for choice in choices}
+    sparse = {choice.name: schedules.applied(base, choice.config) for choice in choices}
     evaluations = evaluate.compare(dense, sparse, shown, compute, lambda done: progress("eval", done, shown.total))
     for line in shown.flaws.lines():
         say(line)

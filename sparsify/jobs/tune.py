@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
@@ -28,6 +28,7 @@ class Calibrated:
     recipe: Recipe  # reproduces it
     words: str  # which images were used
     images: int  # how many
+    schedules: Mapping[float, SparsityConfig] = field(default_factory=dict)  # chosen for a target, by budget
 
 
 @dataclass(frozen=True)
@@ -120,4 +121,5 @@ def _announced(plan: Plan) -> str:
 def _resumed(run: RunFolder) -> Calibrated:
     model, header, _ = checkpoint.read(run.start)
     images = int(header.provenance["calibration"]["images"])
-    return Calibrated(model, header.config, load_recipe(str(run.recipe)), "as before", images)
+    several = {budget: each.config for budget, each in header.schedules.items()}
+    return Calibrated(model, header.config, load_recipe(str(run.recipe)), "as before", images, several)

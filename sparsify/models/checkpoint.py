@@ -9,6 +9,7 @@ Metadata keys (strings; all but `format` hold JSON or plain text):
     sparsify.provenance    source, recipe, calibration, seed, library versions, date, whether the backbone changed,
                            dense_sha256: digest of the dense model that was converted
     sparsify.report        headline figures (theoretical MACs)
+    sparsify.schedules     config and report of each budget, in files that were made for a target; config is one of them
     sparsify.licence       licence of the weights that were converted; unknown for a user's own checkpoint
     sparsify.sha256        digest of every other key and every tensor
 """
@@ -32,9 +33,9 @@ from sparsify.files.outputs import whole
 from sparsify.files.plain_json import to_json
 from sparsify.files.tensors import Entry, NotWhole, TensorFile, opened
 from sparsify.models import building, filetype
-from sparsify.models.header import FORMAT, JSON_KEYS, MOST_PATCHES, RATES, Header, parse
+from sparsify.models.header import FORMAT, JSON_KEYS, MOST_PATCHES, RATES, SCHEDULES, Header, parse
 from sparsify.models.licence import licence_of
-from sparsify.nn import graft, hosts
+from sparsify.nn import graft, hosts, schedules
 
 MOST_COMPUTED = 1 << 30  # bytes of buffers that are computed, beyond as many as the file's tensors have
 _AGAIN = "convert again or fetch it anew"
@@ -48,8 +49,13 @@ def save(model: nn.Module, path: Path, header: Header) -> None:
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     meta = {"format": "pt", "sparsify.format": str(FORMAT)}
     meta["sparsify.licence"] = licence_of(header).name or "unknown"
-    content = header._replace(config=header.config.model_dump(mode="json"))._asdict()  # type: ignore[arg-type]
+    content = header._asdict() | {"config": header.config.model_dump(mode="json")}
     meta |= {f"sparsify.{key}": to_json(content[key], sort_keys=True) for key in JSON_KEYS}
+    if header.schedules:
+        several = {f"{budget:g}": each._asdict() for budget, each in header.schedules.items()}
+        for each in several.values():
+            each["config"] = each["config"].model_dump(mode="json")
+        meta[f"sparsify.{SCHEDULES}"] = to_json(several, sort_keys=True)
     parse(meta)
     meta["sparsify.sha256"] = _digest(meta, tensors)
     with whole(path) as temporary:
@@ -89,7 +95,12 @@ def load(
 
 
 @building.in_float32()
-def read(path: str | Path, img_size: int | None = None, rates: Mapping[str, float] | None = None) -> Loaded:
+def read(
+    path: str | Path,
+    img_size: int | None = None,
+    rates: Mapping[str, float] | None = None,
+    budget: float | None = None,
+) -> Loaded:
     """The sparse model of a file with its header: a timm model in eval mode, float32, on the CPU.
 
     Nothing else than the file is needed, which is read once. The header is held against names and shapes of the tensors
@@ -98,23 +109,29 @@ def read(path: str | Path, img_size: int | None = None, rates: Mapping[str, floa
     Args:
         img_size: side in pixels, when it is not the file's; position embeddings and predictors are resampled.
         rates: dropout and stochastic depth of training (`RATES`), when they are not the architecture's defaults.
+        budget: the schedule to use, also in the header; None: the file's first; 1: dense attention over all tokens.
 
     Raises:
         BadFile: see `read_header`; also tensors that do not fit the architecture or the digest.
-        UsageError: an image size that the architecture cannot take, or an unknown rate.
+        UsageError: an image size that the architecture cannot take, an unknown rate, or a budget that the file has not.
     """
     path, rates = Path(path), checked(rates or {})
     with reading(path) as file:
         header = _parse(path, file.metadata)
+        chosen = header.at(budget)
         model = _rebuilt(path, header, rates, file.entries)
         state = model.state_dict()
         for name, tensor in state.items():
             file.read_into(name, tensor)
-    loaded = Loaded(model, header, file.metadata)
+    loaded = Loaded(model, chosen, file.metadata)
     if _digest({k: v for k, v in file.metadata.items() if k != "sparsify.sha256"}, state) != loaded.digest:
         raise BadFile(f"{path} was changed after it was written (its digest differs): {_AGAIN}")
     if img_size is not None:
         resize(model, img_size)
+    if several := schedules.offered(model):
+        several(several.budget if chosen.budget is None else chosen.budget)
+    elif chosen is not header:
+        schedules.apply(model, chosen.config)
     return loaded
 
 
@@ -126,9 +143,15 @@ def rebuild(header: Header, rates: Mapping[str, float] | None = None) -> nn.Modu
 def _builder(header: Header, rates: Mapping[str, float]) -> Callable[[], nn.Module]:
     told = header.architecture
     args = {**told["model_args"], **rates}
-    return lambda: graft.graft(
-        building.described(told["architecture"], args, told["pretrained_cfg"]).eval(), header.config
-    )
+
+    def build() -> nn.Module:
+        dense = building.described(told["architecture"], args, told["pretrained_cfg"]).eval()
+        model = graft.graft(dense, header.config, others=header.others)
+        if header.schedules and header.budget is not None:
+            schedules.offer(model, {b: each.config for b, each in header.schedules.items()}, header.budget)
+        return model
+
+    return build
 
 
 def _rebuilt(path: Path, header: Header, rates: Mapping[str, float], entries: Mapping[str, Entry]) -> nn.Module:

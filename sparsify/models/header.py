@@ -17,11 +17,14 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from sparsify.config import SparsityConfig, validate
-from sparsify.errors import UsageError
+from sparsify.errors import UsageError, brief
 from sparsify.files.plain_json import from_json
+from sparsify.nn.schedules import DENSE, check_alike, dense_of, none_for
 
 FORMAT = 1
 JSON_KEYS = ("architecture", "config", "provenance", "report")
+SCHEDULES = "schedules"  # a key that only files made for a target have
+MOST_SCHEDULES = 16
 RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "drop_path_rate")  # timm's names; they change no tensor
 MOST_JSON = 8 << 20  # characters of all JSON: names of 20,000 classes and their descriptions take 3 million
 MOST_DEPTH = 16  # a header that `convert` wrote has 6 levels
@@ -36,13 +39,44 @@ Deviation = Annotated[float, Field(gt=0, le=1e6)]
 Whole = Annotated[int, Field(ge=0, le=1 << 62)]
 
 
+class Schedule(NamedTuple):
+    """A configuration that was found for a budget, and its theoretical MACs."""
+
+    config: SparsityConfig
+    report: dict[str, Any]
+
+
 class Header(NamedTuple):
     """What a file says of itself (keys: `sparsify.models.checkpoint`); mappings are JSON-able."""
 
     architecture: dict[str, Any]
-    config: SparsityConfig
+    config: SparsityConfig  # the one in use
     provenance: dict[str, Any]
-    report: dict[str, Any]
+    report: dict[str, Any]  # of `config`
+    schedules: Mapping[float, Schedule] = {}  # by budget; none of a file that was made for no target
+
+    @property
+    def budget(self) -> float | None:
+        """The budget of `config`; None where it was chosen for none."""
+        if self.config == dense_of(self.config):
+            return DENSE
+        return next((budget for budget, found in self.schedules.items() if found.config == self.config), None)
+
+    @property
+    def others(self) -> tuple[SparsityConfig, ...]:
+        """The configurations of all budgets."""
+        return tuple(found.config for found in self.schedules.values())
+
+    def at(self, budget: float | None) -> Header:
+        """The header with another schedule in use; None: as it is. `UsageError`: there is no such budget."""
+        if budget is None or budget == self.budget:
+            return self
+        if budget in self.schedules:
+            return self._replace(**self.schedules[budget]._asdict())
+        if budget != DENSE:
+            raise none_for(budget, self.schedules)
+        dense = {key: self.report.get(key.replace("_sparse", "_dense"), value) for key, value in self.report.items()}
+        return self._replace(config=dense_of(self.config), report=dense)
 
     @property
     def backbone_changed(self) -> bool:
@@ -146,18 +180,51 @@ def parse(meta: Mapping[str, str]) -> Header:
     texts = {key: meta.get(f"sparsify.{key}") for key in JSON_KEYS}
     if missing := [key for key, text in texts.items() if text is None]:
         raise UsageError(f"{missing[0]}: missing")
-    if sum(len(text or "") for text in texts.values()) > MOST_JSON:
+    if sum(len(text or "") for text in [*texts.values(), meta.get(f"sparsify.{SCHEDULES}")]) > MOST_JSON:
         raise UsageError(f"more than {MOST_JSON >> 20} million characters of JSON")
     trees = {key: _json(key, text or "") for key, text in texts.items()}
+    several = _json(SCHEDULES, meta.get(f"sparsify.{SCHEDULES}", "{}"))
     validate(Architecture, _tuples(trees["architecture"]), "architecture")
     check_source(trees["architecture"]["model_args"], trees["architecture"]["pretrained_cfg"])
     validate(Provenance, _tuples(trees["provenance"]), "provenance")
     validate(_Report, trees["report"], "report")
-    tokens = trees["config"].get("tokens")
+    config = _config(trees["config"], "config")
+    return Header(trees["architecture"], config, trees["provenance"], trees["report"], _schedules(several, config))
+
+
+def _config(tree: Any, source: str) -> SparsityConfig:
+    tokens = tree.get("tokens") if isinstance(tree, dict) else None
     if isinstance(tokens, dict):  # older files lack the field
         tokens.setdefault("importance", "attention")
-    config = validate(SparsityConfig, trees["config"], "config")
-    return Header(trees["architecture"], config, trees["provenance"], trees["report"])
+    return validate(SparsityConfig, tree, source)
+
+
+def _schedules(trees: dict[str, Any], config: SparsityConfig) -> dict[float, Schedule]:
+    """The schedules of a file by budget, from the largest; `config` is the one in use."""
+    if len(trees) > MOST_SCHEDULES:
+        raise UsageError(f"{SCHEDULES}: more than {MOST_SCHEDULES}")
+    found: dict[float, Schedule] = {}
+    for name, tree in trees.items():
+        where = f"{SCHEDULES} {brief(name)}"
+        try:
+            budget = float(name)
+        except ValueError:
+            budget = 0.0
+        if (
+            not 0 < budget <= 1
+            or name != f"{budget:g}"
+            or not isinstance(tree, dict)
+            or tree.keys() != {*Schedule._fields}
+        ):
+            raise UsageError(f"{where}: a budget above 0 and up to 1 with {' and '.join(Schedule._fields)} is expected")
+        validate(_Report, tree["report"], f"{where} report")
+        found[budget] = Schedule(_config(tree["config"], f"{where} config"), tree["report"])
+    configs = [each.config for each in found.values()]
+    if found:
+        check_alike([config, *configs])
+        if config not in [*configs, dense_of(config)]:
+            raise UsageError(f"{SCHEDULES}: config is none of them")
+    return dict(sorted(found.items(), reverse=True))
 
 
 def check_source(model_args: Any, pretrained_cfg: Any) -> None:

@@ -34,18 +34,26 @@ class Opened:
 
 
 def opened(
-    file: Path, dense: nn.Module | str | Path | None = None, img_size: int | None = None, say: Say = lambda line: None
+    file: Path,
+    dense: nn.Module | str | Path | None = None,
+    img_size: int | None = None,
+    say: Say = lambda line: None,
+    budget: float | None = None,
 ) -> Opened:
     """Reads a file that `convert` wrote, and its dense original where one is asked for.
 
     Args:
         dense: a model, which is taken as it is; a name or checkpoint (`load_original`), held against the file; or None.
         img_size: side in pixels, of both models; None: the file's own.
+        say: called with a line now and then, as where the file has other budgets.
+        budget: see `sparsify.models.checkpoint.read`.
 
     Raises:
         SparsifyError: see `sparsify.models.checkpoint.read` and `load_original`.
     """
-    one = checkpoint.read(file, img_size)
+    one = checkpoint.read(file, img_size, budget=budget)
+    if budget is None and len(one.header.schedules) > 1:
+        say(f"budget {one.header.budget:g}; {field('budget')} takes {others(one.header)}")
     if dense is not None and not isinstance(dense, nn.Module):
         dense = load_original(one.header, dense, img_size, say)
     return Opened(one.model, dense, one.header, one.digest)
@@ -77,6 +85,11 @@ def load_original(
     if img_size is not None:
         checkpoint.resize(model, img_size)
     return model
+
+
+def others(header: Header) -> str:
+    """The budgets of a file that are not in use, in words."""
+    return ", ".join(f"{b:g}" for b in sorted({1.0, *header.schedules} - {header.budget}, reverse=True))
 
 
 def missing(header: Header) -> str:

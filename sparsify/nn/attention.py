@@ -75,11 +75,14 @@ class GraftedAttention(nn.Module):
         watch: called with q, k, v of every pass; set by `observe.watching` while it lasts.
         importance: w and b of the fitted importance, [C + 1], a buffer; None: importance by attention
             (`sparsify.nn.importance`).
+        predictor: what ranks the keys; of dense attention None, or that of a schedule which is not in use
+            (`sparsify.nn.schedules`).
     """
 
     proj: nn.Linear
     attn_drop: nn.Dropout
     importance: Tensor | None
+    predictor: Predictor | None
     ADDED = ("predictor", "sparsity", "execution", "watch", "host_class", "rotary")  # attributes that no host has
 
     def __init__(self, host: nn.Module, rotary: bool = False) -> None:
@@ -176,7 +179,11 @@ def _share(source: nn.Module, target: nn.Module, exclude: tuple[str, ...]) -> No
 
 
 class DenseAttention(GraftedAttention):
-    """Every query attends to every token that is present."""
+    """Every query attends to every token that is present; `predictor` rests."""
+
+    def __init__(self, host: nn.Module, rotary: bool = False, predictor: Predictor | None = None) -> None:
+        super().__init__(host, rotary)
+        self.predictor = predictor
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: TokenState | None) -> Tensor:
         self._refuse_dropout()
@@ -212,6 +219,8 @@ class SparseAttention(GraftedAttention):
         predictor: see `sparsify.nn.predictor`.
         sparsity: keep, prefix tokens, tail.
     """
+
+    predictor: Predictor
 
     def __init__(self, host: nn.Module, predictor: Predictor, sparsity: Sparsity, rotary: bool = False) -> None:
         super().__init__(host, rotary)

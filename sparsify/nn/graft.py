@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 
 from sparsify.config import BlockPlan, SparsityConfig, growth
 from sparsify.errors import UsageError
-from sparsify.nn import hosts, projection, token_models
+from sparsify.nn import hosts, methods, projection, token_models
 from sparsify.nn.attention import (
     DenseAttention,
     GraftedAttention,
@@ -22,28 +21,36 @@ from sparsify.nn.attention import (
     attention_modules,
     sparse_modules,
 )
+from sparsify.nn.methods import ModelMethod
 from sparsify.nn.predictor import HeadLowrankPredictor, Predictor, TokenLowrankPredictor
 from sparsify.ops.tails import TAILS
 
 
-def graft(model: nn.Module, config: SparsityConfig, predictors: Sequence[Predictor | None] | None = None) -> nn.Module:
+def graft(
+    model: nn.Module,
+    config: SparsityConfig,
+    predictors: Sequence[Predictor | None] | None = None,
+    others: Sequence[SparsityConfig] = (),
+) -> nn.Module:
     """Replace every block's attention by a sparse (or our dense) one, and install the token stages; in place.
 
     Args:
         predictors: one for each block, None where its attention is dense; None: unfitted ones (`new_predictor`).
+        others: configurations that are to stay possible (`sparsify.nn.schedules`).
 
     Raises:
         UnsupportedModel: see `hosts.supported_attentions`; nothing is replaced then.
-        UsageError: a list or a rank in `config` that does not fit the model.
+        UsageError: a list or a rank in `config` or one of `others` that does not fit the model.
     """
     attentions, plans = hosts.supported_attentions(model), plans_of(model, config)
     if predictors is None:
-        pairs = zip(attentions.values(), plans, strict=True)
-        predictors = [new_predictor(model, host, config, plan) for host, plan in pairs]
+        every = zip(plans, *(plans_of(model, other) for other in others), strict=True)
+        pairs = zip(attentions.values(), every, strict=True)
+        predictors = [_predictor_for(model, host, config, each) for host, each in pairs]
     for (name, host), plan, predictor in zip(attentions.items(), plans, predictors, strict=True):
         model.set_submodule(name, _grafted(model, host, config, plan, predictor))
-    if config.tokens is not None:
-        set_token_stages(model, config)
+    if any(each.tokens is not None for each in (config, *others)):
+        set_token_stages(model, config, others)
     if hasattr(type(model), "set_input_size"):
         cast(Any, model).set_input_size = _SetInputSize(model)
     return model
@@ -63,10 +70,11 @@ def filled(model: nn.Module, config: SparsityConfig) -> SparsityConfig:
     return config.model_copy(update={"tokens": tokens}).with_cells(hosts.num_tokens(model))
 
 
-def set_token_stages(model: nn.Module, config: SparsityConfig) -> None:
+def set_token_stages(model: nn.Module, config: SparsityConfig, others: Iterable[SparsityConfig] = ()) -> None:
     """Install the token stages of `config.tokens` (None: remove them) in a grafted model, in place.
 
-    A block keeps its fitted importance if its stage uses it; a block that needs one and has none gets zeros.
+    A block keeps its fitted importance if its stage uses it, by `config` or one of `others`; a block that needs one and has
+    none gets zeros.
 
     Raises:
         UsageError: see `Tokens.check`.
@@ -76,8 +84,9 @@ def set_token_stages(model: nn.Module, config: SparsityConfig) -> None:
     depth = len(attentions)
     if config.tokens is not None:
         config.tokens.check(depth, hosts.num_prefix_tokens(model))
-    for attention, is_fitted in zip(attentions, fits_importance(config, depth), strict=True):
-        if not is_fitted:
+    fitted = zip(*(fits_importance(each, depth) for each in (config, *others)), strict=True)
+    for attention, is_fitted in zip(attentions, fitted, strict=True):
+        if not any(is_fitted):
             attention.importance = None
         elif attention.importance is None:
             weight = projection.weight(attention)
@@ -99,51 +108,23 @@ def fits_importance(config: SparsityConfig, depth: int) -> tuple[bool, ...]:
     return tuple(bool(share) for share in config.tokens.shares(depth))
 
 
-def apply(model: nn.Module, config: SparsityConfig) -> nn.Module:
-    """Set other keeps, cells and token stages in a model with fitted predictors, in place; dense blocks lose theirs.
-
-    Raises:
-        UsageError: `config` does not fit, or makes a dense block sparse.
-    """
-    token_models.remove(model)
-    attentions = attention_modules(model)
-    plans = config.resolved(hosts.geometry(model, attentions))
-    for i, ((name, module), plan) in enumerate(zip(attentions.items(), plans, strict=True)):
-        if plan.keeps is None:
-            model.set_submodule(name, DenseAttention(module).train(module.training))
-        elif isinstance(module, SparseAttention):
-            module.set_plan(plan)
-            module.predictor.trim()
-        else:
-            raise UsageError(f"block {i + 1} has no predictor: its attention is dense and cannot be made sparse here")
-    set_token_stages(model, config)
-    return model
-
-
-def applied(model: nn.Module, config: SparsityConfig) -> nn.Module:
-    """A copy changed by `apply`; it shares every parameter and buffer with `model`."""
-    return apply(_copy(model), config)
-
-
 def shallow_copy(model: nn.Module) -> nn.Module:
     """The same modules and tensors in a model whose attributes are its own."""
-    other = copy.copy(model)
-    if "set_input_size" in other.__dict__:
-        cast(Any, other).set_input_size = _SetInputSize(other)
-    return other
+    return methods.renew(copy.copy(model))
 
 
 def dense_twin(model: nn.Module) -> nn.Module:
     """A copy without sparsity; it shares every parameter and buffer with `model`."""
-    twin = _copy(model)
+    twin = shared_copy(model)
     for name, module in attention_modules(twin).items():
         twin.set_submodule(name, module.dense())
     token_models.remove(twin)
-    twin.__dict__.pop("set_input_size", None)
+    for name in methods.of(twin):
+        delattr(twin, name)
     return twin
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def shared_copy(model: nn.Module) -> nn.Module:
     """A copy with the same parameters and buffers."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, memo=cast(dict, tensors))
@@ -176,6 +157,15 @@ def new_predictor(
     return predictor.to(projection.weight(host))
 
 
+def _predictor_for(
+    model: nn.Module, host: nn.Module, config: SparsityConfig, plans: Sequence[BlockPlan]
+) -> Predictor | None:
+    """An unfitted predictor for one block that may have any of these plans."""
+    sparse = [plan for plan in plans if plan.keeps is not None]
+    width = max((max(plan.ranks) for plan in sparse), default=None)
+    return new_predictor(model, host, config, (sparse or plans)[0], width=width)
+
+
 def reset_predictors(model: nn.Module, seed: int) -> nn.Module:
     """Initialise token-lowrank predictors randomly, as the authors' code does, in place."""
     generator = torch.Generator().manual_seed(seed)
@@ -188,11 +178,18 @@ def _grafted(
     model: nn.Module, host: nn.Module, config: SparsityConfig, plan: BlockPlan, predictor: Predictor | None
 ) -> GraftedAttention:
     if plan.keeps is None or predictor is None:
-        return DenseAttention(host, hosts.rotary(model)).train(host.training)
+        return DenseAttention(host, hosts.rotary(model), predictor).train(host.training)
+    attention = SparseAttention(host, predictor, sparsity_of(model, config, plan), hosts.rotary(model))
+    attention.set_plan(plan)
+    return attention.train(host.training)
+
+
+def sparsity_of(model: nn.Module, config: SparsityConfig, plan: BlockPlan) -> Sparsity:
+    """The constants of a block by its plan, which is not dense, at the model's image size."""
+    assert plan.keeps is not None
     tile = config.tile if config.granularity == "tile" else ()
     tail, prefix = TAILS[config.tail], hosts.num_prefix_tokens(model)
-    sparsity = Sparsity(plan.keeps, prefix, tail, hosts.patch_grid(model), plan.cells, tile)
-    return SparseAttention(host, predictor, sparsity, hosts.rotary(model)).train(host.training)
+    return Sparsity(plan.keeps, prefix, tail, hosts.patch_grid(model), plan.cells, tile)
 
 
 def sparse_block(
@@ -220,8 +217,9 @@ def set_basis(host: nn.Module, predictor: HeadLowrankPredictor, t_q: torch.Tenso
 def freeze_predictors(model: nn.Module) -> nn.Module:
     """Exclude predictors from training, in place: a choice of keys has no gradient, and DistributedDataParallel would wait
     for one."""
-    for module in sparse_modules(model).values():
-        module.predictor.requires_grad_(False)
+    for module in attention_modules(model).values():
+        if module.predictor is not None:
+            module.predictor.requires_grad_(False)
     return model
 
 
@@ -236,24 +234,12 @@ def resize(model: nn.Module, img_size: int) -> None:
     _follow(model, lambda: hosts.set_image_size(model, img_size, img_size))
 
 
-class _SetInputSize:
-    """timm's method of a grafted model: its arguments, and everything of `resize`; rectangles too.
-
-    The model has it as an attribute, because its class stays timm's. A bound method would keep the model, and its memory,
-    until the garbage collector runs.
-    """
-
-    def __init__(self, model: nn.Module | None) -> None:
-        self.model: Callable[[], nn.Module | None] = (lambda: None) if model is None else weakref.ref(model)
+class _SetInputSize(ModelMethod):
+    """timm's method of a grafted model: its arguments, and everything of `resize`; rectangles too."""
 
     def __call__(self, *arguments: Any, **named: Any) -> None:
-        model = cast(Any, self.model())
-        if model is None:
-            raise ReferenceError("the model of this method is gone: of a shallow copy, call it on a deep one")
+        model = self.model
         _follow(model, lambda: type(model).set_input_size(model, *arguments, **named))
-
-    def __reduce__(self) -> tuple[type[_SetInputSize], tuple[nn.Module | None]]:
-        return _SetInputSize, (self.model(),)  # of the copy, where a model is copied or pickled
 
 
 @torch.no_grad()
@@ -270,11 +256,17 @@ def _follow(model: nn.Module, change: Callable[[], None]) -> None:
             module.adopt(model.get_submodule(name))
             model.set_submodule(name, module)
     new = hosts.patch_grid(model)
-    for module in sparse_modules(model).values():
-        sparsity, more = module.sparsity, growth(hosts.num_tokens(model)) / growth(tokens)
-        cells = sparsity.cells if old == new else sparsity.cells_for(more)
-        module.sparsity = dataclasses.replace(sparsity, grid=new, cells=cells)
-        module.predictor.resample(old, new)
+    if old == new:
+        return
+    more = growth(hosts.num_tokens(model)) / growth(tokens)
+    for module in attention_modules(model).values():
+        if isinstance(module, SparseAttention):
+            sparsity = module.sparsity
+            module.sparsity = dataclasses.replace(sparsity, grid=new, cells=sparsity.cells_for(more))
+        if module.predictor is not None:
+            module.predictor.resample(old, new)
+    for method in methods.of(model).values():
+        method.resized(more)
 
 
 def check_original(dense: nn.Module, sparse: nn.Module) -> None:

@@ -64,8 +64,8 @@ class Predictor(nn.Module):
     def set_ranks(self, ranks: tuple[int, ...]) -> None:
         """Score by other numbers of coordinates, one for each head; nothing where they are fixed."""
 
-    def trim(self) -> None:
-        """Forget what only other ranks need."""
+    def trim(self, width: int) -> None:
+        """Forget what only ranks above `width` need."""
 
     def reconstruct(
         self, q: Tensor, k: Tensor, scale: float, form: Reconstruction, bias: Tensor | None = None
@@ -104,11 +104,10 @@ class HeadLowrankPredictor(Predictor):
         self.ranks = ranks
         self.products = sum(ranks)  # of one score, over all heads
 
-    def trim(self) -> None:
-        """Forget the columns that the ranks do not use."""
-        self.width = max(self.ranks)
-        if self.a_q is not None and self.a_k is not None:
-            self.a_q, self.a_k = (nn.Parameter(a[..., : self.width].clone()) for a in (self.a_q, self.a_k))
+    def trim(self, width: int) -> None:
+        if self.a_q is not None and self.a_k is not None and width < self.a_q.shape[-1]:
+            self.a_q, self.a_k = (nn.Parameter(a[..., :width].clone()) for a in (self.a_q, self.a_k))
+        self.width = min(self.width, width)
 
     def by_head(self) -> list[tuple[Tensor, Tensor]]:
         """A_q and A_k of each head, [d, r] each; not folded."""

@@ -98,6 +98,27 @@ def by_head(config: SparsityConfig) -> str:
     return ", ".join(parts)
 
 
+def budgets(header: Header) -> list[tuple[str, str, str]]:
+    """The budgets of a file with several: each, its GMACs, and as a share of the dense model's MACs."""
+    rows = []
+    for budget, each in header.schedules.items() if len(header.schedules) > 1 else ():
+        sparse, dense = each.report.get("macs_sparse"), each.report.get("macs_dense")
+        macs = f"{sparse / 1e9:.3f}" if sparse else ""
+        now = " (in use)" if budget == header.budget else ""
+        rows.append((f"{budget:g}{now}", macs, f"{sparse / dense:.3f}" if sparse and dense else ""))
+    return rows
+
+
+BUDGET_COLUMNS = ("budget", "GMACs", "of dense")
+
+
+def budgets_markdown(header: Header) -> str:
+    """`budgets` as a table, with its heading."""
+    lines = ["| " + " | ".join(row) + " |" for row in (BUDGET_COLUMNS, ("---:",) * 3, *budgets(header))]
+    text = "One file, one backbone, a schedule for each budget (`model.set_budget(...)`, `--budget`)."
+    return "\n".join(["# Budgets", "", f"{text} What follows is of the one in use.", "", *lines, ""])
+
+
 def _keep(config: SparsityConfig) -> str:
     """'0.1', by layer where it differs; of layers whose heads differ the mean, and the range over all heads."""
     blocks = range(len(listed(config.keep)))

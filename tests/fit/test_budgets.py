@@ -17,7 +17,7 @@ from sparsify.fit.calibrate.budgets import BlockErrors, Settings
 from sparsify.fit.calibrate.calibrate import calibrate
 from sparsify.fit.schedule import head_costs
 from sparsify.measure.profile import profile
-from sparsify.nn import graft
+from sparsify.nn import graft, schedules
 from sparsify.nn.attention import sparse_modules
 from sparsify.ops.spec import budget
 from sparsify.report import header
@@ -127,13 +127,13 @@ def test_other_keeps_are_spent_from_the_same_errors(fold):
     x = images(several.model)
     plans = several.budgets.options((None, 0.3))
     assert all(plan.keeps is None for plan in plans[None])
-    applied = graft.applied(several.model, other)
+    applied = schedules.applied(several.model, other)
     for module, plan in zip(sparse_modules(applied).values(), other.resolved(several.budgets.shape), strict=True):
         assert module.sparsity.keeps == plan.keeps and module.predictor.ranks == plan.ranks
         assert fold or module.predictor.a_q.shape[-1] == max(plan.ranks)
     with torch.inference_mode():
         assert torch.isfinite(applied(x)).all()
-        again = graft.applied(applied, other)
+        again = schedules.applied(applied, other)
         torch.testing.assert_close(again(x), applied(x))
 
 

@@ -20,7 +20,7 @@ from sparsify.fit.schedule.sensitivity import Sensitivity
 from sparsify.images import datasets
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint
-from sparsify.nn import execution, graft, token_models
+from sparsify.nn import execution, graft, schedules, token_models
 from sparsify.nn.attention import Execution, attention_modules
 from sparsify.recipe import load_recipe
 
@@ -114,7 +114,9 @@ def test_costs_are_the_profiles_macs(way, counts, importance):
     def total(c, a):
         rates = search.BlockSchedule(c, a, 0, 0).rates()
         tokens = Tokens(way=way, keep=rates, importance=importance) if len(set(c)) > 1 else None
-        return profile(graft.applied(model, config.model_copy(update={"tokens": tokens})), measure=False).macs_sparse
+        return profile(
+            schedules.applied(model, config.model_copy(update={"tokens": tokens})), measure=False
+        ).macs_sparse
 
     dense = profile(model, measure=False).macs_dense
     fixed = dense - search.price(costs, (16,) * 5, (None,) * 4)
@@ -165,7 +167,7 @@ def test_target_macs_is_met_and_the_better_of_two(target):
     measured = sensitivity(model, config, [x], (None, 0.5))
     dense = profile(model, measure=False).macs_dense
     found = choose.for_macs(model, config, measured, target, dense)
-    got = profile(graft.applied(model, found.config), measure=False).macs_sparse / dense
+    got = profile(schedules.applied(model, found.config), measure=False).macs_sparse / dense
     assert got <= target * 1.001 and got > target - 0.06  # 16 patches move in steps of 2 %
 
 

@@ -14,7 +14,7 @@ from sparsify.fit.calibrate import token_importance
 from sparsify.fit.calibrate.calibrate import calibrate, fit_importance
 from sparsify.measure.profile import profile
 from sparsify.models import checkpoint
-from sparsify.nn import attention, graft, projection, token_models
+from sparsify.nn import attention, projection, schedules, token_models
 from sparsify.nn.importance import fitted_importance as fitted
 
 TOKENS = Tokens(keep=0.6, stages=(1, 2, 3))
@@ -111,7 +111,7 @@ def test_a_search_measures_it_and_what_is_applied_keeps_it():
     found = calibrated(tokens=None)
     fit_importance(found.model, lambda: images(found.model, 6).split(3))
     assert all(w is not None for w in weights_of(found.model))
-    other = graft.applied(found.model, found.config.model_copy(update={"tokens": Tokens(keep=(0.5, 1.0, 1.0))}))
+    other = schedules.applied(found.model, found.config.model_copy(update={"tokens": Tokens(keep=(0.5, 1.0, 1.0))}))
     assert weights_of(other)[0] is weights_of(found.model)[0] and weights_of(other)[1:] == [None, None]
     assert all(w is not None for w in weights_of(found.model))
 

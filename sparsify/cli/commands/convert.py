@@ -56,8 +56,9 @@ def convert(
     """
     from sparsify.recipe import default_recipe, load_recipe
 
-    base = load_recipe(recipe or default_recipe(data is not None and not calibrate_only))
     target = parsers.target(target_macs, target_latency, keep, token_keep)
+    several = target is not None and len(target.shares) > 1
+    base = load_recipe(recipe or default_recipe(data is not None and not calibrate_only and not several))
     tokens = parsers.tokens(token_keep, token_stages, token_way, token_importance, base.sparsity.tokens)
     if token_keep is not None and keep is None and recipe is None:
         keep = "dense"
@@ -97,6 +98,7 @@ def convert(
         return
     if not quiet:
         tables.show(tables.profile_table(made.profile))
+        tables.show(tables.budgets_table(made.header))
     also = f"{made.recipe.name}, " if made.recipe else ""
     run = f"; the run is in {made.run}" if made.run else ""
     terminal.line(

@@ -21,6 +21,7 @@ def evaluate(
     dense: options.Dense = None,
     batch_size: options.BatchSize = 32,
     img_size: options.ImgSize = None,
+    budget: options.Budget = None,
     mean: options.Mean = None,
     std: options.Std = None,
     crop_pct: options.CropPct = None,
@@ -64,7 +65,7 @@ def evaluate(
     say, images = options.say(quiet), str(imagenet or data)
     processes.start(device)
     with processes.agree():
-        one = opened(file, dense, img_size, say)
+        one = opened(file, dense, img_size, say, budget)
         parsers.preprocessing(mean, std, crop_pct, interpolation, class_map).apply(one.model)
     if one.note:
         say(one.note)

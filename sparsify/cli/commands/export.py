@@ -20,6 +20,7 @@ def export(
     batch_size: Annotated[int | None, option("N", "Fixed batch size.", default="1", min=1)] = None,
     dynamic_batch: Annotated[bool, flag("--dynamic-batch", "Allow any batch size.")] = False,
     img_size: options.ImgSize = None,
+    budget: options.Budget = None,
     force: Annotated[bool, flag("--force", "Overwrite an existing file.")] = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -34,6 +35,6 @@ def export(
     from sparsify.jobs.export import onnx_file, program
 
     say, size = options.say(quiet), None if dynamic_batch else batch_size or 1
-    made = program.export(file, format, output, batch_size=size, img_size=img_size, force=force, say=say)
+    made = program.export(file, format, output, batch_size=size, img_size=img_size, budget=budget, force=force, say=say)
     terminal.line(f"wrote {made.path} ({made.bytes / 1e6:.1f} MB) in {made.seconds:.0f} s")
     say(made.checked.words() if made.checked else onnx_file.UNCHECKED)

@@ -16,6 +16,7 @@ def profile(
     dense: options.Dense = None,
     batch_size: options.TimedBatch = 1,
     img_size: options.ImgSize = None,
+    budget: options.Budget = None,
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     backend: options.Backend = "auto",
@@ -45,7 +46,7 @@ def profile(
     from sparsify.report.profile import to_markdown
 
     say = options.say(quiet)
-    one = opened(file, dense, img_size, say)
+    one = opened(file, dense, img_size, say, budget)
     if one.note:
         say(one.note)
     result = profile.profile(

@@ -24,6 +24,7 @@ def report(
     sweep: Annotated[Path | None, option("FOLDER|FILE.json", SWEEP)] = None,
     images: Annotated[list[Path] | None, option("IMAGE", "Image to draw what the model does with. Repeatable.")] = None,
     dense: options.Dense = None,
+    budget: options.Budget = None,
     query: options.Queries = None,
     layer: options.Layers = None,
     head: options.Heads = None,
@@ -55,7 +56,7 @@ def report(
     evaluation = None if eval_file is None else readback.evaluation(eval_file)
     swept = None if sweep is None else readback.sweep(sweep)
     figures = None if profile is None else readback.profile(profile)
-    one = opened(file)
+    one = opened(file, say=say, budget=budget)
     if profile is not None and figures is not None:
         readback.check_profile(profile, figures, file, one.header, one.model)
     if eval_file is not None and evaluation is not None:

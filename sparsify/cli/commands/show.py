@@ -22,6 +22,7 @@ def show(
     dense: Annotated[str | None, option("NAME|FILE", DENSE_OF, default="of the sparse model's own")] = None,
     output: Annotated[Path, option("FOLDER", "Folder for the PNGs.", names="--output -o")] = Path("show"),
     img_size: options.ImgSize = None,
+    budget: options.Budget = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
@@ -41,7 +42,7 @@ def show(
     say = options.say(quiet)
     check_folder(output)
     points = [photograph.point(text) for text in query or []]
-    one = opened(file, dense, img_size, say)
+    one = opened(file, dense, img_size, say, budget)
     with Reporter(quiet) as reporter:
         progress = partial(reporter.update, "look")
         draw = partial(look, layers=layer, heads=head, dense=one.dense, progress=progress, say=say)

@@ -16,7 +16,7 @@ from sparsify.fit.schedule.search import BlockSchedule, price, search
 from sparsify.fit.schedule.sensitivity import Sensitivity, measure
 from sparsify.measure.latency import interleaved
 from sparsify.measure.macs import count, image_shape, replica
-from sparsify.nn import graft, hosts
+from sparsify.nn import graft, hosts, schedules
 from sparsify.nn.attention import attention_modules
 
 KEEPS: tuple[Keep, ...] = (None, 0.25, 0.1, 0.05)  # that a search tries
@@ -94,7 +94,7 @@ def for_latency(
     for _ in range(TRIES):
         schedule = search(measured, costs, aim * whole - fixed)
         found = scheduled(config, schedule, measured.options)
-        sparse = graft.applied(model, found)
+        sparse = schedules.applied(model, found)
         times = interleaved({"dense": partial(dense, images), "sparse": partial(sparse, images)}, rounds=ROUNDS)
         share = times["sparse"].median / times["dense"].median
         say(f"latency: {share:.3f} of dense measured, {target:g} wanted")

@@ -71,6 +71,7 @@ def export(
     *,
     batch_size: int | None = 1,
     img_size: int | None = None,
+    budget: float | None = None,
     force: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Exported:
@@ -80,6 +81,7 @@ def export(
         format: onnx or pt2.
         output: a name that ends in .onnx or .pt2; None: that of `file` with that ending.
         batch_size: fixed batch size; None: any. img_size: side in pixels; None: the file's.
+        budget: see `sparsify.models.checkpoint.read`.
         force: overwrite an existing output.
 
     Raises:
@@ -100,20 +102,22 @@ def export(
         raise BadFile(f"{path} exists: choose another {field('output')} or overwrite it with {field('force')}")
     FORMATS[format].check_packages()
     with reserved(path):
-        checked = _write(file, path, format, batch_size, img_size, say)
+        loaded = checkpoint.read(file, img_size, budget=budget)
+        checked = _write(loaded, path, format, batch_size, say)
     return Exported(path, format, batch_size, path.stat().st_size, checked, time.perf_counter() - start)
 
 
 def _write(
-    file: Path, path: Path, format: str, batch_size: int | None, img_size: int | None, say: Callable[[str], None]
+    loaded: checkpoint.Loaded, path: Path, format: str, batch_size: int | None, say: Callable[[str], None]
 ) -> Checked | None:
     """Writes the program to `path` if its outputs are the model's; None: nothing on this machine runs it."""
     writer = FORMATS[format]
-    loaded = checkpoint.read(file, img_size)
     header, model = loaded.header, loaded.model.requires_grad_(False)
     writer.check_size(sum(t.nbytes for t in model.state_dict().values()))
     described = loaded.metadata | metadata(model, format, batch_size)
     described.pop("format", None)  # safetensors' own
+    if header.budget is not None:
+        described["sparsify.budget"] = f"{header.budget:g}"
     described["sparsify.licence"] = licence_of(header).name or "unknown"  # as of today
     program = trace(model, batch_size)
     with whole(path) as temporary:
@@ -124,7 +128,7 @@ def _write(
         except (SparsifyError, OSError):
             raise
         except Exception as error:
-            raise SparsifyError(f"{file} cannot be written as {format}: {one_line(error)}") from error
+            raise SparsifyError(f"this model cannot be written as {format}: {one_line(error)}") from error
         pictures = _pictures(model, header.architecture["architecture"])
         return None if run is None else compare(model, run, pictures, batch_size)
 
@@ -140,6 +144,7 @@ def metadata(model: nn.Module, format: str, batch_size: int | None) -> dict[str,
     sparsify.preprocessing  input_size [C, H, W], mean, std, interpolation, crop_pct, crop_mode: timm's words
     sparsify.export         format, batch (a number or "any"), input and output by name, library versions
     sparsify.labels         names of the classes in the order of the logits, where the file has them
+    sparsify.budget         fraction of the dense model's cost that the program's schedule was chosen for, if it was
     """
     config = datasets.data_config(model)
     about = {

@@ -1,0 +1,137 @@
+"""One file, many speeds: `convert --target-macs A,B` writes one backbone with a schedule for each."""
+
+import json
+
+import pytest
+import torch
+
+import sparsify
+from helpers.families import images
+from helpers.small_runs import recipe
+from sparsify.errors import BadFile, UsageError
+from sparsify.models import checkpoint, header
+from sparsify.nn import schedules
+from sparsify.recipe import load_recipe
+
+CALIBRATE = load_recipe("calibrate").override(calib_images=4)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    path = tmp_path_factory.mktemp("several") / "several.safetensors"
+    return sparsify.convert("digits", recipe=CALIBRATE, target_macs=(0.8, 0.4), output=path)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    path = tmp_path_factory.mktemp("single") / "single.safetensors"
+    return sparsify.convert("digits", recipe=CALIBRATE, target_macs=0.4, output=path)
+
+
+@torch.inference_mode()
+def test_a_budget_gives_the_logits_of_a_file_made_for_it_alone(made, single):
+    one = sparsify.load(single.path, backend="reference")
+    chosen = sparsify.load(made.path, budget=0.4, backend="reference")
+    first = sparsify.load(made.path, backend="reference")
+    x = images(one)
+    assert torch.equal(chosen(x), one(x)) and not torch.equal(first(x), one(x))
+    first.set_budget(0.4)
+    assert torch.equal(first(x), one(x))
+    first.set_budget(1.0)
+    dense = sparsify.load(single.path, budget=1.0, backend="reference")
+    assert torch.equal(first(x), dense(x))
+    assert made.path.stat().st_size < 1.02 * single.path.stat().st_size
+    assert single.recipe is not None and made.recipe is None
+
+
+def test_header_and_reports_have_all_budgets(made, single):
+    found = checkpoint.read_header(made.path)
+    assert list(found.schedules) == [0.8, 0.4] and found.budget == 0.8
+    assert found.at(0.4).config == checkpoint.read_header(single.path).config
+    for budget in (0.8, 0.4):
+        report = found.at(budget).report
+        assert report["macs_sparse"] / report["macs_dense"] == pytest.approx(budget, rel=0.02)
+        assert report["macs_sparse"] == sparsify.profile(made.path, budget=budget, measure=False).macs_sparse
+    assert found.at(1.0).report["macs_sparse"] == found.report["macs_dense"]
+    written = json.loads(made.report_json.read_text())
+    assert (
+        list(written["budgets"]) == ["0.8", "0.4"]
+        and written["macs_sparse"] == written["budgets"]["0.8"]["macs_sparse"]
+    )
+    assert "| 0.8 (in use) |" in made.report_md.read_text()
+
+
+def test_saved_again_it_keeps_its_budgets(made, tmp_path):
+    model = sparsify.load(made.path, img_size=42, backend="reference")
+    model.set_budget(0.4)
+    again = sparsify.save(model, tmp_path / "again.safetensors", like=made.path)
+    found = checkpoint.read_header(again)
+    assert found.budget == 0.4 and list(found.schedules) == [0.8, 0.4]
+    assert found.report["macs_sparse"] > checkpoint.read_header(made.path).at(0.4).report["macs_sparse"]
+    with torch.inference_mode():
+        for budget in (0.8, 0.4):
+            model.set_budget(budget)
+            x = images(model)
+            assert torch.equal(sparsify.load(again, budget=budget, backend="reference")(x), model(x))
+
+
+def test_an_exported_program_has_the_budget_in_its_metadata(made, tmp_path):
+    torch_program = sparsify.export(made.path, "pt2", tmp_path / "m.pt2", budget=0.4)
+    files: dict[str, str] = {"sparsify.budget": ""}
+    torch.export.load(torch_program.path, extra_files=files)
+    assert files["sparsify.budget"] == "0.4"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(target_macs=(0.8, 0.4), recipe=recipe({}), data="digits"), "trained for one target"),
+        (dict(target_macs=(0.8, 1.4)), "at most 1"),
+        (dict(target_macs=()), "target_macs: .*at least 1"),
+        (dict(target_latency=(0.8, "x")), "target_latency: expected a number"),
+    ],
+)
+def test_targets_that_cannot_be_are_refused(arguments, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        sparsify.convert("digits", output=tmp_path / "m.safetensors", **arguments)
+    assert not list(tmp_path.glob("m*"))
+
+
+def test_a_budget_that_is_not_there_is_refused_by_name(made, tmp_path):
+    for budget, use in ((0.5, sparsify.load), (0.5, lambda path, budget: sparsify.profile(path, budget=budget))):
+        with pytest.raises(UsageError, match="has schedules for 0.8, 0.4"):
+            use(made.path, budget=budget)
+    plain = sparsify.convert("digits", recipe=CALIBRATE.override(spread="none"), output=tmp_path / "plain.safetensors")
+    with pytest.raises(UsageError, match="has one schedule, chosen for no budget"):
+        sparsify.load(plain.path, budget=0.5)
+    assert not hasattr(sparsify.load(plain.path), "set_budget")
+    assert sparsify.profile(plain.path, budget=1, measure=False).macs_sparse == plain.profile.macs_dense
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tree: {"2": tree["0.4"]}, "a budget above 0 and up to 1"),
+        (lambda tree: {"0.40": tree["0.4"]}, "a budget above 0 and up to 1"),
+        (lambda tree: {"0.4": 7}, "a budget above 0 and up to 1"),
+        (lambda tree: {"0.4": tree["0.4"]}, "config is none of them"),
+        (lambda tree: tree | {"0.4": tree["0.4"] | {"report": {"macs_sparse": "many"}}}, "macs_sparse"),
+        (lambda tree: tree | {"0.4": tree["0.4"] | {"config": {"tail": "mean"}}}, "differ in keep"),
+        (lambda tree: tree | {f"0.{i}1": tree["0.4"] for i in range(1, 17)}, "more than 16"),
+    ],
+)
+def test_schedules_of_a_file_are_checked(change, message, made):
+    with checkpoint.reading(made.path) as file:
+        meta = dict(file.metadata)
+    meta["sparsify.schedules"] = json.dumps(change(json.loads(meta["sparsify.schedules"])))
+    with pytest.raises(UsageError, match=message):
+        header.parse(meta)
+
+
+def test_a_schedule_that_needs_what_the_file_lacks_is_refused(made, tmp_path):
+    found = checkpoint.read_header(made.path)
+    model = schedules.applied(checkpoint.load(made.path), found.config)  # the predictors and importances of one alone
+    path = tmp_path / "lacks.safetensors"
+    checkpoint.save(model, path, found)
+    with pytest.raises(BadFile, match="is missing"):
+        checkpoint.load(path)
