@@ -6,6 +6,7 @@
     model = sparsify.load("model.safetensors")        # a timm model; model(x) as before
     sparsify.profile(model).as_dict()                 # MACs and latency, dense beside sparse
     sparsify.evaluate(model, "imagenet")              # top-1, top-5, agreement with dense
+    sparsify.load("model.safetensors", adaptive=0.6)  # of a file with several budgets: cheap where that is sure enough
     sparsify.save(model, "tuned.safetensors", like="model.safetensors")     # after a training loop of your own
 
 The names are resolved at first use, so that `import sparsify` does not load torch.
@@ -17,11 +18,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparsify.api import convert, evaluate, export, load, profile, save
+    from sparsify.api import convert, evaluate, export, export_pair, load, profile, profile_adaptive, save
     from sparsify.config import SparsityConfig
     from sparsify.version import __version__
 
-__all__ = ["SparsityConfig", "__version__", "convert", "evaluate", "export", "load", "profile", "save"]
+__all__ = [
+    "SparsityConfig",
+    "__version__",
+    "convert",
+    "evaluate",
+    "export",
+    "export_pair",
+    "load",
+    "profile",
+    "profile_adaptive",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:

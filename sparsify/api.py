@@ -18,15 +18,20 @@ from sparsify.jobs.convert import convert as convert_job
 from sparsify.jobs.dense import DenseRequest, Preprocessing
 from sparsify.jobs.export.program import Exported
 from sparsify.jobs.export.program import export as export_job
+from sparsify.jobs.export.program import export_pair as export_pair_job
 from sparsify.jobs.save import save as save_job
 from sparsify.measure.accuracy import Evaluation
+from sparsify.measure.adaptive import AdaptiveProfile
+from sparsify.measure.adaptive import profile_adaptive as profile_adaptively
 from sparsify.measure.evaluate import evaluate_images, own_compute
 from sparsify.measure.figures import Profile
 from sparsify.measure.latency import BUDGET_S, Budget
 from sparsify.measure.profile import profile as profile_model
 from sparsify.models import checkpoint, hub
-from sparsify.models.original import opened
+from sparsify.models.original import Which, opened
 from sparsify.nn import execution, graft
+from sparsify.nn.adaptive import Adaptive, lead
+from sparsify.nn.adaptive import adaptive as adaptively
 from sparsify.nn.attention import Execution
 from sparsify.ops.auto import Chooser
 from sparsify.processes import Compute, Listener, Say
@@ -111,6 +116,7 @@ class EvaluateOptions(ComputeOptions, PreprocessingOptions, total=False):
 
     workers: int
     budget: float | None
+    adaptive: float | None
     backbone_changed: bool
     name: str
     strict: bool
@@ -191,6 +197,7 @@ def load(
     device: str | torch.device = "cpu",
     *,
     budget: float | None = None,
+    adaptive: float | None = None,
     backend: str = "auto",
     kernel_precision: str = "input",
     **rates: float,
@@ -207,6 +214,8 @@ def load(
         img_size: see `sparsify.models.checkpoint.read`.
         budget: of a file made for several targets, which of them; None: the first; 1: dense attention over all tokens. A
             model of a file that was made for a target has `set_budget`, to change it between calls.
+        adaptive: mean cost of an image, a fraction of the dense model's: an `Adaptive` classifier that runs a cheap
+            schedule, and a dearer one again where that is unsure (`sparsify.nn.adaptive`); its `rule` says which.
         backend: cpu or reference computes the sparse form always. auto: per attention shape whatever was measured fastest
             on this machine (about 0.3 s at the first call of a shape, then remembered on disk): the CPU kernels, or
             dense attention, unless the file's backbone was changed. From the first `model.train()` on, always sparse, in
@@ -216,16 +225,19 @@ def load(
 
     Raises:
         BadFile: see `sparsify.models.checkpoint.read`.
-        UsageError: an unknown backend, precision or rate, a budget that the file has not, or backend cpu where the kernels
-            cannot be used.
+        UsageError: an unknown backend, precision or rate, a budget or a mean cost that the file does not have, or backend
+            cpu where the kernels cannot be used.
         SparsifyError: a download that failed, see `sparsify.models.hub.fetch`.
     """
     file = hub.local(path)
+    if budget is not None and adaptive is not None:
+        raise UsageError("give either budget, one schedule, or adaptive, two of them")
     target, loaded = processes.torch_device(device), checkpoint.read(file, img_size, rates, budget)
+    rule = None if adaptive is None else loaded.header.rule(adaptive)
     model = graft.freeze_predictors(loaded.model.to(target))
     fallback = backend == "auto" and not loaded.header.backbone_changed
     execution.set_execution(model, Execution(backend, kernel_precision, fallback, Chooser() if fallback else None))
-    return model
+    return model if rule is None else adaptively(model, rule)
 
 
 def save(model: nn.Module, path: str | Path, *, like: str | Path, force: bool = False) -> Path:
@@ -264,6 +276,38 @@ def export(
     return export_job(path, format, output, say=_in_python(say), **cast(Any, how))
 
 
+def export_pair(
+    path: str | Path,
+    adaptive: float,
+    format: str = "onnx",
+    output: str | Path | None = None,
+    *,
+    batch_size: int | None = 1,
+    img_size: int | None = None,
+    force: bool = False,
+    say: Say | None = None,
+) -> tuple[Exported, Exported]:
+    """Write the two programs of adaptive inference, with the rule in their metadata.
+
+    Arguments and errors are those of `sparsify.jobs.export.program.export_pair`; `say` as in `export`.
+    """
+    how = {"batch_size": batch_size, "img_size": img_size, "force": force}
+    return export_pair_job(path, adaptive, format, output, say=_in_python(say), **cast(Any, how))
+
+
+def profile_adaptive(model: Adaptive, **options: Unpack[ComputeOptions]) -> AdaptiveProfile:
+    """MACs and latency of adaptive inference, in the mean and at worst, beside the dense model.
+
+    Args:
+        model: what `load(..., adaptive=)` gave.
+        batch_size, device, dtype, backend, kernel_precision: of the measurement (`sparsify.processes.Compute`).
+
+    Raises:
+        SparsifyError: see `sparsify.measure.profile.profile`.
+    """
+    return profile_adaptively(model, compute=_split(Compute(), options, ComputeOptions)[0])
+
+
 def profile(model: ModelOrFile, *, dense: ModelOrFile | None = None, **options: Unpack[ProfileOptions]) -> Profile:
     """MACs and latency of a sparse model (or its file) beside its dense original.
 
@@ -279,7 +323,9 @@ def profile(model: ModelOrFile, *, dense: ModelOrFile | None = None, **options: 
     Raises:
         SparsifyError: see `sparsify.measure.profile.profile` and `sparsify.models.original.load_original`.
     """
-    sparse, original, changed = _opened(model, dense, options.pop("budget", None))
+    if isinstance(model, Adaptive):
+        raise UsageError("profile of an adaptive model: profile_adaptive(model) has its mean and its worst case")
+    sparse, original, changed = _opened(model, dense, Which(options.pop("budget", None)))
     compute, rest = _split(Compute(), options, ProfileOptions)
     budget = Budget(rest.pop("budget_s", BUDGET_S), rest.pop("repeats", None))
     return profile_model(
@@ -296,7 +342,7 @@ def evaluate(
     every one of them must call this.
 
     Args:
-        dense, budget: as in `profile`.
+        dense, budget: as in `profile`. adaptive: of a file, see `load`; or give the model that `load` returned.
         batch_size, workers, device, dtype, backend, kernel_precision: see `sparsify.processes.Compute`.
         mean, std, crop_pct, interpolation, class_map: see `sparsify.images.preprocessing.Preprocessing`.
         name, strict, backbone_changed: see `sparsify.measure.evaluate.evaluate_images`.
@@ -305,16 +351,24 @@ def evaluate(
     Raises:
         SparsifyError: see `sparsify.measure.evaluate.evaluate_images` and `sparsify.models.original.load_original`.
     """
-    sparse, original, changed = _opened(model, dense, options.pop("budget", None))
+    which = Which(options.pop("budget", None), options.pop("adaptive", None))
+    sparse, original, changed = _opened(model, dense, which)
     compute, rest = _split(own_compute(sparse), options, EvaluateOptions)
     if given := _preprocessing(rest):
-        sparse = graft.shallow_copy(sparse)  # the caller's model keeps its own
-        given.apply(sparse)
+        sparse = _shallow_copy(sparse)  # the caller's model keeps its own
+        given.apply(lead(sparse))
     tell = rest.pop("progress", lambda done, total: None)
     listener = Listener(_in_python(rest.pop("say", None)), lambda step, done, total: tell(done, total))
     return evaluate_images(
         sparse, str(images), dense=original, compute=compute, listener=listener, **{"backbone_changed": changed, **rest}
     )
+
+
+def _shallow_copy(model: nn.Module) -> nn.Module:
+    """The same tensors in a model whose attributes are its own."""
+    if isinstance(model, Adaptive):
+        return Adaptive(graft.shallow_copy(model.first), model.second, model.rule)
+    return graft.shallow_copy(model)
 
 
 def _preprocessing(options: Any) -> Preprocessing | None:
@@ -333,15 +387,13 @@ def _split(compute: Compute, options: Mapping[str, Any], known: Any) -> tuple[Co
     return replace(compute, **given), rest
 
 
-def _opened(
-    model: ModelOrFile, dense: ModelOrFile | None, budget: float | None
-) -> tuple[nn.Module, nn.Module | None, bool]:
+def _opened(model: ModelOrFile, dense: ModelOrFile | None, which: Which) -> tuple[nn.Module, nn.Module | None, bool]:
     """The sparse model, the dense one that was given, and whether the backbone is known to have changed."""
     if not isinstance(model, nn.Module):
-        file = opened(hub.local(model), dense, budget=budget)
+        file = opened(hub.local(model), dense, which=which)
         return file.model, file.dense, file.header.backbone_changed
-    if budget is not None:
-        raise UsageError("budget: of a file; a model has its own (model.set_budget)")
+    if which != Which():
+        raise UsageError("budget and adaptive are of a file; a model has model.set_budget, and load takes adaptive")
     if dense is None or isinstance(dense, nn.Module):
         return model, dense, False
     raise UsageError(f"dense {dense}: beside a model that is no file, the dense model itself is expected")

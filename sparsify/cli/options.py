@@ -165,6 +165,8 @@ Targets = Annotated[str, option("SHARES", "Fractions of the dense model's MACs t
 Keeps = Annotated[str, option("SHARES", "Fractions of keys to measure sparse attention at, all tokens; or none.")]
 _BUDGET = "Which schedule of a file made for several targets: 0.55; 1: dense attention, all tokens."
 Budget = Annotated[float | None, option("SHARE", _BUDGET, MODEL, "the file's first", min=0, max=1)]
+_ADAPTIVE = "Mean cost of an image, a fraction of dense: a cheap schedule, and a dearer one again for unsure images."
+Adaptive = Annotated[float | None, option("SHARE", _ADAPTIVE, MODEL, "one schedule", min=0, max=1)]
 _PREFIX = "Start of the names of .md, .json, .png and the folder .recipes."
 SweepOutput = Annotated[Path, option("PREFIX", _PREFIX, names="--output -o")]
 Limit = Annotated[int | None, option("N", "Images to measure on, drawn by --seed.", default="all", min=1)]

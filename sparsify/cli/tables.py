@@ -10,9 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsify.cli import terminal
+from sparsify.measure.adaptive import AdaptiveProfile
 from sparsify.measure.figures import Profile
 from sparsify.measure.sweep import Sweep
-from sparsify.report import accuracy, header, profile, sweep, words
+from sparsify.report import accuracy, adaptive, header, profile, sweep, words
 
 
 def show(what: RenderableType) -> None:
@@ -54,6 +55,16 @@ def budgets_table(about: header.Header) -> Group:
     for row in rows:
         table.add_row(*row)
     return Group(Text(), table) if rows else Group()
+
+
+def adaptive_table(figures: AdaptiveProfile) -> Group:
+    """Costs of adaptive inference in the mean and at worst, beside dense."""
+    table = Table(box=None, pad_edge=False)
+    for heading in adaptive.COLUMNS:
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in adaptive.rows(figures):
+        table.add_row(*row)
+    return Group(table, *(Text(line, style="dim") for line in adaptive.notes(figures)))
 
 
 def module_tree(figures: Profile, *, full: bool = False) -> Group:

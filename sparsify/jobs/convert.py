@@ -151,7 +151,7 @@ def _convert(
         provenance = about | _provenance(found, images.train is not None) | (tuned.provenance() if tuned else {})
         configs = found.schedules if len(found.schedules) > 1 else dict.fromkeys(found.schedules, config)
         several = {budget: Schedule(each, {}) for budget, each in configs.items()}
-        return checkpoint.Header(architecture, config, provenance, {}, several)
+        return checkpoint.Header(architecture, config, provenance, {}, several, found.sureness)
 
     tuned, run = None, None
     if plan is None:
@@ -282,9 +282,10 @@ def _with_schedules(made: Calibrated, calibration: Calibration, target: Target, 
         configs[share] = graft.filled(model, found.config)
     first = configs[target.shares[0]]
     schedules.apply(model, first, configs.values())
+    sure = {} if made.recipe.trains else calibrator.sureness(model, configs)
     description = f"{made.recipe.description.split('; schedule')[0]}; {descriptions[0]}"
     recipe = made.recipe.model_copy(update={"sparsity": first, "description": description})
-    return replace(made, config=first, recipe=recipe, schedules=configs)
+    return replace(made, config=first, recipe=recipe, schedules=configs, sureness=sure)
 
 
 def _provenance(found: Calibrated, own_images: bool) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from sparsify.config import SparsityConfig, Target, Tokens
 from sparsify.errors import BadFile, SparsifyError, field
 from sparsify.fit.calibrate.budgets import spends
 from sparsify.fit.calibrate.calibrate import Calibration, calibrate, first_images, fit_importance, images_of
+from sparsify.fit.schedule import sureness
 from sparsify.fit.schedule.choose import sensitivity
 from sparsify.fit.schedule.head_costs import timed
 from sparsify.fit.schedule.sensitivity import Sensitivity
@@ -25,6 +26,7 @@ from sparsify.models import building, names, pretrained
 from sparsify.models.dense_weights import read_checkpoint
 from sparsify.models.digits import network
 from sparsify.nn import graft, hosts
+from sparsify.nn.adaptive import Sureness
 from sparsify.nn.attention import Execution
 from sparsify.nn.execution import check_execution, set_execution
 from sparsify.ops import backends
@@ -190,6 +192,10 @@ class Calibrator:
             budgets = timed(model, budgets, target.batch_size)
         options = budgets.options(target.keeps)
         return sensitivity(model, config, probe, options, lambda done: self.listener.progress(step, done, total))
+
+    def sureness(self, model: nn.Module, schedules: Mapping[float, SparsityConfig]) -> dict[float, Sureness]:
+        """How sure a calibrated model is of the images by each of its schedules; nothing of one without a classifier."""
+        return sureness.measure(model, schedules, self.batches(), lambda done: self._progress("margins", done, None))
 
     def _progress(self, step: str, done: int, total: int | None) -> None:
         self.listener.progress(step, done, total or self.total)

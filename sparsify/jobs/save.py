@@ -19,6 +19,7 @@ from sparsify.measure.profile import profile
 from sparsify.models import building, checkpoint
 from sparsify.models.names import Source
 from sparsify.nn import attention, execution, hosts, schedules
+from sparsify.nn.adaptive import Adaptive
 from sparsify.nn.attention import Execution
 from sparsify.version import __version__
 
@@ -46,6 +47,8 @@ def save(model: nn.Module, path: Path, like: Path, force: bool = False) -> Heade
     """
     check_file(path)
     host = unwrap_model(model)
+    if isinstance(host, Adaptive):
+        raise UsageError("an adaptive model is two schedules of a file: save what load gives without adaptive")
     if not isinstance(host, nn.Module) or not attention.attention_modules(host):
         raise UsageError("no sparse attention in this model: save takes a model that sparsify.load gave")
     header = checkpoint.read_header(like)
@@ -61,6 +64,8 @@ def save(model: nn.Module, path: Path, like: Path, force: bool = False) -> Heade
             f"rebuilt from {like} this model gives other outputs: its modules were changed in a way that a file cannot say"
         )
     described = described._replace(provenance=_provenance(header, like, state, described))
+    if described.backbone_changed:  # other weights are sure of other images
+        described = described._replace(sureness={})
     if described.architecture["model_args"] != header.architecture["model_args"]:
         described = _counted(fresh, described)
     checkpoint.may_overwrite(path, described.architecture, force)

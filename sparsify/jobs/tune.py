@@ -15,6 +15,7 @@ from sparsify.fit.finetune.plan import Plan, RunOptions
 from sparsify.fit.finetune.run import RunResult, finetune
 from sparsify.fit.finetune.run_folder import RunFolder
 from sparsify.models import checkpoint
+from sparsify.nn.adaptive import Sureness
 from sparsify.nn.folding import fold
 from sparsify.recipe import Recipe, load_recipe, recipe_yaml
 
@@ -29,6 +30,7 @@ class Calibrated:
     words: str  # which images were used
     images: int  # how many
     schedules: Mapping[float, SparsityConfig] = field(default_factory=dict)  # chosen for a target, by budget
+    sureness: Mapping[float, Sureness] = field(default_factory=dict)  # of these
 
 
 @dataclass(frozen=True)

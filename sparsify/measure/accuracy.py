@@ -49,6 +49,7 @@ class Evaluation:
     rel_error_patch: float | None = None
     knn_top1: float | None = None  # leave-one-out nearest-neighbour accuracy over the pooled features
     dense_knn_top1: float | None = None
+    ran_twice: float | None = None  # percent of images, of adaptive inference
     throughput_sparse: float | None = None  # images/s, measured in this pass; of several processes the sum
     throughput_dense: float | None = None
 

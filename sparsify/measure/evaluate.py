@@ -27,6 +27,7 @@ from sparsify.images.preprocessing import class_names
 from sparsify.measure.accuracy import Evaluation, Features, Logits
 from sparsify.measure.figures import count_parameters
 from sparsify.nn import graft, hosts
+from sparsify.nn.adaptive import counting, lead
 from sparsify.nn.attention import Execution, attention_modules, check_sparse
 from sparsify.nn.execution import check_execution, sparse_form
 from sparsify.ops import backends
@@ -51,7 +52,7 @@ def evaluate_images(
     compute: Compute = Compute(),
     listener: Listener = Listener(),
 ) -> Evaluation:
-    """Evaluates a sparse model and its dense original on labelled images (`sparsify.images.datasets.labelled`).
+    """Evaluates a sparse model, which may be adaptive, and its dense original on labelled images (`datasets.labelled`).
 
     Of several processes every one must call it; the images are shared out, and `cuda` is a GPU of its own for each.
 
@@ -73,32 +74,33 @@ def evaluate_images(
     device, dtype = compute.torch_device, compute.torch_dtype
     execution = Execution(compute.backend, compute.kernel_precision)
     check_sparse(model)
-    check_execution(execution, device, dtype, hosts.biased(model))  # before anything is read
+    host = lead(model)
+    check_execution(execution, device, dtype, hosts.biased(host))  # before anything is read
     if dense is not None:
-        graft.check_original(dense, model)
-    config = datasets.data_config(model)
+        graft.check_original(dense, host)
+    config = datasets.data_config(host)
 
     processes.start(compute.device)
     with processes.agree():
-        classes, size = int(getattr(model, "num_classes", 0)), compute.batch_size or EVAL_BATCH
-        names, to = class_names(model), datasets.transform(config)
+        classes, size = int(getattr(host, "num_classes", 0)), compute.batch_size or EVAL_BATCH
+        names, to = class_names(host), datasets.transform(config)
         loader = datasets.labelled(images, classes, to, size, compute.workers, strict, names=names)
         if loader.note:
             listener.say(loader.note)
-        if note := backends.note(compute.backend, device, dtype, hosts.biased(model)):
+        if note := backends.note(compute.backend, device, dtype, hosts.biased(host)):
             listener.say(note)
         sparse = model.to(device, dtype).eval()
         if dense is None and not backbone_changed:
-            dense = graft.dense_twin(sparse)
+            dense = graft.dense_twin(host)
         dense = None if dense is None else dense.to(device, dtype).eval()
         local, total, every = share(loader), loader.total, processes.world()
 
         def progress(done: int) -> None:
             listener.progress("eval", done * every if total is None else min(done * every, total), total)
 
-        with sparse_form(sparse, compute.backend, compute.kernel_precision):
+        with sparse_form(sparse, compute.backend, compute.kernel_precision), counting(sparse) as counted:
             part = run_pass(_named(sparse, dense), local, compute, progress)
-        part.flaws = local.flaws
+        part.flaws, part.twice = local.flaws, counted["twice"]
     parts = processes.gather(part)
     flaws, result = sum((each.flaws for each in parts), Flaws()), figures_of(parts)
     if not result.images:
@@ -112,6 +114,7 @@ def evaluate_images(
     return replace(
         result,
         model=name,
+        ran_twice=100 * sum(each.twice for each in parts) / result.images if host is not model else None,
         param_count=count_parameters(model),
         img_size=int(config["input_size"][-1]),
         crop_pct=float(config["crop_pct"]),
@@ -173,6 +176,7 @@ class Pass:
     sums: dict[str, Logits | Features]  # of each sparse model, by name
     seconds: dict[str, float]  # of each model, the dense one among them
     images: int = 0
+    twice: int = 0  # of these, the ones that an adaptive model ran twice
     flaws: Flaws = data_field(default_factory=Flaws)
 
 

@@ -10,6 +10,7 @@ Metadata keys (strings; all but `format` hold JSON or plain text):
                            dense_sha256: digest of the dense model that was converted
     sparsify.report        headline figures (theoretical MACs)
     sparsify.schedules     config and report of each budget, in files that were made for a target; config is one of them
+    sparsify.sureness      margins and distances of each budget over the calibration images, for adaptive inference
     sparsify.licence       licence of the weights that were converted; unknown for a user's own checkpoint
     sparsify.sha256        digest of every other key and every tensor
 """
@@ -33,7 +34,7 @@ from sparsify.files.outputs import whole
 from sparsify.files.plain_json import to_json
 from sparsify.files.tensors import Entry, NotWhole, TensorFile, opened
 from sparsify.models import building, filetype
-from sparsify.models.header import FORMAT, JSON_KEYS, MOST_PATCHES, RATES, SCHEDULES, Header, parse
+from sparsify.models.header import FORMAT, JSON_KEYS, MOST_PATCHES, RATES, SCHEDULES, SURENESS, Header, parse
 from sparsify.models.licence import licence_of
 from sparsify.nn import graft, hosts, schedules
 
@@ -56,6 +57,9 @@ def save(model: nn.Module, path: Path, header: Header) -> None:
         for each in several.values():
             each["config"] = each["config"].model_dump(mode="json")
         meta[f"sparsify.{SCHEDULES}"] = to_json(several, sort_keys=True)
+    if header.sureness:
+        sure = {f"{budget:g}": each._asdict() for budget, each in header.sureness.items()}
+        meta[f"sparsify.{SURENESS}"] = to_json(sure, sort_keys=True)
     parse(meta)
     meta["sparsify.sha256"] = _digest(meta, tensors)
     with whole(path) as temporary:

@@ -17,14 +17,15 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from sparsify.config import SparsityConfig, validate
-from sparsify.errors import UsageError, brief
+from sparsify.errors import UsageError, brief, field
 from sparsify.files.plain_json import from_json
+from sparsify.nn.adaptive import Rule, Sureness, choose
 from sparsify.nn.schedules import DENSE, check_alike, dense_of, none_for
 
 FORMAT = 1
 JSON_KEYS = ("architecture", "config", "provenance", "report")
-SCHEDULES = "schedules"  # a key that only files made for a target have
-MOST_SCHEDULES = 16
+SCHEDULES, SURENESS = "schedules", "sureness"  # keys that only files made for a target have
+MOST_SCHEDULES, MOST_IMAGES = 16, 1 << 14
 RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "drop_path_rate")  # timm's names; they change no tensor
 MOST_JSON = 8 << 20  # characters of all JSON: names of 20,000 classes and their descriptions take 3 million
 MOST_DEPTH = 16  # a header that `convert` wrote has 6 levels
@@ -37,6 +38,8 @@ Classes = Annotated[int, Field(ge=0, le=1 << 24)]
 Number = Annotated[float, Field(ge=-1e6, le=1e6)]
 Deviation = Annotated[float, Field(gt=0, le=1e6)]
 Whole = Annotated[int, Field(ge=0, le=1 << 62)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Distance = Annotated[float, Field(ge=-1e-3, le=1e6)]  # of equal probabilities, rounding may go below 0
 
 
 class Schedule(NamedTuple):
@@ -54,6 +57,7 @@ class Header(NamedTuple):
     provenance: dict[str, Any]
     report: dict[str, Any]  # of `config`
     schedules: Mapping[float, Schedule] = {}  # by budget; none of a file that was made for no target
+    sureness: Mapping[float, Sureness] = {}  # of schedules, for adaptive inference
 
     @property
     def budget(self) -> float | None:
@@ -87,6 +91,16 @@ class Header(NamedTuple):
     def dense_sha256(self) -> str:
         """`digest_of` the dense model that was converted, at the file's image size; '' where the file does not have it."""
         return str(self.provenance.get("dense_sha256") or "")
+
+    def rule(self, cost: float) -> Rule:
+        """How a model of mean cost `cost`, a fraction of dense, runs adaptively; `UsageError`: it cannot."""
+        if self.sureness:
+            return choose(self.sureness, cost)
+        asked = f"{field('adaptive')} {cost:g}"
+        if not self.architecture["model_args"].get("num_classes", 1):
+            raise UsageError(f"{asked}: this model gives features; only a classifier can be unsure of a class")
+        how = f"a classifier converted for {field('target_macs')} A,B, not fine-tuned, has them"
+        raise UsageError(f"{asked}: this file has no margins of calibration images; {how}")
 
 
 class _Said(BaseModel):
@@ -180,16 +194,17 @@ def parse(meta: Mapping[str, str]) -> Header:
     texts = {key: meta.get(f"sparsify.{key}") for key in JSON_KEYS}
     if missing := [key for key, text in texts.items() if text is None]:
         raise UsageError(f"{missing[0]}: missing")
-    if sum(len(text or "") for text in [*texts.values(), meta.get(f"sparsify.{SCHEDULES}")]) > MOST_JSON:
+    if sum(len(meta.get(f"sparsify.{key}", "")) for key in (*JSON_KEYS, SCHEDULES, SURENESS)) > MOST_JSON:
         raise UsageError(f"more than {MOST_JSON >> 20} million characters of JSON")
     trees = {key: _json(key, text or "") for key, text in texts.items()}
-    several = _json(SCHEDULES, meta.get(f"sparsify.{SCHEDULES}", "{}"))
+    several, sure = (_json(key, meta.get(f"sparsify.{key}", "{}")) for key in (SCHEDULES, SURENESS))
     validate(Architecture, _tuples(trees["architecture"]), "architecture")
     check_source(trees["architecture"]["model_args"], trees["architecture"]["pretrained_cfg"])
     validate(Provenance, _tuples(trees["provenance"]), "provenance")
     validate(_Report, trees["report"], "report")
     config = _config(trees["config"], "config")
-    return Header(trees["architecture"], config, trees["provenance"], trees["report"], _schedules(several, config))
+    found = _schedules(several, config)
+    return Header(trees["architecture"], config, trees["provenance"], trees["report"], found, _sureness(sure, found))
 
 
 def _config(tree: Any, source: str) -> SparsityConfig:
@@ -225,6 +240,21 @@ def _schedules(trees: dict[str, Any], config: SparsityConfig) -> dict[float, Sch
         if config not in [*configs, dense_of(config)]:
             raise UsageError(f"{SCHEDULES}: config is none of them")
     return dict(sorted(found.items(), reverse=True))
+
+
+class _Sureness(_Said):
+    margins: tuple[Share, ...] = Field(min_length=1, max_length=MOST_IMAGES)
+    distances: tuple[Distance, ...] = Field(min_length=1, max_length=MOST_IMAGES)
+
+
+def _sureness(trees: dict[str, Any], schedules: Mapping[float, Schedule]) -> dict[float, Sureness]:
+    """The sureness of all schedules by budget, over the same images, or of none."""
+    if trees and trees.keys() != {f"{budget:g}" for budget in schedules}:
+        raise UsageError(f"{SURENESS}: expected of each schedule")
+    read = {name: validate(_Sureness, _tuples(tree), f"{SURENESS} {name}") for name, tree in trees.items()}
+    if len({len(values) for each in read.values() for values in (each.margins, each.distances)}) > 1:
+        raise UsageError(f"{SURENESS}: expected of the same images")
+    return {float(name): Sureness(each.margins, each.distances) for name, each in read.items()}
 
 
 def check_source(model_args: Any, pretrained_cfg: Any) -> None:

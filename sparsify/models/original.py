@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from sparsify.errors import BadFile, field
+from sparsify.errors import BadFile, UsageError, field
 from sparsify.models import building, checkpoint, names, pretrained
 from sparsify.models.checkpoint import Header
 from sparsify.models.dense_weights import read_checkpoint
 from sparsify.models.hub import CHECKPOINTS
+from sparsify.nn.adaptive import Rule, adaptive
 from sparsify.processes import Say
 
 
@@ -21,11 +22,12 @@ from sparsify.processes import Say
 class Opened:
     """A converted file with the dense original that it is compared with: both float32, eval mode, on the CPU."""
 
-    model: nn.Module  # the sparse model
+    model: nn.Module  # the sparse model; of a mean cost the adaptive one
     # the original that was asked for; None: the model's own weights without sparsity, unless `header.backbone_changed`
     dense: nn.Module | None
     header: Header
     digest: str  # of the file's content
+    rule: Rule | None = None  # of the adaptive model
 
     @property
     def note(self) -> str:
@@ -33,12 +35,19 @@ class Opened:
         return missing(self.header) if self.header.backbone_changed and self.dense is None else ""
 
 
+class Which(NamedTuple):
+    """Which form of a file's model; at most one is given, and none stands for the schedule that the file has in use."""
+
+    budget: float | None = None  # see `sparsify.models.checkpoint.read`
+    adaptive: float | None = None  # mean cost of the adaptive form (`sparsify.nn.adaptive`), a fraction of dense
+
+
 def opened(
     file: Path,
     dense: nn.Module | str | Path | None = None,
     img_size: int | None = None,
     say: Say = lambda line: None,
-    budget: float | None = None,
+    which: Which = Which(),
 ) -> Opened:
     """Reads a file that `convert` wrote, and its dense original where one is asked for.
 
@@ -46,17 +55,23 @@ def opened(
         dense: a model, which is taken as it is; a name or checkpoint (`load_original`), held against the file; or None.
         img_size: side in pixels, of both models; None: the file's own.
         say: called with a line now and then, as where the file has other budgets.
-        budget: see `sparsify.models.checkpoint.read`.
 
     Raises:
-        SparsifyError: see `sparsify.models.checkpoint.read` and `load_original`.
+        SparsifyError: see `sparsify.models.checkpoint.read`, `Header.rule` and `load_original`.
     """
+    budget, cost = which
+    if budget is not None and cost is not None:
+        raise UsageError(f"give either {field('budget')}, one schedule, or {field('adaptive')}, two of them")
     one = checkpoint.read(file, img_size, budget=budget)
-    if budget is None and len(one.header.schedules) > 1:
+    rule = None if cost is None else one.header.rule(cost)
+    model = one.model if rule is None else adaptive(one.model, rule)
+    if rule is not None:
+        say(rule.words())
+    elif budget is None and len(one.header.schedules) > 1:
         say(f"budget {one.header.budget:g}; {field('budget')} takes {others(one.header)}")
     if dense is not None and not isinstance(dense, nn.Module):
         dense = load_original(one.header, dense, img_size, say)
-    return Opened(one.model, dense, one.header, one.digest)
+    return Opened(model, dense, one.header, one.digest, rule)
 
 
 def load_original(

@@ -46,6 +46,7 @@ SINGLES = (
     ("relative error of the output", "rel_error_output", ".4f"),
     ("images lost (dense right, sparse wrong)", "images_lost", ",d"),
     ("images gained (dense wrong, sparse right)", "images_gained", ",d"),
+    ("images that ran twice, %", "ran_twice", ".2f"),
     ("cosine similarity, pooled features", "cosine_pooled", ".4f"),
     ("cosine similarity, patch features", "cosine_patch", ".4f"),
     ("relative error, pooled features", "rel_error_pooled", ".4f"),

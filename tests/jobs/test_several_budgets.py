@@ -11,6 +11,7 @@ from helpers.small_runs import recipe
 from sparsify.errors import BadFile, UsageError
 from sparsify.models import checkpoint, header
 from sparsify.nn import schedules
+from sparsify.nn.adaptive import margins
 from sparsify.recipe import load_recipe
 
 CALIBRATE = load_recipe("calibrate").override(calib_images=4)
@@ -75,6 +76,69 @@ def test_saved_again_it_keeps_its_budgets(made, tmp_path):
             assert torch.equal(sparsify.load(again, budget=budget, backend="reference")(x), model(x))
 
 
+@torch.inference_mode()
+def test_adaptive_runs_the_two_schedules_of_its_rule(made, run):
+    model = sparsify.load(made.path, adaptive=0.7, backend="reference")
+    rule, x = model.rule, images(model.first, batch=8)
+    assert rule == checkpoint.read_header(made.path).rule(0.7) and rule.first in (0.8, 0.4) and rule.cost <= 0.7
+    one, two = (sparsify.load(made.path, budget=b, backend="reference") for b in (rule.first, rule.second))
+    again = margins(one(x)) < rule.margin
+    torch.testing.assert_close(model(x), torch.where(again[:, None], two(x), one(x)), rtol=1e-5, atol=1e-5)
+    evaluated = sparsify.evaluate(model, "digits")
+    assert 0 < evaluated.ran_twice < 60 and evaluated.agreement > 90
+    code, out, err = run("eval", made.path, "--data", "digits", "--adaptive", 0.7)
+    assert code == 0 and f"{evaluated.ran_twice:.1f} % ran twice" in out and "adaptive: budget 0.4" in err
+    figures = sparsify.profile_adaptive(model)
+    assert figures.mean(figures.macs) == pytest.approx(rule.cost * figures.macs["dense"], rel=0.02)
+    assert figures.worst(figures.medians) > figures.mean(figures.medians) > 0
+    code, out, _ = run(
+        "profile", made.path, "--adaptive", 0.7, "--no-measure", "--json", "a.json", "--markdown", "a.md"
+    )
+    assert code == 0 and "worst" in out and json.loads(open("a.json").read())["rule"]["first"] == rule.first
+    assert "| MACs |" in open("a.md").read()
+
+
+def test_two_programs_with_the_rule_in_their_metadata(made, tmp_path):
+    first, second = sparsify.export_pair(made.path, 0.7, "pt2", tmp_path / "m.pt2")
+    assert [each.path.name for each in (first, second)] == ["m.first.pt2", "m.second.pt2"]
+    rule = checkpoint.read_header(made.path).rule(0.7)
+    for each, budget in ((first, rule.first), (second, rule.second)):
+        files = {"sparsify.budget": "", "sparsify.adaptive": ""}
+        torch.export.load(each.path, extra_files=files)
+        assert files["sparsify.budget"] == f"{budget:g}" and json.loads(files["sparsify.adaptive"]) == rule._asdict()
+
+
+def test_what_cannot_be_adaptive_is_refused_by_name(made, tmp_path):
+    plain = sparsify.convert("digits", recipe=CALIBRATE.override(spread="none"), output=tmp_path / "plain.safetensors")
+    told = checkpoint.read_header(made.path)
+    features = told._replace(sureness={}, architecture=told.architecture | {"model_args": {"num_classes": 0}})
+    adaptive = sparsify.load(made.path, adaptive=0.6)
+    for use, message in (
+        (lambda: sparsify.load(plain.path, adaptive=0.6), "has no margins of calibration images"),
+        (lambda: features.rule(0.6), "gives features"),
+        (lambda: sparsify.load(made.path, adaptive=0.1), "from 0.4 to 1"),
+        (lambda: sparsify.load(made.path, adaptive=0.6, budget=0.4), "either budget"),
+        (lambda: sparsify.profile(adaptive), "profile_adaptive"),
+        (
+            lambda: sparsify.save(adaptive, tmp_path / "x.safetensors", like=made.path),
+            "two schedules",
+        ),
+        (lambda: sparsify.export_pair(plain.path, 0.6, "pt2"), "has no margins"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            use()
+
+
+def test_weights_that_changed_are_sure_of_other_images(made, tmp_path):
+    model = sparsify.load(made.path)
+    same = sparsify.save(model, tmp_path / "same.safetensors", like=made.path)
+    assert checkpoint.read_header(same).sureness == checkpoint.read_header(made.path).sureness != {}
+    with torch.no_grad():
+        model.head.bias += 1.0
+    other = sparsify.save(model, tmp_path / "other.safetensors", like=made.path)
+    assert not checkpoint.read_header(other).sureness
+
+
 def test_an_exported_program_has_the_budget_in_its_metadata(made, tmp_path):
     torch_program = sparsify.export(made.path, "pt2", tmp_path / "m.pt2", budget=0.4)
     files: dict[str, str] = {"sparsify.budget": ""}
@@ -106,6 +170,23 @@ def test_a_budget_that_is_not_there_is_refused_by_name(made, tmp_path):
         sparsify.load(plain.path, budget=0.5)
     assert not hasattr(sparsify.load(plain.path), "set_budget")
     assert sparsify.profile(plain.path, budget=1, measure=False).macs_sparse == plain.profile.macs_dense
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tree: {"0.4": tree["0.4"]}, "expected of each schedule"),
+        (lambda tree: tree | {"0.4": {"margins": [], "distances": []}}, "sureness 0.4 margins"),
+        (lambda tree: tree | {"0.4": tree["0.4"] | {"margins": [0.5]}}, "of the same images"),
+        (lambda tree: tree | {"0.4": tree["0.4"] | {"margins": [1.5] * 4}}, "at most 1"),
+    ],
+)
+def test_sureness_of_a_file_is_checked(change, message, made):
+    with checkpoint.reading(made.path) as file:
+        meta = dict(file.metadata)
+    meta["sparsify.sureness"] = json.dumps(change(json.loads(meta["sparsify.sureness"])))
+    with pytest.raises(UsageError, match=message):
+        header.parse(meta)
 
 
 @pytest.mark.parametrize(

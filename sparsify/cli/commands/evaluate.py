@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from sparsify import processes
-from sparsify.cli import options, parsers
+from sparsify.cli import options, parsers, terminal
 from sparsify.cli.options import flag, option
 from sparsify.errors import SparsifyError, UsageError
 
@@ -22,6 +22,7 @@ def evaluate(
     batch_size: options.BatchSize = 32,
     img_size: options.ImgSize = None,
     budget: options.Budget = None,
+    adaptive: options.Adaptive = None,
     mean: options.Mean = None,
     std: options.Std = None,
     crop_pct: options.CropPct = None,
@@ -58,15 +59,16 @@ def evaluate(
     from sparsify.cli.progress import Reporter
     from sparsify.measure.conditions import EVALUATION, conditions
     from sparsify.measure.evaluate import evaluate_images
-    from sparsify.models.original import opened
+    from sparsify.models.original import Which, opened
+    from sparsify.nn.adaptive import lead
     from sparsify.ops import backends
     from sparsify.report.accuracy import write_results
 
     say, images = options.say(quiet), str(imagenet or data)
     processes.start(device)
     with processes.agree():
-        one = opened(file, dense, img_size, say, budget)
-        parsers.preprocessing(mean, std, crop_pct, interpolation, class_map).apply(one.model)
+        one = opened(file, dense, img_size, say, Which(budget, adaptive))
+        parsers.preprocessing(mean, std, crop_pct, interpolation, class_map).apply(lead(one.model))
     if one.note:
         say(one.note)
     with Reporter(quiet) as reporter:
@@ -82,6 +84,9 @@ def evaluate(
         )
     if not quiet:
         tables.show(tables.eval_table(result.as_dict()))
+        if one.rule is not None and result.ran_twice is not None:
+            cost = one.rule.first + result.ran_twice / 100 * one.rule.second
+            terminal.line(f"{result.ran_twice:.1f} % ran twice: {cost:.3f} of dense in the mean of these images")
     if results_file is not None and processes.main():
         described = backends.describe(backend, kernel_precision, compute.torch_device, compute.torch_dtype)
         circumstances = conditions(EVALUATION, compute, data=images, backend=described)

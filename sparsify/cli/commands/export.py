@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from sparsify.cli import options, terminal
 from sparsify.cli.options import flag, option
@@ -21,6 +21,7 @@ def export(
     dynamic_batch: Annotated[bool, flag("--dynamic-batch", "Allow any batch size.")] = False,
     img_size: options.ImgSize = None,
     budget: options.Budget = None,
+    adaptive: options.Adaptive = None,
     force: Annotated[bool, flag("--force", "Overwrite an existing file.")] = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -35,6 +36,13 @@ def export(
     from sparsify.jobs.export import onnx_file, program
 
     say, size = options.say(quiet), None if dynamic_batch else batch_size or 1
-    made = program.export(file, format, output, batch_size=size, img_size=img_size, budget=budget, force=force, say=say)
-    terminal.line(f"wrote {made.path} ({made.bytes / 1e6:.1f} MB) in {made.seconds:.0f} s")
-    say(made.checked.words() if made.checked else onnx_file.UNCHECKED)
+    shape: Any = {"batch_size": size, "img_size": img_size, "force": force, "say": say}
+    if adaptive is not None and budget is not None:
+        raise UsageError("give either --budget, one program, or --adaptive, two of them")
+    if adaptive is None:
+        programs = [program.export(file, format, output, budget=budget, **shape)]
+    else:
+        programs = [*program.export_pair(file, adaptive, format, output, **shape)]
+    for made in programs:
+        terminal.line(f"wrote {made.path} ({made.bytes / 1e6:.1f} MB) in {made.seconds:.0f} s")
+        say(made.checked.words() if made.checked else onnx_file.UNCHECKED)

@@ -17,6 +17,7 @@ def profile(
     batch_size: options.TimedBatch = 1,
     img_size: options.ImgSize = None,
     budget: options.Budget = None,
+    adaptive: options.Adaptive = None,
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     backend: options.Backend = "auto",
@@ -42,11 +43,23 @@ def profile(
     compute = parsers.compute(device, dtype, backend, kernel_precision, batch_size=batch_size)
     from sparsify.cli import tables
     from sparsify.measure import profile
-    from sparsify.models.original import opened
+    from sparsify.measure.adaptive import profile_adaptive
+    from sparsify.models.original import Which, opened
+    from sparsify.nn.adaptive import Adaptive
+    from sparsify.report import adaptive as report
     from sparsify.report.profile import to_markdown
 
     say = options.say(quiet)
-    one = opened(file, dense, img_size, say, budget)
+    one = opened(file, dense, img_size, say, Which(budget, adaptive))
+    if isinstance(one.model, Adaptive):
+        figures = profile_adaptive(one.model, measure=not no_measure, compute=compute)
+        if not quiet:
+            tables.show(tables.adaptive_table(figures))
+        if markdown:
+            write_text(markdown, report.markdown(figures))
+        if json:
+            write_json(json, figures.as_dict())
+        return
     if one.note:
         say(one.note)
     result = profile.profile(

@@ -48,7 +48,7 @@ def report(
     from sparsify.images import photograph
     from sparsify.jobs.show import look
     from sparsify.measure.profile import profile as measure_profile
-    from sparsify.models.original import load_original, opened
+    from sparsify.models.original import Which, load_original, opened
     from sparsify.report import page, readback
 
     say = options.say(quiet)
@@ -56,7 +56,7 @@ def report(
     evaluation = None if eval_file is None else readback.evaluation(eval_file)
     swept = None if sweep is None else readback.sweep(sweep)
     figures = None if profile is None else readback.profile(profile)
-    one = opened(file, say=say, budget=budget)
+    one = opened(file, say=say, which=Which(budget))
     if profile is not None and figures is not None:
         readback.check_profile(profile, figures, file, one.header, one.model)
     if eval_file is not None and evaluation is not None:

@@ -36,13 +36,13 @@ def show(
     from sparsify.images import photograph
     from sparsify.jobs.show import look
     from sparsify.measure.inspection import DENSE, OWN, REFERENCES
-    from sparsify.models.original import opened
+    from sparsify.models.original import Which, opened
     from sparsify.report import captions, figures
 
     say = options.say(quiet)
     check_folder(output)
     points = [photograph.point(text) for text in query or []]
-    one = opened(file, dense, img_size, say, budget)
+    one = opened(file, dense, img_size, say, Which(budget))
     with Reporter(quiet) as reporter:
         progress = partial(reporter.update, "look")
         draw = partial(look, layers=layer, heads=head, dense=one.dense, progress=progress, say=say)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -85,50 +86,109 @@ def export(
         force: overwrite an existing output.
 
     Raises:
-        UsageError: an unknown format, another ending, no image in a batch, or an image size that does not fit.
+        UsageError: an unknown format, another ending, no image in a batch, or an image size or budget that does not fit.
         BadFile: a file that cannot be read or written, or an output that exists.
         SparsifyError: a package that is not installed, a model that the format cannot hold, or a program whose outputs
             differ; nothing is written then.
     """
-    start, file = time.perf_counter(), Path(file)
-    if format not in FORMATS:
-        raise UsageError(f"{field('format')} {format}: expected one of {', '.join(FORMATS)}")
-    if batch_size is not None and batch_size < 1:
-        raise UsageError(f"batch size {batch_size}: expected 1 or more")
-    path = file.with_suffix(f".{format}") if output is None else Path(output)
-    if path.suffix != f".{format}":
-        raise UsageError(f"{field('output')} {path}: a name that ends in .{format} is expected")
-    if path.exists() and not force:
-        raise BadFile(f"{path} exists: choose another {field('output')} or overwrite it with {field('force')}")
-    FORMATS[format].check_packages()
-    with reserved(path):
-        loaded = checkpoint.read(file, img_size, budget=budget)
-        checked = _write(loaded, path, format, batch_size, say)
-    return Exported(path, format, batch_size, path.stat().st_size, checked, time.perf_counter() - start)
+    program = _Program(Path(file), format, batch_size, img_size, say)
+    path = program.may_write(output, force)
+    return program.write(path, budget)
 
 
-def _write(
-    loaded: checkpoint.Loaded, path: Path, format: str, batch_size: int | None, say: Callable[[str], None]
-) -> Checked | None:
+def export_pair(
+    file: str | Path,
+    adaptive: float,
+    format: str = "onnx",
+    output: str | Path | None = None,
+    *,
+    batch_size: int | None = 1,
+    img_size: int | None = None,
+    force: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Exported, Exported]:
+    """Write the two programs of adaptive inference (`sparsify.nn.adaptive`), with the rule in the metadata of both.
+
+    A program has no branches: whoever serves runs the second for the images whose margin is below `margin` in the first.
+
+    Args:
+        adaptive: mean cost of an image, a fraction of dense.
+        output: of the names STEM.first.onnx and STEM.second.onnx the part STEM.onnx; None: that of `file`.
+
+    Raises:
+        SparsifyError: as `export`, and where the file cannot be run adaptively (`Header.rule`).
+    """
+    program = _Program(Path(file), format, batch_size, img_size, say)
+    stem = program.named(output)
+    paths = [
+        program.may_write(stem.with_name(f"{stem.stem}.{part}{stem.suffix}"), force) for part in ("first", "second")
+    ]
+    rule = checkpoint.read_header(program.file).rule(adaptive)
+    say(rule.words())
+    told = {"sparsify.adaptive": json.dumps(rule._asdict(), sort_keys=True)}
+    return program.write(paths[0], rule.first, told), program.write(paths[1], rule.second, told)
+
+
+@dataclass(frozen=True)
+class _Program:
+    """What `export` was asked for; an unknown format or a wrong number of images raises `UsageError`."""
+
+    file: Path
+    format: str
+    batch_size: int | None
+    img_size: int | None
+    say: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise UsageError(f"{field('format')} {self.format}: expected one of {', '.join(FORMATS)}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UsageError(f"batch size {self.batch_size}: expected 1 or more")
+
+    def named(self, output: str | Path | None) -> Path:
+        """The name to write, of the right ending."""
+        path = self.file.with_suffix(f".{self.format}") if output is None else Path(output)
+        if path.suffix != f".{self.format}":
+            raise UsageError(f"{field('output')} {path}: a name that ends in .{self.format} is expected")
+        return path
+
+    def may_write(self, output: str | Path | None, force: bool) -> Path:
+        """The name to write, unless something is there."""
+        path = self.named(output)
+        if path.exists() and not force:
+            raise BadFile(f"{path} exists: choose another {field('output')} or overwrite it with {field('force')}")
+        return path
+
+    def write(self, path: Path, budget: float | None, told: Mapping[str, str] = MappingProxyType({})) -> Exported:
+        """Writes the program of one budget; told: metadata beside the others."""
+        start = time.perf_counter()
+        FORMATS[self.format].check_packages()
+        with reserved(path):
+            loaded = checkpoint.read(self.file, self.img_size, budget=budget)
+            checked = _write(loaded, path, self, told)
+        return Exported(path, self.format, self.batch_size, path.stat().st_size, checked, time.perf_counter() - start)
+
+
+def _write(loaded: checkpoint.Loaded, path: Path, asked: _Program, told: Mapping[str, str]) -> Checked | None:
     """Writes the program to `path` if its outputs are the model's; None: nothing on this machine runs it."""
-    writer = FORMATS[format]
+    writer, format, batch_size = FORMATS[asked.format], asked.format, asked.batch_size
     header, model = loaded.header, loaded.model.requires_grad_(False)
     writer.check_size(sum(t.nbytes for t in model.state_dict().values()))
-    described = loaded.metadata | metadata(model, format, batch_size)
+    described = loaded.metadata | metadata(model, format, batch_size) | dict(told)
     described.pop("format", None)  # safetensors' own
     if header.budget is not None:
         described["sparsify.budget"] = f"{header.budget:g}"
     described["sparsify.licence"] = licence_of(header).name or "unknown"  # as of today
     program = trace(model, batch_size)
     with whole(path) as temporary:
-        say(f"writing {path}")
+        asked.say(f"writing {path}")
         try:
             writer.write(program, temporary, described, output_name(model))
             run = writer.runner(temporary)
         except (SparsifyError, OSError):
             raise
         except Exception as error:
-            raise SparsifyError(f"this model cannot be written as {format}: {one_line(error)}") from error
+            raise SparsifyError(f"{asked.file} cannot be written as {format}: {one_line(error)}") from error
         pictures = _pictures(model, header.architecture["architecture"])
         return None if run is None else compare(model, run, pictures, batch_size)
 
@@ -145,6 +205,7 @@ def metadata(model: nn.Module, format: str, batch_size: int | None) -> dict[str,
     sparsify.export         format, batch (a number or "any"), input and output by name, library versions
     sparsify.labels         names of the classes in the order of the logits, where the file has them
     sparsify.budget         fraction of the dense model's cost that the program's schedule was chosen for, if it was
+    sparsify.adaptive       of two programs that belong together: first, second, margin, share (`sparsify.nn.adaptive.Rule`)
     """
     config = datasets.data_config(model)
     about = {
