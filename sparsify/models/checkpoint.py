@@ -34,7 +34,7 @@ from sparsify.files.outputs import whole
 from sparsify.files.plain_json import to_json
 from sparsify.files.tensors import Entry, NotWhole, TensorFile, opened
 from sparsify.models import building, filetype
-from sparsify.models.header import FORMAT, JSON_KEYS, MOST_PATCHES, RATES, SCHEDULES, SURENESS, Header, parse
+from sparsify.models.header import FORMAT, MOST_PATCHES, RATES, SCHEDULES, SURENESS, Header, parse
 from sparsify.models.licence import licence_of
 from sparsify.nn import graft, hosts, schedules
 
@@ -50,8 +50,8 @@ def save(model: nn.Module, path: Path, header: Header) -> None:
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     meta = {"format": "pt", "sparsify.format": str(FORMAT)}
     meta["sparsify.licence"] = licence_of(header).name or "unknown"
-    content = header._asdict() | {"config": header.config.model_dump(mode="json")}
-    meta |= {f"sparsify.{key}": to_json(content[key], sort_keys=True) for key in JSON_KEYS}
+    meta |= {f"sparsify.{key}": to_json(getattr(header, key), sort_keys=True) for key in ("architecture", "provenance")}
+    meta |= of_schedule(header)
     if header.schedules:
         several = {f"{budget:g}": each._asdict() for budget, each in header.schedules.items()}
         for each in several.values():
@@ -64,6 +64,12 @@ def save(model: nn.Module, path: Path, header: Header) -> None:
     meta["sparsify.sha256"] = _digest(meta, tensors)
     with whole(path) as temporary:
         save_file(tensors, temporary, metadata=meta)
+
+
+def of_schedule(header: Header) -> dict[str, str]:
+    """The metadata of the schedule in use."""
+    found = {"config": header.config.model_dump(mode="json"), "report": header.report}
+    return {f"sparsify.{key}": to_json(value, sort_keys=True) for key, value in found.items()}
 
 
 def read_header(path: Path) -> Header:

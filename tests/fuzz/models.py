@@ -11,7 +11,7 @@ import random
 import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import timm
@@ -25,13 +25,20 @@ from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import SparsifyError
 from sparsify.models import building, checkpoint, header
 from sparsify.models.names import Source
-from sparsify.nn import graft
+from sparsify.nn import graft, schedules
+from sparsify.nn.adaptive import adaptive
 
 SUITE, MANY = 80, 5000
 SLOW = ("profile", "report", "show", "export")  # commands, of which a file passes one
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3)
-HOSTS = (
+HOSTS: tuple[tuple[Any, ...], ...] = (
     ("vit_tiny_patch16_224", SMALL, SparsityConfig(keep=0.3, rank=4)),
+    (
+        "vit_tiny_patch16_224",
+        SMALL,
+        SparsityConfig(keep=("dense", 0.5), rank=4, cells=(2, 2), fold=False),
+        SparsityConfig(keep=0.3, rank=8, cells=(2, 1), fold=False, tokens=Tokens(keep=(0.5, 1.0))),
+    ),
     ("deit_tiny_distilled_patch16_224", SMALL, SparsityConfig(keep=0.3, rank=4, tokens=Tokens(keep=0.7, stages=(1,)))),
     ("eva02_tiny_patch14_224", SMALL, SparsityConfig(keep=("dense", 0.5), rank=4, predictor="token-lowrank")),
     ("beit_base_patch16_224", SMALL, SparsityConfig(keep=0.5, rank=4, tail="cells")),
@@ -117,14 +124,22 @@ def cases(seed: int, folder: Path) -> Iterator[Case]:
         files += 1
 
 
-def made(architecture: str, args: dict[str, Any], config: SparsityConfig) -> File:
-    """A valid file of a small host with random weights."""
+def made(architecture: str, args: dict[str, Any], config: SparsityConfig, *others: SparsityConfig) -> File:
+    """A valid file of a small host with random weights; with `others` it has a schedule for each."""
     torch.manual_seed(0)
     args = {**args, "img_size": 28, "patch_size": 7} if architecture.startswith("eva02") else args
     source = Source(architecture, architecture, architecture, args)
-    model = graft.graft(building.with_true_config(building.build(architecture, args, None)).eval(), config)
+    dense = building.with_true_config(building.build(architecture, args, None)).eval()
+    model, several = graft.graft(dense, config, others=others), {}
     config = config.with_cells(17)
-    tree = {"architecture": building.describe(model, source), "config": config.model_dump(mode="json")}
+    if others:
+        configs = zip(("0.7", "0.4"), (config, *others), strict=True)
+        several = {b: {"config": c.model_dump(mode="json"), "report": {"macs_dense": 9}} for b, c in configs}
+    tree = several and {
+        "schedules": several,
+        "sureness": {budget: {"margins": [0.1, 0.9], "distances": [0.2, 0.0]} for budget in several},
+    }
+    tree |= {"architecture": building.describe(model, source), "config": config.model_dump(mode="json")}
     tensors = {name: t.detach().clone().contiguous() for name, t in model.state_dict().items()}
     return File(
         {**tree, "provenance": copy.deepcopy(PROVENANCE), "report": {"macs_dense": 9, "macs_sparse": 7}}, tensors
@@ -224,6 +239,8 @@ CHANGES: dict[str, Callable[[File, random.Random], str]] = {
     "pretrained_cfg": _below("architecture", "pretrained_cfg"),
     "provenance": _below("provenance"),
     "report": _below("report"),
+    "schedules": lambda file, draw: _field(file, draw, ("schedules",) if "schedules" in file.trees else ()),
+    "sureness": lambda file, draw: _field(file, draw, ("sureness",) if "sureness" in file.trees else ()),
     "model_args": _model_args,
     "architecture": _architecture,
     "JSON text": _text,
@@ -250,7 +267,8 @@ def _run(folder: Path, content: bytes, images: Path, slow: str) -> Callable[[], 
 
     def run() -> None:
         file.write_bytes(content)
-        model = checkpoint.load(file)
+        model, found, _ = checkpoint.read(file)
+        _budgets(model, found)
         options = {
             "eval": ("--data", images),
             "push": ("me/model", "--dry-run"),
@@ -267,6 +285,23 @@ def _run(folder: Path, content: bytes, images: Path, slow: str) -> Callable[[], 
         _saved(model, file, folder / "saved.safetensors")
 
     return run
+
+
+def _budgets(model: nn.Module, found: header.Header) -> None:
+    """Every budget is set and runs, and so does the adaptive form."""
+    several = schedules.offered(model)
+    if several is None:
+        return
+    images, before = torch.zeros(2, *cast(Any, model).pretrained_cfg["input_size"]), several.budget
+    try:
+        for budget in several.budgets:
+            several(budget)
+            model(images)
+        several(before)
+        if found.sureness:
+            adaptive(model, found.rule(1.0))(images)
+    except SparsifyError as error:
+        raise Fault(f"loads, then set_budget: {error}") from None
 
 
 def _saved(model: nn.Module, file: Path, path: Path) -> None:

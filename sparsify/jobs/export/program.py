@@ -177,7 +177,7 @@ def _write(loaded: checkpoint.Loaded, path: Path, asked: _Program, told: Mapping
     described = loaded.metadata | metadata(model, format, batch_size) | dict(told)
     described.pop("format", None)  # safetensors' own
     if header.budget is not None:
-        described["sparsify.budget"] = f"{header.budget:g}"
+        described |= {"sparsify.budget": f"{header.budget:g}", **checkpoint.of_schedule(header)}
     described["sparsify.licence"] = licence_of(header).name or "unknown"  # as of today
     program = trace(model, batch_size)
     with whole(path) as temporary:
