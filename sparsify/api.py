@@ -140,13 +140,14 @@ def convert(
     Args:
         name: alias, timm name, `hf-hub:` or `local-dir:` name, or `digits`.
         keep: fraction of keys that each query attends to, 0 < keep <= 1, or 'dense'; one value, or one for each block.
+            With a target: the values to choose from for each block.
         recipe: name, YAML file or `Recipe`; None: `distill` with `data` and at most one target, else `calibrate`.
         data: folder or data set to calibrate on and to learn from. None: the built-in pictures, calibration only.
         weights: local checkpoint (.safetensors, .pth) of that architecture.
         output: file to write; its reports go beside it.
         force: overwrite a file that holds another model.
         target_macs, target_latency: choose keep and tokens of every block for this fraction of the dense model's MACs or
-            time (give one of them, and no `keep`). Several fractions: a schedule for each over one backbone, the first in
+            time (give one of them). Several fractions: a schedule for each over one backbone, the first in
             use (`load(..., budget=)`, `model.set_budget`); nothing is trained then.
         allow_nonfinite: take weights with NaN or infinity, which are refused otherwise.
         calibrate_only: leave out the stages of the recipe.
@@ -177,16 +178,15 @@ def convert(
     )
     written = OutputOptions(Path(output), force, options.pop("resume", False))
     compute, listener = Compute(device=options.pop("device", "cpu")), Listener(_in_python(options.pop("say", None)))
-    target = config.target(options.pop("target_macs", None), options.pop("target_latency", None))
+    keeps = tuple(keep) if isinstance(keep, Iterable) and not isinstance(keep, str) else keep
+    to_try = None if keep is None else [None if each == "dense" else each for each in config.listed(keeps)]
+    target = config.target(options.pop("target_macs", None), options.pop("target_latency", None), to_try)
     if recipe is None:
         recipe = default_recipe(data is not None and not calibrate_only and (target is None or len(target.shares) == 1))
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    keeps = tuple(keep) if isinstance(keep, Iterable) and not isinstance(keep, str) else keep
-    chosen = chosen.override(keep=keeps, **options)
+    chosen = chosen.override(keep=None if target else keeps, **options)
     if calibrate_only:
         chosen = chosen.without_training()
-    if target is not None and keep is not None:
-        raise UsageError("keep and a target: the search chooses keep; leave one of them out")
     images = ImageSources(None if data is None else str(data), None if val is None else str(val))
     return convert_job(model, chosen, written, images=images, target=target, compute=compute, listener=listener)
 

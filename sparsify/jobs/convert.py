@@ -283,6 +283,9 @@ def _with_schedules(made: Calibrated, calibration: Calibration, target: Target, 
     first = configs[target.shares[0]]
     schedules.apply(model, first, configs.values())
     sure = {} if made.recipe.trains else calibrator.sureness(model, configs)
+    if len(configs) > 1:
+        asked = ", ".join(f"{share:g}" for share in target.shares)
+        descriptions = [f"schedules for {asked} of the dense model's {what}, the first in the recipe"]
     description = f"{made.recipe.description.split('; schedule')[0]}; {descriptions[0]}"
     recipe = made.recipe.model_copy(update={"sparsity": first, "description": description})
     return replace(made, config=first, recipe=recipe, schedules=configs, sureness=sure)

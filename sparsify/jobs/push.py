@@ -69,7 +69,7 @@ def package(
     header, digest = one.header, one.digest
     figures = profile(one.model, dense=graft.dense_twin(one.model), measure=False)
     known = licence_of(header, licence)
-    results = None if evaluation is None else readback.results(evaluation, digest)
+    results = None if evaluation is None else readback.results(evaluation, digest, header)
     measured = None if timing is None else readback.times(timing, figures.macs_sparse, figures.param_count)
     facts = Facts(name, header, figures, known, provenance.origin(header), results, measured)
     notes = [known.note] if known.note else []

@@ -14,7 +14,9 @@ from sparsify.ops.backends import device_name
 from sparsify.processes import Compute
 from sparsify.version import __version__
 
-EVALUATION = "data batch_size dtype device device_name threads processes backend torch timm sparsify python".split()
+EVALUATION = (
+    "data budget batch_size dtype device device_name threads processes backend torch timm sparsify python".split()
+)
 PROFILE = "batch_size dtype device device_name threads runs torch timm sparsify".split()
 SWEEP = "batch_size img_size dtype device device_name threads runs backend platform python torch timm sparsify".split()
 """Keys of the results of `eval`, `profile` and `sweep`."""

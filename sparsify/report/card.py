@@ -15,7 +15,7 @@ from sparsify.measure.figures import Profile
 from sparsify.models.checkpoint import Header
 from sparsify.models.licence import Licence
 from sparsify.models.provenance import Origin
-from sparsify.report import accuracy, profile, words
+from sparsify.report import accuracy, header, profile, words
 from sparsify.report.words import HEADINGS
 
 
@@ -44,7 +44,7 @@ class Facts:
 
 def card(facts: Facts) -> str:
     """The README.md of a repository: YAML for the hub, then Markdown for people."""
-    header, result, p = facts.header, facts.evaluation or {}, facts.timing
+    about, result, p = facts.header, facts.evaluation or {}, facts.timing
     m, timed_on = None if p is None else p.measured, ""
     if p is not None and m is not None:
         c, runs = p.conditions, f"{p.conditions['runs']} interleaved runs"
@@ -55,20 +55,22 @@ def card(facts: Facts) -> str:
         facts=facts,
         name=facts.repo.partition("/")[2],
         attends=_attends(facts),
-        config=header.config,
-        version=header.provenance.get("versions", {}).get("sparsify-vit", "(version unknown)"),
+        config=about.config,
+        version=about.provenance.get("versions", {}).get("sparsify-vit", "(version unknown)"),
         **_settings(facts),
         theoretical=profile.THEORETICAL,
         headings=HEADINGS,
         headline=profile.headline(facts.profile),
+        budgets=header.budgets(about),
+        budget_columns=header.BUDGET_COLUMNS,
         pairs=[row for row in accuracy.pairs(result) if not row[0].startswith("throughput")],
         singles=[row for row in accuracy.singles(result) if row[0] != "images"],
         evaluated_on=accuracy.conditions(result) if result else "",
         times=[(label, words.plain(time.median), words.spread(time)) for label, time in times if time is not None],
         timed_on=timed_on,
-        changed=header.backbone_changed,
-        provenance=header.provenance,
-        calibration=header.provenance.get("calibration") or {},
+        changed=about.backbone_changed,
+        provenance=about.provenance,
+        calibration=about.provenance.get("calibration") or {},
     )
     return f"---\n{yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True)}---\n\n{body}"
 

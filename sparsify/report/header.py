@@ -36,6 +36,7 @@ def origin(header: Header, file: Path) -> list[Fact]:
         ("image", f"{words.rectangle(sides)} pixels" if all(isinstance(side, int) for side in sides) else ""),
         ("licence of the weights", licence_of(header).name or "unknown"),
         ("recipe", str(recipe.get("description") or "")),
+        ("budget", _budget(header)),
         ("calibrated on", f"{calibration['images']} {kind}" if calibration.get("images") else ""),
         ("weights", weights),
         ("date", str(about.get("date") or "")[:10]),
@@ -71,8 +72,11 @@ def title(header: Header) -> str:
 def _tail(config: SparsityConfig) -> str:
     if config.tail in ("none", "mean") or config.cells is None:
         return config.tail
-    blocks = 1 if isinstance(config.cells[0], int) else len(config.cells)
-    return f"{config.tail}, {_runs([words.cells(config.cells_of(i)) for i in range(blocks)])} cells"
+    grids = [config.cells_of(i) for i in range(1 if isinstance(config.cells[0], int) else len(config.cells))]
+    if all(len(each) == 1 for each in grids):
+        return f"{config.tail}, {_runs([words.rectangle(each[0]) for each in grids])} cells"
+    counts = [rows * columns for each in grids for rows, columns in each]
+    return f"{config.tail}, {sum(counts) / len(counts):.3g} cells on average, {min(counts)} to {max(counts)} by head"
 
 
 def _rank(rank: Any) -> str:
@@ -117,6 +121,15 @@ def budgets_markdown(header: Header) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in (BUDGET_COLUMNS, ("---:",) * 3, *budgets(header))]
     text = "One file, one backbone, a schedule for each budget (`model.set_budget(...)`, `--budget`)."
     return "\n".join(["# Budgets", "", f"{text} What follows is of the one in use.", "", *lines, ""])
+
+
+def _budget(header: Header) -> str:
+    """'0.55; the file has 0.7, 0.55, 0.4 too'."""
+    if header.budget is None:
+        return ""
+    several = [budget for budget in header.schedules if budget != header.budget]
+    others = f"; the file also has {', '.join(f'{each:g}' for each in several)}" if several else ""
+    return f"{header.budget:g} of the dense model's cost{others}"
 
 
 def _keep(config: SparsityConfig) -> str:

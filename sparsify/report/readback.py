@@ -15,6 +15,7 @@ from sparsify.errors import BadFile, one_line
 from sparsify.files.plain_json import read_json
 from sparsify.measure.figures import Profile, count_parameters
 from sparsify.models.checkpoint import Header
+from sparsify.models.original import Opened
 from sparsify.report.words import mapping
 
 
@@ -55,14 +56,15 @@ def evaluation(path: Path) -> Mapping[str, Any]:
     return tree
 
 
-def results(path: Path, digest: str) -> Mapping[str, Any]:
-    """What `sparsify eval --results-file` wrote as JSON, with its conditions, of the file with this digest."""
+def results(path: Path, digest: str, header: Header) -> Mapping[str, Any]:
+    """What `sparsify eval --results-file` wrote as JSON, with its conditions, of the file with this digest and header."""
     tree = read_json(path)
     if not isinstance(tree.get("conditions"), dict) or not tree.get("images"):
         how = "'sparsify eval FILE --results-file NAME.json' writes them"
         raise BadFile(f"{path} has no results with their conditions: {how}")
     if tree["conditions"].get("file_sha256") != digest:
         raise BadFile(f"{path} has the results of another file: evaluate this one")
+    _check_schedule(path, tree, header)
     return tree
 
 
@@ -87,14 +89,26 @@ def check_profile(path: Path, figures: Profile, file: Path, header: Header, mode
         raise BadFile(f"{path} is the profile of another model than {file}: profile this one")
 
 
-def check_evaluation(path: Path, figures: Mapping[str, Any], file: Path, digest: str, model: nn.Module) -> None:
-    """Raise `BadFile` if digest or parameters show that the results at `path` are of another file than `file`."""
+def check_evaluation(path: Path, figures: Mapping[str, Any], file: Path, one: Opened) -> None:
+    """Raise `BadFile` if the results at `path` are of another file than `file`, or of another of its schedules."""
+    digest, model = one.digest, one.model
+    _check_schedule(path, figures, one.header)
     if mapping(figures.get("conditions")).get("file_sha256") not in (None, digest):
         raise BadFile(f"{path} has the results of another file than {file}: evaluate this one")
     stated, count = figures.get("param_count"), count_parameters(model) / 1e6  # millions, as timm has it
     if stated is not None and abs(stated - round(count, 2)) > 0.006:
         found = f"{path} has results of a model with {stated:g} M parameters"
         raise BadFile(f"{found}, {file} has {count:.2f} M: evaluate this one")
+
+
+def _check_schedule(path: Path, figures: Mapping[str, Any], header: Header) -> None:
+    """Raise `BadFile` where results are of another schedule than the one in use, as far as they say."""
+    if figures.get("ran_twice") is not None:
+        raise BadFile(f"{path} has results of adaptive inference, not of one schedule")
+    budget = mapping(figures.get("conditions")).get("budget")
+    if budget not in (None, header.budget):
+        own = "none" if header.budget is None else f"{header.budget:g}"
+        raise BadFile(f"{path} has results of budget {budget}, this is about budget {own}: evaluate that")
 
 
 def _sweep_in(folder: Path) -> Path:

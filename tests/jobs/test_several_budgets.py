@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import sparsify
+from helpers.error_lines import the_error
 from helpers.families import images
 from helpers.small_runs import recipe
 from sparsify.errors import BadFile, UsageError
@@ -96,6 +97,30 @@ def test_adaptive_runs_the_two_schedules_of_its_rule(made, run):
     )
     assert code == 0 and "worst" in out and json.loads(open("a.json").read())["rule"]["first"] == rule.first
     assert "| MACs |" in open("a.md").read()
+
+
+def test_results_are_of_one_schedule(made, run):
+    assert run("eval", made.path, "--data", "digits", "--budget", 0.4, "--results-file", "r.json")[0] == 0
+    assert json.loads(open("r.json").read())["conditions"]["budget"] == 0.4
+    assert run("report", made.path, "--budget", 0.4, "--eval", "r.json", "-o", "r.html")[0] == 0
+    page = open("r.html").read()
+    assert "0.4 of the dense model" in page and "the file also has 0.8" in page
+    code, _, err = run("report", made.path, "--eval", "r.json")
+    assert code == 1 and "results of budget 0.4, this is about budget 0.8" in the_error(err)
+    code, _, err = run("push", made.path, "me/model", "--dry-run", "--eval", "r.json")
+    assert code == 1 and "results of budget 0.4" in the_error(err)
+    assert run("eval", made.path, "--data", "digits", "--adaptive", 0.7, "--results-file", "a.json")[0] == 0
+    code, _, err = run("report", made.path, "--eval", "a.json")
+    assert code == 1 and "adaptive inference" in the_error(err)
+    code, out, _ = run("push", made.path, "me/model", "--dry-run")
+    assert code == 0 and "| 0.8 (in use) |" in out
+
+
+def test_keeps_to_choose_from_are_given_in_python_too(tmp_path):
+    made = sparsify.convert(
+        "digits", recipe=CALIBRATE, keep="dense", target_macs=0.6, output=tmp_path / "m.safetensors"
+    )
+    assert set(made.header.config.keep) == {"dense"} and made.header.config.tokens is not None
 
 
 def test_two_programs_with_the_rule_in_their_metadata(made, tmp_path):

@@ -89,7 +89,7 @@ def evaluate(
             terminal.line(f"{result.ran_twice:.1f} % ran twice: {cost:.3f} of dense in the mean of these images")
     if results_file is not None and processes.main():
         described = backends.describe(backend, kernel_precision, compute.torch_device, compute.torch_dtype)
-        circumstances = conditions(EVALUATION, compute, data=images, backend=described)
+        circumstances = conditions(EVALUATION, compute, data=images, backend=described, budget=one.header.budget)
         write_results(results_file, result.as_dict(), circumstances | {"file_sha256": one.digest})
     if result.nonfinite:
         problem = f"{result.nonfinite:,} of {result.images:,} images give outputs that are not finite (NaN or infinity)"

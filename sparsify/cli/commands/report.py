@@ -60,7 +60,7 @@ def report(
     if profile is not None and figures is not None:
         readback.check_profile(profile, figures, file, one.header, one.model)
     if eval_file is not None and evaluation is not None:
-        readback.check_evaluation(eval_file, evaluation, file, one.digest, one.model)
+        readback.check_evaluation(eval_file, evaluation, file, one)
     if dense is not None:  # loaded last: it may be a download
         one = replace(one, dense=load_original(one.header, dense, say=say))
     with Reporter(quiet) as reporter:
