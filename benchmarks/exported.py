@@ -2,9 +2,9 @@
 
     python benchmarks/exported.py [FILE ...] [--images 96]
 
-FILE: converted DeiT-Tiny files, whose programs (.onnx, .pt2 beside them) are written where they are not there; without any
-it converts twice as `quantised.py` does. Photographs are those of `imagenet-sample/val` (SPARSIFY_TEST_DATA). Programs take
-one image a call. The last column times that call, all in turns, with the dense model and the sparse one in eager mode.
+FILE: converted DeiT-Tiny files; without any it converts as `quantised.py` does. Photographs are those of
+`imagenet-sample/val` (SPARSIFY_TEST_DATA). Programs take one image a call and have the sparse attention of the model, or
+dense attention over the tokens present. The last column times that call, all in turns, with both models in eager mode.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import onnxruntime
@@ -28,7 +29,7 @@ from sparsify.jobs.export.program import FORMATS, export
 from sparsify.measure.latency import interleaved
 from sparsify.models import checkpoint
 from sparsify.nn import graft
-from sparsify.nn.attention import Execution
+from sparsify.nn.attention import Execution, sparse_modules
 from sparsify.recipe import load_recipe
 
 
@@ -41,11 +42,10 @@ def converted(folder: Path) -> list[Path]:
     return files
 
 
-def program(file: Path, format: str) -> Callable[[Tensor], Tensor]:
+def program(file: Path, format: str, attention: str) -> Callable[[Tensor], Tensor]:
     """One image at a time, however many are given."""
-    path = file.parent / f"{file.stem}.{format}"
-    if not path.exists():
-        export(file, format, path, say=print)
+    path = file.parent / f"{file.stem} {attention}{FORMATS[format].SUFFIX}"
+    export(file, format, path, attention=attention, measure=False, force=True, say=print)
     run = FORMATS[format].runner(str(path))
     assert run is not None
     return lambda x: torch.cat([run(image) for image in x.split(1)])
@@ -84,7 +84,10 @@ def main() -> None:
             x = torch.cat([images for images, _ in shown])[: arguments.images]
             runs: dict[str, Callable[[Tensor], Tensor]] = {"dense, eager": graft.dense_twin(model)}
             runs |= {f"sparse, eager, {name}": variant(model, Execution(name)) for name in ("cpu", "reference")}
-            runs |= {f"sparse, {format}": program(file, format) for format in arguments.formats}
+            pairs = product(arguments.formats, ("sparse", "dense") if sparse_modules(model) else ("sparse",))
+            runs |= {
+                f"{attention} attention, {format}": program(file, format, attention) for format, attention in pairs
+            }
             ms = interleaved({name: partial(run, x[:1]) for name, run in runs.items()}, rounds=arguments.rounds)
             expected = answers(runs["sparse, eager, cpu"], x)
             rows = [row(name, answers(run, x), expected, ms[name].median) for name, run in runs.items()]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, cast
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from sparsify.errors import UsageError, as_arguments
 from sparsify.jobs.convert import Conversion, ImageSources, OutputOptions
 from sparsify.jobs.convert import convert as convert_job
 from sparsify.jobs.dense import DenseRequest, Preprocessing
-from sparsify.jobs.export.program import Exported
+from sparsify.jobs.export.program import Exported, ProgramOptions
 from sparsify.jobs.export.program import export as export_job
 from sparsify.jobs.export.program import export_pair as export_pair_job
 from sparsify.jobs.save import save as save_job
@@ -78,6 +78,7 @@ class ConvertOptions(RecipeOptions, PreprocessingOptions, total=False):
 
     target_macs: float | Sequence[float] | None
     target_latency: float | Sequence[float] | None
+    runtime: str
     calibrate_only: bool
     allow_nonfinite: bool
     val: str | Path | None
@@ -149,6 +150,8 @@ def convert(
         target_macs, target_latency: choose keep and tokens of every block for this fraction of the dense model's MACs or
             time (give one of them). Several fractions: a schedule for each over one backbone, the first in
             use (`load(..., budget=)`, `model.set_budget`); nothing is trained then.
+        runtime: where the model is to run: eager, compile, onnxruntime or openvino. For the last two a target is reached by
+            fewer tokens alone, with dense attention: sparse attention is slower there.
         allow_nonfinite: take weights with NaN or infinity, which are refused otherwise.
         calibrate_only: leave out the stages of the recipe.
         val: labelled images that decide which weights are written; None: a part of `data` is held back.
@@ -180,7 +183,9 @@ def convert(
     compute, listener = Compute(device=options.pop("device", "cpu")), Listener(_in_python(options.pop("say", None)))
     keeps = tuple(keep) if isinstance(keep, Iterable) and not isinstance(keep, str) else keep
     to_try = None if keep is None else [None if each == "dense" else each for each in config.listed(keeps)]
-    target = config.target(options.pop("target_macs", None), options.pop("target_latency", None), to_try)
+    target = config.target(
+        options.pop("target_macs", None), options.pop("target_latency", None), to_try, options.pop("runtime", "eager")
+    )
     if recipe is None:
         recipe = default_recipe(data is not None and not calibrate_only and (target is None or len(target.shares) == 1))
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -262,18 +267,16 @@ def export(
     format: str = "onnx",
     output: str | Path | None = None,
     *,
-    batch_size: int | None = 1,
-    img_size: int | None = None,
     budget: float | None = None,
     force: bool = False,
     say: Say | None = None,
+    **options: Unpack[ProgramOptions],
 ) -> Exported:
-    """Write the model of a file as a program that runs without this package, ONNX or torch.export's; docs/export.md.
+    """Write the model of a file as a program without this package, ONNX, OpenVINO's or torch.export's; docs/export.md.
 
     Arguments and errors are those of `sparsify.jobs.export.program.export`; `say` is called with a line now and then.
     """
-    how = {"batch_size": batch_size, "img_size": img_size, "budget": budget, "force": force}
-    return export_job(path, format, output, say=_in_python(say), **cast(Any, how))
+    return export_job(path, format, output, budget=budget, force=force, say=_in_python(say), **options)
 
 
 def export_pair(
@@ -282,20 +285,18 @@ def export_pair(
     format: str = "onnx",
     output: str | Path | None = None,
     *,
-    batch_size: int | None = 1,
-    img_size: int | None = None,
     force: bool = False,
     say: Say | None = None,
+    **options: Unpack[ProgramOptions],
 ) -> tuple[Exported, Exported]:
     """Write the two programs of adaptive inference, with the rule in their metadata.
 
     Arguments and errors are those of `sparsify.jobs.export.program.export_pair`; `say` as in `export`.
     """
-    how = {"batch_size": batch_size, "img_size": img_size, "force": force}
-    return export_pair_job(path, adaptive, format, output, say=_in_python(say), **cast(Any, how))
+    return export_pair_job(path, adaptive, format, output, force=force, say=_in_python(say), **options)
 
 
-def profile_adaptive(model: Adaptive, **options: Unpack[ComputeOptions]) -> AdaptiveProfile:
+def profile_adaptive(model: nn.Module, **options: Unpack[ComputeOptions]) -> AdaptiveProfile:
     """MACs and latency of adaptive inference, in the mean and at worst, beside the dense model.
 
     Args:
@@ -303,7 +304,7 @@ def profile_adaptive(model: Adaptive, **options: Unpack[ComputeOptions]) -> Adap
         batch_size, device, dtype, backend, kernel_precision: of the measurement (`sparsify.processes.Compute`).
 
     Raises:
-        SparsifyError: see `sparsify.measure.profile.profile`.
+        SparsifyError: another model, or see `sparsify.measure.profile.profile`.
     """
     return profile_adaptively(model, compute=_split(Compute(), options, ComputeOptions)[0])
 

@@ -363,14 +363,28 @@ class Target(Frozen):
     batch_size: Count = 1
 
 
-def target(macs: Any, latency: Any, keeps: Any = None) -> Target | None:
-    """The `Target` of a caller's arguments, a fraction or several; None where neither is given. keeps: None for the usual.
+RUNTIMES = {"eager": None, "compile": None, "onnxruntime": (None,), "openvino": (None,)}
+"""Where a converted model is to run, and the keeps that pay there; None: the usual ones. Plain operators of sparse attention
+are slower than these runtimes' dense attention, so a budget is spent on fewer tokens alone."""
+
+
+def target(macs: Any, latency: Any, keeps: Any = None, runtime: str = "eager") -> Target | None:
+    """The `Target` of a caller's arguments, a fraction or several; None where neither is given.
+
+    Args:
+        keeps: to choose from; None: those that pay in `runtime`, one of `RUNTIMES`.
 
     Raises:
-        UsageError: both are given, or a value is out of range.
+        UsageError: both are given, a value is out of range, an unknown runtime, or one in which nothing is timed or saved.
     """
+    if runtime not in RUNTIMES:
+        raise UsageError(f"runtime {runtime}: expected one of {', '.join(RUNTIMES)}")
+    if RUNTIMES[runtime] is not None and macs is None:
+        times = "" if latency is None else ", as times are measured in eager mode"
+        raise UsageError(f"runtime {runtime}: fewer tokens are what pays there; give {field('target_macs')}{times}")
     if macs is None and latency is None:
         return None
+    keeps = RUNTIMES[runtime] if keeps is None else keeps
     if macs is not None and latency is not None:
         raise UsageError(f"give either {field('target_macs')} or {field('target_latency')}")
     of, given = ("latency", latency) if macs is None else ("macs", macs)

@@ -11,6 +11,7 @@ from importlib import resources
 NAMES = "names.txt"  # `make names` writes it, from `sparsify models`
 BACKENDS = ("auto", "cpu", "reference")
 DEVICES = ("cpu", "cuda", "mps")
+RUNTIMES = ("eager", "compile", "onnxruntime", "openvino")
 KERNEL_PRECISIONS = ("input", "bf16")
 PREDICTORS = ("head-lowrank", "token-lowrank")
 TAILS = ("none", "mean", "cells", "clusters")

@@ -120,6 +120,8 @@ _MACS = (
 TargetMacs = Annotated[str | None, option("SHARE,...", _MACS, KEPT, "none")]
 _LATENCY = "The same for fractions of its time, on this machine at batch 1."
 TargetLatency = Annotated[str | None, option("SHARE,...", _LATENCY, KEPT, "none")]
+_FOR = "Where the model is to run: eager, compile, onnxruntime, openvino; the last two: fewer tokens, dense attention."
+Runtime = Annotated[str, option("NAME", _FOR, KEPT, words=completion.RUNTIMES, names="--for")]
 Output = Annotated[Path, option("FILE", "File to write.", FILES, names="--output -o")]
 Force = Annotated[bool, flag("--force", "Overwrite another model's file.", FILES)]
 _RECIPE = "Recipe name ('sparsify recipes' lists them) or YAML file."

@@ -74,7 +74,9 @@ def tokens(
     return (recipe.model_dump() if recipe else {}) | given if given else None
 
 
-def target(macs: str | None, latency: str | None, keep: str | None, token_keep: str | None) -> Target | None:
+def target(
+    macs: str | None, latency: str | None, keep: str | None, token_keep: str | None, runtime: str = "eager"
+) -> Target | None:
     """What schedules are chosen for, with the keeps that --keep leaves to choose from; None where no target is given.
 
     Raises:
@@ -88,7 +90,7 @@ def target(macs: str | None, latency: str | None, keep: str | None, token_keep: 
     expected = "numbers above 0 and up to 1 separated by commas are"
     fractions = None if macs is None else listed(macs, "--target-macs", float, expected)
     times = None if latency is None else listed(latency, "--target-latency", float, expected)
-    return config.target(fractions, times, chosen)
+    return config.target(fractions, times, chosen, runtime)
 
 
 def rectangle(text: str | None, name: str) -> tuple[int, int] | None:

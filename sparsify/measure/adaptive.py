@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
+from sparsify.errors import UsageError
 from sparsify.measure import latency, macs
 from sparsify.measure.conditions import PROFILE, conditions
 from sparsify.measure.latency import Timing
@@ -61,13 +63,18 @@ class AdaptiveProfile:
 
 
 def profile_adaptive(
-    model: Adaptive, *, measure: bool = True, compute: Compute = Compute(), budget: latency.Budget = latency.Budget()
+    model: nn.Module, *, measure: bool = True, compute: Compute = Compute(), budget: latency.Budget = latency.Budget()
 ) -> AdaptiveProfile:
     """Counts and, unless `measure=False`, times the two schedules of a model, by `auto`, beside its dense form.
 
     Args:
         compute, budget: of the measurement, as of `sparsify.measure.profile.profile`, which raises the same errors.
+
+    Raises:
+        UsageError: not an adaptive model.
     """
+    if not isinstance(model, Adaptive):
+        raise UsageError("not an adaptive model: sparsify.load(path, adaptive=...) gives one")
     first, second = (profile(each, measure=False) for each in (model.first, model.second))
     assert first.macs_dense is not None
     counted = {DENSE: first.macs_dense, FIRST: first.macs_sparse, SECOND: second.macs_sparse}

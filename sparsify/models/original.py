@@ -14,7 +14,7 @@ from sparsify.models import building, checkpoint, names, pretrained
 from sparsify.models.checkpoint import Header
 from sparsify.models.dense_weights import read_checkpoint
 from sparsify.models.hub import CHECKPOINTS
-from sparsify.nn.adaptive import Rule, adaptive
+from sparsify.nn.adaptive import Rule, adaptive, lead
 from sparsify.processes import Say
 
 
@@ -28,6 +28,11 @@ class Opened:
     header: Header
     digest: str  # of the file's content
     rule: Rule | None = None  # of the adaptive model
+
+    @property
+    def lead(self) -> nn.Module:
+        """The model that has the preprocessing and the classes: of an adaptive one its first."""
+        return lead(self.model)
 
     @property
     def note(self) -> str:

@@ -14,10 +14,10 @@ from helpers.error_lines import the_error
 from helpers.families import FAMILIES, build, draw_importance, images
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import BadFile, SparsifyError, UsageError
-from sparsify.jobs.export import onnx_file
+from sparsify.jobs.export import onnx_file, openvino_file
 from sparsify.jobs.export import program as exporting
 from sparsify.models import checkpoint
-from sparsify.nn import graft
+from sparsify.nn import graft, schedules
 from sparsify.nn.merging import matching
 from sparsify.nn.tokens import ranking
 from sparsify.ops import selection
@@ -76,8 +76,93 @@ def test_onnx_answers_as_the_model_does(tmp_path, family, tokens, batch):
     assert fed["input_size"] == [3, side, side] and fed["mean"] == [0.4, 0.5, 0.6] and fed["interpolation"] == "bicubic"
     assert json.loads(kept["sparsify.labels"])[9] == "class 9"
     about = json.loads(kept["sparsify.export"])
+    assert about["attention"] == made.attention == "sparse"  # the file does not say that its backbone is the original's
     assert (about["format"], about["input"], about["output"]) == ("onnx", "images", "logits")
     assert about["batch"] == (batch or "any") and str(tmp_path) not in json.dumps(kept)
+
+
+@pytest.mark.parametrize(
+    "family,tokens,batch",
+    [("deit", MERGED, None), ("dinov2-registers", None, 2), ("siglip", MERGED.model_copy(update={"way": "evit"}), 1)],
+)
+def test_openvino_answers_as_the_model_does(tmp_path, family, tokens, batch):
+    path, model = converted(tmp_path, family, tokens)
+    made = exporting.export(path, "openvino", batch_size=batch)
+    assert made.checked.most < 1e-4 and made.checked.apart == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.bin", "model.safetensors", "model.xml"]
+    assert made.bytes == sum((tmp_path / f"model.{end}").stat().st_size for end in ("xml", "bin"))
+    with openvino_file._unreported() as openvino:
+        (entry,) = openvino.Core().read_model(made.path).inputs  # as anybody reads it
+    side = model.patch_embed.img_size[0]
+    assert entry.names == {"images"} and entry.partial_shape == openvino.PartialShape([batch or -1, 3, side, side])
+    run = openvino_file.runner(str(made.path))
+    for count in (1, 3) if batch is None else (batch,):
+        x = images(model, count)
+        torch.testing.assert_close(run(x), model(x), atol=1e-4, rtol=1e-4)
+    kept, own = openvino_file.metadata(str(made.path)), checkpoint.metadata(path)
+    own.pop("format")
+    assert own.items() <= kept.items() and json.loads(kept["sparsify.export"])["format"] == "openvino"
+
+
+def test_openvino_tells_nobody_of_an_export(tmp_path):
+    path, _ = converted(tmp_path, "deit")
+    words = (
+        "import sys; from sparsify.cli.app import main\ntry: main(['export', *sys.argv[1:]])\nexcept SystemExit: pass\n"
+    )
+    words += "assert 'openvino' in sys.modules; print('openvino_telemetry' in sys.modules)"
+    command = [sys.executable, "-c", words, path, "--format", "openvino", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False" and (tmp_path / "model.xml").exists()
+
+
+@pytest.fixture
+def unchanged(tmp_path):
+    """A file whose backbone is the dense original's, with keep 0.3 and fewer tokens; and its model."""
+    path, model = converted(tmp_path, "deit", MERGED, depth=2)
+    header = checkpoint.read_header(path)
+    checkpoint.save(model, path, header._replace(provenance={"backbone_changed": False}))
+    return path, model
+
+
+def test_dense_attention_over_the_tokens_present_where_the_backbone_is_the_originals(unchanged, tmp_path):
+    path, model = unchanged
+    made = exporting.export(path, "pt2", attention="dense", measure=False)
+    assert made.attention == "dense" and made.timed is None
+    program, x = torch.export.load(made.path).module(), images(model, 1)
+    dense = schedules.applied(model, checkpoint.read_header(path).config.model_copy(update={"keep": "dense"}))
+    torch.testing.assert_close(program(x), dense(x), atol=1e-5, rtol=1e-5)
+    assert (program(x) - model(x)).abs().max() > 1e-3
+    kept = {"sparsify.export": ""}
+    torch.export.load(made.path, extra_files=kept)
+    assert json.loads(kept["sparsify.export"])["attention"] == "dense"
+    assert exporting.export(path, "pt2", attention="sparse", measure=False, force=True).attention == "sparse"
+    assert exporting.export(path, "pt2", measure=False, force=True).attention == "dense"
+
+
+@pytest.mark.parametrize("faster", ["dense", "sparse"])
+def test_auto_writes_the_attention_that_is_faster_here(unchanged, run, monkeypatch, faster):
+    path, _ = unchanged
+
+    def times(runs, rounds):
+        assert [*runs] == ["original", "dense", "sparse"]
+        return {name: SimpleNamespace(median={"original": 6.0, faster: 4.0}.get(name, 8.0)) for name in runs}
+
+    monkeypatch.setattr(exporting, "interleaved", times)
+    code, out, err = run("export", path, "--format", "pt2")
+    assert code == 0 and f"{faster} attention" in err.splitlines()
+    assert "1.50x as fast as the dense model in the same runtime (4 ms against 6 ms)" in out
+    assert sorted(p.name for p in path.parent.iterdir()) == ["model.pt2", "model.safetensors"]
+    kept = {"sparsify.export": ""}
+    torch.export.load(path.with_suffix(".pt2"), extra_files=kept)
+    assert json.loads(kept["sparsify.export"])["attention"] == faster
+
+
+def test_a_program_that_is_slower_says_so_and_a_changed_backbone_stays_sparse(tmp_path):
+    assert "slower (0.50x) than the dense model" in exporting.Timed(4.0, 8.0, 2).words()
+    path, _ = converted(tmp_path, "deit")
+    with pytest.raises(UsageError, match="fine-tuned with sparse attention"):
+        exporting.export(path, "pt2", attention="dense")
+    assert not path.with_suffix(".pt2").exists()
 
 
 ELSEWHERE = """
@@ -156,6 +241,8 @@ def test_a_wrong_program_leaves_the_old_file(run, tmp_path, monkeypatch):
     path, _ = converted(tmp_path, "deit")
     monkeypatch.setattr(exporting, "trace", lambda *_: None)
     writes = SimpleNamespace(
+        SUFFIX=".onnx",
+        beside=lambda path: (),
         check_packages=lambda: None,
         check_size=lambda size: None,
         write=lambda *_: None,
@@ -175,8 +262,11 @@ def test_a_wrong_program_leaves_the_old_file(run, tmp_path, monkeypatch):
 def test_bad_words_are_refused_before_anything_is_read(run, tmp_path, monkeypatch):
     (tmp_path / "there.onnx").touch()
     for arguments, code, words in [
-        (["--format", "tflite"], 2, "expected one of onnx, pt2"),
+        (["--format", "tflite"], 2, "expected one of onnx, openvino, pt2"),
         (["-o", "model.bin"], 2, "ends in .onnx"),
+        (["--format", "openvino", "-o", "model.onnx"], 2, "ends in .xml"),
+        (["--attention", "none"], 2, "expected one of auto, dense, sparse"),
+        (["--budget", 0.5, "--adaptive", 0.5], 2, "either --budget"),
         (["-o", "there.onnx"], 1, "--force"),
         (["--dynamic-batch", "--batch-size", 2], 2, "leave --batch-size out"),
         ([], 1, "no file model.safetensors"),
@@ -195,5 +285,8 @@ def test_missing_packages_are_one_line(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     code, _, err = run("export", "--format", "onnx")
     assert code == 1 and "needs onnxscript: pip install 'sparsify-vit[export]'" in err
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    code, _, err = run("export", "--format", "openvino")
+    assert code == 1 and "needs openvino: pip install 'sparsify-vit[openvino]'" in err
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert onnx_file.runner("any.onnx") is None

@@ -123,6 +123,20 @@ def test_keeps_to_choose_from_are_given_in_python_too(tmp_path):
     assert set(made.header.config.keep) == {"dense"} and made.header.config.tokens is not None
 
 
+def test_for_a_runtime_tokens_alone_are_spent(run, tmp_path):
+    for words, message in (
+        (["--for", "openvino"], "runtime openvino: fewer tokens are what pays there; give --target-macs"),
+        (["--for", "openvino", "--target-latency", 0.6], "as times are measured in eager mode"),
+        (["--for", "tensorrt"], "runtime tensorrt: expected one of eager, compile, onnxruntime, openvino"),
+    ):
+        code, _, err = run("convert", "digits", *words)
+        assert code == 2 and message in the_error(err)
+    made = sparsify.convert(
+        "digits", recipe=CALIBRATE, runtime="openvino", target_macs=0.6, output=tmp_path / "m.safetensors"
+    )
+    assert set(made.header.config.keep) == {"dense"} and made.header.config.tokens is not None
+
+
 def test_two_programs_with_the_rule_in_their_metadata(made, tmp_path):
     first, second = sparsify.export_pair(made.path, 0.7, "pt2", tmp_path / "m.pt2")
     assert [each.path.name for each in (first, second)] == ["m.first.pt2", "m.second.pt2"]

@@ -15,6 +15,7 @@ def convert(
     token_importance: options.TokenImportance = None,
     target_macs: options.TargetMacs = None,
     target_latency: options.TargetLatency = None,
+    runtime: options.Runtime = "eager",
     output: options.Output = options.MODEL_FILE,
     force: options.Force = False,
     recipe: options.RecipeName = None,
@@ -56,7 +57,7 @@ def convert(
     """
     from sparsify.recipe import default_recipe, load_recipe
 
-    target = parsers.target(target_macs, target_latency, keep, token_keep)
+    target = parsers.target(target_macs, target_latency, keep, token_keep, runtime)
     several = target is not None and len(target.shares) > 1
     base = load_recipe(recipe or default_recipe(data is not None and not calibrate_only and not several))
     tokens = parsers.tokens(token_keep, token_stages, token_way, token_importance, base.sparsity.tokens)

@@ -60,7 +60,6 @@ def evaluate(
     from sparsify.measure.conditions import EVALUATION, conditions
     from sparsify.measure.evaluate import evaluate_images
     from sparsify.models.original import Which, opened
-    from sparsify.nn.adaptive import lead
     from sparsify.ops import backends
     from sparsify.report.accuracy import write_results
 
@@ -68,7 +67,7 @@ def evaluate(
     processes.start(device)
     with processes.agree():
         one = opened(file, dense, img_size, say, Which(budget, adaptive))
-        parsers.preprocessing(mean, std, crop_pct, interpolation, class_map).apply(lead(one.model))
+        parsers.preprocessing(mean, std, crop_pct, interpolation, class_map).apply(one.lead)
     if one.note:
         say(one.note)
     with Reporter(quiet) as reporter:

@@ -45,13 +45,12 @@ def profile(
     from sparsify.measure import profile
     from sparsify.measure.adaptive import profile_adaptive
     from sparsify.models.original import Which, opened
-    from sparsify.nn.adaptive import Adaptive
     from sparsify.report import adaptive as report
     from sparsify.report.profile import to_markdown
 
     say = options.say(quiet)
     one = opened(file, dense, img_size, say, Which(budget, adaptive))
-    if isinstance(one.model, Adaptive):
+    if one.rule is not None:
         figures = profile_adaptive(one.model, measure=not no_measure, compute=compute)
         if not quiet:
             tables.show(tables.adaptive_table(figures))

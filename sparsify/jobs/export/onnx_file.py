@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparsify.errors import SparsifyError, field
 
+SUFFIX = ".onnx"
 INPUT = "images"  # name of the program's input
 MOST_BYTES = 2_000_000_000  # a little below the 2 GiB that a protobuf file can hold
 UNCHECKED = "not checked: onnxruntime is not installed (pip install 'sparsify-vit[export]')"
@@ -37,6 +38,11 @@ def check_size(nbytes: int) -> None:
     if nbytes > MOST_BYTES:
         size, other = f"{nbytes / 1e9:.1f} GB", f"{field('format')} pt2"
         raise SparsifyError(f"weights of {size}: an ONNX file holds 2 GB; {other} holds any number")
+
+
+def beside(path: str) -> tuple[str, ...]:
+    """No further file: one holds all."""
+    return ()
 
 
 def write(program: torch.export.ExportedProgram, path: str, described: Mapping[str, str], output: str) -> None:

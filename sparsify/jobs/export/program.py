@@ -1,19 +1,25 @@
-"""The job behind `sparsify export`: a converted file in, an ONNX or PyTorch (.pt2) program of the sparse form out.
+"""The job behind `sparsify export`: a converted file in, an ONNX, OpenVINO or PyTorch (.pt2) program out.
 
-The program holds the plain PyTorch reference of `sparsify.ops`, operator by operator: it runs without this package and
-without the CPU kernels. Its outputs are compared with the model's before the file is written.
+The program holds plain PyTorch operators: it runs without this package and without the CPU kernels. Its outputs are compared
+with the model's before the file is written, and its time with the dense model's.
+
+Plain operators of sparse attention are slower than a runtime's dense attention at most sizes. Where the weights are the
+dense original's, dense attention over the tokens present is as right, so by default the faster of both is written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +29,18 @@ from sparsify.files.locks import reserved
 from sparsify.files.outputs import whole
 from sparsify.images import datasets
 from sparsify.images.trainset import builtin_calibration
-from sparsify.jobs.export import onnx_file, pt2_file
+from sparsify.jobs.export import onnx_file, openvino_file, pt2_file
+from sparsify.measure.latency import interleaved
 from sparsify.models import checkpoint
 from sparsify.models.digits import network
 from sparsify.models.licence import licence_of
-from sparsify.nn import execution
+from sparsify.nn import execution, graft, schedules
+from sparsify.nn.attention import sparse_modules
 from sparsify.version import __version__
 
-FORMATS = {"onnx": onnx_file, "pt2": pt2_file}
+FORMATS: dict[str, Any] = {"onnx": onnx_file, "openvino": openvino_file, "pt2": pt2_file}
+ATTENTIONS = ("auto", "dense", "sparse")
+ROUNDS = 7  # of timing
 TOLERANCE = 1e-3  # difference of an output that is reported
 WRONG = 1e-2  # difference, as a fraction of the model's largest output, that no rounding explains
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -53,6 +63,21 @@ class Checked(NamedTuple):
         return f"{checked} by at most {self.most:.1e}, in the median by {self.median:.1e}{ties}"
 
 
+class Timed(NamedTuple):
+    """Medians of one interleaved run on this machine, of a batch of the program's size (1 if it takes any), in ms."""
+
+    dense: float  # the dense model, in the same runtime
+    program: float
+    threads: int
+
+    def words(self) -> str:
+        """One line for people."""
+        ratio = self.dense / self.program
+        verdict = f"{ratio:.2f}x as fast as" if ratio >= 1 else f"slower ({ratio:.2f}x) than"
+        times = f"{self.program:.3g} ms against {self.dense:.3g} ms"
+        return f"measured here, {self.threads} threads: {verdict} the dense model in the same runtime ({times})"
+
+
 @dataclass(frozen=True)
 class Exported:
     """What `export` wrote."""
@@ -60,9 +85,20 @@ class Exported:
     path: Path
     format: str  # one of `FORMATS`
     batch: int | None  # fixed batch size; None: any
-    bytes: int  # size of the file
+    attention: str  # dense or sparse, in blocks that are sparse in the file
+    bytes: int  # size of the program, of all its files
     checked: Checked | None  # how its outputs compare with the model's; None: nothing on this machine runs it
+    timed: Timed | None  # None: nothing on this machine runs it, or not asked for
     seconds: float  # wall time
+
+
+class ProgramOptions(TypedDict, total=False):
+    """Keywords of `export`: what the program is like."""
+
+    batch_size: int | None
+    img_size: int | None
+    attention: str
+    measure: bool
 
 
 def export(
@@ -70,30 +106,32 @@ def export(
     format: str = "onnx",
     output: str | Path | None = None,
     *,
-    batch_size: int | None = 1,
-    img_size: int | None = None,
     budget: float | None = None,
     force: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    **options: Unpack[ProgramOptions],
 ) -> Exported:
     """Write the model of a converted file as a program.
 
     Args:
-        format: onnx or pt2.
-        output: a name that ends in .onnx or .pt2; None: that of `file` with that ending.
-        batch_size: fixed batch size; None: any. img_size: side in pixels; None: the file's.
+        format: onnx, openvino or pt2.
+        output: a name that ends in .onnx, .xml or .pt2; None: that of `file` with that ending.
         budget: see `sparsify.models.checkpoint.read`.
         force: overwrite an existing output.
+        batch_size: fixed batch size (1); None: any. img_size: side in pixels; None: the file's.
+        attention: of blocks that are sparse in the file. sparse; dense, over the tokens present; auto: the one that is
+            faster here, dense where nothing here runs the program, sparse where the file's backbone was changed.
+        measure: time the program beside the dense model (True). Without, auto is dense, or sparse of a changed backbone.
 
     Raises:
-        UsageError: an unknown format, another ending, no image in a batch, or an image size or budget that does not fit.
+        UsageError: an unknown format or attention, another ending, no image in a batch, dense attention of a backbone that
+            was changed, or an image size or budget that does not fit.
         BadFile: a file that cannot be read or written, or an output that exists.
         SparsifyError: a package that is not installed, a model that the format cannot hold, or a program whose outputs
             differ; nothing is written then.
     """
-    program = _Program(Path(file), format, batch_size, img_size, say)
-    path = program.may_write(output, force)
-    return program.write(path, budget)
+    program = _Program(Path(file), format, say, **options)
+    return program.write(program.may_write(output, force), budget)
 
 
 def export_pair(
@@ -102,10 +140,9 @@ def export_pair(
     format: str = "onnx",
     output: str | Path | None = None,
     *,
-    batch_size: int | None = 1,
-    img_size: int | None = None,
     force: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    **options: Unpack[ProgramOptions],
 ) -> tuple[Exported, Exported]:
     """Write the two programs of adaptive inference (`sparsify.nn.adaptive`), with the rule in the metadata of both.
 
@@ -118,7 +155,7 @@ def export_pair(
     Raises:
         SparsifyError: as `export`, and where the file cannot be run adaptively (`Header.rule`).
     """
-    program = _Program(Path(file), format, batch_size, img_size, say)
+    program = _Program(Path(file), format, say, **options)
     stem = program.named(output)
     paths = [
         program.may_write(stem.with_name(f"{stem.stem}.{part}{stem.suffix}"), force) for part in ("first", "second")
@@ -131,66 +168,119 @@ def export_pair(
 
 @dataclass(frozen=True)
 class _Program:
-    """What `export` was asked for; an unknown format or a wrong number of images raises `UsageError`."""
+    """What `export` was asked for, of which it refuses what is unknown."""
 
     file: Path
     format: str
-    batch_size: int | None
-    img_size: int | None
     say: Callable[[str], None]
+    batch_size: int | None = 1
+    img_size: int | None = None
+    attention: str = "auto"
+    measure: bool = True
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise UsageError(f"{field('format')} {self.format}: expected one of {', '.join(FORMATS)}")
+        if self.attention not in ATTENTIONS:
+            raise UsageError(f"{field('attention')} {self.attention}: expected one of {', '.join(ATTENTIONS)}")
         if self.batch_size is not None and self.batch_size < 1:
             raise UsageError(f"batch size {self.batch_size}: expected 1 or more")
 
+    @property
+    def writer(self) -> Any:
+        """The module of the format."""
+        return FORMATS[self.format]
+
     def named(self, output: str | Path | None) -> Path:
         """The name to write, of the right ending."""
-        path = self.file.with_suffix(f".{self.format}") if output is None else Path(output)
-        if path.suffix != f".{self.format}":
-            raise UsageError(f"{field('output')} {path}: a name that ends in .{self.format} is expected")
+        suffix = self.writer.SUFFIX
+        path = self.file.with_suffix(suffix) if output is None else Path(output)
+        if path.suffix != suffix:
+            raise UsageError(f"{field('output')} {path}: a name that ends in {suffix} is expected")
         return path
 
     def may_write(self, output: str | Path | None, force: bool) -> Path:
         """The name to write, unless something is there."""
         path = self.named(output)
-        if path.exists() and not force:
-            raise BadFile(f"{path} exists: choose another {field('output')} or overwrite it with {field('force')}")
+        for each in (path, *map(Path, self.writer.beside(str(path)))):
+            if each.exists() and not force:
+                raise BadFile(f"{each} exists: choose another {field('output')} or overwrite it with {field('force')}")
         return path
 
     def write(self, path: Path, budget: float | None, told: Mapping[str, str] = MappingProxyType({})) -> Exported:
         """Writes the program of one budget; told: metadata beside the others."""
         start = time.perf_counter()
-        FORMATS[self.format].check_packages()
-        with reserved(path):
+        self.writer.check_packages()
+        files = (str(path), *self.writer.beside(str(path)))
+        with reserved(*files):
             loaded = checkpoint.read(self.file, self.img_size, budget=budget)
-            checked = _write(loaded, path, self, told)
-        return Exported(path, self.format, self.batch_size, path.stat().st_size, checked, time.perf_counter() - start)
+            self.writer.check_size(sum(t.nbytes for t in loaded.model.state_dict().values()))
+            with contextlib.ExitStack() as written:
+                temporaries = [written.enter_context(whole(each)) for each in files]
+                found = self._chosen(loaded, told, Path(temporaries[0]).parent)
+                for each, temporary in zip((found.path, *self.writer.beside(found.path)), temporaries, strict=True):
+                    os.replace(each, temporary)
+        size, seconds = sum(os.path.getsize(each) for each in files), time.perf_counter() - start
+        return Exported(path, self.format, self.batch_size, found.attention, size, found.checked, found.timed, seconds)
 
+    def _chosen(self, loaded: checkpoint.Loaded, told: Mapping[str, str], folder: Path) -> _Candidate:
+        """The program to write, made in `folder`, checked and timed."""
+        changed = loaded.header.backbone_changed
+        if self.attention == "dense" and changed:
+            raise UsageError(f"{field('attention')} dense: this file's weights were fine-tuned with sparse attention")
+        attentions = ["sparse"] if changed else ["dense", "sparse"] if self.attention == "auto" else [self.attention]
+        if not sparse_modules(loaded.model):
+            attentions = ["sparse"]  # there is none: as it is
+        model = loaded.model.requires_grad_(False)
+        found = [self._candidate(loaded, model, attentions[0], told, folder)]
+        if not self.measure or found[0].run is None:
+            return found[0]
+        found += [self._candidate(loaded, model, each, told, folder) for each in attentions[1:]]
+        self.say("timing it beside the dense model")
+        dense = str(folder / "original")
+        self.writer.write(trace(graft.dense_twin(model), self.batch_size), dense, {}, output_name(model))
+        images = torch.zeros(self.batch_size or 1, *datasets.data_config(model)["input_size"])
+        runs = {"original": partial(self.writer.runner(dense), images)}
+        runs |= {each.attention: partial(each.run, images) for each in found if each.run is not None}
+        times = {name: timing.median for name, timing in interleaved(runs, rounds=ROUNDS).items()}
+        best = min(found, key=lambda each: times[each.attention])
+        return best._replace(timed=Timed(times["original"], times[best.attention], torch.get_num_threads()))
 
-def _write(loaded: checkpoint.Loaded, path: Path, asked: _Program, told: Mapping[str, str]) -> Checked | None:
-    """Writes the program to `path` if its outputs are the model's; None: nothing on this machine runs it."""
-    writer, format, batch_size = FORMATS[asked.format], asked.format, asked.batch_size
-    header, model = loaded.header, loaded.model.requires_grad_(False)
-    writer.check_size(sum(t.nbytes for t in model.state_dict().values()))
-    described = loaded.metadata | metadata(model, format, batch_size) | dict(told)
-    described.pop("format", None)  # safetensors' own
-    if header.budget is not None:
-        described |= {"sparsify.budget": f"{header.budget:g}", **checkpoint.of_schedule(header)}
-    described["sparsify.licence"] = licence_of(header).name or "unknown"  # as of today
-    program = trace(model, batch_size)
-    with whole(path) as temporary:
-        asked.say(f"writing {path}")
+    def _candidate(
+        self, loaded: checkpoint.Loaded, model: nn.Module, attention: str, told: Mapping[str, str], folder: Path
+    ) -> _Candidate:
+        """The program with that attention, checked against the model that it was made from."""
+        header, path = loaded.header, str(folder / attention)
+        if attention == "dense":
+            model = schedules.applied(model, header.config.model_copy(update={"keep": "dense"}))
+        described = loaded.metadata | metadata(model, self.format, self.batch_size, attention) | dict(told)
+        described.pop("format", None)  # safetensors' own
+        if header.budget is not None:
+            described |= {"sparsify.budget": f"{header.budget:g}", **checkpoint.of_schedule(header)}
+        described["sparsify.licence"] = licence_of(header).name or "unknown"  # as of today
+        program = trace(model, self.batch_size)
+        self.say(f"writing {self.format}, {attention} attention")
         try:
-            writer.write(program, temporary, described, output_name(model))
-            run = writer.runner(temporary)
+            self.writer.write(program, path, described, output_name(model))
+            run = self.writer.runner(path)
         except (SparsifyError, OSError):
             raise
         except Exception as error:
-            raise SparsifyError(f"{asked.file} cannot be written as {format}: {one_line(error)}") from error
+            raise SparsifyError(f"{self.file} cannot be written as {self.format}: {one_line(error)}") from error
+        if run is None:
+            return _Candidate(path, attention, None, None)
         pictures = _pictures(model, header.architecture["architecture"])
-        return None if run is None else compare(model, run, pictures, batch_size)
+        return _Candidate(path, attention, run, compare(model, run, pictures, self.batch_size))
+
+
+class _Candidate(NamedTuple):
+    """A program that may be written."""
+
+    path: str
+    attention: str
+    run: Callable[[Tensor], Tensor] | None
+    checked: Checked | None
+    timed: Timed | None = None
 
 
 def output_name(model: nn.Module) -> str:
@@ -198,11 +288,12 @@ def output_name(model: nn.Module) -> str:
     return "logits" if getattr(model, "num_classes", 0) else "features"
 
 
-def metadata(model: nn.Module, format: str, batch_size: int | None) -> dict[str, str]:
+def metadata(model: nn.Module, format: str, batch_size: int | None, attention: str) -> dict[str, str]:
     """Metadata beside the file's header: how to feed the program, and what it is.
 
     sparsify.preprocessing  input_size [C, H, W], mean, std, interpolation, crop_pct, crop_mode: timm's words
-    sparsify.export         format, batch (a number or "any"), input and output by name, library versions
+    sparsify.export         format, attention (dense or sparse), batch (a number or "any"), input and output by name,
+                            library versions
     sparsify.labels         names of the classes in the order of the logits, where the file has them
     sparsify.budget         fraction of the dense model's cost that the program's schedule was chosen for, if it was
     sparsify.adaptive       of two programs that belong together: first, second, margin, share (`sparsify.nn.adaptive.Rule`)
@@ -210,6 +301,7 @@ def metadata(model: nn.Module, format: str, batch_size: int | None) -> dict[str,
     config = datasets.data_config(model)
     about = {
         "format": format,
+        "attention": attention,
         "batch": batch_size or "any",
         "input": onnx_file.INPUT,
         "output": output_name(model),

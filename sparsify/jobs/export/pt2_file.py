@@ -8,6 +8,9 @@ from io import BytesIO
 import torch
 from torch import Tensor
 
+SUFFIX = ".pt2"
+UNCHECKED = ""  # torch runs it
+
 
 def check_packages() -> None:
     """Nothing: only torch is needed."""
@@ -15,6 +18,11 @@ def check_packages() -> None:
 
 def check_size(nbytes: int) -> None:
     """Nothing: any size fits."""
+
+
+def beside(path: str) -> tuple[str, ...]:
+    """No further file: one holds all."""
+    return ()
 
 
 def write(program: torch.export.ExportedProgram, path: str, described: Mapping[str, str], output: str) -> None:
