@@ -115,13 +115,14 @@ class TokenStage(nn.Module):
                 patch = weighted_mean(patch, I, group, m + 1)
             else:
                 patch = patch.gather(1, keep.unsqueeze(-1).expand(-1, -1, patch.shape[-1]))
-        return torch.cat([x[:, : self.prefix], patch], 1), tokens
+        # without prefix tokens nothing is joined: some runtimes cannot read a program with empty tensors
+        return torch.cat([x[:, : self.prefix], patch], 1) if self.prefix else patch, tokens
 
     def sizes(self, size: Tensor | None, I: Tensor, group: Tensor, m: int) -> Tensor:
         """Sizes after a round of merging, prefix tokens included: [B, P + m]."""
         before = I.new_ones(I.shape[0], self.prefix + I.shape[1]) if size is None else size
         merged = effective_size(before[:, self.prefix :], I, group, m)
-        return torch.cat([before[:, : self.prefix], merged], 1)
+        return torch.cat([before[:, : self.prefix], merged], 1) if self.prefix else merged
 
     def drop_all(self, x: Tensor, tokens: TokenState) -> tuple[Tensor, TokenState]:
         """Only the prefix tokens remain: x [B, P + n, C] -> [B, P, C]."""

@@ -74,6 +74,8 @@ class Tail:
             int64 [B, H, N], values 0..P+M-1.
         """
         B, H, N, _ = features.shape
+        if prefix == 0:  # nothing to join: a program with empty tensors cannot be read by some runtimes
+            return self.cell(features, weight, grid, cells, place)
         first = torch.arange(prefix, device=features.device).expand(B, H, prefix)
         if prefix == N:
             return first
