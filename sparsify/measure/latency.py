@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import sys
@@ -14,6 +15,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from sparsify.errors import UsageError
+
 BUDGET_S = 10.0  # of measuring, all candidates together
 MIN_ROUNDS = 5
 
@@ -24,6 +27,10 @@ class Budget:
 
     seconds: float = BUDGET_S
     rounds: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rounds is not None and self.rounds < 1:
+            raise UsageError(f"repeats {self.rounds}: expected 1 or more")
 
 
 @dataclass(frozen=True)
@@ -39,9 +46,18 @@ class Timing:
         """Images per second at the median."""
         return 1000 * batch_size / self.median
 
+    @property
+    def error(self) -> float:
+        """Standard error of the median in ms, told from the spread as if the times were normally distributed."""
+        return 1.2533 * (self.p90 - self.p10) / 2.5631 / math.sqrt(self.runs)
+
     def overlaps(self, other: Timing) -> bool:
         """Whether the spreads, p10 to p90, have times in common."""
         return self.p10 <= other.p90 and other.p10 <= self.p90
+
+    def differs(self, other: Timing) -> bool:
+        """Whether the medians are further apart than two standard errors: what many runs tell although spreads overlap."""
+        return abs(self.median - other.median) > 2 * math.hypot(self.error, other.error)
 
 
 def interleaved(
