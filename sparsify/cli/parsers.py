@@ -49,7 +49,7 @@ def runtimes(text: str | None) -> tuple[str, ...]:
     """--against: 'eager,openvino' -> ('eager', 'openvino'); nothing where it is not given."""
     names = () if text is None else listed(text, "--against", str, "names")
     for name in names:
-        one_of("--against", name, completion.RUNTIMES)
+        one_of("--against", name, completion.AGAINST)
     return names
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from sparsify.errors import SparsifyError, UsageError, as_arguments, one_line
 from sparsify.jobs.runtimes import RUNTIMES, Request, Run, Runtime
 from sparsify.measure import latency, macs
-from sparsify.measure.against import CONVERTED, DENSE, Against, Pair
+from sparsify.measure.against import CONVERTED, DENSE, Against, Way, compare
 from sparsify.measure.conditions import AGAINST, conditions
 from sparsify.nn import graft
 from sparsify.nn.attention import check_sparse
 from sparsify.processes import Compute, Say
 
 ALL = "all"
-MODELS = (DENSE, CONVERTED)
 CPU = torch.device("cpu")
 APART = 0.1  # relative difference of dense answers that no rounding to bfloat16 explains
 
@@ -55,39 +54,31 @@ def profile_against(
         graft.check_original(dense, model)
     elif not backbone_changed:
         dense = graft.dense_twin(model)
-    models = {DENSE: dense, CONVERTED: model}
     image = macs.image_shape(model)
     images = torch.randn(compute.batch_size or 1, *image, generator=torch.Generator().manual_seed(0))  # (B, C, H, W)
-    expected = None if dense is None else _answers(partial(macs.replica(dense, CPU, torch.float32), images))
-    calls: dict[str, Run] = {}
-    notes: list[str] = []
+    runs: dict[Way, Run] = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows: of programs that are still open
-        request = Request(images, compute, compute.backend == "auto" and not backbone_changed, Path(folder))
+        request = Request(images, compute, backbone_changed, Path(folder))
         for runtime in chosen:
             say(f"preparing {runtime.name}")
-            for which, each in models.items():
+            for which, each in ((DENSE, dense), (CONVERTED, model)):
                 if each is None:
                     continue
                 try:
-                    run = _ready(runtime, each, which, request)
+                    runs |= _ready(runtime, each, which, request)
                 except SparsifyError as error:
                     if ALL not in runtimes:
                         raise
                     left_out[f"{runtime.name}, {which},"] = as_arguments(one_line(error))
-                    continue
-                calls[f"{runtime.name} {which}"] = run
-                if which == DENSE and expected is not None:
-                    notes += _apart(runtime.name, _answers(run), expected)
-        device = compute.torch_device
-        wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-        times = latency.interleaved(calls, rounds=budget.rounds, budget_s=budget.seconds, synchronize=wait)
-    pairs = {r.name: Pair(*(times.get(f"{r.name} {which}") for which in MODELS)) for r in chosen}
-    pairs = {name: pair for name, pair in pairs.items() if pair != Pair(None, None)}
+        if not runs:
+            raise SparsifyError(next(iter(left_out.values())))
+        notes = [] if dense is None else _apart(dense, images, runs)
+        say("measuring")
+        ms = _timed(runs, budget, compute.torch_device)
     versions = {package: metadata.version(package) for r in chosen for package in r.packages if package == r.name}
-    runs = max(timing.runs for timing in times.values())
-    known = {"batch_size": len(images), "img_size": list(image[1:]), "runs": runs}
-    circumstances = conditions(AGAINST, compute, **known) | {"runtimes": versions}
-    return Against(pairs, left_out, tuple(notes), circumstances)
+    known = {"batch_size": len(images), "img_size": list(image[1:]), "runs": len(next(iter(ms.values())))}
+    circumstances = conditions(AGAINST, compute, **known) | {"versions": versions}
+    return Against(compare(ms), left_out, tuple(notes), circumstances)
 
 
 def _chosen(names: Sequence[str], compute: Compute) -> tuple[list[Runtime], dict[str, str]]:
@@ -111,16 +102,32 @@ def _chosen(names: Sequence[str], compute: Compute) -> tuple[list[Runtime], dict
     return found, left_out
 
 
-def _ready(runtime: Runtime, model: nn.Module, which: str, request: Request) -> Run:
-    """The model in a runtime, after one run: compiled, its decisions made. Raises `SparsifyError` where it cannot run."""
-    try:
-        run = runtime.prepare(model, which, request)
-        _answers(run)
-        return run
-    except SparsifyError:
-        raise
-    except Exception as error:
-        raise SparsifyError(f"{runtime.name} cannot run the {which} model: {one_line(error)}") from error
+def _ready(runtime: Runtime, model: nn.Module, which: str, request: Request) -> dict[Way, Run]:
+    """The forms of a model in a runtime, each after one run: compiled, its decisions made.
+
+    Raises:
+        SparsifyError: none of them can run.
+    """
+    found: dict[Way, Run] = {}
+    failed: SparsifyError | None = None
+    for form, each in runtime.forms(model, request.backbone_changed).items():
+        try:
+            run = runtime.prepare(each, f"{which}-{form}", request)
+            _answers(run)
+            found[Way(runtime.name, which, form)] = run
+        except Exception as error:
+            failed = SparsifyError(f"{runtime.name} cannot run the {which} model: {one_line(error)}")
+    if failed is not None and not found:
+        raise failed
+    return found
+
+
+def _timed(runs: Mapping[Way, Run], budget: latency.Budget, device: torch.device) -> dict[Way, list[float]]:
+    """All of them in one interleaved run: ms by round."""
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    calls = {" ".join(way): run for way, run in runs.items()}
+    ms = latency.by_round(calls, rounds=budget.rounds, budget_s=budget.seconds, synchronize=wait)
+    return {way: ms[" ".join(way)] for way in runs}
 
 
 def _answers(run: Run) -> Tensor:
@@ -129,9 +136,12 @@ def _answers(run: Run) -> Tensor:
         return run().to(CPU, torch.float32)
 
 
-def _apart(runtime: str, answers: Tensor, expected: Tensor) -> list[str]:
-    """A line where the dense model's answers in a runtime are not those of eager float32."""
-    difference = float((answers - expected).norm() / expected.norm())
-    if difference <= APART:
-        return []
-    return [f"dense in {runtime} answers otherwise than in eager float32, by {difference:.0%}: do not trust its time"]
+def _apart(dense: nn.Module, images: Tensor, runs: Mapping[Way, Run]) -> list[str]:
+    """A line for each runtime in which the dense model's answers are not those of eager float32."""
+    expected, lines = _answers(partial(macs.replica(dense, CPU, torch.float32), images)), []
+    for way, run in runs.items():
+        apart = float((_answers(run) - expected).norm() / expected.norm()) if way.model == DENSE else 0.0
+        if not apart <= APART:
+            said = f"dense in {way.runtime} answers otherwise than in eager float32, by {apart:.0%}"
+            lines.append(f"{said}: do not trust its time")
+    return lines

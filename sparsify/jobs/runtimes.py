@@ -5,7 +5,7 @@ Each is an entry of `RUNTIMES`; another runtime of programs is one more `Program
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import SparsifyError
-from sparsify.jobs.export import onnx_file, program
+from sparsify.jobs.export import onnx_file, openvino_file, program
 from sparsify.measure import macs
 from sparsify.nn.attention import Execution
 from sparsify.nn.execution import set_execution
@@ -32,7 +32,7 @@ class Request:
 
     images: Tensor  # [B, C, H, W], float32, on the CPU
     compute: Compute
-    fallback: bool  # whether dense attention may stand in where it was measured faster (`sparsify.load`)
+    backbone_changed: bool  # its weights fit sparse attention alone: no dense attention stands in
     folder: Path  # for programs; it must be there as long as they run
 
     def batch(self) -> Tensor:
@@ -49,13 +49,15 @@ class Runtime:
     packages: tuple[str, ...] = ()
     extra: str = ""
 
+    def forms(self, model: nn.Module, backbone_changed: bool) -> dict[str, nn.Module]:
+        """What may be run for `model`, of which the fastest stands for it, by the kind of attention."""
+        return {"": model}
+
     def check(self, compute: Compute) -> None:
         """Raise `SparsifyError` where it lacks a package, or cannot compute on the device or in the dtype."""
         for package in self.packages:
-            try:
-                importlib.import_module(package)
-            except ImportError:
-                raise SparsifyError(f"{package} is not installed: pip install 'sparsify-vit[{self.extra}]'") from None
+            if importlib.util.find_spec(package) is None:
+                raise SparsifyError(f"{package} is not installed: pip install 'sparsify-vit[{self.extra}]'")
         if compute.dtype not in self.dtypes:
             raise SparsifyError(f"{self.name} computes {' or '.join(self.dtypes)} only, not {compute.dtype}")
 
@@ -90,8 +92,11 @@ class Program(Runtime):
     """A runtime of programs that `sparsify export` writes; it computes on the CPU."""
 
     writer: Any = None  # a module such as `sparsify.jobs.export.onnx_file`
-    ending: str = ""  # of the program's file
     precise: bool = False  # whether the writer's `runner` takes a precision
+
+    def forms(self, model: nn.Module, backbone_changed: bool) -> dict[str, nn.Module]:
+        """The programs of which `sparsify export` by default writes the faster."""
+        return {kind: program.attending(model, kind) for kind in program.candidates(model, backbone_changed)}
 
     def check(self, compute: Compute) -> None:
         """See `Runtime.check`."""
@@ -103,8 +108,8 @@ class Program(Runtime):
         """See `Runtime.prepare`."""
         mine = macs.replica(model, torch.device("cpu"), torch.float32)
         self.writer.check_size(sum(t.nbytes for t in mine.state_dict().values()))
-        path, images = str(request.folder / f"{name}.{self.ending}"), request.images
-        self.writer.write(exported(mine, len(images)), path, {}, program.output_name(mine))
+        path, images = str(request.folder / f"{name}{self.writer.SUFFIX}"), request.images
+        self.writer.write(program.trace(mine, len(images)), path, {}, program.output_name(mine))
         precision = {"precision": request.compute.dtype} if self.precise else {}
         return partial(self.writer.runner(path, **precision), images)
 
@@ -113,14 +118,10 @@ def _loaded(model: nn.Module, request: Request) -> nn.Module:
     """A copy as `sparsify.load` gives it, on the device and in the dtype of the request."""
     compute = request.compute
     mine = macs.replica(model, compute.torch_device, compute.torch_dtype)
-    chooser = Chooser() if request.fallback else None
-    set_execution(mine, Execution(compute.backend, compute.kernel_precision, request.fallback, chooser))
+    fallback = compute.backend == "auto" and not request.backbone_changed
+    chooser = Chooser() if fallback else None
+    set_execution(mine, Execution(compute.backend, compute.kernel_precision, fallback, chooser))
     return mine
-
-
-def exported(model: nn.Module, batch_size: int) -> torch.export.ExportedProgram:
-    """What `sparsify export` would write of a model by default."""
-    return program.trace(model, batch_size)
 
 
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
@@ -129,6 +130,7 @@ RUNTIMES: dict[str, Runtime] = {
     for runtime in (
         Eager("eager"),
         Compiled("compile"),
-        Program("onnxruntime", ("float32",), _ONNX, "export", onnx_file, "onnx"),
+        Program("onnxruntime", ("float32",), _ONNX, "export", onnx_file),
+        Program("openvino", ("float32", "bfloat16"), ("openvino",), "openvino", openvino_file, precise=True),
     )
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 import sys
@@ -10,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -46,21 +46,27 @@ class Timing:
         """Images per second at the median."""
         return 1000 * batch_size / self.median
 
-    @property
-    def error(self) -> float:
-        """Standard error of the median in ms, told from the spread as if the times were normally distributed."""
-        return 1.2533 * (self.p90 - self.p10) / 2.5631 / math.sqrt(self.runs)
-
     def overlaps(self, other: Timing) -> bool:
         """Whether the spreads, p10 to p90, have times in common."""
         return self.p10 <= other.p90 and other.p10 <= self.p90
 
-    def differs(self, other: Timing) -> bool:
-        """Whether the medians are further apart than two standard errors: what many runs tell although spreads overlap."""
-        return abs(self.median - other.median) > 2 * math.hypot(self.error, other.error)
+
+class Rounds(TypedDict, total=False):
+    """Keywords of `interleaved` and `by_round`."""
+
+    rounds: int | None
+    budget_s: float
+    warmup: int
+    synchronize: Callable[[], None]
+    clock: Callable[[], float]
 
 
-def interleaved(
+def interleaved(candidates: Mapping[str, Callable[[], object]], **how: Unpack[Rounds]) -> dict[str, Timing]:
+    """Median and spread of every candidate, timed as `by_round` says, whose arguments these are."""
+    return {name: timing(ms) for name, ms in by_round(candidates, **how).items()}
+
+
+def by_round(
     candidates: Mapping[str, Callable[[], object]],
     *,
     rounds: int | None = None,
@@ -68,8 +74,8 @@ def interleaved(
     warmup: int = 2,
     synchronize: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Timing]:
-    """Time every candidate, a call by its name, once in each round, in alternating order (ABC CBA ABC ...).
+) -> dict[str, list[float]]:
+    """Time every candidate, a call by its name, once in each round, in alternating order (ABC CBA ABC ...): ms by round.
 
     Args:
         rounds: None: at least `MIN_ROUNDS`, then until `budget_s` seconds have passed.
@@ -91,7 +97,7 @@ def interleaved(
                 synchronize()
                 times[name].append(1000 * (clock() - begin))
             done += 1
-    return {name: timing(times[name]) for name in names}
+    return times
 
 
 def timing(ms: list[float]) -> Timing:

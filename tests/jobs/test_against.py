@@ -31,8 +31,8 @@ def file(tmp_path_factory):
 @pytest.fixture
 def short(monkeypatch):
     """Three rounds, whatever the command asks for."""
-    interleaved = latency.interleaved
-    monkeypatch.setattr(latency, "interleaved", lambda calls, **how: interleaved(calls, **how | {"rounds": 3}))
+    by_round = latency.by_round
+    monkeypatch.setattr(latency, "by_round", lambda calls, **how: by_round(calls, **how | {"rounds": 3}))
 
 
 @pytest.fixture
@@ -52,12 +52,14 @@ def test_the_command_shows_both_models_in_each_runtime(file, run, short):
     assert out.splitlines()[-1].startswith("Converted is ") and "the best dense way, " in out
     assert "batch 2, 28x28" in out and "onnxruntime 1." in out and "left out" not in out
     saved, shown = json.loads(open("a.json").read()), open("a.md").read()
-    assert list(saved["ms"]) == ["eager", "onnxruntime"] and saved["conditions"]["batch_size"] == 2
-    assert all(pair[which]["median"] > 0 for pair in saved["ms"].values() for which in ("dense", "converted"))
+    assert list(saved["runtimes"]) == ["eager", "onnxruntime"] and saved["conditions"]["batch_size"] == 2
+    assert all(pair[which]["median"] > 0 for pair in saved["runtimes"].values() for which in ("dense", "converted"))
     best = saved["best_dense"]
-    assert saved["ms"][best]["dense"]["median"] == min(pair["dense"]["median"] for pair in saved["ms"].values())
+    assert saved["runtimes"][best]["dense"]["median"] == min(
+        pair["dense"]["median"] for pair in saved["runtimes"].values()
+    )
     assert "| eager |" in shown and f"{best} " in shown
-    assert saved["conditions"]["runtimes"].keys() == {"onnxruntime"}
+    assert saved["conditions"]["versions"].keys() == {"onnxruntime"}
 
 
 def test_quiet_prints_nothing(file, run, short):
@@ -67,11 +69,14 @@ def test_quiet_prints_nothing(file, run, short):
 @pytest.mark.parametrize("name", [n for n in runtimes.RUNTIMES if n != "compile"])
 def test_every_runtime_runs_both_models(name, small, tmp_path):
     x = images(small, 2)
-    request = runtimes.Request(x, Compute(backend="reference"), False, tmp_path)
-    with torch.inference_mode():
-        for which, model in (("dense", graft.dense_twin(small)), ("converted", small)):
-            run = runtimes.RUNTIMES[name].prepare(model, which, request)
-            torch.testing.assert_close(run(), model(x), atol=1e-4, rtol=1e-4)
+    request, runtime = runtimes.Request(x, Compute(backend="reference"), False, tmp_path), runtimes.RUNTIMES[name]
+    for which, model in (("dense", graft.dense_twin(small)), ("converted", small)):
+        for form, each in runtime.forms(model, False).items():
+            run = runtime.prepare(each, f"{which}-{form}", request)
+            with torch.inference_mode():
+                torch.testing.assert_close(run(), each(x), atol=1e-4, rtol=1e-4)
+    assert list(runtime.forms(small, False)) == ([""] if name == "eager" else ["dense", "sparse"])
+    assert list(runtime.forms(small, True)) == ([""] if name == "eager" else ["sparse"])
 
 
 def test_compile_freezes_the_weights_and_restores_the_setting(small, tmp_path, monkeypatch):
@@ -98,7 +103,7 @@ def test_compile_freezes_the_weights_and_restores_the_setting(small, tmp_path, m
 def test_a_file_with_a_changed_backbone_has_no_dense_times(small):
     figures = against.profile_against(small, ("eager",), backbone_changed=True, budget=ONCE)
     assert figures.pairs["eager"].dense is None and figures.best_dense is None
-    assert figures.best_converted == "eager" and figures.speed("eager") is None
+    assert figures.best_converted == "eager" and figures.pairs["eager"].best_dense is None
 
 
 def test_the_original_that_is_given_is_the_dense_model(small):
@@ -144,7 +149,7 @@ def test_a_dtype_that_a_runtime_lacks(small, two):
 def test_a_runtime_that_cannot_run_one_model_still_times_the_other(small, monkeypatch):
     class Dense(runtimes.Eager):
         def prepare(self, model, name, request):
-            if name == "converted":
+            if name == "converted-":
                 raise RuntimeError("no such operator")
             return super().prepare(model, name, request)
 
@@ -183,4 +188,4 @@ def test_bad_names_and_options_that_do_not_go_together(file, run, small):
 
 
 def test_words_of_completion_are_the_runtimes():
-    assert (*runtimes.RUNTIMES, against.ALL) == completion.RUNTIMES
+    assert (*runtimes.RUNTIMES, against.ALL) == completion.AGAINST

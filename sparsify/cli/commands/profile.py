@@ -28,9 +28,7 @@ def profile(
     device: options.Device = "cpu",
     backend: options.Backend = "auto",
     kernel_precision: options.KernelPrecision = "input",
-    against: Annotated[
-        str | None, option("NAME,...", AGAINST, default="MACs, eager", words=completion.RUNTIMES)
-    ] = None,
+    against: Annotated[str | None, option("NAME,...", AGAINST, default="MACs, eager", words=completion.AGAINST)] = None,
     tree: Annotated[bool, flag("--tree", "Show MACs by module.")] = False,
     markdown: Annotated[Path | None, option("FILE", "Write the report as Markdown.")] = None,
     json: Annotated[Path | None, option("FILE", "Write every figure as JSON.")] = None,
