@@ -5,6 +5,7 @@
     sparsify.convert("deit_small", keep=0.1)          # writes model.safetensors
     model = sparsify.load("model.safetensors")        # a timm model; model(x) as before
     sparsify.profile(model).as_dict()                 # MACs and latency, dense beside sparse
+    sparsify.profile_against(model).best_dense        # beside dense in eager, torch.compile, ONNX Runtime, OpenVINO
     sparsify.evaluate(model, "imagenet")              # top-1, top-5, agreement with dense
     sparsify.load("model.safetensors", adaptive=0.6)  # of a file with several budgets: cheap where that is sure enough
     sparsify.save(model, "tuned.safetensors", like="model.safetensors")     # after a training loop of your own
@@ -18,7 +19,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparsify.api import convert, evaluate, export, export_pair, load, profile, profile_adaptive, save
+    from sparsify.api import (
+        convert,
+        evaluate,
+        export,
+        export_pair,
+        load,
+        profile,
+        profile_adaptive,
+        profile_against,
+        save,
+    )
     from sparsify.config import SparsityConfig
     from sparsify.version import __version__
 
@@ -32,6 +43,7 @@ __all__ = [
     "load",
     "profile",
     "profile_adaptive",
+    "profile_against",
     "save",
 ]
 

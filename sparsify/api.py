@@ -13,6 +13,7 @@ from torch import nn
 
 from sparsify import config, processes
 from sparsify.errors import UsageError, as_arguments
+from sparsify.jobs.against import profile_against as profile_against_job
 from sparsify.jobs.convert import Conversion, ImageSources, OutputOptions
 from sparsify.jobs.convert import convert as convert_job
 from sparsify.jobs.dense import DenseRequest, Preprocessing
@@ -23,6 +24,7 @@ from sparsify.jobs.save import save as save_job
 from sparsify.measure.accuracy import Evaluation
 from sparsify.measure.adaptive import AdaptiveProfile
 from sparsify.measure.adaptive import profile_adaptive as profile_adaptively
+from sparsify.measure.against import Against
 from sparsify.measure.evaluate import evaluate_images, own_compute
 from sparsify.measure.figures import Profile
 from sparsify.measure.latency import BUDGET_S, Budget
@@ -110,6 +112,16 @@ class ProfileOptions(ComputeOptions, total=False):
     repeats: int | None
     budget_s: float
     count_as: str
+
+
+class AgainstOptions(ComputeOptions, total=False):
+    """Keywords of `profile_against`."""
+
+    budget: float | None
+    repeats: int | None
+    budget_s: float
+    backbone_changed: bool
+    say: Say
 
 
 class EvaluateOptions(ComputeOptions, PreprocessingOptions, total=False):
@@ -332,6 +344,36 @@ def profile(model: ModelOrFile, *, dense: ModelOrFile | None = None, **options: 
     return profile_model(
         sparse, dense=original, compute=compute, budget=budget, **{"backbone_changed": changed, **rest}
     )
+
+
+def profile_against(
+    model: ModelOrFile,
+    runtimes: Sequence[str] = ("all",),
+    *,
+    dense: ModelOrFile | None = None,
+    **options: Unpack[AgainstOptions],
+) -> Against:
+    """Times of a sparse model (or its file) and its dense original side by side in several runtimes, in one interleaved run.
+
+    `best_dense` of the result is the fastest dense way on this machine, `speed(runtime)` the converted model's beside it.
+
+    Args:
+        runtimes: eager, compile (torch.compile with frozen weights), onnxruntime, openvino; or all that can run here.
+        dense, budget, repeats, budget_s, backbone_changed: as in `profile`; without a dense model there are no dense times.
+        batch_size, device, dtype, backend, kernel_precision: of the measurement (`sparsify.processes.Compute`).
+        say: called with a line now and then.
+
+    Raises:
+        SparsifyError: see `sparsify.jobs.against.profile_against` and `sparsify.models.original.load_original`.
+    """
+    if isinstance(model, Adaptive):
+        raise UsageError("runtimes are compared by schedule: load the file with budget, not with adaptive")
+    sparse, original, changed = _opened(model, dense, Which(options.pop("budget", None)))
+    compute, rest = _split(Compute(), options, AgainstOptions)
+    names = (runtimes,) if isinstance(runtimes, str) else tuple(runtimes)
+    budget = Budget(rest.pop("budget_s", BUDGET_S), rest.pop("repeats", None))
+    how: dict[str, Any] = {"say": _in_python(rest.pop("say", None)), "backbone_changed": changed, **rest}
+    return profile_against_job(sparse, names, dense=original, compute=compute, budget=budget, **how)
 
 
 def evaluate(

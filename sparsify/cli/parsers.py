@@ -45,6 +45,14 @@ def whole_numbers(text: str | None, name: str) -> int | tuple[int, ...] | None:
     return by_block(text, name, int, "a whole number")
 
 
+def runtimes(text: str | None) -> tuple[str, ...]:
+    """--against: 'eager,openvino' -> ('eager', 'openvino'); nothing where it is not given."""
+    names = () if text is None else listed(text, "--against", str, "names")
+    for name in names:
+        one_of("--against", name, completion.AGAINST)
+    return names
+
+
 def shares(text: str, name: str) -> tuple[float, ...]:
     """Numbers above 0 and up to 1: '0.8,0.7' -> (0.8, 0.7), each once; 'none' -> ()."""
 

@@ -11,9 +11,10 @@ from rich.text import Text
 
 from sparsify.cli import terminal
 from sparsify.measure.adaptive import AdaptiveProfile
+from sparsify.measure.against import Against
 from sparsify.measure.figures import Profile
 from sparsify.measure.sweep import Sweep
-from sparsify.report import accuracy, adaptive, header, profile, sweep, words
+from sparsify.report import accuracy, adaptive, against, header, profile, sweep, words
 
 
 def show(what: RenderableType) -> None:
@@ -65,6 +66,17 @@ def adaptive_table(figures: AdaptiveProfile) -> Group:
     for row in adaptive.rows(figures):
         table.add_row(*row)
     return Group(table, *(Text(line, style="dim") for line in adaptive.notes(figures)))
+
+
+def against_table(figures: Against) -> Group:
+    """Dense and converted in each runtime, and the verdict."""
+    table = Table(box=None, pad_edge=False)
+    for heading in against.COLUMNS:
+        table.add_column(heading, justify="left" if heading == against.COLUMNS[0] else "right")
+    for row in against.rows(figures):
+        table.add_row(*row)
+    notes = (Text(line, style="dim") for line in against.notes(figures))
+    return Group(Text(against.MEASURED, style="italic"), table, *notes, Text(against.verdict(figures), style="bold"))
 
 
 def module_tree(figures: Profile, *, full: bool = False) -> Group:

@@ -5,5 +5,7 @@ sweep            one model at several keeps and targets
 dense            the way to a dense model and its calibration, for convert and sweep
 save, push       a model trained further back into a file; a file into a repository of the hub
 show             what a model does with images
+against          a model and its dense original timed in several runtimes
+runtimes         what runs a model: eager, torch.compile, programs
 export           a file as an ONNX or PyTorch program
 """

@@ -3,7 +3,7 @@
 evaluate, accuracy      the sparse model beside the dense one on labelled images; the figures
 profile, figures        MACs and time of both; the figures
 macs, analytic, paper   MACs counted by fvcore, by formulas, and as the paper counts them
-adaptive                cost of adaptive inference
+adaptive, against       cost of adaptive inference; times in several runtimes
 latency, paths          timing; which path `auto` takes for each block
 inspection              queries, selected keys and remaining tokens of one image
 conditions, sweep       what a result was measured on; the rows of a sweep

@@ -18,8 +18,9 @@ EVALUATION = (
     "data budget batch_size dtype device device_name threads processes backend torch timm sparsify python".split()
 )
 PROFILE = "batch_size dtype device device_name threads runs torch timm sparsify".split()
+AGAINST = "batch_size img_size dtype device device_name threads runs backend torch timm sparsify".split()
 SWEEP = "batch_size img_size dtype device device_name threads runs backend platform python torch timm sparsify".split()
-"""Keys of the results of `eval`, `profile` and `sweep`."""
+"""Keys of the results of `eval`, `profile`, `profile --against` and `sweep`."""
 
 
 def conditions(keys: Iterable[str], compute: Compute, **known: Any) -> dict[str, Any]:
@@ -35,6 +36,7 @@ def conditions(keys: Iterable[str], compute: Compute, **known: Any) -> dict[str,
         "device_name": device_name(device),
         "threads": torch.get_num_threads(),
         "processes": processes.world(),
+        "backend": compute.backend,
         "torch": torch.__version__,
         "timm": timm.__version__,
         "sparsify": __version__,

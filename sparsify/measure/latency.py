@@ -9,10 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+
+from sparsify.errors import UsageError
 
 BUDGET_S = 10.0  # of measuring, all candidates together
 MIN_ROUNDS = 5
@@ -24,6 +27,10 @@ class Budget:
 
     seconds: float = BUDGET_S
     rounds: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rounds is not None and self.rounds < 1:
+            raise UsageError(f"repeats {self.rounds}: expected 1 or more")
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,22 @@ class Timing:
         return self.p10 <= other.p90 and other.p10 <= self.p90
 
 
-def interleaved(
+class Rounds(TypedDict, total=False):
+    """Keywords of `interleaved` and `by_round`."""
+
+    rounds: int | None
+    budget_s: float
+    warmup: int
+    synchronize: Callable[[], None]
+    clock: Callable[[], float]
+
+
+def interleaved(candidates: Mapping[str, Callable[[], object]], **how: Unpack[Rounds]) -> dict[str, Timing]:
+    """Median and spread of every candidate, timed as `by_round` says, whose arguments these are."""
+    return {name: timing(ms) for name, ms in by_round(candidates, **how).items()}
+
+
+def by_round(
     candidates: Mapping[str, Callable[[], object]],
     *,
     rounds: int | None = None,
@@ -52,8 +74,8 @@ def interleaved(
     warmup: int = 2,
     synchronize: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Timing]:
-    """Time every candidate, a call by its name, once in each round, in alternating order (ABC CBA ABC ...).
+) -> dict[str, list[float]]:
+    """Time every candidate, a call by its name, once in each round, in alternating order (ABC CBA ABC ...): ms by round.
 
     Args:
         rounds: None: at least `MIN_ROUNDS`, then until `budget_s` seconds have passed.
@@ -75,7 +97,7 @@ def interleaved(
                 synchronize()
                 times[name].append(1000 * (clock() - begin))
             done += 1
-    return {name: timing(times[name]) for name in names}
+    return times
 
 
 def timing(ms: list[float]) -> Timing:

@@ -67,7 +67,7 @@ def profile(
     """
     check_sparse(model)
     attention = list(attention_modules(model))
-    _check(compute, budget, count_as)
+    _check(compute, count_as)
     execution = Execution(compute.backend, compute.kernel_precision)
     check_execution(execution, compute.torch_device, compute.torch_dtype, hosts.biased(model))
     image = _image(model, img_size)
@@ -116,10 +116,8 @@ def profile(
     )
 
 
-def _check(compute: Compute, budget: latency.Budget, count_as: str) -> None:
+def _check(compute: Compute, count_as: str) -> None:
     """Raise `UsageError` where an option cannot be understood, or the device cannot be used."""
-    if budget.rounds is not None and budget.rounds < 1:
-        raise UsageError(f"repeats {budget.rounds}: expected 1 or more")
     if compute.dtype not in DTYPES:
         raise UsageError(f"dtype '{compute.dtype}': expected one of {', '.join(DTYPES)}")
     _ = compute.torch_device  # refuses what is unknown

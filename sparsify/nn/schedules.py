@@ -63,6 +63,18 @@ def applied(model: nn.Module, config: SparsityConfig) -> nn.Module:
     return other
 
 
+def densely(model: nn.Module) -> nn.Module:
+    """A copy with dense attention, over the tokens present, in every block; parameters and schedules as of `applied`."""
+    other = graft.shared_copy(model)
+    for name, module in attention_modules(other).items():
+        if isinstance(module, SparseAttention):
+            other.set_submodule(name, DenseAttention(module).train(module.training))
+    if isinstance(other, token_models.TokenModel):
+        other.track_owners = False  # only predictors need them
+    other.__dict__.pop(SetBudget.NAME, None)
+    return other
+
+
 def dense_of(config: SparsityConfig) -> SparsityConfig:
     """The schedule of budget 1: dense attention, all tokens."""
     return config.model_copy(update={"keep": "dense", "tokens": None})

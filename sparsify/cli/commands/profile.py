@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from sparsify.cli import options, parsers
+from sparsify.cli import completion, options, parsers
 from sparsify.cli.options import flag, option
+from sparsify.errors import UsageError
 
 COUNT_AS = "product, or paper: the authors' MHSA accounting besides."
+
+AGAINST = (
+    "Time dense and converted in these runtimes instead, beside the best dense way: eager, compile, onnxruntime, "
+    "openvino, or all that can run here."
+)
 
 
 def profile(
@@ -22,6 +28,7 @@ def profile(
     device: options.Device = "cpu",
     backend: options.Backend = "auto",
     kernel_precision: options.KernelPrecision = "input",
+    against: Annotated[str | None, option("NAME,...", AGAINST, default="MACs, eager", words=completion.AGAINST)] = None,
     tree: Annotated[bool, flag("--tree", "Show MACs by module.")] = False,
     markdown: Annotated[Path | None, option("FILE", "Write the report as Markdown.")] = None,
     json: Annotated[Path | None, option("FILE", "Write every figure as JSON.")] = None,
@@ -35,6 +42,11 @@ def profile(
 
     Example: sparsify profile model.safetensors --tree
     """
+    runtimes = parsers.runtimes(against)
+    asked = {"--adaptive": adaptive is not None, "--tree": tree, "--no-measure": no_measure}
+    others = [name for name, given in (asked | {"--count-as": count_as != "product"}).items() if given]
+    if runtimes and others:
+        raise UsageError(f"--against times one schedule in several runtimes: leave {', '.join(others)} out")
     from sparsify.files.destinations import check_file
     from sparsify.files.outputs import write_json, write_text
 
@@ -42,10 +54,12 @@ def profile(
         check_file(output)
     compute = parsers.compute(device, dtype, backend, kernel_precision, batch_size=batch_size)
     from sparsify.cli import tables
+    from sparsify.jobs.against import profile_against
     from sparsify.measure import profile
     from sparsify.measure.adaptive import profile_adaptive
     from sparsify.models.original import Which, opened
     from sparsify.report import adaptive as report
+    from sparsify.report import against as against_report
     from sparsify.report.profile import to_markdown
 
     say = options.say(quiet)
@@ -61,6 +75,18 @@ def profile(
         return
     if one.note:
         say(one.note)
+    if runtimes:
+        changed = one.header.backbone_changed
+        measured = profile_against(
+            one.model, runtimes, dense=one.dense, backbone_changed=changed, compute=compute, say=say
+        )
+        if not quiet:
+            tables.show(tables.against_table(measured))
+        if markdown:
+            write_text(markdown, against_report.markdown(measured))
+        if json:
+            write_json(json, measured.as_dict())
+        return
     result = profile.profile(
         one.model,
         dense=one.dense,

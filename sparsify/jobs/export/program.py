@@ -228,9 +228,8 @@ class _Program:
         changed = loaded.header.backbone_changed
         if self.attention == "dense" and changed:
             raise UsageError(f"{field('attention')} dense: this file's weights were fine-tuned with sparse attention")
-        attentions = ["sparse"] if changed else ["dense", "sparse"] if self.attention == "auto" else [self.attention]
-        if not sparse_modules(loaded.model):
-            attentions = ["sparse"]  # there is none: as it is
+        attentions = candidates(loaded.model, changed)
+        attentions = [self.attention] if self.attention in attentions else attentions
         model = loaded.model.requires_grad_(False)
         found = [self._candidate(loaded, model, attentions[0], told, folder)]
         if not self.measure or found[0].run is None:
@@ -250,9 +249,7 @@ class _Program:
         self, loaded: checkpoint.Loaded, model: nn.Module, attention: str, told: Mapping[str, str], folder: Path
     ) -> _Candidate:
         """The program with that attention, checked against the model that it was made from."""
-        header, path = loaded.header, str(folder / attention)
-        if attention == "dense":
-            model = schedules.applied(model, header.config.model_copy(update={"keep": "dense"}))
+        header, path, model = loaded.header, str(folder / attention), attending(model, attention)
         described = loaded.metadata | metadata(model, self.format, self.batch_size, attention) | dict(told)
         described.pop("format", None)  # safetensors' own
         if header.budget is not None:
@@ -281,6 +278,16 @@ class _Candidate(NamedTuple):
     run: Callable[[Tensor], Tensor] | None
     checked: Checked | None
     timed: Timed | None = None
+
+
+def candidates(model: nn.Module, backbone_changed: bool) -> list[str]:
+    """The kinds of attention of which `export` by default writes the faster: dense, sparse. Without sparse blocks one."""
+    return ["sparse"] if backbone_changed or not sparse_modules(model) else ["dense", "sparse"]
+
+
+def attending(model: nn.Module, attention: str) -> nn.Module:
+    """The model with that attention in its sparse blocks; parameters are shared."""
+    return schedules.densely(model) if attention == "dense" else model
 
 
 def output_name(model: nn.Module) -> str:
