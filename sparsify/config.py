@@ -358,7 +358,7 @@ class Target(Frozen):
 
     macs: PositiveShare | None = None
     latency: PositiveShare | None = None
-    keeps: tuple[PositiveShare | None, ...] = (None, 0.25, 0.1, 0.05)
+    keeps: tuple[PositiveShare | None, ...] = (None, 0.4, 0.25, 0.1, 0.03)
     batch_size: Count = 1
 
 

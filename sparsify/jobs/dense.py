@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -189,7 +189,8 @@ class Calibrator:
         if target.latency is not None:
             budgets = timed(model, budgets, target.batch_size)
         options = budgets.options(target.keeps)
-        return sensitivity(model, config, probe, options, lambda done: self.listener.progress(step, done, total))
+        found = sensitivity(model, config, probe, options, lambda done: self.listener.progress(step, done, total))
+        return found if target.latency is not None else replace(found, budgets=budgets)
 
     def _progress(self, step: str, done: int, total: int | None) -> None:
         self.listener.progress(step, done, total or self.total)
