@@ -58,6 +58,7 @@ bench: venv
 		--markdown build/bench/attention-compiled.md --json build/bench/attention-compiled.json
 	$(BIN)/python benchmarks/attention.py --batch 8 --rounds 7 --no-naive --no-avx2 \
 		--markdown build/bench/attention-8.md --json build/bench/attention-8.json
+	$(BIN)/python benchmarks/attention.py --by-head --rounds 41 --markdown build/bench/by-head.md --json build/bench/by-head.json
 	$(BIN)/python benchmarks/model.py --markdown build/bench/model.md --json build/bench/model.json
 
 # Predictions of the kernels beside the reference's, and what tiles do to accuracy at three image sizes.

@@ -32,7 +32,12 @@ from sparsify.recipe import Recipe, load_recipe
 
 DATA = Path(os.environ.get("SPARSIFY_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 WEIGHTS = DATA / "deit_tiny_patch16_224.safetensors"
-HEAD = "| keep | images | dense top-1 | top-1 | agreement | KL | lost / gained | within 2 sqrt |\n" + "|---" * 8 + "|"
+LOW_RANK = 8  # with keep 0.1 everywhere MHSA MACs fall by 76.5 % (DeiT-Tiny at 224 pixels)
+HEAD = (
+    "| keep | MHSA | images | dense top-1 | top-1 | agreement | KL | lost / gained | within 2 sqrt |\n"
+    + "|---" * 9
+    + "|"
+)
 
 
 def photographs(model: torch.nn.Module) -> chain:
@@ -43,13 +48,25 @@ def photographs(model: torch.nn.Module) -> chain:
     )
 
 
-def row(keep: float, e: Evaluation) -> str:
+def errors(e: Evaluation) -> tuple[str, str]:
+    """Agreement and KL with their standard errors: the binomial one, and the deviation over the images / sqrt(images)."""
+    assert e.agreement is not None and e.kl is not None and e.kl_error is not None
+    share = e.agreement / 100
+    return (
+        f"{e.agreement:.2f} +- {100 * math.sqrt(share * (1 - share) / e.images):.2f} %",
+        f"{e.kl:.4f} +- {e.kl_error:.4f}",
+    )
+
+
+def row(keep: float, model: torch.nn.Module, e: Evaluation) -> str:
     """One line of the table `HEAD`."""
     assert e.images_lost is not None and e.images_gained is not None
     lost, gained = e.images_lost, e.images_gained
     within = "yes" if abs(lost - gained) <= 2 * math.sqrt(lost + gained) else "NO"
+    (agreement, kl), p = errors(e), profile(model, measure=False)
+    mhsa = 100 * (p.mhsa_macs_sparse / p.mhsa_macs_dense - 1)
     return (
-        f"| {keep:g} | {e.images} | {e.dense_top1:.2f} | {e.top1:.2f} | {e.agreement:.2f} % | {e.kl:.4f} | "
+        f"| {keep:g} | {mhsa:+.1f} % | {e.images} | {e.dense_top1:.2f} | {e.top1:.2f} | {agreement} | {kl} | "
         f"{lost} / {gained} | {within} |"
     )
 
@@ -70,7 +87,7 @@ def deit_tiny(images: Path | None, keeps: list[float], recipe: Recipe) -> None:
     for keep in keeps:
         made = convert("deit_tiny", recipe.override(keep=keep), WEIGHTS, images)
         result = evaluate(made.model, graft.dense_twin(made.model), photographs(made.model))
-        print(row(keep, result), flush=True)
+        print(row(keep, made.model, result), flush=True)
 
 
 def macs() -> None:
@@ -108,7 +125,7 @@ def built_in_digits(recipe: Recipe) -> None:
     made = convert("digits", recipe, None, None)
     images = datasets.labelled("digits", 10, datasets.transform(datasets.data_config(made.model)))
     print(HEAD)
-    print(row(0.1, evaluate(made.model, graft.dense_twin(made.model), images)))
+    print(row(0.1, made.model, evaluate(made.model, graft.dense_twin(made.model), images)))
 
 
 def main() -> None:
@@ -128,6 +145,8 @@ def main() -> None:
     if "1" in wanted:
         print("\n1. DeiT-Tiny, calibrated on 128 photographs, no labels\n")
         deit_tiny(DATA / "imagenet-sample" / "train", [0.1, 0.25, 0.05], recipe)
+        print(f"\nThe same with the budget of rank {LOW_RANK}\n")
+        deit_tiny(DATA / "imagenet-sample" / "train", [0.1], recipe.override(rank=LOW_RANK))
     if "2" in wanted:
         print("\n2. DeiT-Tiny, calibrated on the built-in pictures\n")
         deit_tiny(None, [0.1], recipe)

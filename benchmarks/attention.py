@@ -1,6 +1,7 @@
 """One attention op on the CPU: dense by torch, dense by our kernel, sparse, in one interleaved run: `make bench`.
 
     python benchmarks/attention.py [--threads 2] [--batch 8] [--sizes 197,1370] [--inputs random] [--compile] [--flex]
+    python benchmarks/attention.py --by-head [--sizes 197,1370]
 
 q, k and v are strided as `qkv` gives them, every result is [B, N, H*d] as `proj` takes it, and everything in between is
 timed: conversion to bfloat16 storage, predictor scores, selection, tail, torch's transposition. A timing is a few passes
@@ -9,6 +10,9 @@ compared with the faster of torch's float32 and bfloat16 scaled_dot_product_atte
 should reach: at batch 8 three quarters of it at batch 1.
 
 `bound` counts work (`bounds.py`), at the core clock measured just before, and `share` is how much of the time it explains.
+
+A table of its own has plans by head beside the same for all heads, in one run: means of keys, ranks and cells are equal, so
+that the MACs are too. By head should take at most `BY_HEAD` times as long.
 
 The naive masked form (the reference op) and AVX2 (a process of its own, since an instruction set is chosen once) have
 runs of their own, each beside SDPA; AVX2's bar is against float32 SDPA.
@@ -58,6 +62,8 @@ BARS = {
     "dense fp32": (1.3, 1.25, 1.25, 1.25),
     "token 0.1 avx2": (None, None, 2.2, None),
 }
+BY_HEAD = 1.03  # time of a plan by head, at most, in times of the plan with the same means for all heads
+UNEVEN = (-3, 3, -2, 2, -1, 1)  # thirds of a spread, of each head
 NAIVE_ROUNDS = 5
 FLEX_BLOCK = 128
 
@@ -121,6 +127,58 @@ def sparse(
         total += bound[-1].cycles
     mean = Bound(total / len(bound), bound[-1].unit) if backend == "cpu" else None
     return Candidate(calls, dtype, bar, mean)
+
+
+def spread_out(mean: int, least: int, step: int = 1) -> tuple[int, ...]:
+    """One number for each head around `mean`, none below `least`: in thirds of what lies between, multiples of step."""
+    return tuple(
+        mean + step * (abs(third) * (mean - least) // (3 * step)) * (1 if third > 0 else -1) for third in UNEVEN
+    )
+
+
+def by_head(blocks: list[Activations], dtype: torch.dtype, precision: str = "input") -> dict[str, Candidate]:
+    """Keep 0.1 and rank 16: the same for all heads, then keys, ranks, cells and all three of different size by head."""
+    config, found = SparsityConfig(keep=0.1), {}
+    for what in ("uniform", "keys", "ranks", "cells", "all"):
+        calls = []
+        for block in blocks:
+            q, k, v = heads(block, dtype)
+            N, d = q.shape[2:]
+            keys, rank, (rows, columns) = budget(0.1, N), 16, config.with_cells(N).cells_of(0)[0]
+            spec = Spec.uniform(keys, PREFIX, config.tail, grid_of(N), (rows, columns), (), d**-0.5)
+            ranks = (rank,) * len(UNEVEN)
+            if what in ("keys", "all"):
+                spec = spec._replace(budgets=spread_out(keys, max(1, keys // 4)))
+            if what in ("cells", "all"):
+                spec = spec._replace(cells=tuple((each, columns) for each in spread_out(rows, 1)))
+            if what in ("ranks", "all"):
+                ranks = spread_out(rank, 4, 4)
+            predictor = HeadLowrankPredictor(d, ranks, True)
+            calls.append(partial(by_predictor, predictor, spec, "cpu", precision, q, k, v))
+        found[what] = Candidate(calls, dtype)
+    return found
+
+
+def by_head_rows(blocks: list[Activations], rounds: int) -> list[Row]:
+    """Times of plans by head beside the same for all heads, all in one run."""
+    bf16, found = torch.bfloat16, {}
+    for name, dtype, precision in (
+        ("fp32", torch.float32, "input"), ("fp32 inputs, bf16 storage", torch.float32, "bf16"), ("bf16", bf16, "input")
+    ):  # fmt: skip
+        found |= {(name, what): each for what, each in by_head(blocks, dtype, precision).items()}
+    B, N = blocks[0].qkv.shape[:2]
+    passes = max(1, round(1000 / (N * B)))
+    timings = interleaved({key: partial(_all, each.calls * passes) for key, each in found.items()}, rounds=rounds)
+    table: list[Row] = []
+    for (name, what), timing in timings.items():
+        uniform, calls = timings[name, "uniform"], passes * len(blocks)
+        ratio, control = timing.median / uniform.median, what == "uniform"
+        table.append({
+            "attention": name, "by head": what, "median ms": timing.median / calls, "p10": timing.p10 / calls,
+            "p90": timing.p90 / calls, "x uniform": ratio, "x, p10s": timing.p10 / uniform.p10,
+            "bar": None if control else BY_HEAD, "reached": None if control else ratio <= BY_HEAD,
+        })  # fmt: skip
+    return table
 
 
 def in_bf16(dtype: torch.dtype, precision: str) -> bool:
@@ -273,6 +331,7 @@ def main() -> None:
     parser.add_argument("--no-avx2", action="store_true", help="without the run of AVX2")
     parser.add_argument("--no-naive", action="store_true", help="without the naive masked form")
     parser.add_argument("--compile", action="store_true", help="with torch.compile of SDPA")
+    parser.add_argument("--by-head", action="store_true", help="only plans by head beside the same for all heads")
     parser.add_argument("--flex", action="store_true", help="with FlexAttention (compiles for a minute)")
     parser.add_argument("--ghz", type=float, help="core clock; measured where not given")
     arguments = parser.parse_args()
@@ -288,6 +347,10 @@ def main() -> None:
         blocks, where = given[tokens], f"{arguments.batch}x{activations.HEADS} heads, N = {tokens}"
         ghz = arguments.ghz or bounds.clock_ghz()
         note = f"core clock {ghz:.2f} GHz" if ghz else ""
+        if not arguments.isa:
+            report.add(f"{where}, plans by head", by_head_rows(blocks, arguments.rounds), note)
+        if arguments.by_head:
+            continue
         time = partial(rows, blocks=blocks, ghz=ghz, threads=arguments.threads)
         if arguments.isa:
             report.add(f"{where}, {kernels.isa()}", time(isa_run(blocks, kernels.isa()), rounds=arguments.rounds), note)
@@ -301,7 +364,7 @@ def main() -> None:
         if not arguments.no_naive:
             rounds = min(NAIVE_ROUNDS, arguments.rounds)
             report.add(f"{where}, naive, {rounds} rounds", time(naive_run(blocks), rounds=rounds), note)
-    if not arguments.isa and not arguments.no_avx2 and kernels.isa() != "avx2":
+    if not arguments.by_head and not arguments.isa and not arguments.no_avx2 and kernels.isa() != "avx2":
         with tempfile.TemporaryDirectory() as folder:
             saved = Path(folder) / "inputs.pt"
             activations.save(given, saved)

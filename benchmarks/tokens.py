@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from accuracy import DATA, WEIGHTS, convert, photographs
+from accuracy import DATA, WEIGHTS, convert, errors, photographs
 from torch import nn
 
 import sparsify
@@ -49,7 +49,7 @@ def row(label: str, model: nn.Module, bar: tuple[float, float | None] | None = N
     e = evaluate(model, graft.dense_twin(model), photographs(model))
     assert e.images_lost is not None and e.images_gained is not None
     assert e.agreement is not None and e.top1 is not None and e.dense_top1 is not None
-    lost, gained = e.images_lost, e.images_gained
+    lost, gained, (agreement_words, kl) = e.images_lost, e.images_gained, errors(e)
     met = ""
     if bar is not None:
         agreement, points = bar
@@ -57,7 +57,7 @@ def row(label: str, model: nn.Module, bar: tuple[float, float | None] | None = N
         met = ("yes" if ok else "NO") + f": {agreement} %" + (f", {points:g} point" if points else "")
     change = 100 * (p.macs_sparse / p.macs_dense - 1)
     return (
-        f"| {label} | {change:+.2f} % | {e.top1:.2f} ({e.dense_top1:.2f}) | {e.agreement:.2f} % | {e.kl:.4f} | "
+        f"| {label} | {change:+.2f} % | {e.top1:.2f} ({e.dense_top1:.2f}) | {agreement_words} | {kl} | "
         f"{lost} / {gained} | {2 * (lost + gained) ** 0.5:.1f} | {met} |"
     )
 

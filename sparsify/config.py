@@ -359,7 +359,7 @@ class Target(Frozen):
 
     of: Literal["macs", "latency"]
     shares: tuple[PositiveShare, ...] = Field(min_length=1, max_length=16)
-    keeps: tuple[PositiveShare | None, ...] = (None, 0.25, 0.1, 0.05)
+    keeps: tuple[PositiveShare | None, ...] = (None, 0.4, 0.25, 0.1, 0.03)
     batch_size: Count = 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -191,7 +191,8 @@ class Calibrator:
         if target.of == "latency":
             budgets = timed(model, budgets, target.batch_size)
         options = budgets.options(target.keeps)
-        return sensitivity(model, config, probe, options, lambda done: self.listener.progress(step, done, total))
+        found = sensitivity(model, config, probe, options, lambda done: self.listener.progress(step, done, total))
+        return found if target.of == "latency" else replace(found, budgets=budgets)
 
     def sureness(self, model: nn.Module, schedules: Mapping[float, SparsityConfig]) -> dict[float, Sureness]:
         """How sure a calibrated model is of the images by each of its schedules; nothing of one without a classifier."""

@@ -41,6 +41,7 @@ class Evaluation:
     images_lost: int | None = None  # dense right and sparse wrong
     images_gained: int | None = None  # the reverse
     kl: float | None = None  # KL(dense || sparse) of class probabilities, nats, mean per image; None also if not finite
+    kl_error: float | None = None  # standard error of `kl`: deviation over the images / sqrt(images)
     correlation: float | None = None  # of one output with the dense one, over the images (Pearson)
     rel_error_output: float | None = None  # |sparse - dense| / |dense| of one output, over all images together
     cosine_pooled: float | None = None  # cosine similarity of features, mean over images
@@ -66,7 +67,7 @@ class Logits:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()  # images, by the figure of `Evaluation`
         self.compared = 0
-        self.kl = 0.0
+        self.kl = self.kl_squares = 0.0  # sums over images
         self.single = False
         self.moments = torch.zeros(5, dtype=torch.float64)  # of outputs d and s: sums of d, s, d^2, s^2 and d s
 
@@ -89,7 +90,9 @@ class Logits:
                 images |= {"images_lost": d & ~s, "images_gained": s & ~d}
         if dense is not None:
             images["agreement"] = (dense.argmax(1) == sparse.argmax(1)) & finite
-            self.kl += float(kl_terms(dense, sparse).sum())
+            each = kl_terms(dense, sparse).double().sum(-1)  # (B)
+            self.kl += float(each.sum())
+            self.kl_squares += float(each.square().sum())
         self.counts.update({name: int(which.sum()) for name, which in images.items()})
 
     def merge(self, other: Logits) -> None:
@@ -97,6 +100,7 @@ class Logits:
         self.counts.update(other.counts)
         self.compared += other.compared
         self.kl += other.kl
+        self.kl_squares += other.kl_squares
         self.single |= other.single
         self.moments = self.moments + other.moments
 
@@ -113,8 +117,11 @@ class Logits:
             error, size = self.squares
             figures["rel_error_output"] = _known(math.sqrt(error / size) if size else math.nan)
             figures["correlation"] = self._correlation(n - self.counts["nonfinite"])
-        kl = _known(self.kl / n) if self.compared and not self.single else None
-        return Evaluation(**figures, kl=kl)
+        if not self.compared or self.single:
+            return Evaluation(**figures)
+        squares = self.kl_squares - self.kl**2 / n  # of the differences from the mean
+        error = math.sqrt(max(0.0, squares) / (n - 1) / n) if n > 1 and math.isfinite(squares) else math.nan
+        return Evaluation(**figures, kl=_known(self.kl / n), kl_error=_known(error))
 
     def _correlation(self, n: int) -> float | None:
         d, s, dd, ss, ds = self.moments.tolist()

@@ -216,6 +216,16 @@ def test_a_distance_below_zero_is_none(monkeypatch):
     assert all(float(block.errors.abs().max()) == 0 for block in found.budgets.blocks.values())
 
 
+@pytest.mark.parametrize(("tokens", "images"), [(37 * 24, 6), (37 * 5, 5), (37, 4)])
+def test_blocks_are_weighed_by_a_number_of_tokens_but_by_four_images(monkeypatch, tokens, images):
+    seen, right = [], head_errors._distances
+    monkeypatch.setattr(head_errors, "WEIGHED", tokens)
+    monkeypatch.setattr(head_errors, "_distances", lambda t, x, b: seen.append(len(x)) or right(t, x, b))
+    model, x = build("deit"), torch.randn(6, 3, 96, 96)
+    calibrate(model, SparsityConfig(keep=0.2, rank=8), lambda: x.split(2))
+    assert seen == [images]
+
+
 def test_what_heads_have_is_said_in_one_line():
     config = SparsityConfig(keep=("dense", (0.1, 0.3)), rank=((8, 8), (4, 12)), cells=((2, 2), ((1, 1), (3, 3))))
     assert header.by_head(config) == "keep 0.2 (0.1 to 0.3), rank 8 (4 to 12), cells 5 (1 to 9)"

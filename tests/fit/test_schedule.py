@@ -1,6 +1,7 @@
 """Schedules: costs equal the profile's MACs, the search is exact where that can be checked, targets are met."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from sparsify.cli.app import main
 from sparsify.config import BlockPlan, SparsityConfig, Tokens
 from sparsify.errors import UsageError
-from sparsify.fit.calibrate.calibrate import fit_importance
+from sparsify.fit.calibrate.calibrate import calibrate, fit_importance
 from sparsify.fit.schedule import choose, search
 from sparsify.fit.schedule import costs as costing
 from sparsify.fit.schedule.costs import BlockCost
@@ -285,3 +286,43 @@ def test_bad_options_are_one_line_and_write_nothing(arguments, words, tmp_path, 
     error = capsys.readouterr().err
     assert done.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and words in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target", [0.8, 0.6])
+def test_heads_of_all_blocks_share_what_a_schedule_gives_attention(target):
+    """As many MACs as before or what the target leaves over, counted by `profile`; predicted errors do not rise."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", **KW).eval()
+    with torch.no_grad():
+        for module in (*(block.attn.qkv for block in model.blocks), model.head):
+            module.weight.mul_(30)  # as far from uniform as a trained model's
+    x = torch.randn(8, 3, 32, 32)
+    found = calibrate(model, SparsityConfig(keep=0.3, rank=4), lambda: [x], keeps=(0.3, 0.6))
+    fit_importance(found.model, lambda: [x])
+    dense, options = profile(model, measure=False).macs_dense, found.budgets.options((None, 0.3, 0.6))
+    measured = choose.sensitivity(found.model, found.config, [x], options)
+    alone = choose.for_macs(found.model, found.config, measured, target, dense)
+    shared = choose.for_macs(found.model, found.config, replace(measured, budgets=found.budgets), target, dense)
+    assert shared.schedule.counts == alone.schedule.counts and shared.share <= max(alone.share, target) + 1e-9
+    macs = {each.share: profile(graft.applied(found.model, each.config), measure=False) for each in (alone, shared)}
+    counted = macs[shared.share].macs_sparse - macs[alone.share].macs_sparse
+    assert counted == pytest.approx((shared.share - alone.share) * dense, abs=1)
+    plans = [each.config.resolved(found.budgets.shape) for each in (alone, shared)]
+    sparse = [i for i, plan in enumerate(plans[0]) if plan.keeps is not None]
+    errors = [sum(damage(found.budgets.blocks[i], each[i]) for i in sparse) for each in plans]
+    assert sparse and errors[1] <= errors[0] + 1e-12 and plans[0] != plans[1]
+    for i in sparse:
+        assert shared.schedule.keeps[i] == pytest.approx(sum(plans[1][i].keeps) / 2, abs=1e-3)
+
+
+def damage(block, plan):
+    """Predicted of the heads of a block by one of its plans."""
+    settings = zip(plan.ranks, plan.keeps, plan.cells, strict=True)
+    return sum(float(block.errors[(h, *block.settings.nearest(*setting))]) for h, setting in enumerate(settings))
+
+
+def test_without_budgets_a_schedule_keeps_the_plans_of_its_keeps():
+    measured = drawn(0)
+    schedule = search.BlockSchedule((8, 8, 8, 8), (None, None, None), 1.0, 0.0)
+    options = {None: (DENSE,) * 3}
+    assert choose.together(replace(measured, options=options), [], schedule, 2.0) == (schedule, [DENSE] * 3)

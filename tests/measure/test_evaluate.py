@@ -38,6 +38,7 @@ def test_figures_of_four_images_counted_by_hand():
     p = math.exp(2) / (math.exp(2) + 2)
     q = 1 / (math.exp(2) + 2)
     assert e.kl == pytest.approx(3 / 4 * (p - q) * math.log(p / q))  # the fourth image does not differ
+    assert e.kl_error == pytest.approx((p - q) * math.log(p / q) / 4)  # of a, a, a, 0 the deviation is a / 2
     assert e.top5 == e.dense_top5 == 100.0  # three classes: top-5 is everything
 
 
@@ -48,7 +49,8 @@ def test_batches_do_not_change_the_figures():
     one = evaluate(noisy, Answers(), [(x, y)])
     many = evaluate(noisy, Answers(), zip(x.split(2), y.split(2), strict=True))
     assert (one.top1, one.agreement, one.images_lost) == (many.top1, many.agreement, many.images_lost)
-    assert one.kl == pytest.approx(many.kl)
+    assert one.kl == pytest.approx(many.kl) and one.kl_error == pytest.approx(many.kl_error)
+    assert evaluate(noisy, Answers(), [(x[:1], y[:1])]).kl_error is None
 
 
 def test_images_without_labels_have_no_accuracy():

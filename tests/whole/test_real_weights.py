@@ -51,6 +51,20 @@ def test_calibrated_model_agrees_with_dense(deit_tiny, photographs):
     assert result.agreement >= 88 and result.kl < 0.03, result
 
 
+def test_features_of_a_second_model_stay_near_dense(real_data):
+    """ViT-S/14 with DINOv2's architecture at 224 pixels, keep 0.1's budget; at 518: `make bench-features`."""
+    path = real_data / "vit_small_patch14_saliency.safetensors"
+    dense = pretrained.load(names.resolve("vit_small_patch14_dinov2"), path, img_size=224)
+    transform = datasets.transform(datasets.data_config(dense))
+    calibrate_on = torch.cat(list(trainset(real_data / "imagenet-sample" / "train").calibration(16, 0, transform)))
+    x = torch.cat(list(trainset(real_data / "imagen-5perclass").calibration(16, 0, transform)))
+    model, prefix = sparse(dense, calibrate_on, keep=0.1), dense.num_prefix_tokens
+    with torch.inference_mode():
+        found, right = (m.forward_features(x)[:, prefix:] for m in (model, dense))
+    cosines = torch.cosine_similarity(found, right, dim=-1).mean(1)
+    assert float(cosines.mean()) >= 0.99 and float(cosines.min()) >= 0.97, cosines
+
+
 def test_tails_and_predictors_rank_as_documented(deit_tiny, photographs):
     settings = {
         "none": {"tail": "none"},

@@ -94,14 +94,21 @@ def _number(cells: Grid) -> int:
     return cells[0] * cells[1]
 
 
-def costs(settings: Settings, N: int, head_dim: int, folded: bool, spec: Spec) -> Tensor:
-    """MACs of one head at each setting, for N tokens: float64 `settings.shape`. spec: the constants that do not move."""
+def costs(
+    settings: Settings, N: int, head_dim: int, folded: bool, spec: Spec, cells: Sequence[Grid] | None = None
+) -> Tensor:
+    """MACs of one head at each setting, for N tokens: float64 `settings.shape`. spec: the constants that do not move.
+
+    cells: what the grids of `settings` are where tokens were removed; None: themselves.
+    """
     found = []
-    for r, keep, grid in product(*settings):
+    for r, keep, grid in product(settings.ranks, settings.keeps, cells or settings.cells):
         predictor = HeadLowrankPredictor(head_dim, (r,), folded)
         own = spec._replace(budgets=(budget(keep, N),), cells=(grid,))
         shape, macs = (1, 1, N, head_dim), predictor.macs(N, min(spec.prefix, N))
-        found.append(sparse_macs(shape, macs, predictor.shared(1), predictor.compared(1, head_dim), own).total())
+        found.append(
+            sparse_macs(shape, macs, predictor.shared(1), predictor.compared(1, head_dim), own, placed=True).total()
+        )
     return torch.tensor(found, dtype=torch.float64).view(settings.shape)
 
 
@@ -124,6 +131,12 @@ class BlockErrors:
         """Indices of the setting of a plan that is the same for all heads."""
         assert plan.keeps is not None
         return self.settings.nearest(plan.ranks[0], plan.keeps[0], plan.cells[0])
+
+    def cost(self, plan: BlockPlan) -> float:
+        """MACs of all heads by one of this block's own plans."""
+        assert plan.keeps is not None
+        each = zip(plan.ranks, plan.keeps, plan.cells, strict=True)
+        return sum(float(self.costs[self.settings.nearest(*setting)]) for setting in each)
 
     def plan(self, chosen: Sequence[int]) -> BlockPlan:
         """The plan of the settings with these flat indices, one for each head."""

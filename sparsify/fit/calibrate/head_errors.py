@@ -24,6 +24,7 @@ from sparsify.ops.spec import Spec, budget
 ROWS = 48  # query rows of an image by which heads are compared, at most
 PAIRS = 48 * 197  # queries times keys of an image for that, at most: fewer rows where there are more tokens
 CHUNK = 8  # images at once
+WEIGHED = 24 * 256  # tokens by which blocks are weighed, at most (but 4 images): it takes half as many passes as blocks
 
 Bases = Sequence[tuple[Tensor, Tensor]]
 """T_q and T_k [H, d, d] of each block (`head_lowrank`)."""
@@ -69,7 +70,8 @@ def measure(trial: Trial, progress: Callable[[int], None] = lambda done: None) -
     for x in trial.images.split(CHUNK) if found else ():
         observe(trial.model, [x], add)
         progress(done := done + len(x))
-    distances, weighted = _distances(trial, list(found)), {}
+    some = trial.images[: max(4, WEIGHED // trial.shape.tokens)]
+    distances, weighted = _distances(trial, some, list(found)), {}
     for i, block in found.items():
         at = block.at(trial.plans[0][i])
         weight = max(0.0, distances[i]) / max(float(block.errors[(slice(None), *at)].sum()), 1e-30)
@@ -126,8 +128,11 @@ class _Skip(nn.Module):
         return x
 
 
-def _distances(trial: Trial, blocks: Sequence[int]) -> dict[int, float]:
-    """`distance` of the model's output from the dense one when one of `blocks` alone is sparse, all its heads alike."""
+def _distances(trial: Trial, images: Tensor, blocks: Sequence[int]) -> dict[int, float]:
+    """`distance` of the model's output from the dense one when one of `blocks` alone is sparse, all its heads alike.
+
+    images: those of the trial, or fewer: weights of blocks that are off by half hardly change what the model loses.
+    """
     model, names = trial.model, list(trial.hosts)
     classes, sums = bool(getattr(model, "num_classes", 0)), dict.fromkeys(blocks, 0.0)
     sparse = {}
@@ -135,7 +140,7 @@ def _distances(trial: Trial, blocks: Sequence[int]) -> dict[int, float]:
         if i in sums:
             sparse[i] = graft.sparse_block(model, host, trial.config, trial.plans[0][i], trial.bases[i])
             sparse[i].execution = trial.execution
-    for x in trial.images.split(CHUNK) if blocks else ():
+    for x in images.split(CHUNK) if blocks else ():
         twin = graft.dense_twin(model)
         stack = cast(Any, twin).blocks
         dense, entering = _inputs(twin, stack, x)
@@ -148,7 +153,7 @@ def _distances(trial: Trial, blocks: Sequence[int]) -> dict[int, float]:
                 with_input.remove()
                 twin.set_submodule(names[i], host)
             stack[i] = _Skip()
-    return {i: total / len(trial.images) for i, total in sums.items()}
+    return {i: total / len(images) for i, total in sums.items()}
 
 
 def _inputs(model: nn.Module, blocks: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
 
-from sparsify.config import SparsityConfig, Tokens
+from sparsify.config import BlockPlan, SparsityConfig, Tokens
 from sparsify.errors import UsageError, field
-from sparsify.fit.schedule.costs import ROUNDS, BlockCost, Keep, Options, macs_costs, measured_costs
+from sparsify.fit.calibrate.budgets import spend
+from sparsify.fit.schedule.costs import ROUNDS, BlockCost, Keep, MacsCost, Options, macs_costs, measured_costs
 from sparsify.fit.schedule.search import BlockSchedule, price, search
 from sparsify.fit.schedule.sensitivity import Sensitivity, measure
 from sparsify.measure.latency import interleaved
@@ -19,7 +21,7 @@ from sparsify.measure.macs import count, image_shape, replica
 from sparsify.nn import graft, hosts, schedules
 from sparsify.nn.attention import attention_modules
 
-KEEPS: tuple[Keep, ...] = (None, 0.25, 0.1, 0.05)  # that a search tries
+KEEPS: tuple[Keep, ...] = (None, 0.4, 0.25, 0.1, 0.03)  # that a search tries
 TRIES = 4  # searches for a latency
 TOLERANCE = 0.03  # fraction of a latency target by which the measured time may miss it
 
@@ -62,12 +64,12 @@ def for_macs(
     """The schedule of least damage by which the model takes `target` of `dense` MACs an image; `UsageError` for none."""
     costs = macs_costs(model, _way(config), measured.options)
     fixed = dense - _dense_price(costs, measured.patches)
-    schedule = search(measured, costs, target * dense - fixed)
+    schedule, plans = together(measured, costs, search(measured, costs, target * dense - fixed), target * dense - fixed)
     share = (schedule.cost + fixed) / dense
     if share > 1.02 * target:
         least = f"the least that a schedule of this model reaches is {share:.3f}"
         raise UsageError(f"{field('target_macs')} {target:g}: {least}")
-    return FoundSchedule(scheduled(config, schedule, measured.options), schedule, share)
+    return FoundSchedule(scheduled(config, schedule, plans), schedule, share)
 
 
 def for_latency(
@@ -93,7 +95,7 @@ def for_latency(
     aim, best = target, None
     for _ in range(TRIES):
         schedule = search(measured, costs, aim * whole - fixed)
-        found = scheduled(config, schedule, measured.options)
+        found = scheduled(config, schedule, _plans(measured.options, schedule))
         sparse = schedules.applied(model, found)
         times = interleaved({"dense": partial(dense, images), "sparse": partial(sparse, images)}, rounds=ROUNDS)
         share = times["sparse"].median / times["dense"].median
@@ -110,12 +112,42 @@ def for_latency(
     return best
 
 
-def scheduled(config: SparsityConfig, schedule: BlockSchedule, options: Options) -> SparsityConfig:
-    """`config` with the plans and token rates of a schedule."""
+def together(
+    measured: Sensitivity, costs: Sequence[MacsCost], schedule: BlockSchedule, target: float
+) -> tuple[BlockSchedule, list[BlockPlan]]:
+    """The schedule and its plans, once the heads of all sparse blocks share what these have and what `target` leaves over.
+
+    A head costs what it does with the tokens that its block has. Keeps of these blocks become means over their heads.
+    """
+    plans, blocks, total = _plans(measured.options, schedule), {}, max(0.0, target - schedule.cost)
+    for i, (n, keep) in enumerate(zip(schedule.counts, schedule.keeps, strict=False)):
+        block = measured.budgets.blocks.get(i) if measured.budgets else None
+        if block is not None and keep is not None and plans[i].keeps is not None:
+            blocks[i], total = (
+                replace(block, costs=costs[i].heads(block.settings, n)),
+                total + costs[i].attention(keep, n),
+            )
+    if not blocks:
+        return schedule, plans
+    keeps, cost = list(schedule.keeps), schedule.cost
+    for (i, block), plan in zip(blocks.items(), spend(list(blocks.values()), total), strict=True):
+        cost += block.cost(plan) - costs[i].attention(keeps[i], schedule.counts[i])
+        keeps[i] = round(fmean(plan.keeps or ()), 3)
+        plans[i] = plan
+    return replace(schedule, keeps=tuple(keeps), cost=cost), plans
+
+
+def _plans(options: Options, schedule: BlockSchedule) -> list[BlockPlan]:
+    """The plan of each block by a schedule's keeps."""
+    return [options[keep][i] for i, keep in enumerate(schedule.keeps)]
+
+
+def scheduled(config: SparsityConfig, schedule: BlockSchedule, plans: Sequence[BlockPlan]) -> SparsityConfig:
+    """`config` with plans of its blocks and the token rates of a schedule."""
     tokens = None
     if len(set(schedule.counts)) > 1:
         tokens = (config.tokens or Tokens()).model_dump() | {"keep": schedule.rates()}
-    config = config.with_plans([options[keep][i] for i, keep in enumerate(schedule.keeps)])
+    config = config.with_plans(plans)
     return SparsityConfig.model_validate(config.model_dump() | {"tokens": tokens})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.config import BlockPlan
+from sparsify.fit.calibrate import budgets
+from sparsify.fit.calibrate.budgets import Settings
 from sparsify.measure.latency import interleaved
 from sparsify.nn import hosts, projection
 from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention
 from sparsify.nn.importance import attention_importance, fitted_importance
 from sparsify.nn.merging import cosines
+from sparsify.nn.predictor import HeadLowrankPredictor
 from sparsify.nn.tokens import TokenStage, TokenState
 from sparsify.ops.macs import dense_macs, sparse_macs
 
@@ -85,6 +88,13 @@ class MacsCost(BlockCost):
         shared, features = p.shared(attn.num_heads), p.compared(attn.num_heads, attn.head_dim)
         return sparse_macs(shape, p.macs(N, self.prefix), shared, features, spec, placed=True).total()
 
+    def heads(self, settings: Settings, n: int) -> Tensor:
+        """MACs of one head at each setting, for n patch tokens; of a block with a sparse attention."""
+        module, N = next(iter(self.sparse.values())), n + self.prefix
+        cells = replace(module.sparsity, cells=settings.cells).cells_of(N)
+        folded = cast(HeadLowrankPredictor, module.predictor).a_q is None
+        return budgets.costs(settings, N, module.head_dim, folded, module.spec(N, None), cells)
+
     def entering(self, n: int) -> float:
         return (n + self.prefix) * (self.norm + self.qkv + self.proj)
 
@@ -115,7 +125,7 @@ def _norms(module: nn.Module) -> int:
 
 
 @torch.no_grad()
-def macs_costs(model: nn.Module, way: str, options: Options) -> list[BlockCost]:
+def macs_costs(model: nn.Module, way: str, options: Options) -> list[MacsCost]:
     """`MacsCost` of every block of a grafted model."""
     prefix, rows = hosts.num_prefix_tokens(model), hosts.ranking_rows(model)
     blocks = enumerate(cast(nn.Sequential, model.blocks))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparsify.fit.calibrate.budgets import Budgets
 from sparsify.fit.schedule.costs import Keep, Options
 from sparsify.measure.accuracy import distance
 from sparsify.nn import graft, token_models
@@ -39,6 +40,7 @@ class Sensitivity:
     empty: float | None  # damage of keeping only prefix tokens after the last block; None where the head reads patches
     options: Options  # what a block may have; None: dense
     keeps: np.ndarray  # [depth, len(options)], damage of a keep in the block
+    budgets: Budgets | None = None  # what the options were spent from, in MACs; None: nothing moves between heads
 
     def of_tokens(self, block: int, counts: np.ndarray) -> np.ndarray:
         """Damage of a stage after a block by the patch tokens that it keeps; its root is interpolated linearly.
