@@ -92,13 +92,13 @@ def module_tree(figures: Profile, *, full: bool = False) -> Group:
     return Group(Text(f"{profile.THEORETICAL}, by module", style="italic"), table)
 
 
-def eval_table(result: Mapping[str, Any]) -> Group:
-    """Accuracy of the sparse model beside the dense one; `result`: see `sparsify.report.accuracy`."""
-    pairs = _table(accuracy.pairs(result))
+def eval_table(result: Mapping[str, Any], names: tuple[str, str] = ("dense", "sparse")) -> Group:
+    """Accuracy of the sparse model beside the dense one; `result`: see `sparsify.report.accuracy`; `names`: of both."""
+    pairs = _table(accuracy.pairs(result), names)
     singles = Table(box=None, pad_edge=False, show_header=False)
     singles.add_column()
     singles.add_column(justify="right")
-    for row in accuracy.singles(result):
+    for row in accuracy.singles(result, names):
         singles.add_row(*row)
     parts: list[RenderableType] = [Text(accuracy.HEADING, style="italic")]
     parts += [table for table in (pairs, singles) if table.row_count]
@@ -107,9 +107,9 @@ def eval_table(result: Mapping[str, Any]) -> Group:
     return Group(*parts)
 
 
-def _table(rows: list[words.Row]) -> Table:
+def _table(rows: list[words.Row], names: tuple[str, str] = ("dense", "sparse")) -> Table:
     table = Table(box=None, pad_edge=False)
-    for heading in ("", "dense", "sparse", "change"):
+    for heading in ("", *names, "change"):
         table.add_column(heading, justify="left" if not heading else "right")
     for row in rows:
         table.add_row(*row)

@@ -6,6 +6,7 @@ The sparse form is always computed: there is no dense fallback here. All percent
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import time
@@ -13,7 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as data_field
 from pathlib import Path
-from typing import Any, cast
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,29 +80,73 @@ def evaluate_images(
     check_execution(execution, device, dtype, hosts.biased(host))  # before anything is read
     if dense is not None:
         graft.check_original(dense, host)
-    config = datasets.data_config(host)
 
-    processes.start(compute.device)
-    with processes.agree():
-        classes, size = int(getattr(host, "num_classes", 0)), compute.batch_size or EVAL_BATCH
-        names, to = class_names(host), datasets.transform(config)
-        loader = datasets.labelled(images, classes, to, size, compute.workers, strict, names=names)
-        if loader.note:
-            listener.say(loader.note)
+    def ready(loader: LabelledBatches) -> dict[str, nn.Module]:
         if note := backends.note(compute.backend, device, dtype, hosts.biased(host)):
             listener.say(note)
-        sparse = model.to(device, dtype).eval()
-        if dense is None and not backbone_changed:
-            dense = graft.dense_twin(host)
-        dense = None if dense is None else dense.to(device, dtype).eval()
+        sparse, beside = model.to(device, dtype).eval(), dense
+        form.enter_context(sparse_form(sparse, compute.backend, compute.kernel_precision))
+        if beside is None and not backbone_changed:
+            beside = graft.dense_twin(host)
+        return _named(sparse, None if beside is None else beside.to(device, dtype).eval())
+
+    described = Described.of(host)
+    with contextlib.ExitStack() as form, counting(model) as counted:
+        result, parts = over(ready, described, images, strict, compute, listener, counted)
+    return replace(
+        result,
+        model=name,
+        ran_twice=100 * sum(each.twice for each in parts) / result.images if host is not model else None,
+        param_count=count_parameters(model),
+    )
+
+
+class Described(NamedTuple):
+    """What a model says of its images and its answers."""
+
+    config: Mapping[str, Any]  # preprocessing, as `datasets.data_config`
+    classes: int  # 0: features
+    names: tuple[str, ...]  # of the classes, in their order; () where it does not know
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Described:
+        """Of a model."""
+        return cls(datasets.data_config(model), int(getattr(model, "num_classes", 0)), class_names(model))
+
+
+def over(
+    ready: Callable[[LabelledBatches], Mapping[str, nn.Module]],
+    described: Described,
+    images: str,
+    strict: bool,
+    compute: Compute,
+    listener: Listener,
+    counted: Mapping[str, int] = MappingProxyType({}),
+) -> tuple[Evaluation, list[Pass]]:
+    """One pass of some models over labelled images, shared out among the processes: the figures, and the sums behind them.
+
+    Args:
+        ready: called once the images are found; the models as `run_pass` takes them.
+        strict, compute, listener: see `evaluate_images`; counted: `twice` is of the images of this process.
+
+    Raises:
+        BadData: no images, no labels, or classes that do not fit.
+    """
+    processes.start(compute.device)
+    config, classes = dict(described.config), described.classes
+    with processes.agree():
+        size, to = compute.batch_size or EVAL_BATCH, datasets.transform(config)
+        loader = datasets.labelled(images, classes, to, size, compute.workers, strict, names=described.names)
+        if loader.note:
+            listener.say(loader.note)
+        models = ready(loader)
         local, total, every = share(loader), loader.total, processes.world()
 
         def progress(done: int) -> None:
             listener.progress("eval", done * every if total is None else min(done * every, total), total)
 
-        with sparse_form(sparse, compute.backend, compute.kernel_precision), counting(sparse) as counted:
-            part = run_pass(_named(sparse, dense), local, compute, progress)
-        part.flaws, part.twice = local.flaws, counted["twice"]
+        part = run_pass(models, local, compute, progress)
+        part.flaws, part.twice = local.flaws, counted.get("twice", 0)
     parts = processes.gather(part)
     flaws, result = sum((each.flaws for each in parts), Flaws()), figures_of(parts)
     if not result.images:
@@ -108,19 +154,15 @@ def evaluate_images(
     for line in flaws.lines():
         listener.say(line)
     if by_chance(result, classes):
-        which = "sparse" if result.dense_top1 is None else "dense"
+        which = SPARSE if result.dense_top1 is None else DENSE
         ask = f"do the folders stand for the model's classes, in its order? see {field('class_map')}"
         listener.say(f"top-1 of the {which} model is no better than chance ({100 / classes:.2f} %): {ask}")
-    return replace(
-        result,
-        model=name,
-        ran_twice=100 * sum(each.twice for each in parts) / result.images if host is not model else None,
-        param_count=count_parameters(model),
-        img_size=int(config["input_size"][-1]),
-        crop_pct=float(config["crop_pct"]),
-        interpolation=config["interpolation"],
-        **cast(Any, rates_of(parts)),
-    )
+    taken = {
+        "img_size": int(config["input_size"][-1]),
+        "crop_pct": float(config["crop_pct"]),
+        "interpolation": config["interpolation"],
+    }
+    return replace(result, **taken, **cast(Any, rates_of(parts))), parts
 
 
 def by_chance(result: Evaluation, classes: int) -> bool:

@@ -54,9 +54,10 @@ SINGLES = (
 )
 
 
-def singles(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What, and its figure."""
-    return [(label, format(result[key], form)) for label, key, form in SINGLES if result.get(key) is not None]
+def singles(result: Mapping[str, Any], names: tuple[str, str] = ("dense", "sparse")) -> list[tuple[str, str]]:
+    """What, and its figure; `names`: of what is compared."""
+    found = [(label, format(result[key], form)) for label, key, form in SINGLES if result.get(key) is not None]
+    return [(label.replace("dense", names[0]).replace("sparse", names[1]), figure) for label, figure in found]
 
 
 def conditions(result: Mapping[str, Any]) -> str:

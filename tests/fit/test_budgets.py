@@ -232,4 +232,4 @@ def test_what_heads_have_is_said_in_one_line():
     assert header.by_head(SparsityConfig(keep=0.1)) == ""
     facts = dict(header.settings(config))
     assert facts["keep, share of keys"] == "0.2 on average, 0.1 to 0.3 by head; layers dense, 0.2"
-    assert facts["tail"] == "clusters, 2x2, 1 to 9 cells"
+    assert facts["tail"] == "clusters, 4.67 cells on average, 1 to 9 by head"

@@ -304,7 +304,7 @@ def test_heads_of_all_blocks_share_what_a_schedule_gives_attention(target):
     alone = choose.for_macs(found.model, found.config, measured, target, dense)
     shared = choose.for_macs(found.model, found.config, replace(measured, budgets=found.budgets), target, dense)
     assert shared.schedule.counts == alone.schedule.counts and shared.share <= max(alone.share, target) + 1e-9
-    macs = {each.share: profile(graft.applied(found.model, each.config), measure=False) for each in (alone, shared)}
+    macs = {each.share: profile(schedules.applied(found.model, each.config), measure=False) for each in (alone, shared)}
     counted = macs[shared.share].macs_sparse - macs[alone.share].macs_sparse
     assert counted == pytest.approx((shared.share - alone.share) * dense, abs=1)
     plans = [each.config.resolved(found.budgets.shape) for each in (alone, shared)]

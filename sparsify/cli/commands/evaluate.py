@@ -11,6 +11,7 @@ from sparsify.cli.options import flag, option
 from sparsify.errors import SparsifyError, UsageError
 
 IMAGENET = "ImageNet root with val/, its val folder, or any folder of class folders."
+OF = "Of an exported program (.onnx, .xml, .pt2): the file that it was made from, to compare with."
 DATA = "Another labelled set: folder, timm data set name, or digits."
 
 
@@ -19,6 +20,7 @@ def evaluate(
     imagenet: Annotated[str | None, option("DIR", IMAGENET)] = None,
     data: Annotated[str | None, option("DATA", DATA, words=["digits"])] = None,
     dense: options.Dense = None,
+    of: Annotated[Path | None, option("FILE", OF, default="the one of its name beside it")] = None,
     batch_size: options.BatchSize = 32,
     img_size: options.ImgSize = None,
     budget: options.Budget = None,
@@ -38,7 +40,7 @@ def evaluate(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Top-1, top-5 and agreement of the sparse model beside its dense original.
+    """Top-1, top-5 and agreement of the sparse model beside its dense original, or of an exported program beside its file.
 
     Under `accelerate launch -m sparsify` or `torchrun -m sparsify` the processes share the images.
 
@@ -57,6 +59,7 @@ def evaluate(
     compute = parsers.compute(device, dtype, backend, kernel_precision, batch_size=batch_size, workers=workers)
     from sparsify.cli import tables
     from sparsify.cli.progress import Reporter
+    from sparsify.jobs import judge
     from sparsify.measure.conditions import EVALUATION, conditions
     from sparsify.measure.evaluate import evaluate_images
     from sparsify.models.original import Which, opened
@@ -64,6 +67,19 @@ def evaluate(
     from sparsify.report.accuracy import write_results
 
     say, images = options.say(quiet), str(imagenet or data)
+    if file.suffix in judge.SUFFIXES:
+        with Reporter(quiet) as reporter:
+            listener = processes.Listener(say, reporter.update)
+            judged = judge.evaluate_program(file, images, file=of, strict=strict, compute=compute, listener=listener)
+        figures = judged.evaluation.as_dict()
+        if not quiet:
+            tables.show(tables.eval_table(figures, ("file", "program")))
+            beside = judged.file.name if judged.file else "nothing: its file is not there (--of FILE)"
+            terminal.line(f"program: {judged.format}, {judged.attention} attention; compared with {beside}")
+        if results_file is not None and processes.main():
+            told = conditions(EVALUATION, compute, data=images, backend=judged.format, budget=None)
+            write_results(results_file, figures, told | {"program": file.name})
+        return
     processes.start(device)
     with processes.agree():
         one = opened(file, dense, img_size, say, Which(budget, adaptive))

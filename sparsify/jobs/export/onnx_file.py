@@ -76,6 +76,12 @@ def runner(path: str) -> Callable[[Tensor], Tensor] | None:
     return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
 
 
+def metadata(path: str) -> dict[str, str]:
+    """What `write` was given as `described`."""
+    onnx: Any = importlib.import_module("onnx")
+    return {each.key: each.value for each in onnx.load(path, load_external_data=False).metadata_props}
+
+
 def _stable_sort() -> Callable[..., Any]:
     """`aten.sort.stable`, for which torch's exporter has no translation."""
     op: Any = importlib.import_module("onnxscript").opset18

@@ -33,6 +33,14 @@ def write(program: torch.export.ExportedProgram, path: str, described: Mapping[s
         file.write(content.getbuffer())
 
 
+def metadata(path: str) -> dict[str, str]:
+    """What `write` was given as `described`."""
+    found = {"sparsify.export": ""}  # any one name: all of them are filled in
+    with open(path, "rb") as file:
+        torch.export.load(file, extra_files=found)
+    return {key: text.decode() if isinstance(text, bytes) else text for key, text in found.items()}
+
+
 def runner(path: str) -> Callable[[Tensor], Tensor]:
     """The program of a file: images [B, C, H, W] -> outputs."""
     with open(path, "rb") as file:
