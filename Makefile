@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLDEST_TIMM := 1.0.28
 
 .PHONY: venv demo test test-oldest fuzz sanitize lint format bench bench-kernels-accuracy bench-auto bench-accuracy bench-features bench-equality \
-	bench-families bench-tokens bench-finetune bench-survive bench-compiled bench-exported bench-quantised \
+	bench-families bench-tokens bench-finetune bench-survive bench-compiled bench-exported bench-serving bench-quantised \
 	bench-same bench-against house families frontier names docs clean
 
 venv: $(VENV)/.installed
@@ -97,6 +97,10 @@ bench-against: venv
 # Models under torch.compile, sparse beside dense; tables in build/bench/.
 bench-compiled: venv
 	$(BIN)/python benchmarks/compiled.py --markdown build/bench/compiled.md --json build/bench/compiled.json
+
+# Converted models beside the best dense way in every runtime; about an hour on two cores. Tables in build/bench/.
+bench-serving: venv
+	$(BIN)/python benchmarks/serving.py --markdown build/bench/serving.md --json build/bench/serving.json
 
 # Exported programs beside their models on real weights and photographs; ten minutes on two cores.
 bench-exported: venv

@@ -41,8 +41,9 @@ TOY = {
     "kernel_accuracy.py": "--images 8 --calib-images 4 --sizes 224 --only tiles",
     "model.py": "--only 'deit_tiny, 224 pixels, float32' --rounds 1",
     "quantised.py": "--every 2",
+    "serving.py": "--only '224 pixels, batch 1, keep 0.1' --rounds 1 --runtimes eager onnxruntime --dtypes float32",
     "survive.py": "--times 1 --commands convert",
-    "tokens.py": "--only rates --targets 0.8",
+    "tokens.py": "--only schedules,adaptive,rates --targets 0.8 --costs 0.9",
     "tokens_speed.py": "--only 'deit_small_patch16_224, 224 pixels, float32, batch 1' --rounds 1",
     "train_digits.py": "--epochs 1 --warmup-epochs 0 --holdout 8 --limit 8 --batch-size 8 --out .",
 }
