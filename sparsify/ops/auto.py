@@ -5,7 +5,8 @@
 
 Where dense attention may replace the sparse form (`Execution.dense_fallback`), the candidates of a shape run in turns on
 random tensors, and the lowest median wins. Among candidates within `MARGIN` of it the first of `PREFERENCE` wins, so that
-noise does not change a decision. Decisions are kept in the `Chooser` and on disk (`remembered.py`).
+noise does not change a decision. Decisions are kept in the `Chooser` and on disk (`remembered.py`), but for those that were
+made while other work kept the processor busy: these are not written, and made again later.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,6 +34,8 @@ BUDGET_S = 0.3  # for one shape, if MIN_ROUNDS fit into it
 LIMIT_S = 2.0  # for one shape whose MIN_ROUNDS do not; FIRST_ROUNDS run in any case
 FIRST_ROUNDS = 3
 SURE_ROUNDS = 15  # after these, a race ends once the quartiles do not overlap
+OWN = 0.9  # of the time of a race, the least that the calling thread computes on a processor that is not busy
+AGAIN_S = (20.0, 120.0, 900.0)  # after these a decision of a busy processor is made again, at most so often
 HOPELESS = 2.0  # a candidate whose best time is this many times the leader's median drops out
 
 
@@ -44,6 +47,15 @@ class Choice:
     ms: Mapping[str, float]  # median time of every candidate
     rounds: int  # of the race
     reason: str  # one line
+    busy: bool = False  # the processor did other work meanwhile: the decision will be made again
+
+
+class Race(NamedTuple):
+    """What `race` measured."""
+
+    ms: dict[str, float]  # median of each candidate
+    rounds: int
+    own: float  # fraction of the time in which the calling thread computed
 
 
 class Chooser:
@@ -51,16 +63,20 @@ class Chooser:
 
     Args:
         make: `candidates.make`, or another maker of candidates.
-        clock: seconds.
+        clock: seconds; work: seconds in which the calling thread computed.
     """
 
     def __init__(
         self,
         make: Callable[[Shape, candidates.Sparse], Mapping[str, Callable[[], object]]] = candidates.make,
         clock: Callable[[], float] = time.perf_counter,
+        work: Callable[[], float] = time.thread_time,
     ) -> None:
-        self._make, self._clock = make, clock
+        self._make, self._clock, self._work = make, clock, work
         self._known: dict[Shape, Choice] = {}
+        self._until: dict[
+            Shape, tuple[float, int]
+        ] = {}  # when a decision of a busy processor ends, and how many there were
         self._machines: dict[str, tuple[dict[str, str], Path | None]] = {}
         self._lock = threading.Lock()
         self._withdrawn = False
@@ -79,12 +95,17 @@ class Chooser:
 
         sparse: what computes the sparse form.
         """
-        return self._known.get(shape) or self._decide(shape, sparse)
+        known = self._known.get(shape)
+        return self._decide(shape, sparse) if known is None or (known.busy and self._over(shape)) else known
+
+    def _over(self, shape: Shape) -> bool:
+        return self._clock() >= self._until[shape][0]
 
     def _decide(self, shape: Shape, sparse: candidates.Sparse) -> Choice:
         with self._lock:
-            if shape in self._known:  # another thread was first
-                return self._known[shape]
+            known = self._known.get(shape)
+            if known is not None and not (known.busy and self._over(shape)):  # another thread was first
+                return known
             if shape.device not in self._machines:
                 machine = remembered.identity(shape.device)
                 self._machines[shape.device] = machine, remembered.file_of(machine)
@@ -92,8 +113,15 @@ class Chooser:
             choice = _parse(remembered.read(path).get(shape.text()), shape)
             if choice is None:
                 with torch.inference_mode(), torch.autocast(shape.device, enabled=False):
-                    choice = decide(*race(self._make(shape, sparse), self._clock, _wait(shape.device)))
-                remembered.add(path, machine, shape.text(), asdict(choice))
+                    found = race(self._make(shape, sparse), self._clock, _wait(shape.device), self._work)
+                choice = decide(found.ms, found.rounds)
+                if shape.device == "cpu" and found.own < OWN:  # the CPU waits for a GPU
+                    choice = replace(choice, reason=f"{choice.reason}; the processor was busy", busy=True)
+                    tries = self._until.get(shape, (0.0, 0))[1]
+                    wait = AGAIN_S[tries] if tries < len(AGAIN_S) else math.inf  # always busy: it stays
+                    self._until[shape] = self._clock() + wait, tries + 1
+                else:
+                    remembered.add(path, machine, shape.text(), asdict(choice))
             self._known[shape] = choice
             return choice
 
@@ -112,16 +140,19 @@ def _again(withdrawn: bool) -> Chooser:
 
 
 def race(
-    runs: Mapping[str, Callable[[], object]], clock: Callable[[], float], wait: Callable[[], None] = lambda: None
-) -> tuple[dict[str, float], int]:
-    """Time candidates in turns, in alternating order, after a warm-up: median of each in ms, and rounds run.
+    runs: Mapping[str, Callable[[], object]],
+    clock: Callable[[], float],
+    wait: Callable[[], None] = lambda: None,
+    work: Callable[[], float] = time.thread_time,
+) -> Race:
+    """Time candidates in turns, in alternating order, after a warm-up.
 
     The race ends when all others are `HOPELESS`, when the leader is clear after `SURE_ROUNDS`, or when the time is up.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in [*runs.values(), *runs.values()]:
         run()
-    racing, rounds, start = list(runs), 0, clock()
+    racing, rounds, start, worked = list(runs), 0, clock(), work()
     while True:
         for name in racing if rounds % 2 == 0 else racing[::-1]:
             wait()
@@ -138,7 +169,8 @@ def race(
         spent = clock() - start
         out_of_time = spent >= (BUDGET_S if rounds >= MIN_ROUNDS else LIMIT_S)
         if len(racing) == 1 or out_of_time or (rounds >= SURE_ROUNDS and _clear(times, leader, racing)):
-            return {name: statistics.median(ms) for name, ms in times.items()}, rounds
+            ms = {name: statistics.median(each) for name, each in times.items()}
+            return Race(ms, rounds, (work() - worked) / max(spent, 1e-9))
 
 
 def decide(ms: Mapping[str, float], rounds: int) -> Choice:

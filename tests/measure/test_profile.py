@@ -284,7 +284,7 @@ def test_peak_memory_sees_inside_the_op():
 
 def fake_race(monkeypatch, **ms: float) -> None:
     """Every decision is made from these times, whatever the machine; no kernels."""
-    monkeypatch.setattr(auto, "race", lambda runs, *rest: ({name: ms[name] for name in runs}, 9))
+    monkeypatch.setattr(auto, "race", lambda runs, *rest: auto.Race({name: ms[name] for name in runs}, 9, 1.0))
     monkeypatch.setattr(backends, "not_built", lambda: "no compiler")
     monkeypatch.setattr(remembered, "read", lambda path: {})
     monkeypatch.setattr(remembered, "add", lambda *arguments: None)

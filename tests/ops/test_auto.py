@@ -54,7 +54,7 @@ class Clock:
         self.now += next(self.ms[name]) / 1000
 
     def chooser(self) -> Chooser:
-        return Chooser(self.make, self)
+        return Chooser(self.make, self, self)
 
 
 @pytest.fixture
@@ -139,14 +139,14 @@ def test_noise_within_the_margin_does_not_turn_the_decision_round(seed, folder):
 
 def test_candidates_take_turns():
     clock = Clock(cpu=[100], sdpa=[100])
-    ms, rounds = auto.race(clock.make(SHAPE), clock)
+    ms, rounds, _ = auto.race(clock.make(SHAPE), clock)
     assert clock.ran[:8] == ["cpu", "sdpa"] * 2 + ["cpu", "sdpa", "sdpa", "cpu"]  # two of each to warm up
     assert rounds == auto.MIN_ROUNDS and ms == pytest.approx({"cpu": 100, "sdpa": 100})
 
 
 def test_a_candidate_that_is_twice_as_slow_leaves_the_race():
     clock = Clock(cpu=[1.0, 1.3], dense_cpu=[1.1], sdpa=[3])
-    ms, rounds = auto.race(clock.make(SHAPE), clock)
+    ms, rounds, _ = auto.race(clock.make(SHAPE), clock)
     assert clock.ran.count("sdpa") == 2 + auto.FIRST_ROUNDS and ms["sdpa"] == pytest.approx(3)
     assert rounds > 50 and clock.now < auto.BUDGET_S + 0.02  # the other two are close: all the time is spent
     clock = Clock(cpu=[1], sdpa=[3])
@@ -173,6 +173,33 @@ def test_a_decision_is_measured_once_and_remembered_on_disk(folder):
     assert content["machine"]["torch"] == torch.__version__ and list(content["choices"]) == [SHAPE.text()]
     again = Clock(cpu=[1], sdpa=[2])
     assert again.chooser().choose(SHAPE, None) == first and again.made == 0
+
+
+def test_a_decision_of_a_busy_processor_is_made_again_and_not_written(folder):
+    clock, share = Clock(cpu=[2], sdpa=[1]), 0.5
+    chooser = Chooser(clock.make, clock, lambda: share * clock.now)
+    first = chooser.choose(SHAPE, None)
+    assert first.taken == "sdpa" and first.busy and "the processor was busy" in first.reason
+    assert not folder.exists() and chooser.choose(SHAPE, None) is first
+    clock.ms["cpu"] = itertools.cycle([0.5])
+    for number, wait in enumerate(auto.AGAIN_S, 2):  # still busy
+        clock.now += wait - 0.1
+        assert chooser.choose(SHAPE, None).busy and clock.made == number - 1
+        clock.now += 0.2
+        assert chooser.choose(SHAPE, None).taken == "cpu" and clock.made == number
+    clock.now += 1e6
+    assert chooser.choose(SHAPE, None).busy and clock.made == 1 + len(auto.AGAIN_S)  # enough
+
+
+def test_once_the_processor_is_quiet_the_decision_stays(folder):
+    clock, share = Clock(cpu=[2], sdpa=[1]), [0.5]
+    chooser = Chooser(clock.make, clock, lambda: share[0] * clock.now)
+    assert chooser.choose(SHAPE, None).busy
+    share[0], clock.now = 1.0, clock.now + auto.AGAIN_S[0]
+    again = chooser.choose(SHAPE, None)
+    assert not again.busy and clock.made == 2 and len(list(folder.iterdir())) == 1
+    clock.now += 1e6
+    assert chooser.choose(SHAPE, None) is again
 
 
 OTHER = {
