@@ -50,7 +50,7 @@ class Runtime:
     extra: str = ""
 
     def forms(self, model: nn.Module, backbone_changed: bool) -> dict[str, nn.Module]:
-        """What may be run for `model`, of which the fastest stands for it, by the kind of attention."""
+        """What may be run for `model`, of which the fastest stands for it, by its attention where there is a choice."""
         return {"": model}
 
     def check(self, compute: Compute) -> None:
@@ -82,7 +82,7 @@ class Compiled(Runtime):
         from torch._inductor import config
 
         run = partial(torch.compile(_loaded(model, request), fullgraph=True), request.batch())
-        with torch.inference_mode(), config.patch(freezing=True):
+        with torch.inference_mode(), config.patch(freezing=True), onnx_file.quiet():
             run()  # compiles
         return run
 
@@ -96,7 +96,8 @@ class Program(Runtime):
 
     def forms(self, model: nn.Module, backbone_changed: bool) -> dict[str, nn.Module]:
         """The programs of which `sparsify export` by default writes the faster."""
-        return {kind: program.attending(model, kind) for kind in program.candidates(model, backbone_changed)}
+        kinds = program.candidates(model, backbone_changed)
+        return {kind if len(kinds) > 1 else "": program.attending(model, kind) for kind in kinds}
 
     def check(self, compute: Compute) -> None:
         """See `Runtime.check`."""

@@ -76,7 +76,7 @@ def test_every_runtime_runs_both_models(name, small, tmp_path):
             with torch.inference_mode():
                 torch.testing.assert_close(run(), each(x), atol=1e-4, rtol=1e-4)
     assert list(runtime.forms(small, False)) == ([""] if name == "eager" else ["dense", "sparse"])
-    assert list(runtime.forms(small, True)) == ([""] if name == "eager" else ["sparse"])
+    assert list(runtime.forms(small, True)) == [""]
 
 
 def test_compile_freezes_the_weights_and_restores_the_setting(small, tmp_path, monkeypatch):

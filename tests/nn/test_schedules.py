@@ -125,3 +125,18 @@ def test_predictors_that_rest_do_not_train():
 def test_schedules_that_do_not_go_together_are_refused(changes, message):
     with pytest.raises(UsageError, match=message):
         schedules.check_alike([*SCHEDULES.values(), BASE.model_copy(update=changes)])
+
+
+@pytest.mark.parametrize("predictor", ["head-lowrank", "token-lowrank"])
+@torch.no_grad()
+def test_dense_attention_over_the_tokens_present_is_what_a_configuration_of_it_gives(predictor):
+    dense = build("deit", depth=3)
+    config = BASE.model_copy(update={"tokens": Tokens(keep=(0.7, 1.0, 1.0)), "predictor": predictor})
+    model, x = draw_importance(graft.graft(copy.deepcopy(dense), config)), images(dense)
+    found = schedules.densely(model)
+    torch.testing.assert_close(found(x), schedules.applied(model, config.model_copy(update={"keep": "dense"}))(x))
+    assert not sparse_modules(found) and len(sparse_modules(model)) == 3
+    assert not torch.allclose(found(x), graft.dense_twin(model)(x), atol=1e-3)  # tokens are removed
+    assert not torch.allclose(found(x), model(x), atol=1e-6)
+    owned = {parameter.data_ptr() for parameter in model.parameters()}
+    assert all(parameter.data_ptr() in owned for parameter in found.parameters())

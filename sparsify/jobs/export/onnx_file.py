@@ -50,7 +50,7 @@ def write(program: torch.export.ExportedProgram, path: str, described: Mapping[s
     (name,) = program.graph_signature.user_inputs
     images = next(node.meta["val"] for node in program.graph.nodes if node.name == name)
     dynamic = any(isinstance(size, torch.SymInt) for size in images.shape)
-    with _quiet():
+    with quiet():
         made: Any = torch.onnx.export(
             program,
             dynamo=True,
@@ -72,6 +72,8 @@ def runner(path: str) -> Callable[[Tensor], Tensor] | None:
         return None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # threads that go on spinning after a run slow down whatever is timed next
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
 
@@ -94,8 +96,8 @@ def _stable_sort() -> Callable[..., Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppresses the warnings and log lines of torch's exporter and onnxscript; errors are raised as ever."""
+def quiet() -> Iterator[None]:
+    """Suppresses the warnings and log lines of torch's exporter, compiler and onnxscript; errors are raised as ever."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
