@@ -27,7 +27,7 @@ class Sureness(NamedTuple):
     """How sure a schedule is of each calibration image, and how far it is from dense there."""
 
     margins: tuple[float, ...]
-    distances: tuple[float, ...]  # KL(dense || sparse), nats
+    distances: tuple[float, ...]  # KL(dense || sparse) in nats, and 1 more where the predicted class is another
 
 
 class Rule(NamedTuple):

@@ -10,8 +10,11 @@ from helpers.error_lines import the_error
 from helpers.families import images
 from helpers.small_runs import recipe
 from sparsify.errors import BadFile, UsageError
+from sparsify.images import datasets
+from sparsify.images.trainset import builtin_calibration
+from sparsify.measure.accuracy import kl_terms
 from sparsify.models import checkpoint, header
-from sparsify.nn import schedules
+from sparsify.nn import graft, schedules
 from sparsify.nn.adaptive import margins
 from sparsify.recipe import load_recipe
 
@@ -135,6 +138,17 @@ def test_for_a_runtime_tokens_alone_are_spent(run, tmp_path):
         "digits", recipe=CALIBRATE, runtime="openvino", target_macs=0.6, output=tmp_path / "m.safetensors"
     )
     assert set(made.header.config.keep) == {"dense"} and made.header.config.tokens is not None
+
+
+def test_distance_of_the_calibration_images_counts_other_answers(made):
+    found = checkpoint.read_header(made.path)
+    model = checkpoint.load(made.path)
+    x = next(iter(builtin_calibration(True, 4, 0, datasets.transform(datasets.data_config(model)))))
+    with torch.inference_mode():
+        dense, sparse = graft.dense_twin(model)(x), model(x)
+    expected = kl_terms(dense, sparse).sum(-1) + (dense.argmax(1) != sparse.argmax(1))
+    torch.testing.assert_close(torch.tensor(found.sureness[0.8].distances), expected, rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(found.sureness[0.8].margins), margins(sparse), rtol=2e-3, atol=1e-4)
 
 
 def test_two_programs_with_the_rule_in_their_metadata(made, tmp_path):

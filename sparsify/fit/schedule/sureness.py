@@ -36,7 +36,8 @@ def measure(
         for budget, twin in twins.items():
             logits = twin(x)
             found[budget][0].extend(margins(logits).tolist())
-            found[budget][1].extend(kl_terms(expected, logits).sum(-1).tolist())
+            differs = expected.argmax(1) != logits.argmax(1)
+            found[budget][1].extend((kl_terms(expected, logits).sum(-1) + differs).tolist())
         progress(done := done + len(x))
     return {budget: Sureness(*(tuple(_short(v) for v in values) for values in both)) for budget, both in found.items()}
 
