@@ -59,8 +59,14 @@ class Tuned:
                 "precision": self.plan.precision,
                 "processes": processes.world(),
                 "images": max((p.images for p in self.plan.stages), default=0),
+                "repair": self._repair(),
             },
         }
+
+    def _repair(self) -> str | None:
+        if self.plan.unrepaired:
+            return f"left out: {self.plan.unrepaired}"
+        return None if self.plan.repair is None else "done"
 
 
 def tune(
@@ -91,7 +97,8 @@ def tune(
             checkpoint.save(start.model, run.start, header(start))
         processes.barrier()
     how.listener.say(_announced(plan))
-    for line in filter(None, (plan.note, plan.warning)):
+    left_out = f"repair left out: {plan.unrepaired}" if plan.unrepaired else ""
+    for line in filter(None, (left_out, plan.note, plan.warning)):
         how.listener.say(line)
     student, config = start.model, start.config
     outcome = finetune(student, teacher, plan, how, state)

@@ -2,10 +2,13 @@
 
 import json
 
+import timm
 import torch
 from safetensors.torch import load_file
 
+import sparsify
 from helpers import small_runs
+from helpers.image_folders import class_folders
 from helpers.small_runs import ATTENTION, recipe
 from sparsify.images.digits import scans
 from sparsify.jobs import convert as convert_job
@@ -73,6 +76,35 @@ def test_the_header_tells_what_was_done(tmp_path, scores, monkeypatch):
     fitted = small_runs.convert(tmp_path / "r.safetensors", recipe(repair={"images": 16}))
     assert fitted.tuning.changed and fitted.tuning.steps == 0 and fitted.header.backbone_changed
     assert [row["weights"] for row in small_runs.validations(fitted.run)] == ["start", "repaired"]
+    assert (tuned["repair"], fitted.header.provenance["finetuned"]["repair"]) == (None, "done")
+
+
+def test_least_squares_are_left_out_where_norms_stand_behind_attention(tmp_path, scores):
+    """A recipe with `repair` converts such a model, says so, and its backbone is changed by stages alone."""
+    shape = {"img_size": 64, "depth": 2, "embed_dim": 64, "num_heads": 1, "num_classes": 3}
+    torch.manual_seed(0)
+    model = timm.create_model("vit_base_patch16_rpn_224", **shape)
+    timm.models.save_for_hf(model, tmp_path / "post", safe_serialization=True, model_args=shape)
+    photos = class_folders(tmp_path / "photos", "abc", 4)
+    asked = load_recipe("distill").override(**small_runs.SMALL, rank=12, repair={"images": 8})
+    for train, changed in (("attention", True), ("predictors", False)):
+        losses = ATTENTION if train == "predictors" else {"features": 1.0}
+        stage = asked.stages[0].model_dump() | {"steps": 1, "batch_size": 4, "train": train, "losses": losses}
+        scores[:] = [1.0, 0.5]
+        lines = []
+        made = sparsify.convert(
+            f"local-dir:{tmp_path / 'post'}",
+            recipe=asked.override(stages=[stage]),
+            data=photos,
+            output=tmp_path / f"{train}.safetensors",
+            say=lines.append,
+        )
+        about = checkpoint.read_header(made.path).provenance
+        assert "repair left out: this model has norms behind its attention and MLP" in lines
+        assert about["finetuned"]["repair"] == "left out: this model has norms behind its attention and MLP"
+        assert not any("least squares" in line for line in lines)
+        assert about["finetuned"]["kept"] == "fine-tuned" and about["backbone_changed"] is changed
+        assert about["recipe"]["repair"] is not None  # as it was asked for
 
 
 def test_the_folder_of_a_run_has_what_is_documented(tmp_path):

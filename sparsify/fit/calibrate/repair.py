@@ -19,7 +19,6 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from sparsify.errors import UsageError, field
 from sparsify.nn import hosts
 from sparsify.nn.token_models import FewerTokens
 from sparsify.nn.tokens import TokenState
@@ -34,12 +33,11 @@ def repair(
     settings: Repair,
     progress: Callable[[str, int, int], None] = lambda *step: None,
 ) -> None:
-    """Fits the maps of `sparse`, calibrated from `dense`, in place; both in eval mode. Raises as `check_repairable`.
+    """Fits the maps of `sparse`, calibrated from `dense`, in place; both in eval mode, and not `unrepairable`.
 
     batches: images, float32 [B, C, H, W], on the device of the models. The residual streams of all of them are kept: 2 to 4
     times images x N x C numbers.
     """
-    check_repairable(sparse)
     prefix = hosts.num_prefix_tokens(sparse)
     host = cast(Any, dense)
     # inputs of the first block, [B, P + n0, C]
@@ -73,13 +71,13 @@ def repair(
     progress("repair", len(blocks), len(blocks))
 
 
-def check_repairable(model: nn.Module) -> None:
-    """Raise `UsageError` where the maps of `model` do not end in the residual stream (norms after attention and MLP)."""
-    advice = f"leave it out ({field('set')} repair=null)"
+def unrepairable(model: nn.Module) -> str:
+    """Why `repair` cannot treat `model` (its maps do not end in the residual stream, or another class), or empty."""
     if not isinstance(model, VisionTransformer):
-        raise UsageError(f"repair: not for a {type(model).__name__}, only for a VisionTransformer; {advice}")
+        return f"it is for a VisionTransformer, and this model is a {type(model).__name__}"
     if not all(isinstance(block, Block) for block in cast(Any, model).blocks):
-        raise UsageError(f"repair: this model has norms behind its attention and MLP; {advice}")
+        return "this model has norms behind its attention and MLP"
+    return ""
 
 
 class _LinearFit:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsify.config import SparsityConfig, listed
 from sparsify.errors import UsageError, field
-from sparsify.fit.calibrate.repair import check_repairable
+from sparsify.fit.calibrate.repair import unrepairable
 from sparsify.fit.finetune import trainable
 from sparsify.fit.finetune.batches import Batches, BatchSettings
 from sparsify.images import datasets
@@ -72,6 +72,7 @@ class Plan:
     seed: int
     # settings of the least squares before the stages, and their images, float32 [B, C, H, W], read anew by each iteration
     repair: tuple[Repair, Iterable[Tensor]] | None
+    unrepaired: str  # why the recipe's least squares are left out, or ''
     unfolds: bool  # predictors that may be folded into qkv are trained
     folds_again: bool  # and folded afterwards, where that is exact
     identity: dict[str, Any]  # recipe, data and model, JSON-able; a run is resumed only by one of the same identity
@@ -89,6 +90,9 @@ def make_plan(model: nn.Module, recipe: Recipe, data: TrainingData, compute: Com
     hold_back = 0.0 if data.val is not None else recipe.hold_back
     if data.val is None and hold_back == 0:
         raise UsageError(f"hold_back 0 leaves nothing to judge by: give {field('val')} PATH with labelled images")
+    unrepaired = unrepairable(model) if recipe.repair else ""
+    if unrepaired and not recipe.stages:
+        raise UsageError(f"repair: {unrepaired}, and the recipe has no stages: nothing would learn")
     precision = resolve_precision(recipe.precision, compute.device)
     labels = any(stage.losses.classification > 0 for stage in recipe.stages)
     images = trainset(data.images, classes, labels, recipe.seed, hold_back, names=class_names(model))
@@ -126,7 +130,8 @@ def make_plan(model: nn.Module, recipe: Recipe, data: TrainingData, compute: Com
         warning=warning,
         precision=precision,
         seed=recipe.seed,
-        repair=_repair_images(model, recipe, images, data, preprocessing, compute.workers),
+        repair=None if unrepaired else _repair_images(recipe, images, data, preprocessing, compute.workers),
+        unrepaired=unrepaired,
         unfolds=unfolds,
         folds_again=unfolds and recipe.sparsity.fold,
         identity=identity,
@@ -167,11 +172,10 @@ def check_stage(stage: Stage, sparsity: SparsityConfig, classes: int) -> None:
 
 
 def _repair_images(
-    model: nn.Module, recipe: Recipe, images: TrainSet, data: TrainingData, preprocessing: dict[str, Any], workers: int
+    recipe: Recipe, images: TrainSet, data: TrainingData, preprocessing: dict[str, Any], workers: int
 ) -> tuple[Repair, Iterable[Tensor]] | None:
     if recipe.repair is None:
         return None
-    check_repairable(model)
     n, learn = recipe.repair.images, cast(Any, images.learn)
     if images.stream:
         dataset: Any = Stream(learn, datasets.transform(preprocessing), n)
