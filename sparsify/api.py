@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -21,6 +21,14 @@ from sparsify.jobs.export.program import Exported, ProgramOptions
 from sparsify.jobs.export.program import export as export_job
 from sparsify.jobs.export.program import export_pair as export_pair_job
 from sparsify.jobs.save import save as save_job
+from sparsify.keywords import (
+    AgainstOptions,
+    ComputeOptions,
+    ConvertOptions,
+    EvaluateOptions,
+    PreprocessingOptions,
+    ProfileOptions,
+)
 from sparsify.measure.accuracy import Evaluation
 from sparsify.measure.adaptive import AdaptiveProfile
 from sparsify.measure.adaptive import profile_adaptive as profile_adaptively
@@ -40,101 +48,6 @@ from sparsify.processes import Compute, Listener, Say
 from sparsify.recipe import Recipe, default_recipe, load_recipe
 
 ModelOrFile = nn.Module | str | Path
-
-
-class RecipeOptions(TypedDict, total=False):
-    """Keywords of `convert` that are fields of `SparsityConfig` or `Recipe`."""
-
-    predictor: str | None
-    rank: Any
-    tail: str | None
-    cells: Any
-    spread: str | None
-    granularity: str | None
-    tile: tuple[int, int] | None
-    fold: bool | None
-    token_lowrank: Mapping[str, Any] | None
-    tokens: Mapping[str, Any] | None
-    description: str | None
-    calib_images: int | None
-    seed: int | None
-    start: str | None
-    precision: str | None
-    hold_back: float | None
-    repair: Mapping[str, Any] | None
-    stages: Sequence[Any] | None
-
-
-class PreprocessingOptions(TypedDict, total=False):
-    """Keywords of `convert` and `evaluate`: fields of `sparsify.images.preprocessing.Preprocessing`."""
-
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
-    crop_pct: float | None
-    interpolation: str | None
-    class_map: str | Path | None
-
-
-class ConvertOptions(RecipeOptions, PreprocessingOptions, total=False):
-    """Further keywords of `convert`: target, training, model and device."""
-
-    target_macs: float | Sequence[float] | None
-    target_latency: float | Sequence[float] | None
-    runtime: str
-    calibrate_only: bool
-    allow_nonfinite: bool
-    val: str | Path | None
-    resume: bool
-    num_classes: int | None
-    img_size: int | None
-    ema: bool | None
-    device: str
-    say: Say
-
-
-class ComputeOptions(TypedDict, total=False):
-    """Keywords of `profile` and `evaluate` that say how they compute (`sparsify.processes.Compute`)."""
-
-    batch_size: int
-    device: str | torch.device
-    dtype: str | torch.dtype
-    backend: str | None
-    kernel_precision: str | None
-
-
-class ProfileOptions(ComputeOptions, total=False):
-    """Keywords of `profile`."""
-
-    img_size: int | tuple[int, int] | None
-    budget: float | None
-    backbone_changed: bool
-    measure: bool
-    repeats: int | None
-    budget_s: float
-    count_as: str
-
-
-class AgainstOptions(ComputeOptions, total=False):
-    """Keywords of `profile_against`."""
-
-    budget: float | None
-    repeats: int | None
-    budget_s: float
-    backbone_changed: bool
-    say: Say
-
-
-class EvaluateOptions(ComputeOptions, PreprocessingOptions, total=False):
-    """Keywords of `evaluate`."""
-
-    workers: int
-    budget: float | None
-    adaptive: float | None
-    backbone_changed: bool
-    name: str
-    strict: bool
-    say: Say
-    progress: Callable[[int, int | None], None]
 
 
 def convert(
@@ -355,7 +268,8 @@ def profile_against(
 ) -> Against:
     """Times of a sparse model (or its file) and its dense original side by side in several runtimes, in one interleaved run.
 
-    `best_dense` of the result is the fastest dense way on this machine, `speed(runtime)` the converted model's beside it.
+    `best_dense` of the result names the fastest dense way on this machine; `pairs[runtime].best_dense` has the converted
+    model's speed beside it.
 
     Args:
         runtimes: eager, compile (torch.compile with frozen weights), onnxruntime, openvino; or all that can run here.

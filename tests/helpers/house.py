@@ -10,7 +10,8 @@ ROOTS = {"errors", "version", "config", "recipe", "files", "processes"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"jobs", "report", "measure", "models", "images", "ops", *ROOTS},
-    "api": {"jobs", "measure", "models", "nn", "ops", *ROOTS},
+    "api": {"keywords", "jobs", "measure", "models", "nn", "ops", *ROOTS},
+    "keywords": {"processes"},
     "registry": {"models", "nn", *ROOTS},
     "jobs": {"fit", "report", "measure", "models", "images", "nn", "ops", *ROOTS},
     "fit": {"report", "measure", "images", "nn", "ops", *ROOTS},

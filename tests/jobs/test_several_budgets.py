@@ -100,6 +100,8 @@ def test_adaptive_runs_the_two_schedules_of_its_rule(made, run):
     )
     assert code == 0 and "worst" in out and json.loads(open("a.json").read())["rule"]["first"] == rule.first
     assert "| MACs |" in open("a.md").read()
+    code, _, err = run("profile", made.path, "--adaptive", 0.7, "--tree")
+    assert code == 2 and "leave --tree and --count-as out" in the_error(err)
 
 
 def test_results_are_of_one_schedule(made, run):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from sparsify.cli import completion, options, parsers
 from sparsify.cli.options import flag, option
@@ -47,6 +48,10 @@ def profile(
     others = [name for name, given in (asked | {"--count-as": count_as != "product"}).items() if given]
     if runtimes and others:
         raise UsageError(f"--against times one schedule in several runtimes: leave {', '.join(others)} out")
+    if adaptive is not None and (tree or count_as != "product"):
+        raise UsageError(
+            "--adaptive shows the mean and the worst case of two schedules: leave --tree and --count-as out"
+        )
     from sparsify.files.destinations import check_file
     from sparsify.files.outputs import write_json, write_text
 
@@ -62,16 +67,19 @@ def profile(
     from sparsify.report import against as against_report
     from sparsify.report.profile import to_markdown
 
+    def tell(figures: Any, table: Callable[[Any], Any], words: Callable[[Any], str]) -> None:
+        if not quiet:
+            tables.show(table(figures))
+        if markdown:
+            write_text(markdown, words(figures))
+        if json:
+            write_json(json, figures.as_dict())
+
     say = options.say(quiet)
     one = opened(file, dense, img_size, say, Which(budget, adaptive))
     if one.rule is not None:
         figures = profile_adaptive(one.model, measure=not no_measure, compute=compute)
-        if not quiet:
-            tables.show(tables.adaptive_table(figures))
-        if markdown:
-            write_text(markdown, report.markdown(figures))
-        if json:
-            write_json(json, figures.as_dict())
+        tell(figures, tables.adaptive_table, report.markdown)
         return
     if one.note:
         say(one.note)
@@ -80,12 +88,7 @@ def profile(
         measured = profile_against(
             one.model, runtimes, dense=one.dense, backbone_changed=changed, compute=compute, say=say
         )
-        if not quiet:
-            tables.show(tables.against_table(measured))
-        if markdown:
-            write_text(markdown, against_report.markdown(measured))
-        if json:
-            write_json(json, measured.as_dict())
+        tell(measured, tables.against_table, against_report.markdown)
         return
     result = profile.profile(
         one.model,
@@ -95,11 +98,6 @@ def profile(
         compute=compute,
         count_as=count_as,
     )
-    if not quiet:
-        tables.show(tables.profile_table(result))
-        if tree:
-            tables.show(tables.module_tree(result))
-    if markdown:
-        write_text(markdown, to_markdown(result))
-    if json:
-        write_json(json, result.as_dict())
+    tell(result, tables.profile_table, to_markdown)
+    if tree and not quiet:
+        tables.show(tables.module_tree(result))

@@ -1,0 +1,106 @@
+"""Keywords of the public functions (`sparsify.api`), which say there what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+from sparsify.processes import Say
+
+
+class RecipeOptions(TypedDict, total=False):
+    """Keywords of `convert` that are fields of `SparsityConfig` or `Recipe`."""
+
+    predictor: str | None
+    rank: Any
+    tail: str | None
+    cells: Any
+    spread: str | None
+    granularity: str | None
+    tile: tuple[int, int] | None
+    fold: bool | None
+    token_lowrank: Mapping[str, Any] | None
+    tokens: Mapping[str, Any] | None
+    description: str | None
+    calib_images: int | None
+    seed: int | None
+    start: str | None
+    precision: str | None
+    hold_back: float | None
+    repair: Mapping[str, Any] | None
+    stages: Sequence[Any] | None
+
+
+class PreprocessingOptions(TypedDict, total=False):
+    """Keywords of `convert` and `evaluate`: fields of `sparsify.images.preprocessing.Preprocessing`."""
+
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    crop_pct: float | None
+    interpolation: str | None
+    class_map: str | Path | None
+
+
+class ConvertOptions(RecipeOptions, PreprocessingOptions, total=False):
+    """Further keywords of `convert`: target, training, model and device."""
+
+    target_macs: float | Sequence[float] | None
+    target_latency: float | Sequence[float] | None
+    runtime: str
+    calibrate_only: bool
+    allow_nonfinite: bool
+    val: str | Path | None
+    resume: bool
+    num_classes: int | None
+    img_size: int | None
+    ema: bool | None
+    device: str
+    say: Say
+
+
+class ComputeOptions(TypedDict, total=False):
+    """Keywords of `profile` and `evaluate` that say how they compute (`sparsify.processes.Compute`)."""
+
+    batch_size: int
+    device: str | torch.device
+    dtype: str | torch.dtype
+    backend: str | None
+    kernel_precision: str | None
+
+
+class ProfileOptions(ComputeOptions, total=False):
+    """Keywords of `profile`."""
+
+    img_size: int | tuple[int, int] | None
+    budget: float | None
+    backbone_changed: bool
+    measure: bool
+    repeats: int | None
+    budget_s: float
+    count_as: str
+
+
+class AgainstOptions(ComputeOptions, total=False):
+    """Keywords of `profile_against`."""
+
+    budget: float | None
+    repeats: int | None
+    budget_s: float
+    backbone_changed: bool
+    say: Say
+
+
+class EvaluateOptions(ComputeOptions, PreprocessingOptions, total=False):
+    """Keywords of `evaluate`."""
+
+    workers: int
+    budget: float | None
+    adaptive: float | None
+    backbone_changed: bool
+    name: str
+    strict: bool
+    say: Say
+    progress: Callable[[int, int | None], None]
