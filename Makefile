@@ -25,14 +25,17 @@ demo: venv
 	$(BIN)/sparsify eval demo/paper.safetensors --data digits --dense digits --results-file demo/paper-eval.json
 	@echo "demo: tables above, files in demo/"
 
+# A worker that dies ends the run: xdist may wait forever for one that took its place.
+TESTS := -n 2 --dist loadfile --max-worker-restart 0
+
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
 
 # The oldest timm that pyproject.toml claims, over the rest of the environment.
 test-oldest: venv
 	rm -rf .venv-oldest
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv-oldest timm==$(OLDEST_TIMM)
-	PYTHONPATH=.venv-oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	PYTHONPATH=.venv-oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
 
 # Thousands of drawn model files, recipes, images and command lines: each is taken or refused in one line.
 fuzz: venv

@@ -1,6 +1,7 @@
 """`profile --against`: both models in each runtime, packages that are not there, names that are not known."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -115,6 +116,20 @@ def test_the_original_that_is_given_is_the_dense_model(small):
 
 
 # ---- what cannot run ----
+
+
+def test_a_signal_is_handled_after_programs_of_openvino_are_gone(file):
+    """Of two `Core`s, that which was made first must not go first: it takes the stack of signal handlers with it."""
+    pytest.importorskip("openvino")
+    script = f"""if True:
+        import gc, os, signal, sparsify
+        sparsify.profile_against({str(file)!r}, ("openvino",), repeats=1)
+        gc.collect()
+        signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+        os.kill(os.getpid(), signal.SIGUSR1)
+    """
+    ended = subprocess.run([sys.executable, "-X", "faulthandler", "-c", script], capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout.endswith("handled\n"), ended
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import sys
@@ -64,7 +65,7 @@ def read(path: str) -> Any:
     with open(path, encoding="utf-8") as file:
         text = file.read()
     with _unreported() as ov:
-        return ov.Core().read_model(text, ov.Tensor(numpy.fromfile(weights, dtype=numpy.uint8)))
+        return _core().read_model(text, ov.Tensor(numpy.fromfile(weights, dtype=numpy.uint8)))
 
 
 def metadata(path: str) -> dict[str, str]:
@@ -80,9 +81,17 @@ def runner(path: str, precision: str = "float32") -> Callable[[Tensor], Tensor]:
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
     }
-    with _unreported() as ov:
-        compiled = ov.Core().compile_model(read(path), "CPU", how)
+    compiled = _core().compile_model(read(path), "CPU", how)
     return lambda images: torch.from_numpy(numpy.array(compiled([images.numpy()])[0]))
+
+
+@functools.cache
+def _core() -> Any:
+    """The `openvino.Core` of this process, which keeps it: OpenVINO gives a thread a stack for signal handlers with each
+    `Core` and takes it back with it. Of two, the one made first must not end first, or the next signal kills the process.
+    """
+    with _unreported() as ov:
+        return ov.Core()
 
 
 @contextlib.contextmanager
