@@ -39,11 +39,9 @@ from sparsify.measure.latency import BUDGET_S, Budget
 from sparsify.measure.profile import profile as profile_model
 from sparsify.models import checkpoint, hub
 from sparsify.models.original import Which, opened
-from sparsify.nn import execution, graft
+from sparsify.nn import graft, guard
 from sparsify.nn.adaptive import Adaptive, lead
 from sparsify.nn.adaptive import adaptive as adaptively
-from sparsify.nn.attention import Execution
-from sparsify.ops.auto import Chooser
 from sparsify.processes import Compute, Listener, Say
 from sparsify.recipe import Recipe, default_recipe, load_recipe
 
@@ -165,8 +163,7 @@ def load(
     target, loaded = processes.torch_device(device), checkpoint.read(file, img_size, rates, budget)
     rule = None if adaptive is None else loaded.header.rule(adaptive)
     model = graft.freeze_predictors(loaded.model.to(target))
-    fallback = backend == "auto" and not loaded.header.backbone_changed
-    execution.set_execution(model, Execution(backend, kernel_precision, fallback, Chooser() if fallback else None))
+    guard.set_backend(model, backend, kernel_precision, dense_allowed=not loaded.header.backbone_changed)
     return model if rule is None else adaptively(model, rule)
 
 

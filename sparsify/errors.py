@@ -6,7 +6,7 @@ import re
 import reprlib
 
 _OPEN, _CLOSE = "\ue000", "\ue001"  # of Unicode's private use area: no message has them otherwise
-_FIELD = re.compile(f"{_OPEN}([a-z_]+){_CLOSE}")
+_FIELD = re.compile(f"{_OPEN}([a-z0-9_]+){_CLOSE}")
 
 
 def field(name: str) -> str:

@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from sparsify.errors import BadFile, SparsifyError, UsageError, field, one_line
+from sparsify.jobs.export import answers
 from sparsify.jobs.export import program as exporting
 from sparsify.measure.accuracy import Evaluation
 from sparsify.measure.evaluate import DENSE, SPARSE, Described, over
@@ -30,21 +30,19 @@ class Judged(NamedTuple):
     file: Path | None  # the one that it was made from
     format: str
     attention: str
+    precision: str  # of the linear layers: float32 or int8
 
 
 class _Runs(nn.Module):
-    """A program as a model: batches of any size."""
+    """A program as a model."""
 
-    def __init__(self, run: Callable[[Tensor], Tensor], batch: int | None, classes: int) -> None:
+    def __init__(self, run: Callable[[Tensor], Tensor], classes: int) -> None:
         super().__init__()
-        self.run, self.batch, self.num_classes = run, batch, classes
+        self.run, self.num_classes = run, classes
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, *]; the last part of a batch is filled up."""
-        if self.batch is None:
-            return self.run(x)
-        filled = torch.cat([x, x[:1].expand(-len(x) % self.batch, -1, -1, -1)])
-        return torch.cat([self.run(part) for part in filled.split(self.batch)])[: len(x)]
+        """[B, C, H, W] -> [B, *]."""
+        return self.run(x)
 
 
 def evaluate_program(
@@ -81,7 +79,7 @@ def evaluate_program(
     if run is None:
         raise SparsifyError(writer.UNCHECKED.replace("not checked", "not evaluated"))
     batch = None if told["batch"] == "any" else int(told["batch"])
-    models: dict[str, nn.Module] = {SPARSE: _Runs(run, batch, described.classes)}
+    models: dict[str, nn.Module] = {SPARSE: _Runs(answers.of_any_number(run, batch), described.classes)}
     beside = _file_of(path, file, about)
     with contextlib.ExitStack() as form:
         if beside is not None:
@@ -91,14 +89,14 @@ def evaluate_program(
             form.enter_context(sparse_form(model, compute.backend, compute.kernel_precision))
             models = {DENSE: model, **models}
         result, _ = over(lambda loader: models, described, images, strict, compute, listener)
-    return Judged(replace(result, model=path.stem), beside, format, told["attention"])
+    return Judged(replace(result, model=path.stem), beside, format, told["attention"], told["precision"])
 
 
 def _read(path: Path, writer: Any) -> tuple[dict[str, str], Described, dict[str, Any]]:
     """Metadata of a program, what it takes and gives, and how it was exported."""
     try:
         about = writer.metadata(str(path))
-        told = {"attention": "sparse", **json.loads(about["sparsify.export"])}
+        told = {"attention": "sparse", "precision": "float32", **json.loads(about["sparsify.export"])}
         config = json.loads(about["sparsify.preprocessing"])
         names = tuple(json.loads(about.get("sparsify.labels", "[]")))
         classes = header.parse(about).architecture["model_args"].get("num_classes") or 0

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from sparsify.errors import SparsifyError
 from sparsify.jobs.export import onnx_file, openvino_file, program
 from sparsify.measure import macs
-from sparsify.nn.attention import Execution
-from sparsify.nn.execution import set_execution
-from sparsify.ops.auto import Chooser
+from sparsify.nn import guard
 from sparsify.processes import DTYPES, Compute
 
 Run = Callable[[], Any]  # one forward pass of the batch that it was made for
@@ -119,9 +117,7 @@ def _loaded(model: nn.Module, request: Request) -> nn.Module:
     """A copy as `sparsify.load` gives it, on the device and in the dtype of the request."""
     compute = request.compute
     mine = macs.replica(model, compute.torch_device, compute.torch_dtype)
-    fallback = compute.backend == "auto" and not request.backbone_changed
-    chooser = Chooser() if fallback else None
-    set_execution(mine, Execution(compute.backend, compute.kernel_precision, fallback, chooser))
+    guard.set_backend(mine, compute.backend, compute.kernel_precision, dense_allowed=not request.backbone_changed)
     return mine
 
 

@@ -15,11 +15,8 @@ from sparsify.measure import latency, macs
 from sparsify.measure.conditions import PROFILE, conditions
 from sparsify.measure.latency import Timing
 from sparsify.measure.profile import profile
-from sparsify.nn import graft
+from sparsify.nn import graft, guard
 from sparsify.nn.adaptive import Adaptive, Rule
-from sparsify.nn.attention import Execution
-from sparsify.nn.execution import set_execution
-from sparsify.ops.auto import Chooser
 from sparsify.processes import Compute
 
 DENSE, FIRST, SECOND = "dense", "first", "second"
@@ -83,11 +80,10 @@ def profile_adaptive(
     times: dict[str, Timing] = {}
     if measure:
         device, dtype = compute.torch_device, compute.torch_dtype
-        execution = Execution(compute.backend, compute.kernel_precision, compute.backend == "auto", Chooser())
         models = {DENSE: graft.dense_twin(model.first), FIRST: model.first, SECOND: model.second}
         models = {name: macs.replica(each, device=device, dtype=dtype) for name, each in models.items()}
         for name in (FIRST, SECOND):
-            set_execution(models[name], execution)
+            guard.set_backend(models[name], compute.backend, compute.kernel_precision)
         images = torch.randn(compute.batch_size or 1, *image, generator=torch.Generator().manual_seed(0))
         images = images.to(device, dtype)  # (B, C, H, W)
         wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None

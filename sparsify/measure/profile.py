@@ -13,11 +13,10 @@ from sparsify.errors import SparsifyError, UsageError
 from sparsify.measure import analytic, latency, macs, paper, paths
 from sparsify.measure.conditions import PROFILE, conditions
 from sparsify.measure.figures import Measured, PaperMacs, Profile, count_parameters
-from sparsify.nn import graft, hosts
+from sparsify.nn import graft, guard, hosts
 from sparsify.nn.attention import Execution, attention_modules, check_sparse
 from sparsify.nn.execution import check_execution, set_execution
 from sparsify.ops import backends
-from sparsify.ops.auto import Chooser
 from sparsify.processes import DTYPES, Compute
 
 ACCOUNTINGS = ("product", "paper")
@@ -184,7 +183,7 @@ def _timed(model: nn.Module, dense: nn.Module | None, backbone_changed: bool, co
     sparse, beside = _replicas(model, dense, backbone_changed, replica)
     set_execution(sparse, Execution(compute.backend, compute.kernel_precision))
     auto = replica(sparse)
-    set_execution(auto, Execution("auto", compute.kernel_precision, not backbone_changed, Chooser()))
+    guard.set_backend(auto, "auto", compute.kernel_precision, dense_allowed=not backbone_changed)
     models = {"sparse": sparse, "auto": auto}
     return models if beside is None else {"dense": beside, **models}
 

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from sparsify.nn import tokens_in_programs
 from sparsify.nn.importance import plain_matmul
 
 ROUND = 0.7  # minimum fraction of tokens that one round keeps; measured in docs/tokens.md
@@ -68,6 +69,8 @@ def matching(x: Tensor, I: Tensor, m: int) -> tuple[Tensor, Tensor]:
     B, n = x.shape[0], int(x.shape[1])  # a tracer's shapes are tensors
     index = torch.arange(n, device=x.device).expand(B, n)
     count, r = candidates(n, m), n - m
+    if torch.compiler.is_exporting():
+        return tokens_in_programs.matching(x, I, m, count)
     if r == 0:
         return index, index
     order = I.argsort(dim=1, stable=True)  # (B, n) rising importance
@@ -105,13 +108,11 @@ def weighted_mean(x: Tensor, I: Tensor, group: Tensor, m: int) -> Tensor:
     group: see `matching`; -1: in no group. Computed in float32 or higher; a token alone in its group does not change.
     """
     B, n, C = x.shape
-    index, weight = group.clamp_min(0), I * (group >= 0)
-    weight = weight / I.new_zeros(B, m).scatter_add(1, index, weight).gather(1, index)  # (B, n)
     dtype = torch.promote_types(x.dtype, torch.float32)
+    index, weight = group.clamp_min(0), I * (group >= 0)
+    weight = weight / group_sums(weight, index, m).gather(1, index)  # (B, n)
     if torch.compiler.is_exporting():  # ONNX has no embedding_bag
-        total = torch.zeros(B, m, C, dtype=dtype, device=x.device)
-        weighted = x.to(dtype) * weight.unsqueeze(-1).to(dtype)
-        return total.scatter_add(1, index.unsqueeze(-1).expand(-1, -1, C), weighted).to(x.dtype)
+        return tokens_in_programs.group_sums(x.to(dtype) * weight.unsqueeze(-1).to(dtype), index, m).to(x.dtype)
     bag = (index + m * torch.arange(B, device=x.device).unsqueeze(1)).flatten()  # (B * n) row of the result
     bag, order = bag.sort(stable=True)
     starts = torch.searchsorted(bag, torch.arange(B * m, device=x.device))
@@ -130,9 +131,16 @@ def effective_size(size: Tensor, I: Tensor, group: Tensor, m: int) -> Tensor:
     The sum of the s_j for tokens of equal importance per size; near s_j of one token that has nearly all importance.
     size, I, group: [B, n]; result [B, m].
     """
-    total = I.new_zeros(I.shape[0], m).scatter_add(1, group, I)
-    mean = I.new_zeros(I.shape[0], m).scatter_add(1, group, I * (I / size).log()) / total
+    total = group_sums(I, group, m)
+    mean = group_sums(I * (I / size).log(), group, m) / total
     return total * (-mean).exp()
+
+
+def group_sums(values: Tensor, group: Tensor, m: int) -> Tensor:
+    """Sums of values [B, n] over each group: [B, m]. group: see `matching`."""
+    if torch.compiler.is_exporting():
+        return tokens_in_programs.group_sums(values.unsqueeze(-1), group, m).squeeze(-1)
+    return values.new_zeros(values.shape[0], m).scatter_add(1, group, values)
 
 
 def count_up(like: Tensor) -> Tensor:

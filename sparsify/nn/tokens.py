@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsify.nn.merging import count_up, effective_size, matching, rounds, weighted_mean
+from sparsify.nn import tokens_in_programs
+from sparsify.nn.merging import count_up, effective_size, group_sums, matching, rounds, weighted_mean
 
 WAYS = ("merge", "evit", "evit-fused")
 
@@ -106,7 +107,7 @@ class TokenStage(nn.Module):
                 size = self.sizes(tokens.size, I, group, count)
                 tokens = tokens.reduced(patch, keep, group)._replace(size=size)
                 patch = weighted_mean(patch, I, group, count)
-                I = I.new_zeros(I.shape[0], count).scatter_add(1, group, I)
+                I = group_sums(I, group, count)
         else:
             fuse = self.way == "evit-fused" and m < patch.shape[1]
             keep, group = ranking(I, m, fuse)
@@ -145,6 +146,8 @@ def ranking(I: Tensor, m: int, fuse: bool) -> tuple[Tensor, Tensor]:
         keep: int64 [B, m or m + 1], ascending.
         group: index in `keep` of the token that each token becomes part of, -1 where it is dropped, int64 [B, n].
     """
+    if torch.compiler.is_exporting():
+        return tokens_in_programs.ranking(I, m, fuse)
     order = I.argsort(dim=1, descending=True, stable=True)  # (B, n)
     keep = order[:, : m + fuse].sort(1).values
     group = torch.full_like(order, -1).scatter(1, keep, count_up(keep))

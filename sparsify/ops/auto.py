@@ -7,6 +7,9 @@ Where dense attention may replace the sparse form (`Execution.dense_fallback`), 
 random tensors, and the lowest median wins. Among candidates within `MARGIN` of it the first of `PREFERENCE` wins, so that
 noise does not change a decision. Decisions are kept in the `Chooser` and on disk (`remembered.py`), but for those that were
 made while other work kept the processor busy: these are not written, and made again later.
+
+Calls that are fast by themselves may make a whole model slow, by what they leave in caches. So a model is held against
+itself with torch's dense attention in all these calls (`Chooser.settle`), and takes that where it is faster.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +39,7 @@ FIRST_ROUNDS = 3
 SURE_ROUNDS = 15  # after these, a race ends once the quartiles do not overlap
 OWN = 0.9  # of the time of a race, the least that the calling thread computes on a processor that is not busy
 AGAIN_S = (20.0, 120.0, 900.0)  # after these a decision of a busy processor is made again, at most so often
+SLOWER = 1 / 0.98  # times of a whole model by its decisions and with dense attention: above, dense is taken
 HOPELESS = 2.0  # a candidate whose best time is this many times the leader's median drops out
 
 
@@ -106,10 +110,7 @@ class Chooser:
             known = self._known.get(shape)
             if known is not None and not (known.busy and self._over(shape)):  # another thread was first
                 return known
-            if shape.device not in self._machines:
-                machine = remembered.identity(shape.device)
-                self._machines[shape.device] = machine, remembered.file_of(machine)
-            machine, path = self._machines[shape.device]
+            machine, path = self._machine(shape.device)
             choice = _parse(remembered.read(path).get(shape.text()), shape)
             if choice is None:
                 with torch.inference_mode(), torch.autocast(shape.device, enabled=False):
@@ -124,6 +125,41 @@ class Chooser:
                     remembered.add(path, machine, shape.text(), asdict(choice))
             self._known[shape] = choice
             return choice
+
+    def settle(self, model: str, shapes: Collection[Shape], device: str, run: Callable[[], Race]) -> bool | None:
+        """Whether a model that makes calls of these shapes is faster with dense attention in them, which they then have.
+
+        Args:
+            model: names it.
+            run: races the model as decided, "decided", with the other, "dense". Only where no process did so before here.
+
+        None: the processor was busy, and it is not known.
+        """
+        key = f"{model}: " + "; ".join(sorted(shape.text() for shape in shapes))
+        with self._lock:
+            machine, path = self._machine(device)
+        known = remembered.read(path).get(key)
+        if isinstance(known, dict) and isinstance(known.get("slower"), bool):
+            slower = known["slower"]
+        else:
+            found = run()
+            slower = found.ms["decided"] > SLOWER * found.ms["dense"]
+            if device == "cpu" and found.own < OWN:
+                return None
+            remembered.add(path, machine, key, {"slower": slower, "ms": found.ms, "rounds": found.rounds})
+        if slower:
+            reason = "the whole model is faster with dense attention"
+            self._known |= {
+                each: replace(self._known[each], taken="sdpa", reason=reason, busy=False) for each in shapes
+            }
+        return slower
+
+    def _machine(self, device: str) -> tuple[dict[str, str], Path | None]:
+        """What measurements on a device depend on, and the file that they are kept in."""
+        if device not in self._machines:
+            machine = remembered.identity(device)
+            self._machines[device] = machine, remembered.file_of(machine)
+        return self._machines[device]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chooser:
         return self  # copies of a model share what was measured

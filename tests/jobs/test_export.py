@@ -14,7 +14,7 @@ from helpers.error_lines import the_error
 from helpers.families import FAMILIES, build, draw_importance, images
 from sparsify.config import SparsityConfig, Tokens
 from sparsify.errors import BadFile, SparsifyError, UsageError
-from sparsify.jobs.export import onnx_file, openvino_file
+from sparsify.jobs.export import answers, onnx_file, openvino_file
 from sparsify.jobs.export import program as exporting
 from sparsify.models import checkpoint
 from sparsify.nn import graft, schedules
@@ -227,14 +227,14 @@ def fake(differences):
 
 def test_a_near_tie_may_differ_but_a_wrong_program_is_refused():
     pictures = torch.rand(4, 3, 2, 2)
-    checked = exporting.compare(*fake([0, 1e-4, 0.1, 0]), pictures, None)
+    checked = answers.compare(*fake([0, 1e-4, 0.1, 0]), pictures, None)
     assert checked.apart == 1 and checked.most == pytest.approx(0.1, 1e-3) and "on 1: near ties" in checked.words()
     assert checked.median == pytest.approx(5e-5, 0.1)
-    checked = exporting.compare(*fake([0.0] * 6), pictures, 3)  # the last batch is filled up
+    checked = answers.compare(*fake([0.0] * 6), pictures, 3)  # the last batch is filled up
     assert checked == (0, 0, 0, 4, checked.largest)
     for wrong in ([0, 0.1, 0.1, 0], [float("nan")] * 4):
         with pytest.raises(SparsifyError, match="of 4 pictures.*nothing written"):
-            exporting.compare(*fake(wrong), pictures, None)
+            answers.compare(*fake(wrong), pictures, None)
 
 
 def test_a_wrong_program_leaves_the_old_file(run, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from sparsify.config import SparsityConfig
 from sparsify.fit.calibrate.calibrate import calibrate
 from sparsify.images import datasets
 from sparsify.images.trainset import trainset
-from sparsify.jobs.export import onnx_file, program
+from sparsify.jobs.export import answers, onnx_file, program
 from sparsify.measure.evaluate import evaluate
 from sparsify.models import dense_weights, names, pretrained
 from sparsify.nn import graft
@@ -87,5 +87,5 @@ def test_onnx_answers_as_the_model_does_but_for_near_ties(deit_tiny, photographs
     cut.blocks = cut.blocks[:2]
     model = sparse(cut, photographs[0], keep=0.1, spread="none", tokens=tokens).requires_grad_(False)
     onnx_file.write(program.trace(model, 8), path, {}, "logits")
-    checked = program.compare(model, onnx_file.runner(path), photographs[1][0][0][:16], 8)
+    checked = answers.compare(model, onnx_file.runner(path), photographs[1][0][0][:16], 8)
     assert checked.median < 1e-4 and checked.apart <= 4, checked

@@ -75,7 +75,8 @@ def evaluate(
         if not quiet:
             tables.show(tables.eval_table(figures, ("file", "program")))
             beside = judged.file.name if judged.file else "nothing: its file is not there (--of FILE)"
-            terminal.line(f"program: {judged.format}, {judged.attention} attention; compared with {beside}")
+            rounded = ", int8 linear layers" if judged.precision == "int8" else ""
+            terminal.line(f"program: {judged.format}, {judged.attention} attention{rounded}; compared with {beside}")
         if results_file is not None and processes.main():
             told = conditions(EVALUATION, compute, data=images, backend=judged.format, budget=None)
             write_results(results_file, figures, told | {"program": file.name})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import SparsifyError, field
+from sparsify.jobs.export import int8
 
 SUFFIX = ".onnx"
 INPUT = "images"  # name of the program's input
@@ -62,6 +63,27 @@ def write(program: torch.export.ExportedProgram, path: str, described: Mapping[s
         )
     made.model.metadata_props.update(described)
     made.save(path, external_data=False)
+
+
+WEIGHTED = ("MatMul", "Gemm", "Conv")  # operators of linear layers, with weights as their second input
+_PASSING = ("Transpose", "Cast", "Reshape", "Unsqueeze", "Identity")  # what may lie between weights and their operator
+
+
+def quantise(path: str, calls: Iterable[Tensor]) -> None:
+    """Replaces a program by one with int8 linear layers (`int8.linear_layers`); `calls`: its inputs."""
+    onnx: Any = importlib.import_module("onnx")
+    model = onnx.load(path)
+    weights = {each.name for each in model.graph.initializer}
+    weights |= {node.output[0] for node in model.graph.node if node.op_type == "Constant"}
+    for node in model.graph.node:  # in the order of computation
+        if node.op_type in _PASSING and node.input[0] in weights:
+            weights.add(node.output[0])
+    linear = {node.name for node in model.graph.node if node.op_type in WEIGHTED and node.input[1] in weights}
+    others = [node.name for node in model.graph.node if node.name not in linear]
+    made = int8.linear_layers(model, others, [{INPUT: images.numpy()} for images in calls])
+    del made.metadata_props[:]
+    made.metadata_props.extend(model.metadata_props)
+    onnx.save(made, path)
 
 
 def runner(path: str) -> Callable[[Tensor], Tensor] | None:

@@ -7,7 +7,7 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import SparsifyError, field
+from sparsify.jobs.export import int8
 from sparsify.jobs.export.onnx_file import INPUT
 
 SUFFIX = ".xml"
@@ -41,6 +42,30 @@ def check_size(nbytes: int) -> None:
 def beside(path: str) -> tuple[str, ...]:
     """The file of the weights of a program at `path`."""
     return (path.removesuffix(SUFFIX) + ".bin",)
+
+
+WEIGHTED = ("MatMul", "Convolution")  # operators of linear layers, with weights as their second input
+_PASSING = ("Transpose", "Convert", "Reshape", "Unsqueeze")  # what may lie between weights and their operator
+
+
+def quantise(path: str, calls: Iterable[Tensor]) -> None:
+    """Replaces a program by one with int8 linear layers (`int8.linear_layers`); `calls`: its inputs."""
+    (weights,), model = beside(path), read(path)
+    others = [op.get_friendly_name() for op in model.get_ops() if not _weighted(op)]
+    with _unreported() as ov:
+        made = int8.linear_layers(model, others, [images.numpy() for images in calls])
+        ov.serialize(made, path + SUFFIX, weights)
+    os.replace(path + SUFFIX, path)
+
+
+def _weighted(op: Any) -> bool:
+    """Whether an operator is a linear layer."""
+    if op.get_type_name() not in WEIGHTED:
+        return False
+    source = op.input_value(1).get_node()
+    while source.get_type_name() in _PASSING:
+        source = source.input_value(0).get_node()
+    return bool(source.get_type_name() == "Constant")
 
 
 def write(program: torch.export.ExportedProgram, path: str, described: Mapping[str, str], output: str) -> None:

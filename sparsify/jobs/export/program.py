@@ -12,9 +12,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,54 +27,36 @@ from sparsify.errors import BadFile, SparsifyError, UsageError, field, one_line
 from sparsify.files.locks import reserved
 from sparsify.files.outputs import whole
 from sparsify.images import datasets
-from sparsify.images.trainset import builtin_calibration
-from sparsify.jobs.export import onnx_file, openvino_file, pt2_file
+from sparsify.jobs.export import answers, int8, onnx_file, openvino_file, pt2_file
 from sparsify.measure.latency import interleaved
 from sparsify.models import checkpoint
-from sparsify.models.digits import network
 from sparsify.models.licence import licence_of
 from sparsify.nn import execution, graft, schedules
 from sparsify.nn.attention import sparse_modules
 from sparsify.version import __version__
 
 FORMATS: dict[str, Any] = {"onnx": onnx_file, "openvino": openvino_file, "pt2": pt2_file}
+IN_INT8 = ("onnx", "openvino")  # formats
 ATTENTIONS = ("auto", "dense", "sparse")
 ROUNDS = 7  # of timing
-TOLERANCE = 1e-3  # difference of an output that is reported
-WRONG = 1e-2  # difference, as a fraction of the model's largest output, that no rounding explains
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-PICTURES = 8  # on which program and model are compared
-
-
-class Checked(NamedTuple):
-    """How a program's outputs compare with the model's."""
-
-    median: float  # of each picture's largest difference
-    most: float  # of the same
-    apart: int  # number of pictures that differ by more than `TOLERANCE`
-    pictures: int  # number of pictures compared
-    largest: float  # the model's largest output
-
-    def words(self) -> str:
-        """One line for people."""
-        checked = f"checked against the model on {self.pictures} pictures: answers up to {self.largest:.3g} differ"
-        ties = f"; by more than {TOLERANCE:g} on {self.apart}: near ties (docs/export.md)" if self.apart else ""
-        return f"{checked} by at most {self.most:.1e}, in the median by {self.median:.1e}{ties}"
 
 
 class Timed(NamedTuple):
     """Medians of one interleaved run on this machine, of a batch of the program's size (1 if it takes any), in ms."""
 
-    dense: float  # the dense model, in the same runtime
+    dense: float  # the dense model, in the same runtime and precision
     program: float
     threads: int
+    int8: bool = False
 
     def words(self) -> str:
         """One line for people."""
         ratio = self.dense / self.program
         verdict = f"{ratio:.2f}x as fast as" if ratio >= 1 else f"slower ({ratio:.2f}x) than"
         times = f"{self.program:.3g} ms against {self.dense:.3g} ms"
-        return f"measured here, {self.threads} threads: {verdict} the dense model in the same runtime ({times})"
+        same = "the same runtime, int8 too" if self.int8 else "the same runtime"
+        return f"measured here, {self.threads} threads: {verdict} the dense model in {same} ({times})"
 
 
 @dataclass(frozen=True)
@@ -87,9 +68,10 @@ class Exported:
     batch: int | None  # fixed batch size; None: any
     attention: str  # dense or sparse, in blocks that are sparse in the file
     bytes: int  # size of the program, of all its files
-    checked: Checked | None  # how its outputs compare with the model's; None: nothing on this machine runs it
+    checked: answers.Checked | None  # how its outputs compare with the model's; None: nothing on this machine runs it
     timed: Timed | None  # None: nothing on this machine runs it, or not asked for
     seconds: float  # wall time
+    rounded: int8.Rounded | None = None  # what int8 did to the answers; None: the program is float32
 
 
 class ProgramOptions(TypedDict, total=False):
@@ -99,6 +81,8 @@ class ProgramOptions(TypedDict, total=False):
     img_size: int | None
     attention: str
     measure: bool
+    int8: bool
+    data: str | None
 
 
 def export(
@@ -122,11 +106,14 @@ def export(
         attention: of blocks that are sparse in the file. sparse; dense, over the tokens present; auto: the one that is
             faster here, dense where nothing here runs the program, sparse where the file's backbone was changed.
         measure: time the program beside the dense model (True). Without, auto is dense, or sparse of a changed backbone.
+        int8: linear layers compute in int8 (False); onnx and openvino only. The dense model it is timed beside does too.
+        data: folder or timm data set to calibrate int8 on, and to judge it by; None: built-in pictures.
 
     Raises:
         UsageError: an unknown format or attention, another ending, no image in a batch, dense attention of a backbone that
             was changed, or an image size or budget that does not fit.
         BadFile: a file that cannot be read or written, or an output that exists.
+        BadData: `data` without images that can be read.
         SparsifyError: a package that is not installed, a model that the format cannot hold, or a program whose outputs
             differ; nothing is written then.
     """
@@ -177,6 +164,8 @@ class _Program:
     img_size: int | None = None
     attention: str = "auto"
     measure: bool = True
+    int8: bool = False
+    data: str | None = None
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -185,6 +174,10 @@ class _Program:
             raise UsageError(f"{field('attention')} {self.attention}: expected one of {', '.join(ATTENTIONS)}")
         if self.batch_size is not None and self.batch_size < 1:
             raise UsageError(f"batch size {self.batch_size}: expected 1 or more")
+        if self.int8 and self.format not in IN_INT8:
+            raise UsageError(f"{field('int8')}: only {' and '.join(IN_INT8)} programs, not {self.format}")
+        if self.data is not None and not self.int8:
+            raise UsageError(f"{field('data')} is to calibrate {field('int8')} on: give both")
 
     @property
     def writer(self) -> Any:
@@ -211,17 +204,32 @@ class _Program:
         """Writes the program of one budget; told: metadata beside the others."""
         start = time.perf_counter()
         self.writer.check_packages()
+        if self.int8:
+            int8.check_packages()
         files = (str(path), *self.writer.beside(str(path)))
         with reserved(*files):
             loaded = checkpoint.read(self.file, self.img_size, budget=budget)
             self.writer.check_size(sum(t.nbytes for t in loaded.model.state_dict().values()))
             with contextlib.ExitStack() as written:
                 temporaries = [written.enter_context(whole(each)) for each in files]
-                found = self._chosen(loaded, told, Path(temporaries[0]).parent)
+                folder = Path(temporaries[0]).parent
+                found = self._chosen(loaded, told, folder)
+                if self.int8:
+                    found = self._in_int8(loaded, found, folder)
                 for each, temporary in zip((found.path, *self.writer.beside(found.path)), temporaries, strict=True):
                     os.replace(each, temporary)
         size, seconds = sum(os.path.getsize(each) for each in files), time.perf_counter() - start
-        return Exported(path, self.format, self.batch_size, found.attention, size, found.checked, found.timed, seconds)
+        return Exported(
+            path,
+            self.format,
+            self.batch_size,
+            found.attention,
+            size,
+            found.checked,
+            found.timed,
+            seconds,
+            found.rounded,
+        )
 
     def _chosen(self, loaded: checkpoint.Loaded, told: Mapping[str, str], folder: Path) -> _Candidate:
         """The program to write, made in `folder`, checked and timed."""
@@ -236,21 +244,46 @@ class _Program:
             return found[0]
         found += [self._candidate(loaded, model, each, told, folder) for each in attentions[1:]]
         self.say("timing it beside the dense model")
-        dense = str(folder / "original")
-        self.writer.write(trace(graft.dense_twin(model), self.batch_size), dense, {}, output_name(model))
+        self.writer.write(
+            trace(graft.dense_twin(model), self.batch_size), self._original(folder), {}, output_name(model)
+        )
+        return self._fastest(found, model, folder)
+
+    def _in_int8(self, loaded: checkpoint.Loaded, found: _Candidate, folder: Path) -> _Candidate:
+        """The program with int8 linear layers, judged, and timed beside the dense one with such layers."""
+        model = loaded.model
+        pictures = int8.pictures(model, loaded.header.architecture["architecture"], self.data)
+        calls = answers.filled(pictures.calibrate, self.batch_size or 1)
+        timed = found.timed is not None
+        self.say(f"fitting int8 layers to {len(pictures.calibrate)} images of {pictures.source}")
+        for path in [found.path, *([self._original(folder)] if timed else [])]:
+            self.writer.quantise(path, calls)
+        made = found._replace(run=self.writer.runner(found.path))
+        if made.run is None:
+            return made
+        rounded = int8.judge(attending(model, found.attention), made.run, pictures, self.batch_size)
+        return (self._fastest([made], model, folder) if timed else made)._replace(rounded=rounded)
+
+    def _original(self, folder: Path) -> str:
+        """Where the dense model's program lies, to be timed."""
+        return str(folder / "original")
+
+    def _fastest(self, found: Sequence[_Candidate], model: nn.Module, folder: Path) -> _Candidate:
+        """The fastest of programs, all timed in turns with the dense model's."""
         images = torch.zeros(self.batch_size or 1, *datasets.data_config(model)["input_size"])
-        runs = {"original": partial(self.writer.runner(dense), images)}
+        runs = {"original": partial(self.writer.runner(self._original(folder)), images)}
         runs |= {each.attention: partial(each.run, images) for each in found if each.run is not None}
         times = {name: timing.median for name, timing in interleaved(runs, rounds=ROUNDS).items()}
         best = min(found, key=lambda each: times[each.attention])
-        return best._replace(timed=Timed(times["original"], times[best.attention], torch.get_num_threads()))
+        timed = Timed(times["original"], times[best.attention], torch.get_num_threads(), self.int8)
+        return best._replace(timed=timed)
 
     def _candidate(
         self, loaded: checkpoint.Loaded, model: nn.Module, attention: str, told: Mapping[str, str], folder: Path
     ) -> _Candidate:
         """The program with that attention, checked against the model that it was made from."""
         header, path, model = loaded.header, str(folder / attention), attending(model, attention)
-        described = loaded.metadata | metadata(model, self.format, self.batch_size, attention) | dict(told)
+        described = loaded.metadata | metadata(model, self.format, self.batch_size, attention, self.int8) | dict(told)
         described.pop("format", None)  # safetensors' own
         if header.budget is not None:
             described |= {"sparsify.budget": f"{header.budget:g}", **checkpoint.of_schedule(header)}
@@ -266,8 +299,8 @@ class _Program:
             raise SparsifyError(f"{self.file} cannot be written as {self.format}: {one_line(error)}") from error
         if run is None:
             return _Candidate(path, attention, None, None)
-        pictures = _pictures(model, header.architecture["architecture"])
-        return _Candidate(path, attention, run, compare(model, run, pictures, self.batch_size))
+        pictures = answers.pictures_for(model, header.architecture["architecture"])
+        return _Candidate(path, attention, run, answers.compare(model, run, pictures, self.batch_size))
 
 
 class _Candidate(NamedTuple):
@@ -276,8 +309,9 @@ class _Candidate(NamedTuple):
     path: str
     attention: str
     run: Callable[[Tensor], Tensor] | None
-    checked: Checked | None
+    checked: answers.Checked | None
     timed: Timed | None = None
+    rounded: int8.Rounded | None = None
 
 
 def candidates(model: nn.Module, backbone_changed: bool) -> list[str]:
@@ -295,12 +329,14 @@ def output_name(model: nn.Module) -> str:
     return "logits" if getattr(model, "num_classes", 0) else "features"
 
 
-def metadata(model: nn.Module, format: str, batch_size: int | None, attention: str) -> dict[str, str]:
+def metadata(
+    model: nn.Module, format: str, batch_size: int | None, attention: str, int8: bool = False
+) -> dict[str, str]:
     """Metadata beside the file's header: how to feed the program, and what it is.
 
     sparsify.preprocessing  input_size [C, H, W], mean, std, interpolation, crop_pct, crop_mode: timm's words
-    sparsify.export         format, attention (dense or sparse), batch (a number or "any"), input and output by name,
-                            library versions
+    sparsify.export         format, attention (dense or sparse), precision of the linear layers (float32 or int8), batch (a
+                            number or "any"), input and output by name, library versions
     sparsify.labels         names of the classes in the order of the logits, where the file has them
     sparsify.budget         fraction of the dense model's cost that the program's schedule was chosen for, if it was
     sparsify.adaptive       of two programs that belong together: first, second, margin, share (`sparsify.nn.adaptive.Rule`)
@@ -309,6 +345,7 @@ def metadata(model: nn.Module, format: str, batch_size: int | None, attention: s
     about = {
         "format": format,
         "attention": attention,
+        "precision": "int8" if int8 else "float32",
         "batch": batch_size or "any",
         "input": onnx_file.INPUT,
         "output": output_name(model),
@@ -336,50 +373,3 @@ def trace(model: nn.Module, batch_size: int | None) -> torch.export.ExportedProg
             return torch.export.export(model, (example,), dynamic_shapes=dynamic)
     except Exception as error:
         raise SparsifyError(f"torch.export cannot follow {type(model).__name__}: {one_line(error)}") from error
-
-
-def _pictures(model: nn.Module, architecture: str) -> Tensor:
-    """Pictures [8, C, H, W] to compare program and model on, preprocessed; noise where C is unusual."""
-    config, is_digits = datasets.data_config(model), architecture == network.ARCHITECTURE
-    if config["input_size"][0] != 3 and not is_digits:
-        return torch.randn(PICTURES, *config["input_size"], generator=torch.Generator().manual_seed(0))
-    return next(iter(builtin_calibration(is_digits, PICTURES, 0, datasets.transform(config))))
-
-
-def compare(model: nn.Module, run: Callable[[Tensor], Tensor], pictures: Tensor, batch_size: int | None) -> Checked:
-    """Compares the outputs of program and model for `pictures`.
-
-    Some pictures may differ a little: where two keys, cells or tokens score the same to rounding, another order of
-    summation selects the other one, as it does between two backends of the model itself.
-
-    Raises:
-        SparsifyError: half of the pictures or more differ by more than that can explain.
-    """
-    count = len(pictures)
-    differences, largest = [], 0.0
-    with torch.inference_mode(), execution.sparse_form(model):
-        for batch in _batches(pictures, batch_size):
-            expected, outputs = model(batch), run(batch)
-            if outputs.shape != expected.shape:
-                shapes = f"{tuple(outputs.shape)} instead of {tuple(expected.shape)}"
-                raise SparsifyError(f"the program answers {shapes}; nothing written")
-            differences += (outputs - expected).abs().flatten(1).amax(1).tolist()
-            largest = max(largest, expected.abs().max().item())
-    differences = differences[:count]
-    limit = max(TOLERANCE, WRONG * largest)
-    wrong = sum(not difference <= limit for difference in differences)
-    if 2 * wrong >= count:
-        raise SparsifyError(
-            f"the program's answers differ from the model's, which go up to {largest:.3g}, by more than {limit:.2g} "
-            f"on {wrong} of {count} pictures; nothing written"
-        )
-    apart = sum(difference > TOLERANCE for difference in differences)
-    return Checked(statistics.median(differences), max(differences), apart, count, largest)
-
-
-def _batches(pictures: Tensor, batch_size: int | None) -> list[Tensor]:
-    """`pictures` in batches of the program's size, the last one filled up; for any size, one picture and the rest."""
-    if batch_size is None:
-        return [pictures[:1], pictures[1:]]
-    filled = torch.cat([pictures, pictures[:1].expand(-len(pictures) % batch_size, -1, -1, -1)])
-    return list(filled.split(batch_size))
