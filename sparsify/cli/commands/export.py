@@ -15,8 +15,6 @@ ATTENTION = (
     "nothing here runs the program, sparse where the weights were fine-tuned."
 )
 
-INT8_DATA = "Folder or data set to calibrate int8 on; labels are not used."
-
 
 def export(
     file: options.Model = options.MODEL_FILE,
@@ -31,7 +29,6 @@ def export(
     adaptive: options.Adaptive = None,
     attention: Annotated[str, option("KIND", ATTENTION)] = "auto",
     int8: Annotated[bool, flag("--int8", "Linear layers compute in int8 (onnx, openvino).")] = False,
-    data: Annotated[str | None, option("DATA", INT8_DATA, default="built-in pictures")] = None,
     no_measure: Annotated[bool, flag("--no-measure", "Do not time the program beside the dense model.")] = False,
     force: Annotated[bool, flag("--force", "Overwrite an existing file.")] = False,
     quiet: options.Quiet = False,
@@ -47,7 +44,7 @@ def export(
     from sparsify.jobs.export import program
 
     say, size = options.say(quiet), None if dynamic_batch else batch_size or 1
-    how: Any = {"attention": attention, "measure": not no_measure, "int8": int8, "data": data}
+    how: Any = {"attention": attention, "measure": not no_measure, "int8": int8}
     shape: Any = {"batch_size": size, "img_size": img_size, "force": force, "say": say, **how}
     if adaptive is not None and budget is not None:
         raise UsageError("give either --budget, one program, or --adaptive, two of them")

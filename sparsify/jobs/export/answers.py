@@ -36,12 +36,12 @@ class Checked(NamedTuple):
         return f"{checked} by at most {self.most:.1e}, in the median by {self.median:.1e}{ties}"
 
 
-def pictures_for(model: nn.Module, architecture: str) -> Tensor:
-    """Pictures [8, C, H, W] to compare program and model on, preprocessed; noise where C is unusual."""
+def pictures_for(model: nn.Module, architecture: str, n: int = PICTURES) -> Tensor:
+    """Pictures [n, C, H, W] to compare program and model on, preprocessed; noise where C is unusual."""
     config, is_digits = datasets.data_config(model), architecture == network.ARCHITECTURE
     if config["input_size"][0] != 3 and not is_digits:
-        return torch.randn(PICTURES, *config["input_size"], generator=torch.Generator().manual_seed(0))
-    return next(iter(builtin_calibration(is_digits, PICTURES, 0, datasets.transform(config))))
+        return torch.randn(n, *config["input_size"], generator=torch.Generator().manual_seed(0))
+    return torch.cat([*builtin_calibration(is_digits, n, 0, datasets.transform(config))])
 
 
 def compare(model: nn.Module, run: Callable[[Tensor], Tensor], pictures: Tensor, batch_size: int | None) -> Checked:
@@ -80,11 +80,7 @@ def of_any_number(run: Callable[[Tensor], Tensor], batch_size: int | None) -> Ca
     def outputs(images: Tensor) -> Tensor:
         if batch_size is None:
             return run(images)
-        return torch.cat([run(part) for part in filled(images, batch_size)])[: len(images)]
+        filled = torch.cat([images, images[:1].expand(-len(images) % batch_size, -1, -1, -1)])
+        return torch.cat([run(part) for part in filled.split(batch_size)])[: len(images)]
 
     return outputs
-
-
-def filled(images: Tensor, batch_size: int) -> tuple[Tensor, ...]:
-    """Batches of that size; the last one is filled up with the first image."""
-    return torch.cat([images, images[:1].expand(-len(images) % batch_size, -1, -1, -1)]).split(batch_size)

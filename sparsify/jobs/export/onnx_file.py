@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import SparsifyError, field
-from sparsify.jobs.export import int8
 
 SUFFIX = ".onnx"
 INPUT = "images"  # name of the program's input
@@ -65,25 +65,33 @@ def write(program: torch.export.ExportedProgram, path: str, described: Mapping[s
     made.save(path, external_data=False)
 
 
-WEIGHTED = ("MatMul", "Gemm", "Conv")  # operators of linear layers, with weights as their second input
-_PASSING = ("Transpose", "Cast", "Reshape", "Unsqueeze", "Identity")  # what may lie between weights and their operator
+def check_int8() -> None:
+    """Raise `SparsifyError` if the package is missing that rounds weights."""
+    try:
+        importlib.import_module("onnxruntime")
+    except ImportError:
+        raise SparsifyError(f"{field('int8')} needs onnxruntime: pip install 'sparsify-vit[export]'") from None
 
 
-def quantise(path: str, calls: Iterable[Tensor]) -> None:
-    """Replaces a program by one with int8 linear layers (`int8.linear_layers`); `calls`: its inputs."""
-    onnx: Any = importlib.import_module("onnx")
-    model = onnx.load(path)
-    weights = {each.name for each in model.graph.initializer}
-    weights |= {node.output[0] for node in model.graph.node if node.op_type == "Constant"}
-    for node in model.graph.node:  # in the order of computation
-        if node.op_type in _PASSING and node.input[0] in weights:
-            weights.add(node.output[0])
-    linear = {node.name for node in model.graph.node if node.op_type in WEIGHTED and node.input[1] in weights}
-    others = [node.name for node in model.graph.node if node.name not in linear]
-    made = int8.linear_layers(model, others, [{INPUT: images.numpy()} for images in calls])
-    del made.metadata_props[:]
-    made.metadata_props.extend(model.metadata_props)
-    onnx.save(made, path)
+def in_int8(path: str) -> None:
+    """Rounds the weights of the linear layers of a program to int8, by output channel; the program rounds their inputs."""
+    onnx, quantization = (importlib.import_module(name) for name in ("onnx", "onnxruntime.quantization"))
+    described, model = metadata(path), onnx.load(path)
+    columns = {each.name for each in model.graph.initializer if each.dims and each.dims[-1] == 1}
+    single = [node.name for node in model.graph.node if columns & {*node.input}]  # importance
+    with quiet():
+        quantization.quantize_dynamic(
+            path,
+            path + SUFFIX,
+            per_channel=True,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            nodes_to_exclude=single,
+            extra_options={"MatMulConstBOnly": True},
+        )
+    model = onnx.load(path + SUFFIX)
+    onnx.helper.set_model_props(model, described)
+    onnx.save(model, path)
+    os.remove(path + SUFFIX)
 
 
 def runner(path: str) -> Callable[[Tensor], Tensor] | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import SparsifyError, field
-from sparsify.jobs.export import int8
 from sparsify.jobs.export.onnx_file import INPUT
 
 SUFFIX = ".xml"
@@ -44,28 +44,28 @@ def beside(path: str) -> tuple[str, ...]:
     return (path.removesuffix(SUFFIX) + ".bin",)
 
 
-WEIGHTED = ("MatMul", "Convolution")  # operators of linear layers, with weights as their second input
-_PASSING = ("Transpose", "Convert", "Reshape", "Unsqueeze")  # what may lie between weights and their operator
+def check_int8() -> None:
+    """Raise `SparsifyError` if the package is missing that rounds weights."""
+    try:
+        with _unreported():
+            importlib.import_module("nncf")
+    except ImportError:
+        raise SparsifyError(f"{field('int8')} needs nncf: pip install 'sparsify-vit[int8]'") from None
 
 
-def quantise(path: str, calls: Iterable[Tensor]) -> None:
-    """Replaces a program by one with int8 linear layers (`int8.linear_layers`); `calls`: its inputs."""
-    (weights,), model = beside(path), read(path)
-    others = [op.get_friendly_name() for op in model.get_ops() if not _weighted(op)]
+def in_int8(path: str) -> None:
+    """Rounds the weights of the linear layers of a program to int8, by output channel; OpenVINO rounds their inputs."""
+    (weights,) = beside(path)
     with _unreported() as ov:
-        made = int8.linear_layers(model, others, [images.numpy() for images in calls])
+        nncf: Any = importlib.import_module("nncf")
+        nncf.set_log_level(logging.ERROR)
+        model = read(path)
+        products = [op for op in model.get_ops() if op.get_type_name() == "MatMul"]
+        single = [op.get_friendly_name() for op in products if op.get_output_partial_shape(0)[-1] == 1]  # importance
+        scope = nncf.IgnoredScope(names=single, validate=False)
+        made = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=scope)
         ov.serialize(made, path + SUFFIX, weights)
     os.replace(path + SUFFIX, path)
-
-
-def _weighted(op: Any) -> bool:
-    """Whether an operator is a linear layer."""
-    if op.get_type_name() not in WEIGHTED:
-        return False
-    source = op.input_value(1).get_node()
-    while source.get_type_name() in _PASSING:
-        source = source.input_value(0).get_node()
-    return bool(source.get_type_name() == "Constant")
 
 
 def write(program: torch.export.ExportedProgram, path: str, described: Mapping[str, str], output: str) -> None:

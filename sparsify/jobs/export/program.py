@@ -82,7 +82,6 @@ class ProgramOptions(TypedDict, total=False):
     attention: str
     measure: bool
     int8: bool
-    data: str | None
 
 
 def export(
@@ -107,13 +106,11 @@ def export(
             faster here, dense where nothing here runs the program, sparse where the file's backbone was changed.
         measure: time the program beside the dense model (True). Without, auto is dense, or sparse of a changed backbone.
         int8: linear layers compute in int8 (False); onnx and openvino only. The dense model it is timed beside does too.
-        data: folder or timm data set to calibrate int8 on, and to judge it by; None: built-in pictures.
 
     Raises:
         UsageError: an unknown format or attention, another ending, no image in a batch, dense attention of a backbone that
             was changed, or an image size or budget that does not fit.
         BadFile: a file that cannot be read or written, or an output that exists.
-        BadData: `data` without images that can be read.
         SparsifyError: a package that is not installed, a model that the format cannot hold, or a program whose outputs
             differ; nothing is written then.
     """
@@ -165,7 +162,6 @@ class _Program:
     attention: str = "auto"
     measure: bool = True
     int8: bool = False
-    data: str | None = None
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -176,8 +172,6 @@ class _Program:
             raise UsageError(f"batch size {self.batch_size}: expected 1 or more")
         if self.int8 and self.format not in IN_INT8:
             raise UsageError(f"{field('int8')}: only {' and '.join(IN_INT8)} programs, not {self.format}")
-        if self.data is not None and not self.int8:
-            raise UsageError(f"{field('data')} is to calibrate {field('int8')} on: give both")
 
     @property
     def writer(self) -> Any:
@@ -205,7 +199,7 @@ class _Program:
         start = time.perf_counter()
         self.writer.check_packages()
         if self.int8:
-            int8.check_packages()
+            self.writer.check_int8()
         files = (str(path), *self.writer.beside(str(path)))
         with reserved(*files):
             loaded = checkpoint.read(self.file, self.img_size, budget=budget)
@@ -251,16 +245,15 @@ class _Program:
 
     def _in_int8(self, loaded: checkpoint.Loaded, found: _Candidate, folder: Path) -> _Candidate:
         """The program with int8 linear layers, judged, and timed beside the dense one with such layers."""
-        model = loaded.model
-        pictures = int8.pictures(model, loaded.header.architecture["architecture"], self.data)
-        calls = answers.filled(pictures.calibrate, self.batch_size or 1)
         timed = found.timed is not None
-        self.say(f"fitting int8 layers to {len(pictures.calibrate)} images of {pictures.source}")
+        self.say("rounding linear layers to int8")
         for path in [found.path, *([self._original(folder)] if timed else [])]:
-            self.writer.quantise(path, calls)
+            self.writer.in_int8(path)
         made = found._replace(run=self.writer.runner(found.path))
         if made.run is None:
             return made
+        model = loaded.model
+        pictures = answers.pictures_for(model, loaded.header.architecture["architecture"], int8.PICTURES)
         rounded = int8.judge(attending(model, found.attention), made.run, pictures, self.batch_size)
         return (self._fastest([made], model, folder) if timed else made)._replace(rounded=rounded)
 
