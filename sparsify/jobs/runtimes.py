@@ -108,7 +108,8 @@ class Program(Runtime):
         mine = macs.replica(model, torch.device("cpu"), torch.float32)
         self.writer.check_size(sum(t.nbytes for t in mine.state_dict().values()))
         path, images = str(request.folder / f"{name}{self.writer.SUFFIX}"), request.images
-        self.writer.write(program.trace(mine, len(images)), path, {}, program.output_name(mine))
+        traced = program.trace(mine, len(images), self.writer.COMPARES)
+        self.writer.write(traced, path, {}, program.output_name(mine))
         precision = {"precision": request.compute.dtype} if self.precise else {}
         return partial(self.writer.runner(path, **precision), images)
 

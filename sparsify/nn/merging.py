@@ -12,7 +12,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sparsify.nn import tokens_in_programs
 from sparsify.nn.importance import plain_matmul
 
 ROUND = 0.7  # minimum fraction of tokens that one round keeps; measured in docs/tokens.md
@@ -69,8 +68,6 @@ def matching(x: Tensor, I: Tensor, m: int) -> tuple[Tensor, Tensor]:
     B, n = x.shape[0], int(x.shape[1])  # a tracer's shapes are tensors
     index = torch.arange(n, device=x.device).expand(B, n)
     count, r = candidates(n, m), n - m
-    if torch.compiler.is_exporting():
-        return tokens_in_programs.matching(x, I, m, count)
     if r == 0:
         return index, index
     order = I.argsort(dim=1, stable=True)  # (B, n) rising importance
@@ -112,7 +109,7 @@ def weighted_mean(x: Tensor, I: Tensor, group: Tensor, m: int) -> Tensor:
     index, weight = group.clamp_min(0), I * (group >= 0)
     weight = weight / group_sums(weight, index, m).gather(1, index)  # (B, n)
     if torch.compiler.is_exporting():  # ONNX has no embedding_bag
-        return tokens_in_programs.group_sums(x.to(dtype) * weight.unsqueeze(-1).to(dtype), index, m).to(x.dtype)
+        return (_members(index, m, dtype) @ (x.to(dtype) * weight.unsqueeze(-1).to(dtype))).to(x.dtype)
     bag = (index + m * torch.arange(B, device=x.device).unsqueeze(1)).flatten()  # (B * n) row of the result
     bag, order = bag.sort(stable=True)
     starts = torch.searchsorted(bag, torch.arange(B * m, device=x.device))
@@ -139,8 +136,13 @@ def effective_size(size: Tensor, I: Tensor, group: Tensor, m: int) -> Tensor:
 def group_sums(values: Tensor, group: Tensor, m: int) -> Tensor:
     """Sums of values [B, n] over each group: [B, m]. group: see `matching`."""
     if torch.compiler.is_exporting():
-        return tokens_in_programs.group_sums(values.unsqueeze(-1), group, m).squeeze(-1)
+        return (_members(group, m, values.dtype) @ values.unsqueeze(-1)).squeeze(-1)
     return values.new_zeros(values.shape[0], m).scatter_add(1, group, values)
+
+
+def _members(group: Tensor, m: int, dtype: torch.dtype) -> Tensor:
+    """1 where a token is in a group, else 0: [B, m, n]. Runtimes multiply faster with it than they scatter."""
+    return (group.unsqueeze(1) == torch.arange(m, device=group.device).unsqueeze(1)).to(dtype)
 
 
 def count_up(like: Tensor) -> Tensor:

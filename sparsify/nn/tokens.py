@@ -12,13 +12,15 @@ The importance I_j of a token: `sparsify.nn.importance`.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sparsify.nn import tokens_in_programs
+from sparsify.nn import tokens_compared
 from sparsify.nn.merging import count_up, effective_size, group_sums, matching, rounds, weighted_mean
 
 WAYS = ("merge", "evit", "evit-fused")
@@ -90,6 +92,7 @@ class TokenStage(nn.Module):
     def __init__(self, way: str, share: float, prefix: int) -> None:
         super().__init__()
         self.way, self.share, self.prefix = way, share, prefix
+        self.compares = False  # chooses by `sparsify.nn.tokens_compared`; see `comparing`
 
     def count(self, present: int, patches: int) -> int:
         """m, number of patch tokens kept of those `present`, without the fused token."""
@@ -101,16 +104,17 @@ class TokenStage(nn.Module):
         m = self.count(patch.shape[1], tokens.patches)
         if m == 0:
             return self.drop_all(x, tokens)
+        match, rank = (tokens_compared.matching, tokens_compared.ranking) if self.compares else (matching, ranking)
         if self.way == "merge":
             for count in rounds(int(patch.shape[1]), m):
-                keep, group = matching(patch, I, count)  # (B, count), (B, n)
+                keep, group = match(patch, I, count)  # (B, count), (B, n)
                 size = self.sizes(tokens.size, I, group, count)
                 tokens = tokens.reduced(patch, keep, group)._replace(size=size)
                 patch = weighted_mean(patch, I, group, count)
                 I = group_sums(I, group, count)
         else:
             fuse = self.way == "evit-fused" and m < patch.shape[1]
-            keep, group = ranking(I, m, fuse)
+            keep, group = rank(I, m, fuse)
             tokens = tokens.reduced(patch, keep, group)
             if fuse:
                 patch = weighted_mean(patch, I, group, m + 1)
@@ -139,6 +143,19 @@ class TokenStage(nn.Module):
         return f"way={self.way}, share={self.share:.4g}"
 
 
+@contextlib.contextmanager
+def comparing(model: nn.Module, compares: bool = True) -> Iterator[None]:
+    """Inside the context all stages of `model` choose by comparisons, for a program that is traced meanwhile."""
+    stages = [module for module in model.modules() if isinstance(module, TokenStage)]
+    try:
+        for stage in stages:
+            stage.compares = compares
+        yield
+    finally:
+        for stage in stages:
+            stage.compares = False
+
+
 def ranking(I: Tensor, m: int, fuse: bool) -> tuple[Tensor, Tensor]:
     """The m most important tokens in their order, ties by the lower index; with `fuse` also the first of the others.
 
@@ -146,8 +163,6 @@ def ranking(I: Tensor, m: int, fuse: bool) -> tuple[Tensor, Tensor]:
         keep: int64 [B, m or m + 1], ascending.
         group: index in `keep` of the token that each token becomes part of, -1 where it is dropped, int64 [B, n].
     """
-    if torch.compiler.is_exporting():
-        return tokens_in_programs.ranking(I, m, fuse)
     order = I.argsort(dim=1, descending=True, stable=True)  # (B, n)
     keep = order[:, : m + fuse].sort(1).values
     group = torch.full_like(order, -1).scatter(1, keep, count_up(keep))

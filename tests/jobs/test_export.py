@@ -242,6 +242,7 @@ def test_a_wrong_program_leaves_the_old_file(run, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "trace", lambda *_: None)
     writes = SimpleNamespace(
         SUFFIX=".onnx",
+        COMPARES=False,
         beside=lambda path: (),
         check_packages=lambda: None,
         check_size=lambda size: None,

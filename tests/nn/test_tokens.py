@@ -11,7 +11,7 @@ from timm.layers import Attention
 from helpers.merging_by_hand import merged_by_hand, ranked_by_hand
 from sparsify.config import SparsityConfig
 from sparsify.config import Tokens as Rates
-from sparsify.nn import merging, tokens_in_programs
+from sparsify.nn import merging, tokens_compared
 from sparsify.nn.attention import DenseAttention
 from sparsify.nn.importance import attention_importance as importance
 from sparsify.nn.merging import ROUND, effective_size, matching, rounds, weighted_mean
@@ -249,19 +249,16 @@ def test_looking_in_parts_finds_the_same(n, seed, together, data):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 40), st.integers(0, 10_000), st.booleans(), st.data())
-def test_programs_choose_and_merge_the_same(n, seed, ties, data):
+def test_comparisons_choose_and_merge_the_same(n, seed, ties, data):
     x, I = random(2, n, 5, seed=seed), random(2, n, seed=seed + 1, positive=True)
     if ties:  # equal tokens, whose cosines are exact, of equal importance
         x, I = torch.nn.functional.one_hot(torch.arange(n) // 3 % 5, 5).float().expand(2, n, 5), (3 * I).round() + 1
     m = data.draw(st.integers(1, n - 1))
     keep, group = matching(x, I, m)
-    found = tokens_in_programs.matching(x, I, m, merging.candidates(n, m))
+    found = tokens_compared.matching(x, I, m)
     assert torch.equal(found[0], keep) and torch.equal(found[1], group)
-    torch.testing.assert_close(
-        tokens_in_programs.group_sums(I.unsqueeze(-1), group, m)[..., 0], merging.group_sums(I, group, m)
-    )
     for fuse in (False, True):
-        expected, found = ranking(I, m, fuse), tokens_in_programs.ranking(I, m, fuse)
+        expected, found = ranking(I, m, fuse), tokens_compared.ranking(I, m, fuse)
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from sparsify.errors import SparsifyError, field
 
 SUFFIX = ".onnx"
+COMPARES = False  # tokens are chosen faster by comparisons than by sorts (`sparsify.nn.tokens_compared`)
 INPUT = "images"  # name of the program's input
 MOST_BYTES = 2_000_000_000  # a little below the 2 GiB that a protobuf file can hold
 UNCHECKED = "not checked: onnxruntime is not installed (pip install 'sparsify-vit[export]')"

@@ -19,6 +19,7 @@ from sparsify.errors import SparsifyError, field
 from sparsify.jobs.export.onnx_file import INPUT
 
 SUFFIX = ".xml"
+COMPARES = True  # tokens are chosen faster by comparisons than by sorts (`sparsify.nn.tokens_compared`)
 UNCHECKED = "not checked: openvino is not installed (pip install 'sparsify-vit[openvino]')"
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}  # in which OpenVINO computes, whatever the file holds
 OWN = "sparsify"  # the section of rt_info

@@ -33,6 +33,7 @@ from sparsify.models import checkpoint
 from sparsify.models.licence import licence_of
 from sparsify.nn import execution, graft, schedules
 from sparsify.nn.attention import sparse_modules
+from sparsify.nn.tokens import comparing
 from sparsify.version import __version__
 
 FORMATS: dict[str, Any] = {"onnx": onnx_file, "openvino": openvino_file, "pt2": pt2_file}
@@ -281,7 +282,7 @@ class _Program:
         if header.budget is not None:
             described |= {"sparsify.budget": f"{header.budget:g}", **checkpoint.of_schedule(header)}
         described["sparsify.licence"] = licence_of(header).name or "unknown"  # as of today
-        program = trace(model, self.batch_size)
+        program = trace(model, self.batch_size, self.writer.COMPARES)
         self.say(f"writing {self.format}, {attention} attention")
         try:
             self.writer.write(program, path, described, output_name(model))
@@ -354,15 +355,15 @@ def metadata(
     return described
 
 
-def trace(model: nn.Module, batch_size: int | None) -> torch.export.ExportedProgram:
+def trace(model: nn.Module, batch_size: int | None, compares: bool = False) -> torch.export.ExportedProgram:
     """The model as a program of PyTorch's operators: images [B, C, H, W] float32 -> logits or features [B, *].
 
-    `batch_size`: B; None: any. Raises `SparsifyError` where torch cannot follow the model.
+    `batch_size`: B; None: any. `compares`: of the format. Raises `SparsifyError` where torch cannot follow the model.
     """
     dynamic = None if batch_size else {"x": {0: torch.export.Dim("batch", min=1)}}
     example = torch.zeros(batch_size or 2, *datasets.data_config(model)["input_size"])
     try:
-        with torch.no_grad(), execution.sparse_form(model):
+        with torch.no_grad(), execution.sparse_form(model), comparing(model, compares):
             return torch.export.export(model, (example,), dynamic_shapes=dynamic)
     except Exception as error:
         raise SparsifyError(f"torch.export cannot follow {type(model).__name__}: {one_line(error)}") from error

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 SUFFIX = ".pt2"
+COMPARES = False  # tokens are chosen faster by comparisons than by sorts (`sparsify.nn.tokens_compared`)
 UNCHECKED = ""  # torch runs it
 
 

@@ -1,8 +1,7 @@
-"""Choosing and merging of tokens (`tokens.ranking`, `merging`) in operators that runtimes of exported programs execute well.
+"""Choosing and merging of tokens (`tokens.ranking`, `merging.matching`) by comparisons of all n x n pairs, without a sort.
 
-Sorts, scatters and gathers of single numbers, which PyTorch does fast, are slow there: they run on one thread, without
-vectors, and between them the layout of the tokens is changed. Comparisons of all n x n pairs, sums and products are cheaper
-up to some hundred tokens. Results are the same; of ties too.
+For programs of runtimes that sort on one thread and change the layout of the tokens for it. Up to some hundred tokens
+comparisons are cheaper there. Results are the same; of ties too.
 """
 
 from __future__ import annotations
@@ -10,11 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sparsify.nn.merging import candidates
+
 NOWHERE = -2.0  # below any cosine
 
 
-def matching(x: Tensor, I: Tensor, m: int, looking: int) -> tuple[Tensor, Tensor]:
-    """`merging.matching` of x [B, n, C] and I [B, n] where `looking` candidates look for their nearest."""
+def matching(x: Tensor, I: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """`merging.matching` of x [B, n, C] and I [B, n]."""
     B, n = x.shape[0], int(x.shape[1])
     index = torch.arange(n, dtype=torch.int32, device=x.device)
     if n == m:
@@ -25,7 +26,7 @@ def matching(x: Tensor, I: Tensor, m: int, looking: int) -> tuple[Tensor, Tensor
     cosine = torch.where(later, unit @ unit.mT, NOWHERE)
     highest = cosine.amax(-1)  # (B, n)
     nearest = torch.where(cosine == highest.unsqueeze(-1), rank.unsqueeze(1), n).amin(-1)  # (B, n) its rank: ties
-    cost = torch.where(rank < looking, (1 - highest) * I, torch.inf)
+    cost = torch.where(rank < candidates(n, m), (1 - highest) * I, torch.inf)
     gone = ranks(cost, rank) < n - m  # (B, n)
     into = torch.where(gone, at_rank(nearest, rank, index), index)
     for _ in range((n - m - 1).bit_length()):  # see `merging.matching`
@@ -64,9 +65,3 @@ def at_rank(wanted: Tensor, rank: Tensor, values: Tensor) -> Tensor:
     """The value of the one that has each `wanted` rank: [B, k] of rank [B, n] and values, int32 [n] or [B, n]."""
     found = wanted.unsqueeze(-1) == rank.unsqueeze(-2)  # (B, k, n)
     return torch.where(found, values.unsqueeze(-2), 0).sum(-1, dtype=torch.int32)
-
-
-def group_sums(values: Tensor, group: Tensor, m: int) -> Tensor:
-    """Sums of rows of values [B, n, C] over each group, float32 or higher, [B, m, C]. group: as of `merging.matching`."""
-    member = group.unsqueeze(1) == torch.arange(m, device=group.device).unsqueeze(1)  # (B, m, n)
-    return member.to(values.dtype) @ values
