@@ -3,7 +3,7 @@
     python benchmarks/serving.py [--threads 2] [--rounds 9] [--only "deit"] [--runtimes eager onnxruntime openvino]
 
 All ways of one table are timed in one interleaved run: dense and converted, eager, under torch.compile, in ONNX Runtime
-and OpenVINO. `x best dense` is the ratio to the best dense way of the same class: float32, or reduced (bfloat16). Schedules
+and OpenVINO, there in int8 too. `x best dense` is the ratio to the best dense way of the same class: float32, or reduced (bfloat16 and int8). Schedules
 for a share of the MACs are searched with the sensitivities of DeiT-Tiny's real weights (SPARSIFY_TEST_DATA) and the costs
 of the model, by fewer tokens alone, as `convert --for openvino` does. Weights are random: enough for time, and nothing is
 said of accuracy. `bar` is what the best converted way should reach.
@@ -24,7 +24,7 @@ from sparsify.config import Tokens
 from sparsify.fit.calibrate.calibrate import fit_importance
 from sparsify.fit.schedule import choose
 from sparsify.jobs.against import profile_against
-from sparsify.jobs.runtimes import RUNTIMES
+from sparsify.jobs.runtimes import RUNTIMES, Runtime
 from sparsify.measure.against import Against
 from sparsify.measure.latency import Budget
 from sparsify.measure.macs import image_shape
@@ -107,6 +107,10 @@ def rows(found: Against, bar: float | None) -> list[Row]:
     return table
 
 
+def in_class(runtime: Runtime, dtype: str) -> bool:
+    return dtype in runtime.dtypes and not (runtime.int8 and dtype == "float32")
+
+
 def main() -> None:
     parser = options(__doc__, rounds=9)
     parser.add_argument("--only", default="", help="cases whose label contains this")
@@ -121,7 +125,7 @@ def main() -> None:
         model, share = scheduled(case)
         for dtype in arguments.dtypes:
             compute = Compute(batch_size=case.batch, dtype=dtype)
-            names = [n for n in arguments.runtimes if n == "all" or dtype in RUNTIMES[n].dtypes]
+            names = [n for n in arguments.runtimes if n == "all" or in_class(RUNTIMES[n], dtype)]
             found = profile_against(model, names, compute=compute, budget=Budget(rounds=arguments.rounds), say=print)
             note = "; ".join([f"{share:.3f} of the dense MACs", *found.left_out.values(), *found.notes])
             report.add(f"{case.label}, {dtype}", rows(found, dict(case.bars).get(dtype)), note)

@@ -269,7 +269,8 @@ def profile_against(
     model's speed beside it.
 
     Args:
-        runtimes: eager, compile (torch.compile with frozen weights), onnxruntime, openvino; or all that can run here.
+        runtimes: eager, compile (torch.compile with frozen weights), onnxruntime, openvino, onnxruntime-int8, openvino-int8;
+            or all that can run here, int8 ones with dtype bfloat16.
         dense, budget, repeats, budget_s, backbone_changed: as in `profile`; without a dense model there are no dense times.
         batch_size, device, dtype, backend, kernel_precision: of the measurement (`sparsify.processes.Compute`).
         say: called with a line now and then.

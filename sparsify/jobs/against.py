@@ -38,7 +38,8 @@ def profile_against(
     """Measures a converted model and its dense original in each runtime, in turns. Both models are left as they are.
 
     Args:
-        runtimes: names of `RUNTIMES`, or all: those that can run here, the others are left out with the reason.
+        runtimes: names of `RUNTIMES`, or all: those that can run here, the others are left out with the reason; int8 ones
+            only where the dtype is not float32.
         dense: the original. None: the model's own weights without sparsity; with `backbone_changed` no dense model.
         backbone_changed: the weights are no longer the dense original's: `auto` has no dense fallback.
         compute, budget: as of `sparsify.measure.profile.profile`; backend and kernel_precision are of eager and compile.
@@ -75,7 +76,9 @@ def profile_against(
         notes = [] if dense is None else _apart(dense, images, runs)
         say("measuring")
         ms = _timed(runs, budget, compute.torch_device)
-    versions = {package: metadata.version(package) for r in chosen for package in r.packages if package == r.name}
+    versions = {
+        package: metadata.version(package) for r in chosen for package in r.packages if r.name.startswith(package)
+    }
     known = {"batch_size": len(images), "img_size": list(image[1:]), "runs": len(next(iter(ms.values())))}
     circumstances = conditions(AGAINST, compute, **known) | {"versions": versions}
     return Against(compare(ms), left_out, tuple(notes), circumstances)
@@ -94,6 +97,8 @@ def _chosen(names: Sequence[str], compute: Compute) -> tuple[list[Runtime], dict
         return found, {}
     found, left_out = [], {}
     for name, runtime in RUNTIMES.items():
+        if runtime.int8 and compute.dtype == "float32":
+            continue
         try:
             runtime.check(compute)
             found.append(runtime)

@@ -46,6 +46,7 @@ class Runtime:
     dtypes: tuple[str, ...] = DTYPES
     packages: tuple[str, ...] = ()
     extra: str = ""
+    int8: bool = False  # linear layers compute in int8: to be held against bfloat16, not float32
 
     def forms(self, model: nn.Module, backbone_changed: bool) -> dict[str, nn.Module]:
         """What may be run for `model`, of which the fastest stands for it, by its attention where there is a choice."""
@@ -110,6 +111,8 @@ class Program(Runtime):
         path, images = str(request.folder / f"{name}{self.writer.SUFFIX}"), request.images
         traced = program.trace(mine, len(images), self.writer.COMPARES)
         self.writer.write(traced, path, {}, program.output_name(mine))
+        if self.int8:
+            self.writer.in_int8(path)
         precision = {"precision": request.compute.dtype} if self.precise else {}
         return partial(self.writer.runner(path, **precision), images)
 
@@ -123,12 +126,15 @@ def _loaded(model: nn.Module, request: Request) -> nn.Module:
 
 
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
+_BOTH = ("float32", "bfloat16")
 RUNTIMES: dict[str, Runtime] = {
     runtime.name: runtime
     for runtime in (
         Eager("eager"),
         Compiled("compile"),
-        Program("onnxruntime", ("float32",), _ONNX, "export", onnx_file),
-        Program("openvino", ("float32", "bfloat16"), ("openvino",), "openvino", openvino_file, precise=True),
+        Program("onnxruntime", ("float32",), _ONNX, "export", writer=onnx_file),
+        Program("openvino", _BOTH, ("openvino",), "openvino", writer=openvino_file, precise=True),
+        Program("onnxruntime-int8", _BOTH, _ONNX, "export", True, onnx_file),
+        Program("openvino-int8", _BOTH, ("openvino", "nncf"), "openvino,int8", True, openvino_file, precise=True),
     )
 }

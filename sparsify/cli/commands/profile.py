@@ -14,7 +14,7 @@ COUNT_AS = "product, or paper: the authors' MHSA accounting besides."
 
 AGAINST = (
     "Time dense and converted in these runtimes instead, beside the best dense way: eager, compile, onnxruntime, "
-    "openvino, or all that can run here."
+    "openvino, onnxruntime-int8, openvino-int8, or all that can run here (int8 with --dtype bfloat16)."
 )
 
 
