@@ -5,31 +5,29 @@
 Reads DeiT-Tiny's weights and photographs from SPARSIFY_TEST_DATA as `accuracy.py` does, and measures on the same 950.
 Without files of its own it converts from 128 photographs: keep 0.1, and token keep 0.7 besides. Every linear layer is
 quantised after the conversion: weights to int8 by output channel (`weights`), or those and the activations of each call by
-token (`weights and activations`), or both with one scale for a whole tensor (`per tensor`: torch.ao, and the exported
-program by onnxruntime's defaults). Nothing is timed.
+token (`weights and activations`), or both with one scale for a whole tensor (`per tensor`: torch.ao), or as
+`sparsify export --int8` does it. Nothing is timed.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import onnxruntime
 import torch
 from accuracy import DATA, WEIGHTS, photographs
 from harness import Report as Tables
 from harness import Row, conditions, options
-from onnxruntime.quantization import quantize_dynamic as quantize_program
 from torch import Tensor, nn
 from torch.ao.quantization import quantize_dynamic
 from torchao import __version__ as torchao_version
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
 import sparsify
+from sparsify.jobs.export.program import FORMATS, IN_INT8
 from sparsify.measure.accuracy import Logits
 from sparsify.models import checkpoint
 from sparsify.nn import graft
@@ -50,6 +48,10 @@ def converted(folder: Path) -> dict[str, Path]:
         recipe = load_recipe("calibrate").override(**changes)
         output = folder / f"{name}.safetensors"
         files[name] = sparsify.convert("deit_tiny", recipe=recipe, output=output, weights=WEIGHTS, data=images).path
+    output, how = folder / "0.55 of MACs by tokens.safetensors", {"target_macs": 0.55, "runtime": "openvino"}
+    files[output.stem] = sparsify.convert(
+        "deit_tiny", output=output, weights=WEIGHTS, data=images, calibrate_only=True, **how
+    ).path
     return files
 
 
@@ -59,14 +61,13 @@ def per_tensor(model: nn.Module) -> nn.Module:
         return quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
 
 
-def program_per_tensor(file: Path, folder: Path) -> Callable[[Tensor], Tensor]:
-    """The exported program, quantised and run by onnxruntime."""
-    exported = sparsify.export(file, "onnx", folder / "program.onnx", batch_size=None, force=True).path
-    logging.disable(logging.WARNING)  # onnxruntime recommends a pass over the program that changes nothing here
-    quantize_program(exported, folder / "int8.onnx")
-    session = onnxruntime.InferenceSession(folder / "int8.onnx")
-    name = session.get_inputs()[0].name
-    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+def program(file: Path, format: str, folder: Path) -> Callable[[Tensor], Tensor]:
+    """The program of `sparsify export --int8`."""
+    path = folder / f"int8{FORMATS[format].SUFFIX}"
+    sparsify.export(file, format, path, batch_size=None, int8=True, measure=False, force=True)
+    run = FORMATS[format].runner(str(path))
+    assert run is not None
+    return run
 
 
 def int8(model: nn.Module, config: type) -> nn.Module:
@@ -90,7 +91,7 @@ def main() -> None:
             model = models[name] = checkpoint.load(file)
             models |= {f"{name}, int8 {what}": int8(model, config) for what, config in CONFIGS.items()}
             models[f"{name}, int8 per tensor"] = per_tensor(model)
-            models[f"{name}, onnxruntime int8 per tensor"] = program_per_tensor(file, Path(folder))
+            models |= {f"{name}, {format} --int8": program(file, format, Path(folder)) for format in IN_INT8}
     dense = graft.dense_twin(model) if own else models["dense"]
     sums, images = {name: Logits() for name in models}, 0
     with torch.inference_mode():

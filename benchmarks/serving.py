@@ -2,11 +2,11 @@
 
     python benchmarks/serving.py [--threads 2] [--rounds 9] [--only "deit"] [--runtimes eager onnxruntime openvino]
 
-All ways of one table are timed in one interleaved run: dense and converted, eager, under torch.compile, in ONNX Runtime
-and OpenVINO, there in int8 too. `x best dense` is the ratio to the best dense way of the same class: float32, or reduced (bfloat16 and int8). Schedules
-for a share of the MACs are searched with the sensitivities of DeiT-Tiny's real weights (SPARSIFY_TEST_DATA) and the costs
-of the model, by fewer tokens alone, as `convert --for openvino` does. Weights are random: enough for time, and nothing is
-said of accuracy. `bar` is what the best converted way should reach.
+All ways of one table are timed in one interleaved run: dense and converted, eager, under torch.compile, in ONNX Runtime and
+OpenVINO, there in int8 too. `x best dense` is the ratio to the best dense way of the same class: float32, or reduced
+(bfloat16 and int8). Schedules for a share of the MACs are searched with the sensitivities of DeiT-Tiny's real weights
+(SPARSIFY_TEST_DATA) and the costs of the model, by fewer tokens alone, as `convert --for openvino` does. Weights are random:
+enough for time, and nothing is said of accuracy. `bar` is what the best converted way should reach.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import sparsify
 from helpers.error_lines import the_error
 from helpers.families import FAMILIES, build, draw_importance, images
 from sparsify.config import SparsityConfig, Tokens
@@ -21,6 +22,7 @@ from sparsify.nn import graft, schedules
 from sparsify.nn.merging import matching
 from sparsify.nn.tokens import ranking
 from sparsify.ops import selection
+from sparsify.recipe import load_recipe
 
 NARROW = {"siglip": dict(embed_dim=96, num_heads=3), "dinov2-registers": dict(embed_dim=96, num_heads=3)}
 MERGED = Tokens(keep=0.7, stages=(1,))
@@ -155,6 +157,13 @@ def test_auto_writes_the_attention_that_is_faster_here(unchanged, run, monkeypat
     kept = {"sparsify.export": ""}
     torch.export.load(path.with_suffix(".pt2"), extra_files=kept)
     assert json.loads(kept["sparsify.export"])["attention"] == faster
+
+
+def test_a_model_without_sparse_blocks_has_dense_attention(tmp_path):
+    path = tmp_path / "m.safetensors"
+    recipe = load_recipe("calibrate").override(keep="dense", calib_images=2, tokens={"keep": 0.7})
+    sparsify.convert("digits", recipe=recipe, output=path)
+    assert exporting.export(path, "pt2", measure=False).attention == "dense"
 
 
 def test_a_program_that_is_slower_says_so_and_a_changed_backbone_stays_sparse(tmp_path):

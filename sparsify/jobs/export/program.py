@@ -229,7 +229,7 @@ class _Program:
     def _chosen(self, loaded: checkpoint.Loaded, told: Mapping[str, str], folder: Path) -> _Candidate:
         """The program to write, made in `folder`, checked and timed."""
         changed = loaded.header.backbone_changed
-        if self.attention == "dense" and changed:
+        if self.attention == "dense" and changed and sparse_modules(loaded.model):
             raise UsageError(f"{field('attention')} dense: this file's weights were fine-tuned with sparse attention")
         attentions = candidates(loaded.model, changed)
         attentions = [self.attention] if self.attention in attentions else attentions
@@ -310,7 +310,9 @@ class _Candidate(NamedTuple):
 
 def candidates(model: nn.Module, backbone_changed: bool) -> list[str]:
     """The kinds of attention of which `export` by default writes the faster: dense, sparse. Without sparse blocks one."""
-    return ["sparse"] if backbone_changed or not sparse_modules(model) else ["dense", "sparse"]
+    if not sparse_modules(model):
+        return ["dense"]
+    return ["sparse"] if backbone_changed else ["dense", "sparse"]
 
 
 def attending(model: nn.Module, attention: str) -> nn.Module:
