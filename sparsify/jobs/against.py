@@ -77,7 +77,10 @@ def profile_against(
         say("measuring")
         ms = _timed(runs, budget, compute.torch_device)
     versions = {
-        package: metadata.version(package) for r in chosen for package in r.packages if r.name.startswith(package)
+        package: metadata.version(package)
+        for r in chosen
+        for package in r.packages
+        if package == r.name.removesuffix("-int8")
     }
     known = {"batch_size": len(images), "img_size": list(image[1:]), "runs": len(next(iter(ms.values())))}
     circumstances = conditions(AGAINST, compute, **known) | {"versions": versions}
