@@ -76,12 +76,8 @@ def profile_against(
         notes = [] if dense is None else _apart(dense, images, runs)
         say("measuring")
         ms = _timed(runs, budget, compute.torch_device)
-    versions = {
-        package: metadata.version(package)
-        for r in chosen
-        for package in r.packages
-        if package == r.name.removesuffix("-int8")
-    }
+    named = {runtime.name.removesuffix("-int8") for runtime in chosen}
+    versions = {package: metadata.version(package) for r in chosen for package in r.packages if package in named}
     known = {"batch_size": len(images), "img_size": list(image[1:]), "runs": len(next(iter(ms.values())))}
     circumstances = conditions(AGAINST, compute, **known) | {"versions": versions}
     return Against(compare(ms), left_out, tuple(notes), circumstances)
