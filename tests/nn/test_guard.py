@@ -95,6 +95,7 @@ def test_a_busy_processor_is_asked_again_and_nothing_is_written(races, tmp_path,
     guard.set_backend(mine, "auto")
     x, races.own = images(mine, 1), 0.5
     monkeypatch.setattr(time, "perf_counter", lambda: 11.0 * next(now))
+    monkeypatch.setattr(auto, "LIMIT_S", 100.0)
     assert not is_dense(mine(x), mine, x) and len(races) == 1
     (file,) = (tmp_path / "auto").iterdir()
     assert "slower" not in file.read_text()
@@ -102,6 +103,16 @@ def test_a_busy_processor_is_asked_again_and_nothing_is_written(races, tmp_path,
     while len(races) < 2 and next(now) < 10:
         mine(x)
     assert is_dense(mine(x), mine, x)
+
+
+def test_a_model_that_takes_seconds_runs_once_each_way(races, monkeypatch):
+    monkeypatch.setattr(auto, "LIMIT_S", 0.0)  # any time is too long
+    mine, passes = model(), []
+    guard.set_backend(mine, "auto")
+    forward = type(mine).forward
+    monkeypatch.setattr(type(mine), "forward", lambda self, x: passes.append(self) or forward(self, x))
+    mine(images(mine, 1))
+    assert not races and len(passes) == 5  # two that decide, one each way, the user's
 
 
 def test_hooks_of_the_user_see_one_call(races):
