@@ -1,6 +1,7 @@
 """`sparsify export --int8`: what is rounded, how it is judged, what is refused."""
 
 import json
+import subprocess
 import sys
 from collections import Counter
 
@@ -44,6 +45,16 @@ def test_an_openvino_program_answers_as_the_model_and_holds_a_quarter(openvino, 
     code, out, _ = run("eval", openvino.path, "--data", "digits")
     assert code == 0 and "sparse attention, int8 linear layers; compared with m.safetensors" in " ".join(out.split())
     assert judge.evaluate_program(openvino.path, "digits").evaluation.agreement > 98
+
+
+def test_nothing_else_is_printed(file, tmp_path):
+    """By NNCF, which draws a bar, nor by what it imports."""
+    pytest.importorskip("nncf")
+    words = ("export", file, "--format", "openvino", "--int8", "--attention", "dense", "--no-measure", "-q")
+    command = [sys.executable, "-c", "from sparsify.cli.app import main; main()", *map(str, words), "-o", "m.xml"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 0 and not ended.stderr, ended.stderr
+    assert [line.split()[0] for line in ended.stdout.splitlines()] == ["wrote", "int8"]
 
 
 def test_an_onnx_program_of_any_batch(file, run):

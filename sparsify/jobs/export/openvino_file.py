@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import io
 import logging
 import os
 import sys
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import SparsifyError, field
-from sparsify.jobs.export.onnx_file import INPUT
+from sparsify.jobs.export.onnx_file import INPUT, quiet
 
 SUFFIX = ".xml"
 COMPARES = True  # tokens are chosen faster by comparisons than by sorts (`sparsify.nn.tokens_compared`)
@@ -48,7 +49,7 @@ def beside(path: str) -> tuple[str, ...]:
 def check_int8() -> None:
     """Raise `SparsifyError` if the package is missing that rounds weights."""
     try:
-        with _unreported():
+        with _unreported(), quiet():
             importlib.import_module("nncf")
     except ImportError:
         raise SparsifyError(f"{field('int8')} needs nncf: pip install 'sparsify-vit[int8]'") from None
@@ -57,7 +58,7 @@ def check_int8() -> None:
 def in_int8(path: str) -> None:
     """Rounds the weights of the linear layers of a program to int8, by output channel; OpenVINO rounds their inputs."""
     (weights,) = beside(path)
-    with _unreported() as ov:
+    with _unreported() as ov, quiet(), contextlib.redirect_stdout(io.StringIO()):  # it draws a bar
         nncf: Any = importlib.import_module("nncf")
         nncf.set_log_level(logging.ERROR)
         model = read(path)
