@@ -49,7 +49,7 @@ def beside(path: str) -> tuple[str, ...]:
 def check_int8() -> None:
     """Raise `SparsifyError` if the package is missing that rounds weights."""
     try:
-        with _unreported(), quiet():
+        with _unreported():
             importlib.import_module("nncf")
     except ImportError:
         raise SparsifyError(f"{field('int8')} needs nncf: pip install 'sparsify-vit[int8]'") from None
@@ -58,7 +58,7 @@ def check_int8() -> None:
 def in_int8(path: str) -> None:
     """Rounds the weights of the linear layers of a program to int8, by output channel; OpenVINO rounds their inputs."""
     (weights,) = beside(path)
-    with _unreported() as ov, quiet(), contextlib.redirect_stdout(io.StringIO()):  # it draws a bar
+    with _unreported() as ov, contextlib.redirect_stdout(io.StringIO()):  # it draws a bar
         nncf: Any = importlib.import_module("nncf")
         nncf.set_log_level(logging.ERROR)
         model = read(path)
@@ -130,7 +130,8 @@ def _unreported() -> Iterator[Any]:
     if hidden:
         sys.modules[name] = cast(Any, None)
     try:
-        yield importlib.import_module("openvino")
+        with quiet():  # what it imports warns of a GPU that is not there
+            yield importlib.import_module("openvino")
     finally:
         if hidden:
             del sys.modules[name]
