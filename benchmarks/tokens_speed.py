@@ -4,7 +4,7 @@
 
 DeiT-S at 224 pixels: schedules for 0.55 and 0.40 of the MACs, searched with the sensitivities of DeiT-Tiny's real weights
 (SPARSIFY_TEST_DATA) and the costs of DeiT-S. ViT-S at 518 and 1024 pixels:
-token keep 0.7 at blocks 4, 7 and 10, keep 0.1, tail clusters. `merge` and `evit` are ways that tokens leave; `dense
+token keep 0.7 at blocks 4, 7 and 10, keep 0.1, tail clusters. `merge` and `evit` are ways of removing tokens; `dense
 attention` keeps every key of the tokens present. In float32 models `bf16 storage` means kernel precision bf16. Weights are
 random: enough for time, and for MACs, and nothing is said of accuracy. `bar` is what the ratio to `dense` should reach.
 """

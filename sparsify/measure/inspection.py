@@ -202,7 +202,7 @@ def _owner(tokens: TokenState | None, patches: int) -> Tensor:
     """Token of each patch, -1 for dropped ones: int64 [n0]."""
     if tokens is None or tokens.owner is None:
         if tokens is not None and tokens.place is not None:
-            raise SparsifyError("tokens have left and the model did not follow where: this is a bug in sparsify")
+            raise SparsifyError("tokens were removed and the model did not track where: this is a bug in sparsify")
         return torch.arange(patches)
     return tokens.owner[0].cpu().clone()
 

@@ -107,7 +107,7 @@ def tokens(shown: Shown) -> bytes:
     panels_of = [(panels.view(photo, found, cell), "as the model sees it", f"{patches} patches")]
     for stage in found.stages:
         picture = panels.tokens(photo, found, stage, cell)
-        panels_of.append((picture, f"behind layer {stage.block + 1}", captions.stage(stage)))
+        panels_of.append((picture, f"after layer {stage.block + 1}", captions.stage(stage)))
     for i, (picture, title, words) in enumerate(panels_of):
         x = (0.16 + (side + 0.12) * (i % columns)) / width
         y = 1 - (0.5 + (side * tall + 0.42) * (i // columns) + 0.22 + side * tall) / height
@@ -116,7 +116,7 @@ def tokens(shown: Shown) -> bytes:
         axes.set_axis_off()
         axes.set_title(title, fontsize=10, pad=3)
         axes.text(0.5, -0.03, words, ha="center", va="top", fontsize=7.5, color=INK, transform=axes.transAxes)
-    legend = "Dark: patches that have left. Outlined, in their mean colour: patches that became one token."
+    legend = "Dark: dropped patches. Outlined, in their mean colour: patches that became one token."
     figure.text(0.16 / width, 0.1 / height, legend, fontsize=7.5, color=INK, va="bottom")
     return drawing.png(figure)
 

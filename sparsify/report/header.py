@@ -23,7 +23,7 @@ def origin(header: Header, file: Path) -> list[Fact]:
     tag = f".{pretrained['tag']}" if pretrained.get("tag") else ""
     size = words.mapping(built.get("model_args")).get("img_size") or pretrained.get("input_size")
     sides: list[Any] = size[-2:] if isinstance(size, list) else [size, size]
-    kind = {"user": "images of the user's", "built-in": "built-in pictures"}.get(str(calibration.get("set")), "images")
+    kind = {"user": "user images", "built-in": "built-in pictures"}.get(str(calibration.get("set")), "images")
     versions, weights = words.mapping(about.get("versions")), "the original's, not trained further"
     if header.backbone_changed:
         known = about.get("backbone_changed") is True
@@ -61,7 +61,7 @@ def settings(config: SparsityConfig) -> list[Fact]:
     if isinstance(t.keep, tuple):
         return [*facts, ("tokens", f"{t.way}; rates of the layers {_each(t.keep)}")]
     layers = ", ".join(map(str, sorted(t.stages or ())))
-    return [*facts, ("tokens", f"{t.way}; {t.keep:g} of the patch tokens go on behind layers {layers}")]
+    return [*facts, ("tokens", f"{t.way}; {t.keep:g} of the patch tokens kept after layers {layers}")]
 
 
 def title(header: Header) -> str:

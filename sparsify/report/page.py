@@ -123,7 +123,7 @@ def _picture(shown: Shown) -> dict[str, Any]:
     every = tuple(range(len(found.queries)))
     steps = ", ".join(_css(colour) for colour in panels.colours(np.linspace(0, 1, 9)))
     stages = [
-        (_jpeg(panels.tokens(photo, found, stage, small)), f"behind layer {stage.block + 1}", captions.stage(stage))
+        (_jpeg(panels.tokens(photo, found, stage, small)), f"after layer {stage.block + 1}", captions.stage(stage))
         for stage in found.stages
     ]
     queries = [

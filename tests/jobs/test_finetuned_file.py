@@ -100,8 +100,8 @@ def test_least_squares_are_left_out_where_norms_stand_behind_attention(tmp_path,
             say=lines.append,
         )
         about = checkpoint.read_header(made.path).provenance
-        assert "repair left out: this model has norms behind its attention and MLP" in lines
-        assert about["finetuned"]["repair"] == "left out: this model has norms behind its attention and MLP"
+        assert "repair left out: this model has norms after its attention and MLP" in lines
+        assert about["finetuned"]["repair"] == "left out: this model has norms after its attention and MLP"
         assert not any("least squares" in line for line in lines)
         assert about["finetuned"]["kept"] == "fine-tuned" and about["backbone_changed"] is changed
         assert about["recipe"]["repair"] is not None  # as it was asked for

@@ -94,7 +94,7 @@ def test_missing_parts_are_left_out_with_a_line_that_says_how_to_get_them(run, m
     for words in ("report m.safetensors --measure", "--profile FILE.json", "--eval eval.json", "--sweep sweep.json"):
         assert words in text
     assert "--images a.jpg b.jpg" in text and text.count('class="missing"') == 4
-    assert "merge; 0.6 of the patch tokens go on behind layers 2" in text and ">theoretical<" in text
+    assert "merge; 0.6 of the patch tokens kept after layers 2" in text and ">theoretical<" in text
     assert ">measured<" not in text
 
 

@@ -54,5 +54,5 @@ def show(
         for each in shown:
             terminal.line(f"{each.photo.path.name}: {captions.mass(each.found)}.")
     if not shown[0].found.stages:
-        say("no tokens leave in this model: no pictures of tokens")
+        say("this model removes no tokens: no pictures of tokens")
     terminal.line(f"wrote {len(paths)} pictures to {output}: {', '.join(path.name for path in paths)}")

@@ -34,7 +34,7 @@ Bases = Sequence[tuple[Tensor, Tensor]]
 class Trial:
     """A dense model, what it is to become, and the images to try that on.
 
-    `plans`: of each block, for each keep that may be asked for; first those of the configuration.
+    `plans`: of each block, for each keep that may be requested; first those of the configuration.
     """
 
     model: nn.Module

@@ -76,7 +76,7 @@ def unrepairable(model: nn.Module) -> str:
     if not isinstance(model, VisionTransformer):
         return f"it is for a VisionTransformer, and this model is a {type(model).__name__}"
     if not all(isinstance(block, Block) for block in cast(Any, model).blocks):
-        return "this model has norms behind its attention and MLP"
+        return "this model has norms after its attention and MLP"
     return ""
 
 

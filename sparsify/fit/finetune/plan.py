@@ -160,7 +160,7 @@ def check_stage(stage: Stage, sparsity: SparsityConfig, classes: int) -> None:
     if stage.train == "predictors" and set(listed(sparsity.keep)) == {"dense"}:
         raise UsageError(f"{name} trains nothing: with keep dense there are no predictors")
     if sparsity.tokens is not None and stage.attention == "sparse" and losses.pairs:
-        reason = "the losses attention and mass compare all tokens, and tokens leave this model"
+        reason = "the losses attention and mass compare all tokens, and this model removes some"
         raise UsageError(f"{name}: {reason}: set attention: dense")
     if stage.attention == "dense" and stage.keep is not None:
         raise UsageError(f"{name}: keep has no effect with attention: dense")
@@ -201,10 +201,10 @@ def _validation_images(
         return share(every), described, note, warning or _few(every.total, data.val)
     if images.stream:
         dataset: Any = Stream(cast(Any, images.held), transform)
-        described = f"the first images of {publishable(data.images)}, which nothing learns from"
+        described = f"the first images of {publishable(data.images)}, held out of training"
     else:
         dataset = Decoded(cast(Items, images.held), transform)
-        described = f"{len(dataset)} images of {publishable(data.images)} that nothing learns from"
+        described = f"{len(dataset)} held-out images of {publishable(data.images)}"
     held = LooseBatches(dataset, BATCH, workers, name=data.images)
     return share(held), described, "", _few(held.total, None)
 
