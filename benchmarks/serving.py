@@ -20,6 +20,7 @@ from model import converted
 from tokens_speed import count, sensitivity
 from torch import nn
 
+from sparsify.config import RUNTIMES as TARGETS
 from sparsify.config import Tokens
 from sparsify.fit.calibrate.calibrate import fit_importance
 from sparsify.fit.schedule import choose
@@ -56,6 +57,7 @@ def bars(float32: float, bfloat16: float) -> tuple[tuple[str, float], ...]:
     return (("float32", float32), ("bfloat16", bfloat16))
 
 
+OVERHEAD = TARGETS["openvino"]["overhead"]
 SMALL, DINO = "deit_small_patch16_224", "vit_small_patch14_dinov2"
 CASES = (
     Case(SMALL, 224, 1, 0.55, bars(1.35, 1.3)),
@@ -79,7 +81,7 @@ def scheduled(case: Case) -> tuple[nn.Module, float]:
     if isinstance(case.schedule, float):
         plans = choose.options_of(sparse, config, (None,))
         alone = replace(measured, options=plans, keeps=measured.keeps[:, :1])
-        config = choose.for_macs(sparse, config, alone, case.schedule, dense).config
+        config = choose.for_macs(sparse, config, alone, case.schedule, dense, OVERHEAD).config
     else:
         config = config.model_copy(update={"tokens": Tokens(keep=0.7) if case.schedule == "tokens" else None})
     model = schedules.applied(sparse, config)

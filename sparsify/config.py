@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from numbers import Integral
 from operator import mul
@@ -354,18 +354,22 @@ class Target(Frozen):
     """What schedules are chosen for, one for each of `shares`: fractions of the dense model's MACs or time.
 
     The first is the one that a file has in use. `keeps` are the fractions of keys that a block may have, null for dense;
-    `batch_size` is that of the timing.
+    `batch_size` is that of the timing. `overhead` is the time of a round that removes tokens besides its MACs, as a
+    fraction of the dense model's: it prefers fewer, larger rounds where MACs alone do not tell what a round takes.
     """
 
     of: Literal["macs", "latency"]
     shares: tuple[PositiveShare, ...] = Field(min_length=1, max_length=16)
     keeps: tuple[PositiveShare | None, ...] = (None, 0.4, 0.25, 0.1, 0.03)
     batch_size: Count = 1
+    overhead: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
-RUNTIMES = {"eager": None, "compile": None, "onnxruntime": (None,), "openvino": (None,)}
-"""Where a converted model is to run, and the keeps that pay there; None: the usual ones. Plain operators of sparse attention
-are slower than these runtimes' dense attention, so a budget is spent on fewer tokens alone."""
+_PROGRAM = {"keeps": (None,), "overhead": 0.01}
+RUNTIMES: Mapping[str, Mapping[str, Any]] = {"eager": {}, "compile": {}, "onnxruntime": _PROGRAM, "openvino": _PROGRAM}
+"""Where a converted model is to run, and what of `Target` pays there. Plain operators of sparse attention are slower than a
+program's dense attention, so a budget is spent on fewer tokens alone; a round of removing tokens takes 1.5 to 5 % of a
+dense DeiT-S at batch 1, less of larger batches and models (docs/export.md)."""
 
 
 def target(macs: Any, latency: Any, keeps: Any = None, runtime: str = "eager") -> Target | None:
@@ -379,16 +383,15 @@ def target(macs: Any, latency: Any, keeps: Any = None, runtime: str = "eager") -
     """
     if runtime not in RUNTIMES:
         raise UsageError(f"runtime {runtime}: expected one of {', '.join(RUNTIMES)}")
-    if RUNTIMES[runtime] is not None and macs is None:
+    if RUNTIMES[runtime] and macs is None:
         times = "" if latency is None else ", as times are measured in eager mode"
         raise UsageError(f"runtime {runtime}: fewer tokens are what pays there; give {field('target_macs')}{times}")
     if macs is None and latency is None:
         return None
-    keeps = RUNTIMES[runtime] if keeps is None else keeps
     if macs is not None and latency is not None:
         raise UsageError(f"give either {field('target_macs')} or {field('target_latency')}")
     of, given = ("latency", latency) if macs is None else ("macs", macs)
     several = isinstance(given, Iterable) and not isinstance(given, str)
     shares = tuple(dict.fromkeys(given)) if several else (given,)
-    tree = {"of": of, "shares": shares} | ({} if keeps is None else {"keeps": keeps})
+    tree = {"of": of, "shares": shares, **RUNTIMES[runtime]} | ({} if keeps is None else {"keeps": keeps})
     return validate(Target, tree, lambda path: field("keep" if path.startswith("keeps") else f"target_{of}"))

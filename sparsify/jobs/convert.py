@@ -272,7 +272,7 @@ def _with_schedules(made: Calibrated, calibration: Calibration, target: Target, 
     configs, descriptions, prefix = {}, [], hosts.num_prefix_tokens(model)
     for share in target.shares:
         if target.of == "macs":
-            found = choose.for_macs(model, config, sensitivity, share, dense)
+            found = choose.for_macs(model, config, sensitivity, share, dense, target.overhead)
         else:
             found = choose.for_latency(model, config, sensitivity, share, target.batch_size, say)
         descriptions.append(f"schedule for {found.share:.3f} of the dense model's {what}, {share:g} asked for")

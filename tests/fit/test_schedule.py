@@ -67,15 +67,15 @@ def drawn(seed, depth=3, patches=8, empty=None):
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(0, 1000), st.floats(0.01, 1), st.booleans())
-def test_the_search_finds_the_least_damage_for_a_price(seed, price, empty):
+@given(st.integers(0, 1000), st.floats(0.01, 1), st.booleans(), st.sampled_from([0.0, 0.5, 3.0]))
+def test_the_search_finds_the_least_damage_for_a_price(seed, price, empty, overhead):
     measured = drawn(seed, empty=0.01 if empty else None)
     costs = [Linear()] * 3
-    found = search._solver(measured, costs)(price)
+    found = search._solver(measured, costs, overhead)(price)
     levels = [*range(8, 0, -1), *([0] if empty else [])]
 
     def worth(s):
-        return s.damage + price * s.cost
+        return s.damage + price * (s.cost + overhead * rounds_of(s))
 
     best = min(
         worth(search._schedule(measured, costs, (8, a, b, c), keeps))
@@ -85,6 +85,27 @@ def test_the_search_finds_the_least_damage_for_a_price(seed, price, empty):
         if c or keeps[2] is None
     )
     assert worth(found) == pytest.approx(best, rel=1e-6)
+
+
+def rounds_of(schedule):
+    return sum(0 < m < n for n, m in itertools.pairwise(schedule.counts))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 1000), st.floats(0.3, 0.95), st.floats(0.001, 1), st.floats(0.1, 4))
+def test_overhead_makes_fewer_rounds_and_the_target_is_met_without_it(seed, share, price, overhead):
+    measured, costs = drawn(seed, depth=6, patches=64, empty=0.01), [Linear()] * 6
+    target = share * search.price(costs, [64] * 7, [None] * 6)
+    few, many = (rounds_of(search._solver(measured, costs, each)(price)) for each in (overhead, 0.0))
+    assert few <= many
+    found = search.search(measured, costs, target, overhead)
+    assert 0.9 * target < found.cost <= target
+
+
+def test_a_large_merging_is_several_rounds():
+    costs = costing.macs_costs(tiny(), "merge", {None: [DENSE] * 4})
+    assert [costs[0].rounds(16, m) for m in (16, 14, 11, 8, 6)] == [0, 1, 2, 2, 3]
+    assert costing.macs_costs(tiny(), "evit", {None: [DENSE] * 4})[0].rounds(16, 1) == 1
 
 
 @given(st.lists(st.integers(1, 400), min_size=2, max_size=13), st.booleans())

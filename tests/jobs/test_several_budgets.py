@@ -9,7 +9,9 @@ import sparsify
 from helpers.error_lines import the_error
 from helpers.families import images
 from helpers.small_runs import recipe
+from sparsify import config
 from sparsify.errors import BadFile, UsageError
+from sparsify.fit.schedule import choose
 from sparsify.images import datasets
 from sparsify.images.trainset import builtin_calibration
 from sparsify.measure.accuracy import kl_terms
@@ -128,7 +130,7 @@ def test_keeps_to_choose_from_are_given_in_python_too(tmp_path):
     assert set(made.header.config.keep) == {"dense"} and made.header.config.tokens is not None
 
 
-def test_for_a_runtime_tokens_alone_are_spent(run, tmp_path):
+def test_for_a_runtime_tokens_alone_are_spent_in_fewer_rounds(run, tmp_path, monkeypatch):
     for words, message in (
         (["--for", "openvino"], "runtime openvino: fewer tokens are what pays there; give --target-macs"),
         (["--for", "openvino", "--target-latency", 0.6], "as times are measured in eager mode"),
@@ -136,10 +138,13 @@ def test_for_a_runtime_tokens_alone_are_spent(run, tmp_path):
     ):
         code, _, err = run("convert", "digits", *words)
         assert code == 2 and message in the_error(err)
+    given, for_macs = [], choose.for_macs
+    monkeypatch.setattr(choose, "for_macs", lambda *of: given.append(of[-1]) or for_macs(*of))
     made = sparsify.convert(
         "digits", recipe=CALIBRATE, runtime="openvino", target_macs=0.6, output=tmp_path / "m.safetensors"
     )
     assert set(made.header.config.keep) == {"dense"} and made.header.config.tokens is not None
+    assert given == [config.RUNTIMES["openvino"]["overhead"]] and config.target(0.6, None).overhead == 0
 
 
 def test_distance_of_the_calibration_images_counts_other_answers(made):

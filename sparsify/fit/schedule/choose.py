@@ -59,12 +59,15 @@ def dense_macs(model: nn.Module) -> int:
 
 
 def for_macs(
-    model: nn.Module, config: SparsityConfig, measured: Sensitivity, target: float, dense: int
+    model: nn.Module, config: SparsityConfig, measured: Sensitivity, target: float, dense: int, overhead: float = 0.0
 ) -> FoundSchedule:
-    """The schedule of least damage by which the model takes `target` of `dense` MACs an image; `UsageError` for none."""
+    """The schedule of least damage by which the model takes `target` of `dense` MACs an image; `UsageError` for none.
+
+    overhead: of a round that removes tokens, as a fraction of `dense`: see `sparsify.config.Target`.
+    """
     costs = macs_costs(model, _way(config), measured.options)
-    fixed = dense - _dense_price(costs, measured.patches)
-    schedule, plans = together(measured, costs, search(measured, costs, target * dense - fixed), target * dense - fixed)
+    aim = target * dense - (fixed := dense - _dense_price(costs, measured.patches))
+    schedule, plans = together(measured, costs, search(measured, costs, aim, overhead * dense), aim)
     share = (schedule.cost + fixed) / dense
     if share > 1.02 * target:
         least = f"the least that a schedule of this model reaches is {share:.3f}"

@@ -18,7 +18,7 @@ from sparsify.measure.latency import interleaved
 from sparsify.nn import hosts, projection
 from sparsify.nn.attention import DenseAttention, GraftedAttention, SparseAttention
 from sparsify.nn.importance import attention_importance, fitted_importance
-from sparsify.nn.merging import cosines
+from sparsify.nn.merging import cosines, rounds
 from sparsify.nn.predictor import HeadLowrankPredictor
 from sparsify.nn.tokens import TokenStage, TokenState
 from sparsify.ops.macs import dense_macs, sparse_macs
@@ -45,6 +45,10 @@ class BlockCost(Protocol):
 
     def stage(self, n: int, m: int) -> float:
         """Selecting m of n patch tokens."""
+
+    def rounds(self, n: int, m: int) -> int:
+        """Rounds in which m of n patch tokens are selected."""
+        return int(m < n)
 
     def last(self, n: int) -> float:
         """Norm, projections and attention where n patch tokens enter and only the prefix is left after the stage."""
@@ -106,6 +110,9 @@ class MacsCost(BlockCost):
         if self.attn.importance is not None:
             asking = n * self.channels * (4 + 1)  # fvcore's estimate for a norm, and one product
         return asking + (cosines(n, m) * self.channels if self.way == "merge" else 0)
+
+    def rounds(self, n: int, m: int) -> int:
+        return len(rounds(n, m)) if self.way == "merge" and m < n else super().rounds(n, m)
 
     def last(self, n: int) -> float:
         P, N, query = self.prefix, n + self.prefix, self.width * self.channels

@@ -8,6 +8,10 @@ D_i(m) the damage of a stage after block i alone that leaves m tokens, and K_i(a
 where a stage pays only for the tokens that are still present. For a given price of a unit of cost, dynamic programming over
 the blocks finds the best schedule exactly. Bisection finds the price that meets the target, and between the schedules of two
 neighbouring prices the counts are interpolated.
+
+A round that removes tokens takes time that its MACs do not tell: many small operators. `overhead`, in the unit of the costs,
+is added to each round where schedules are compared, and not where the target is met: the result has fewer, larger rounds and
+the same cost. Leaving prefix rows alone selects nothing and has no round.
 """
 
 from __future__ import annotations
@@ -39,9 +43,9 @@ class BlockSchedule:
         return tuple(1.0 if m == n else int(m / n * 1e5) / 1e5 for n, m in pairwise(self.counts))
 
 
-def search(sensitivity: Sensitivity, costs: Sequence[BlockCost], target: float) -> BlockSchedule:
+def search(sensitivity: Sensitivity, costs: Sequence[BlockCost], target: float, overhead: float = 0.0) -> BlockSchedule:
     """The schedule of least damage whose blocks cost at most `target` and come close to it; else the cheapest."""
-    solve = _solver(sensitivity, costs)
+    solve = _solver(sensitivity, costs, overhead)
     if solve(0.0).cost <= target:
         return solve(0.0)
     low, high = 0.0, 1e-12
@@ -52,7 +56,7 @@ def search(sensitivity: Sensitivity, costs: Sequence[BlockCost], target: float) 
         low, high = (middle, high) if solve(middle).cost > target else (low, middle)
         if low and high / low < 1.0001:
             break
-    return _between(sensitivity, costs, solve(high), solve(low), target)
+    return _between(sensitivity, costs, solve(high), solve(low), target, fixed_rounds=overhead > 0)
 
 
 def price(costs: Sequence[BlockCost], counts: Sequence[int], keeps: Sequence[Keep]) -> float:
@@ -60,7 +64,9 @@ def price(costs: Sequence[BlockCost], counts: Sequence[int], keeps: Sequence[Kee
     return sum(c.whole(a, n, m) for c, a, (n, m) in zip(costs, keeps, pairwise(counts), strict=True))
 
 
-def _solver(sensitivity: Sensitivity, costs: Sequence[BlockCost]) -> Callable[[float], BlockSchedule]:
+def _solver(
+    sensitivity: Sensitivity, costs: Sequence[BlockCost], overhead: float = 0.0
+) -> Callable[[float], BlockSchedule]:
     """A function: price of a unit of cost -> the best schedule with counts among `LEVELS` levels."""
     n0, depth = sensitivity.patches, len(costs)
     least = max(1, int(np.ceil(sensitivity.shares[-1] * n0)))
@@ -74,7 +80,9 @@ def _solver(sensitivity: Sensitivity, costs: Sequence[BlockCost]) -> Callable[[f
     options = list(sensitivity.options)
     attention = np.array([[[c.attention(a, n) if n else 0.0 for n in levels] for a in options] for c in costs])
     keep_damage = np.array([[sensitivity.of_keep(i, a) for a in options] for i in range(depth)])  # (depth, options)
-    rest = np.array([[[_rest(c, n, m) for m in levels] for n in levels] for c in costs])  # (depth, L in, L out)
+    rest = np.array(
+        [[[_rest(c, n, m, overhead) for m in levels] for n in levels] for c in costs]
+    )  # (depth, L in, L out)
 
     def solve(price_: float) -> BlockSchedule:
         best, back = np.full(L, np.inf), []
@@ -102,25 +110,39 @@ def _solver(sensitivity: Sensitivity, costs: Sequence[BlockCost]) -> Callable[[f
     return solve
 
 
-def _rest(cost: BlockCost, n: int, m: int) -> float:
-    """All parts of a block but its attention."""
+def _rest(cost: BlockCost, n: int, m: int, overhead: float) -> float:
+    """All parts of a block but its attention, with the overhead of its rounds."""
     if n == 0 or m > n:
         return 0.0
-    return cost.whole(None, n, m) - (cost.attention(None, n) if m else 0.0)
+    if m == 0:
+        return cost.whole(None, n, m)
+    return cost.whole(None, n, m) - cost.attention(None, n) + overhead * cost.rounds(n, m)
 
 
 def _between(
-    sensitivity: Sensitivity, costs: Sequence[BlockCost], cheap: BlockSchedule, dear: BlockSchedule, target: float
+    sensitivity: Sensitivity,
+    costs: Sequence[BlockCost],
+    cheap: BlockSchedule,
+    dear: BlockSchedule,
+    target: float,
+    fixed_rounds: bool,
 ) -> BlockSchedule:
-    """Interpolates from the schedule below the target towards the one above it, as far as the target allows."""
+    """Interpolates from the schedule below the target towards the one above it, as far as the target allows.
+
+    fixed_rounds: the result has no rounds that `cheap` has not.
+    """
     best = cheap
     for keeps in (cheap.keeps, dear.keeps):
         low, high = 0.0, 1.0
         for _ in range(20):
             t = (low + high) / 2
-            blend = tuple(round(a + t * (b - a)) for a, b in zip(cheap.counts, dear.counts, strict=True))
-            blend = blend if cheap.counts[-1] else (*blend[:-1], 0)
-            found = _schedule(sensitivity, costs, blend, keeps)
+            blend = [round(a + t * (b - a)) for a, b in zip(cheap.counts, dear.counts, strict=True)]
+            for i in range(1, len(blend) if fixed_rounds else 0):
+                if cheap.counts[i] == cheap.counts[i - 1]:
+                    blend[i] = blend[i - 1]
+            if cheap.counts[-1] == 0:
+                blend[-1] = 0
+            found = _schedule(sensitivity, costs, tuple(blend), keeps)
             if found.cost > target:
                 high = t
                 continue
