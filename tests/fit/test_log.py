@@ -4,13 +4,15 @@ import io
 import math
 import random
 import sys
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
 
-from sparsify.cli import progress
+from sparsify import progress
+from sparsify.cli import terminal
 from sparsify.cli.progress import Reporter
 from sparsify.errors import BadFile
 from sparsify.fit.finetune.log import LOSSES, METRICS, TrainingLog, read
@@ -214,7 +216,7 @@ def test_a_thinned_line_keeps_its_peaks_and_the_mean_a_straight_line():
 def ticks(monkeypatch):
     """The reporter's clock: a list whose only element is the time."""
     now = [1000.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 
@@ -256,12 +258,12 @@ def test_at_a_terminal_a_bar_of_training_fits_80_columns(monkeypatch):
     screen = io.StringIO()
     screen.isatty = lambda: True
     console = Console(file=screen, force_terminal=True, no_color=True, width=80, legacy_windows=False)
-    monkeypatch.setattr(progress.terminal, "console", lambda **how: console)
+    monkeypatch.setattr(terminal, "console", lambda **how: console)
     monkeypatch.setenv("TERM", "xterm")
     with Reporter() as reporter:
         for i in range(110, 121):
             reporter.update("distill [2/3]", i, 350, training_note(0.1342, 1.9e-4, 11.32))
-            progress.time.sleep(0.02)
+            time.sleep(0.02)
         reporter.update("validation", 5, 10)
         reporter.update("validation", 10, 10)
         reporter.update("validation", 2, 10)  # the next one

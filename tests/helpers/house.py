@@ -6,11 +6,11 @@ import ast
 from pathlib import Path
 from typing import NamedTuple
 
-ROOTS = {"errors", "version", "config", "recipe", "files", "processes"}
+ROOTS = {"errors", "version", "config", "recipe", "files", "processes", "progress"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"jobs", "report", "measure", "models", "images", "ops", *ROOTS},
-    "api": {"keywords", "jobs", "measure", "models", "nn", "ops", *ROOTS},
+    "api": {"keywords", "jobs", "report", "measure", "images", "models", "nn", "ops", *ROOTS},
     "keywords": {"processes"},
     "registry": {"models", "nn", *ROOTS},
     "jobs": {"fit", "report", "measure", "models", "images", "nn", "ops", *ROOTS},
@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "version"},
     "files": {"errors", "version"},
     "processes": {"errors", "version"},
+    "progress": {"errors", "version"},
     "errors": set(),
     "version": set(),
     "__main__": {"cli"},

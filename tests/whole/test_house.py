@@ -40,7 +40,7 @@ def test_the_table_itself_has_no_arrow_up():
 
 def test_files_of_packages_hold_a_docstring_and_nothing_else():
     for path in (ROOT / "sparsify").rglob("__init__.py"):
-        if path.parent.name == "sparsify":  # the public names, resolved at first use
+        if path.parent.name in ("sparsify", "api"):  # the public names
             continue
         text = path.read_text(encoding="utf-8")
         tree = ast.parse(text)

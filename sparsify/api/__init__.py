@@ -1,0 +1,23 @@
+"""The library: every function that `import sparsify` shows.
+
+arguments      what the functions share      conversion   a dense model in, a sparse one out
+loading        a file to a model, and back   measuring    MACs, time, accuracy, sweeps
+programs       exports                       reporting    pictures, pages, the hub
+"""
+
+from sparsify.api.conversion import convert
+from sparsify.api.loading import load, save
+from sparsify.api.measuring import evaluate, profile, profile_adaptive, profile_against
+from sparsify.api.programs import export, export_pair
+
+__all__ = [
+    "convert",
+    "evaluate",
+    "export",
+    "export_pair",
+    "load",
+    "profile",
+    "profile_adaptive",
+    "profile_against",
+    "save",
+]

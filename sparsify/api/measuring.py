@@ -1,0 +1,134 @@
+"""MACs, time and accuracy of a sparse model beside its dense original."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+from torch import nn
+
+from sparsify.api.arguments import ModelOrFile, in_python, opened_pair, preprocessing, split
+from sparsify.errors import UsageError
+from sparsify.jobs.against import profile_against as profile_against_job
+from sparsify.keywords import AgainstOptions, ComputeOptions, EvaluateOptions, ProfileOptions
+from sparsify.measure.accuracy import Evaluation
+from sparsify.measure.adaptive import AdaptiveProfile
+from sparsify.measure.adaptive import profile_adaptive as profile_adaptively
+from sparsify.measure.against import Against
+from sparsify.measure.evaluate import evaluate_images, own_compute
+from sparsify.measure.figures import Profile
+from sparsify.measure.latency import BUDGET_S, Budget
+from sparsify.measure.profile import profile as profile_model
+from sparsify.models.original import Which
+from sparsify.nn import graft
+from sparsify.nn.adaptive import Adaptive, lead
+from sparsify.processes import Compute, Listener
+
+
+def profile_adaptive(model: nn.Module, **options: Unpack[ComputeOptions]) -> AdaptiveProfile:
+    """MACs and latency of adaptive inference, in the mean and at worst, beside the dense model.
+
+    Args:
+        model: what `load(..., adaptive=)` gave.
+        batch_size, device, dtype, backend, kernel_precision: of the measurement (`sparsify.processes.Compute`).
+
+    Raises:
+        SparsifyError: another model, or see `sparsify.measure.profile.profile`.
+    """
+    return profile_adaptively(model, compute=split(Compute(), options, ComputeOptions)[0])
+
+
+def profile(model: ModelOrFile, *, dense: ModelOrFile | None = None, **options: Unpack[ProfileOptions]) -> Profile:
+    """MACs and latency of a sparse model (or its file) beside its dense original.
+
+    Args:
+        dense: the original: a model; with a file also a name or checkpoint, which is checked against the file. None: the
+            model's own weights without sparsity, or, for a file whose backbone was changed, no dense figures (None). Of a
+            module nobody knows whether its weights were changed: say backbone_changed=True or give `dense`.
+        batch_size, device, dtype, backend, kernel_precision: of the measurement (`sparsify.processes.Compute`).
+        budget: of a file, see `load`.
+        budget_s: about how many seconds to measure for, all models together (10), unless `repeats` says how many rounds.
+        img_size, backbone_changed, measure, count_as: see `sparsify.measure.profile.profile`.
+
+    Raises:
+        SparsifyError: see `sparsify.measure.profile.profile` and `sparsify.models.original.load_original`.
+    """
+    if isinstance(model, Adaptive):
+        raise UsageError("profile of an adaptive model: profile_adaptive(model) has its mean and its worst case")
+    sparse, original, changed = opened_pair(model, dense, Which(options.pop("budget", None)))
+    compute, rest = split(Compute(), options, ProfileOptions)
+    budget = Budget(rest.pop("budget_s", BUDGET_S), rest.pop("repeats", None))
+    return profile_model(
+        sparse, dense=original, compute=compute, budget=budget, **{"backbone_changed": changed, **rest}
+    )
+
+
+def profile_against(
+    model: ModelOrFile,
+    runtimes: Sequence[str] = ("all",),
+    *,
+    dense: ModelOrFile | None = None,
+    **options: Unpack[AgainstOptions],
+) -> Against:
+    """Times of a sparse model (or its file) and its dense original side by side in several runtimes, in one interleaved run.
+
+    `best_dense` of the result names the fastest dense way on this machine; `pairs[runtime].best_dense` has the converted
+    model's speed beside it.
+
+    Args:
+        runtimes: eager, compile (torch.compile with frozen weights), onnxruntime, openvino, onnxruntime-int8, openvino-int8;
+            or all that can run here, int8 ones with dtype bfloat16.
+        dense, budget, repeats, budget_s, backbone_changed: as in `profile`; without a dense model there are no dense times.
+        batch_size, device, dtype, backend, kernel_precision: of the measurement (`sparsify.processes.Compute`).
+        say: called with a line now and then.
+
+    Raises:
+        SparsifyError: see `sparsify.jobs.against.profile_against` and `sparsify.models.original.load_original`.
+    """
+    if isinstance(model, Adaptive):
+        raise UsageError("runtimes are compared by schedule: load the file with budget, not with adaptive")
+    sparse, original, changed = opened_pair(model, dense, Which(options.pop("budget", None)))
+    compute, rest = split(Compute(), options, AgainstOptions)
+    names = (runtimes,) if isinstance(runtimes, str) else tuple(runtimes)
+    budget = Budget(rest.pop("budget_s", BUDGET_S), rest.pop("repeats", None))
+    how: dict[str, Any] = {"say": in_python(rest.pop("say", None)), "backbone_changed": changed, **rest}
+    return profile_against_job(sparse, names, dense=original, compute=compute, budget=budget, **how)
+
+
+def evaluate(
+    model: ModelOrFile, images: str | Path, *, dense: ModelOrFile | None = None, **options: Unpack[EvaluateOptions]
+) -> Evaluation:
+    """Accuracy of a sparse model (or its file) beside its dense original on a labelled folder, timm data set or `digits`.
+
+    The sparse form is computed, whatever `load` chose. Several processes that a launcher started share the images, and
+    every one of them must call this.
+
+    Args:
+        dense, budget: as in `profile`. adaptive: of a file, see `load`; or give the model that `load` returned.
+        batch_size, workers, device, dtype, backend, kernel_precision: see `sparsify.processes.Compute`.
+        mean, std, crop_pct, interpolation, class_map: see `sparsify.images.preprocessing.Preprocessing`.
+        name, strict, backbone_changed: see `sparsify.measure.evaluate.evaluate_images`.
+        say: called with a line now and then; progress: with the images done, and how many there are (None: unknown).
+
+    Raises:
+        SparsifyError: see `sparsify.measure.evaluate.evaluate_images` and `sparsify.models.original.load_original`.
+    """
+    which = Which(options.pop("budget", None), options.pop("adaptive", None))
+    sparse, original, changed = opened_pair(model, dense, which)
+    compute, rest = split(own_compute(sparse), options, EvaluateOptions)
+    if given := preprocessing(rest):
+        sparse = _shallow_copy(sparse)  # the caller's model keeps its own
+        given.apply(lead(sparse))
+    tell = rest.pop("progress", lambda done, total: None)
+    listener = Listener(in_python(rest.pop("say", None)), lambda step, done, total: tell(done, total))
+    return evaluate_images(
+        sparse, str(images), dense=original, compute=compute, listener=listener, **{"backbone_changed": changed, **rest}
+    )
+
+
+def _shallow_copy(model: nn.Module) -> nn.Module:
+    """The same tensors in a model whose attributes are its own."""
+    if isinstance(model, Adaptive):
+        return Adaptive(graft.shallow_copy(model.first), model.second, model.rule)
+    return graft.shallow_copy(model)
