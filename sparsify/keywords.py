@@ -10,6 +10,9 @@ import torch
 
 from sparsify.processes import Say
 
+Progress = bool | Callable[[str, int, int | None], None]
+"""True: bars in a notebook or at a terminal, lines elsewhere; a function: called with step, done, total (None: unknown)."""
+
 
 class RecipeOptions(TypedDict, total=False):
     """Keywords of `convert` that are fields of `SparsityConfig` or `Recipe`."""
@@ -57,8 +60,14 @@ class ConvertOptions(RecipeOptions, PreprocessingOptions, total=False):
     num_classes: int | None
     img_size: int | None
     ema: bool | None
-    device: str
-    say: Say
+    device: str | torch.device | None
+    dtype: str | torch.dtype
+    batch_size: int
+    micro_batch: int
+    workers: int
+    backend: str | None
+    say: Say | None
+    progress: Progress
 
 
 class ComputeOptions(TypedDict, total=False):
@@ -90,7 +99,7 @@ class AgainstOptions(ComputeOptions, total=False):
     repeats: int | None
     budget_s: float
     backbone_changed: bool
-    say: Say
+    say: Say | None
 
 
 class EvaluateOptions(ComputeOptions, PreprocessingOptions, total=False):
@@ -102,5 +111,5 @@ class EvaluateOptions(ComputeOptions, PreprocessingOptions, total=False):
     backbone_changed: bool
     name: str
     strict: bool
-    say: Say
-    progress: Callable[[int, int | None], None]
+    say: Say | None
+    progress: bool | Callable[[int, int | None], None]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from sparsify import processes
 from sparsify.errors import UsageError, as_arguments
 from sparsify.jobs.dense import Preprocessing
-from sparsify.keywords import PreprocessingOptions
+from sparsify.keywords import PreprocessingOptions, Progress
 from sparsify.models import hub
 from sparsify.models.original import Which, opened
-from sparsify.processes import Compute, Say
+from sparsify.processes import Compute, Listener, Say
 
 ModelOrFile = nn.Module | str | Path
 
@@ -52,3 +54,17 @@ def opened_pair(
 def in_python(say: Say | None) -> Say:
     """`say`, told the fields that a line names as arguments."""
     return (lambda line: None) if say is None else lambda line: say(as_arguments(line))
+
+
+@contextmanager
+def listening(say: Say | None, progress: Progress = False) -> Iterator[Listener]:
+    """Who hears of a job while the block runs: the caller's functions, or the bars that `progress` True asks for."""
+    if progress is True and processes.main():
+        from sparsify.progress import here
+
+        with here() as reporter:
+            yield Listener(in_python(say), reporter.update)
+    elif isinstance(progress, bool):
+        yield Listener(in_python(say))
+    else:
+        yield Listener(in_python(say), lambda step, done, total, *note: progress(step, done, total))

@@ -2,87 +2,168 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
+
+from torch import Tensor, nn
 
 from sparsify import config
-from sparsify.api.arguments import in_python, preprocessing
+from sparsify.api.arguments import listening, preprocessing, split
+from sparsify.errors import UsageError, field
+from sparsify.images.given import GivenImages
 from sparsify.jobs.convert import Conversion, ImageSources, OutputOptions
 from sparsify.jobs.convert import convert as convert_job
 from sparsify.jobs.dense import DenseRequest
 from sparsify.keywords import ConvertOptions
-from sparsify.processes import Compute, Listener
+from sparsify.nn import graft, guard
+from sparsify.processes import Compute
 from sparsify.recipe import Recipe, default_recipe, load_recipe
+
+MODEL_FILE = "model.safetensors"
+OF_A_NAME = ("num_classes", "img_size", "ema")
 
 
 def convert(
-    name: str | Path,
+    model: str | Path | nn.Module,
+    data: str | Path | Tensor | Iterable[Any] | None = None,
     *,
     keep: float | str | Sequence[float | str] | None = None,
     recipe: str | Recipe | None = None,
-    data: str | Path | None = None,
     weights: str | Path | None = None,
-    output: str | Path = "model.safetensors",
+    output: str | Path | None = None,
     force: bool = False,
     **options: Unpack[ConvertOptions],
 ) -> Conversion:
-    """Convert a timm model and write it to `output`.
+    """Convert a timm model, by its name or as a module, to a sparse one.
+
+    A module is not changed: a copy is converted, without the module's hooks. `Conversion.model` is then in eval mode, on the
+    module's device and in its dtype, and computes as a model of `load` does (backend auto).
+
+    Example:
+        sparse = sparsify.convert(timm_model, loader, keep=0.1).model
+        sparsify.convert("deit_small", keep=0.1)  # writes model.safetensors
 
     Args:
-        name: alias, timm name, `hf-hub:` or `local-dir:` name, or `digits`.
+        model: a ViT of timm (`nn.Module`); or a name: alias, timm name, `hf-hub:`, `local-dir:`, or `digits`.
+        data: images to calibrate on. A folder or data set (text or path), which is read through the model's own
+            preprocessing, and which a recipe also learns from. Or tensors that are normalised already, of which the first
+            `calib_images` are read once and calibrated on: [B, 3, H, W]; or a DataLoader or another iterable of such
+            tensors, of (images, labels), or of dicts with one such tensor. None: the built-in pictures.
         keep: fraction of keys that each query attends to, 0 < keep <= 1, or 'dense'; one value, or one for each block.
             With a target: the values to choose from for each block.
-        recipe: name, YAML file or `Recipe`; None: `distill` with `data` and at most one target, else `calibrate`.
-        data: folder or data set to calibrate on and to learn from. None: the built-in pictures, calibration only.
-        weights: local checkpoint (.safetensors, .pth) of that architecture.
-        output: file to write; its reports go beside it.
+        recipe: name, YAML file or `Recipe`. None: `distill` where a file is written, `data` is a folder or data set, and at
+            most one target is given; else `calibrate`.
+        weights: of a name: local checkpoint (.safetensors, .pth) of that architecture.
+        output: file to write; its reports go beside it. None: model.safetensors for a name, no file for a module.
         force: overwrite a file that holds another model.
-        target_macs, target_latency: choose keep and tokens of every block for this fraction of the dense model's MACs or
-            time (give one of them). Several fractions: a schedule for each over one backbone, the first in
-            use (`load(..., budget=)`, `model.set_budget`); nothing is trained then.
+
+    Keyword Args:
+        target_macs: fraction of the dense model's MACs to choose keep and tokens of every block for. Several fractions: a
+            schedule for each over one backbone, the first in use (`model.set_budget`); nothing is trained then.
+        target_latency: the same for fractions of the dense model's time on this machine. Give one of the two.
         runtime: where the model is to run: eager, compile, onnxruntime or openvino. For the last two a target is reached by
             fewer tokens alone, with dense attention: sparse attention is slower there.
         allow_nonfinite: take weights with NaN or infinity, which are refused otherwise.
         calibrate_only: leave out the stages of the recipe.
         val: labelled images that decide which weights are written; None: a part of `data` is held back.
         resume: continue the interrupted fine-tuning of this output (folder STEM.run beside it).
-        num_classes: outputs of `weights`, 0 for features; None: read off the file. img_size: in pixels; None: the model's.
+        num_classes: outputs of `weights`, 0 for features; None: read off the file.
+        img_size: of a name: side in pixels; None: the model's.
         ema: of `weights`, take the averaged ones (EMA), or the others; None: averaged where the file has them.
-        device: of torch: cpu (default), cuda, cuda:1, mps. say: called with a line now and then.
-        mean, std, crop_pct, interpolation, class_map: written into the file; see
-            `sparsify.images.preprocessing.Preprocessing`.
-        predictor, rank, tail, cells, spread, granularity, tile, fold, token_lowrank, tokens: fields of
-            `SparsityConfig`; tokens is a mapping:
+        device: of torch: cpu, cuda, cuda:1, mps. None: the module's, or cpu for a name.
+        dtype: of the calibration's forward passes (autocast): float32, bfloat16 or float16. Files are float32.
+        batch_size: images computed together in calibration; None: 16.
+        micro_batch: maximum images per forward/backward pass of a fine-tuning (gradient accumulation); 64.
+        workers: processes that read images of a folder or data set; 0: this one.
+        backend: what computes sparse attention in the calibration's trials: auto, cpu or reference.
+        say: called with a line now and then.
+        progress: True shows bars in a notebook or at a terminal (lines elsewhere); a function is called with the name of a
+            step, images or steps done, and their total (None: unknown).
+        mean: of the preprocessing, subtracted from pixels from 0 to 1; written into the file, as the next four.
+        std: divides them then.
+        crop_pct: side of the central crop, as a fraction of the shorter side.
+        interpolation: of resizing: bicubic, bilinear, nearest, box, hamming or lanczos.
+        class_map: file of the names of all classes in their order, .txt or .json.
+        predictor: head-lowrank, or token-lowrank, the paper's. This and what follows: fields of
+            `sparsify.SparsityConfig` and of `sparsify.recipe.Recipe`.
+        rank: coordinates of the predictor; one value, or one for each block.
+        tail: what stands for dropped keys: none, mean, cells or clusters.
+        cells: grid of cells of the tail, (rows, columns).
+        spread: what is spent unevenly over the heads: all, rank or none.
+        granularity: token, or tile: one set of keys for neighbouring queries.
+        tile: rows and columns of a tile.
+        fold: fold the predictor into `qkv` where that is exact.
+        token_lowrank: knobs of the paper's predictor, a mapping.
+        tokens: removal of tokens, a mapping:
             {"keep": 0.7, "stages": (4, 7, 10), "way": "merge", "importance": "fitted"}.
-        description, calib_images, seed, start, precision, hold_back, repair, stages: fields of `Recipe`.
+        description: of the recipe.
+        calib_images: images to calibrate on, at most.
+        seed: of the choice of images.
+        start: of the predictors: closed-form or random.
+        precision: of the fine-tuning: auto, float32, bfloat16 or float16.
+        hold_back: fraction of the images that decides which weights are kept.
+        repair: least squares before the stages, a mapping.
+        stages: of the fine-tuning.
+
+    Returns:
+        The sparse model with its header, theoretical MACs and the paths of what was written (None: nothing was).
 
     Raises:
-        SparsifyError: one line: what was wrong, what was expected, what to do.
+        UnsupportedModel: a module that is no ViT of timm, or one that cannot be converted; the message names its class.
+        SparsifyError: one line: what was wrong, what was expected, what to do. Nothing is written then.
     """
     calibrate_only, val = options.pop("calibrate_only", False), options.pop("val", None)
-    model = DenseRequest(
-        os.fspath(name),
-        None if weights is None else Path(weights),
-        options.pop("num_classes", None),
-        options.pop("img_size", None),
-        options.pop("ema", None),
-        preprocessing(options),
-        options.pop("allow_nonfinite", False),
-    )
-    written = OutputOptions(Path(output), force, options.pop("resume", False))
-    compute, listener = Compute(device=options.pop("device", "cpu")), Listener(in_python(options.pop("say", None)))
+    say, progress = options.pop("say", None), options.pop("progress", False)
+    request = _request(model, weights, options)
+    path = MODEL_FILE if output is None and request.module is None else output
+    written = None if path is None else OutputOptions(Path(path), force, options.pop("resume", False))
+    own_device = next((str(p.device) for p in request.module.parameters()), "cpu") if request.module else "cpu"
+    compute, rest = split(Compute(device=own_device), options, ConvertOptions)
+    for handled in ("device", "backend"):  # None: the default
+        rest.pop(handled, None)
     keeps = tuple(keep) if isinstance(keep, Iterable) and not isinstance(keep, str) else keep
     to_try = None if keep is None else [None if each == "dense" else each for each in config.listed(keeps)]
     target = config.target(
-        options.pop("target_macs", None), options.pop("target_latency", None), to_try, options.pop("runtime", "eager")
+        rest.pop("target_macs", None), rest.pop("target_latency", None), to_try, rest.pop("runtime", "eager")
     )
     if recipe is None:
-        recipe = default_recipe(data is not None and not calibrate_only and (target is None or len(target.shares) == 1))
+        may_learn = isinstance(data, str | Path) and written is not None and not calibrate_only
+        recipe = default_recipe(may_learn and (target is None or len(target.shares) == 1))
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    chosen = chosen.override(keep=None if target else keeps, **options)
+    chosen = chosen.override(keep=None if target else keeps, **rest)
     if calibrate_only:
         chosen = chosen.without_training()
-    images = ImageSources(None if data is None else str(data), None if val is None else str(val))
-    return convert_job(model, chosen, written, images=images, target=target, compute=compute, listener=listener)
+    train = str(data) if isinstance(data, str | Path) else None if data is None else GivenImages(data)
+    images = ImageSources(train, None if val is None else str(val))
+    with listening(say, progress) as listener:
+        made = convert_job(request, chosen, written, images=images, target=target, compute=compute, listener=listener)
+    return made if request.module is None else replace(made, model=_as_given(made, request.module))
+
+
+def _request(model: Any, weights: str | Path | None, options: Any) -> DenseRequest:
+    """What is to be converted; takes what describes it from `options`."""
+    described, nonfinite = preprocessing(options), options.pop("allow_nonfinite", False)
+    num_classes, img_size, ema = (options.pop(name, None) for name in OF_A_NAME)
+    if isinstance(model, nn.Module):
+        given = dict(zip(("weights", *OF_A_NAME), (weights, num_classes, img_size, ema), strict=True))
+        for name, value in given.items():
+            if value is not None:
+                has = "a module has its own weights, classes and image size"
+                raise UsageError(f"{field(name)} is of a name: {has}; change the module before")
+        return DenseRequest(preprocessing=described, allow_nonfinite=nonfinite, module=model)
+    if not isinstance(model, str | Path):
+        raise UsageError(f"model {type(model).__name__}: the name of a model or a module (nn.Module) is expected")
+    file = None if weights is None else Path(weights)
+    return DenseRequest(str(model), file, num_classes, img_size, ema, described, nonfinite)
+
+
+def _as_given(made: Conversion, module: nn.Module) -> nn.Module:
+    """The converted model as `load` gives one, on the device of the module and in its dtype, if it has one."""
+    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    model = graft.freeze_predictors(made.model.to(next(module.parameters()).device))
+    if len(dtypes) == 1:
+        model = model.to(dtypes.pop())
+    guard.set_backend(model, "auto", dense_allowed=not made.header.backbone_changed)
+    return model

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 
 from torch import nn
 
-from sparsify.api.arguments import ModelOrFile, in_python, opened_pair, preprocessing, split
+from sparsify.api.arguments import ModelOrFile, in_python, listening, opened_pair, preprocessing, split
 from sparsify.errors import UsageError
 from sparsify.jobs.against import profile_against as profile_against_job
 from sparsify.keywords import AgainstOptions, ComputeOptions, EvaluateOptions, ProfileOptions
@@ -23,7 +23,7 @@ from sparsify.measure.profile import profile as profile_model
 from sparsify.models.original import Which
 from sparsify.nn import graft
 from sparsify.nn.adaptive import Adaptive, lead
-from sparsify.processes import Compute, Listener
+from sparsify.processes import Compute
 
 
 def profile_adaptive(model: nn.Module, **options: Unpack[ComputeOptions]) -> AdaptiveProfile:
@@ -109,7 +109,9 @@ def evaluate(
         batch_size, workers, device, dtype, backend, kernel_precision: see `sparsify.processes.Compute`.
         mean, std, crop_pct, interpolation, class_map: see `sparsify.images.preprocessing.Preprocessing`.
         name, strict, backbone_changed: see `sparsify.measure.evaluate.evaluate_images`.
-        say: called with a line now and then; progress: with the images done, and how many there are (None: unknown).
+        say: called with a line now and then.
+        progress: True shows bars in a notebook or at a terminal; a function is called with the images done, and how many
+            there are (None: unknown).
 
     Raises:
         SparsifyError: see `sparsify.measure.evaluate.evaluate_images` and `sparsify.models.original.load_original`.
@@ -120,11 +122,11 @@ def evaluate(
     if given := preprocessing(rest):
         sparse = _shallow_copy(sparse)  # the caller's model keeps its own
         given.apply(lead(sparse))
-    tell = rest.pop("progress", lambda done, total: None)
-    listener = Listener(in_python(rest.pop("say", None)), lambda step, done, total: tell(done, total))
-    return evaluate_images(
-        sparse, str(images), dense=original, compute=compute, listener=listener, **{"backbone_changed": changed, **rest}
-    )
+    say, tell = rest.pop("say", None), rest.pop("progress", False)
+    heard = tell if isinstance(tell, bool) else lambda step, done, total: tell(done, total)
+    how: dict[str, Any] = {"backbone_changed": changed, **rest}
+    with listening(say, heard) as listener:
+        return evaluate_images(sparse, str(images), dense=original, compute=compute, listener=listener, **how)
 
 
 def _shallow_copy(model: nn.Module) -> nn.Module:

@@ -26,12 +26,13 @@ from sparsify.fit.finetune.plan import Plan, RunOptions, TrainingData, check_sta
 from sparsify.fit.finetune.run import RunResult
 from sparsify.fit.finetune.run_folder import RunFolder
 from sparsify.fit.schedule import choose
+from sparsify.images.given import GivenImages
 from sparsify.images.trainset import TrainSet, trainset
 from sparsify.jobs.dense import Calibrator, Dense, DenseRequest, load_dense
 from sparsify.jobs.tune import Calibrated, Tuned, tune
 from sparsify.measure.figures import Profile
 from sparsify.measure.profile import profile
-from sparsify.models import building, checkpoint
+from sparsify.models import building, checkpoint, module
 from sparsify.models.header import Schedule
 from sparsify.nn import graft, hosts, schedules, token_models
 from sparsify.processes import Compute, Listener
@@ -46,7 +47,8 @@ from sparsify.version import __version__
 class ImageSources:
     """Images of a conversion, folders or data sets."""
 
-    train: str | None = None  # calibrate on, and learn from if the recipe has stages; None: built-in, calibration only
+    # calibrate on, and learn from if the recipe has stages; None: built-in, calibration only. Tensors: calibration only
+    train: str | GivenImages | None = None
     val: str | None = None  # labelled, to decide which weights are written; None: a part of `train` is held back
 
 
@@ -68,12 +70,13 @@ class OutputOptions:
 class Conversion:
     """What `convert` made."""
 
-    path: Path  # the model's file; the reports lie beside it
-    report_json: Path
-    report_md: Path
+    path: Path | None  # the model's file, the reports beside it; None: nothing was written
+    report_json: Path | None
+    report_md: Path | None
     recipe: Path | None  # where one schedule was chosen
-    model: nn.Module  # the sparse model, eval mode
-    header: checkpoint.Header  # what the file says of itself
+    # the sparse model, eval mode, on the CPU in float32; of a module that the caller gave see `sparsify.api.conversion`
+    model: nn.Module
+    header: checkpoint.Header  # what the file says of itself, or would say
     profile: Profile  # theoretical MACs of the schedule in use, nothing measured
     profiles: Mapping[float, Profile]  # the same of every budget of the target, from the largest
     calibration: str  # which images were used, in words
@@ -86,14 +89,14 @@ class Conversion:
 def convert(
     request: DenseRequest,
     recipe: Recipe,
-    output: OutputOptions,
+    output: OutputOptions | None,
     *,
     images: ImageSources = ImageSources(),
     target: Target | None = None,
     compute: Compute = Compute(),
     listener: Listener = Listener(),
 ) -> Conversion:
-    """Converts a dense model by `recipe` and writes `output`.
+    """Converts a dense model by `recipe` and writes `output`; None: no file, which a recipe that trains needs.
 
     Args:
         target: choose keep and token keep of every block for it, once for each of its shares; the recipe's are the start of
@@ -110,7 +113,7 @@ def convert(
     endings = ("report.json", "report.md", *(["recipe.yaml"] if _one_schedule(target) else []))
     with contextlib.ExitStack() as held:
         with processes.agree():
-            if processes.main():
+            if processes.main() and output is not None:
                 held.enter_context(reserved(output.path, *map(output.beside, endings)))
         return _convert(request, recipe, output, images, target, compute, listener)
 
@@ -118,7 +121,7 @@ def convert(
 def _convert(
     request: DenseRequest,
     recipe: Recipe,
-    output: OutputOptions,
+    output: OutputOptions | None,
     images: ImageSources,
     target: Target | None,
     compute: Compute,
@@ -131,20 +134,30 @@ def _convert(
         if recipe.trains and target is not None and len(target.shares) > 1:
             given, only = field(f"target_{target.of}"), field("calibrate_only")
             raise UsageError(f"{given}: weights are trained for one target; give one, or train nothing ({only})")
+        if recipe.trains and output is None:
+            needs = "this recipe trains, and a fine-tuning keeps its state beside the file that it writes"
+            raise UsageError(f"{needs}: give {field('output')} FILE, or calibrate only ({field('calibrate_only')})")
         dense = load_dense(request, _calibrated_config(recipe, target), compute, listener)
         model = dense.model
         if target is not None:  # its schedule removes tokens
             token_models.check_host(model)
         architecture, dense_sha256 = building.describe(model, dense.source), checkpoint.digest_of(model)
-        checkpoint.may_overwrite(output.path, architecture, output.force)
+        if output is not None:
+            if request.module is not None:
+                module.check_described(model, dense.source, architecture)
+            checkpoint.may_overwrite(output.path, architecture, output.force)
         plan = _plan(model, recipe, images, dense_sha256, target, compute)
-        fitted_to = plan.images if plan else trainset(images.train) if images.train else None
+        fitted_to = plan.images if plan else images.train
+        if isinstance(fitted_to, str):
+            fitted_to = trainset(fitted_to)
     start = time.perf_counter()
     about = {
-        "source": _public_name(dense.source.asked),
+        "source": None if request.module is not None else _public_name(dense.source.asked),
         "weights": request.weights.name if request.weights else None,
         "dense_sha256": dense_sha256,
     } | ({} if dense.averaged is None else {"ema": dense.averaged})
+    if request.module is not None:
+        about["module"] = True
     calibrated = partial(_calibrated, dense, recipe, fitted_to, target, compute, listener)
 
     def header(found: Calibrated, config: SparsityConfig, tuned: Tuned | None = None) -> checkpoint.Header:
@@ -160,6 +173,7 @@ def _convert(
         if images.train is None:
             listener.say(f"calibrated only: {field('data')} FOLDER gives images to learn from")
     else:
+        assert output is not None
         run = RunFolder(output.beside("run"))
         how = RunOptions(run.path, compute.device, output.save_minutes, listener)
         tuned = tune(
@@ -167,11 +181,13 @@ def _convert(
         )
         found, sparse, config = tuned.start, tuned.model, tuned.config
     written, figures = _reported(sparse, header(found, config, tuned))
+    if written.schedules and written.budget is not None:
+        schedules.offer(sparse, {b: each.config for b, each in written.schedules.items()}, written.budget)
     made = Conversion(
-        path=output.path,
-        report_json=output.beside("report.json"),
-        report_md=output.beside("report.md"),
-        recipe=output.beside("recipe.yaml") if _one_schedule(target) else None,
+        path=None if output is None else output.path,
+        report_json=None if output is None else output.beside("report.json"),
+        report_md=None if output is None else output.beside("report.md"),
+        recipe=output.beside("recipe.yaml") if output is not None and _one_schedule(target) else None,
         model=sparse,
         header=written,
         profile=next(iter(figures.values())),
@@ -181,8 +197,8 @@ def _convert(
         tuning=None if tuned is None else tuned.outcome,
         run=None if run is None else run.path,
     )
-    if processes.main():
-        _write(made, found.recipe)
+    if processes.main() and output is not None:
+        _write(made, found.recipe, output)
         if run is not None:
             run.finish(output.path)
     processes.barrier()
@@ -206,14 +222,14 @@ def _one_schedule(target: Target | None) -> bool:
     return target is not None and len(target.shares) == 1
 
 
-def _write(made: Conversion, recipe: Recipe) -> None:
+def _write(made: Conversion, recipe: Recipe, output: OutputOptions) -> None:
     """The model's file and what lies beside it."""
-    checkpoint.save(made.model, made.path, made.header)
+    checkpoint.save(made.model, output.path, made.header)
     figures, words = made.profile.as_dict(), to_markdown(made.profile)
     if len(made.profiles) > 1:
         figures["budgets"] = {f"{budget:g}": each.as_dict() for budget, each in made.profiles.items()}
         words = budgets_markdown(made.header) + "\n" + words
-    beside: dict[Path, Any] = {made.report_json: figures, made.report_md: words}
+    beside: dict[Path, Any] = {output.beside("report.json"): figures, output.beside("report.md"): words}
     if made.recipe is not None:
         beside[made.recipe] = recipe_yaml(recipe)
     write_all(beside)
@@ -233,13 +249,24 @@ def _plan(
     if images.train is None:
         give, or_not = field("data"), field("calibrate_only")
         raise UsageError(f"this recipe learns from images: give them with {give}, or calibrate only ({or_not})")
+    if isinstance(images.train, GivenImages):
+        give, or_not = field("data"), field("calibrate_only")
+        raise UsageError(
+            f"this recipe learns from image files, which it crops at random: give {give} a folder or a data set instead of "
+            f"tensors, or calibrate only ({or_not})"
+        )
     plan = make_plan(model, recipe, TrainingData(images.train, images.val), compute, dense_sha256)
     asked = None if target is None else target.model_dump(mode="json")
     return replace(plan, identity=plan.identity | {"target": asked})
 
 
 def _calibrated(
-    dense: Dense, recipe: Recipe, images: TrainSet | None, target: Target | None, compute: Compute, listener: Listener
+    dense: Dense,
+    recipe: Recipe,
+    images: TrainSet | GivenImages | None,
+    target: Target | None,
+    compute: Compute,
+    listener: Listener,
 ) -> Calibrated:
     """The model with its predictors fitted (or drawn at random, as the recipe says), and a schedule chosen for a target."""
     model = dense.model

@@ -19,10 +19,11 @@ from sparsify.fit.schedule import sureness
 from sparsify.fit.schedule.choose import sensitivity
 from sparsify.fit.schedule.head_costs import timed
 from sparsify.fit.schedule.sensitivity import Sensitivity
-from sparsify.images import datasets
+from sparsify.images import datasets, given
+from sparsify.images.given import GivenImages
 from sparsify.images.preprocessing import Preprocessing
 from sparsify.images.trainset import TrainSet, builtin_calibration
-from sparsify.models import building, names, pretrained
+from sparsify.models import building, module, names, pretrained
 from sparsify.models.dense_weights import read_checkpoint
 from sparsify.models.digits import network
 from sparsify.nn import graft, hosts
@@ -39,9 +40,9 @@ PROBE_IMAGES = 64  # calibration images on which a schedule is chosen
 
 @dataclass(frozen=True)
 class DenseRequest:
-    """The dense model that a job starts from."""
+    """The dense model that a job starts from: a name, or a module that the caller holds (all else is None then)."""
 
-    name: str  # alias, timm name, hf-hub:ORG/NAME, local-dir:FOLDER, or digits
+    name: str = ""  # alias, timm name, hf-hub:ORG/NAME, local-dir:FOLDER, or digits
     weights: Path | None = None  # local checkpoint (.safetensors, .pth) of that architecture; None: the name's own
     num_classes: int | None = None  # outputs of the head, 0 for features; None: as many as the weights have
     img_size: int | None = None  # side in pixels; None: the size that the weights have
@@ -50,6 +51,7 @@ class DenseRequest:
     )
     preprocessing: Preprocessing | None = None  # what of it is given, names of classes among it; None: nothing
     allow_nonfinite: bool = False  # take weights with NaN or infinity
+    module: nn.Module | None = None  # takes the place of name, weights, num_classes, img_size and ema
 
 
 class Dense(NamedTuple):
@@ -68,6 +70,8 @@ def load_dense(request: DenseRequest, config: SparsityConfig, compute: Compute, 
         UnsupportedModel: attention that is not understood.
         SparsifyError: see `sparsify.models.pretrained.load`.
     """
+    if request.module is not None:
+        return _copied(request.module, request, config, compute)
     execution, device, dtype = Execution(compute.backend), compute.torch_device, compute.torch_dtype
     check_execution(execution, device, dtype)
     source = names.resolve(request.name)
@@ -77,17 +81,31 @@ def load_dense(request: DenseRequest, config: SparsityConfig, compute: Compute, 
     hosts.supported_attentions(skeleton, source.asked)
     graft.plans_of(skeleton, config)
     check_execution(execution, device, dtype, hosts.biased(skeleton))
-    given = None if request.weights is None else read_checkpoint(request.weights, request.ema)
-    if given is not None and given.note:
-        listener.say(given.note)
-    model = pretrained.load(source, given, request.num_classes, request.img_size).to(device)
+    checkpoint = None if request.weights is None else read_checkpoint(request.weights, request.ema)
+    if checkpoint is not None and checkpoint.note:
+        listener.say(checkpoint.note)
+    model = pretrained.load(source, checkpoint, request.num_classes, request.img_size).to(device)
     if request.preprocessing is not None:
         request.preprocessing.apply(model)
     if not request.allow_nonfinite:
         _refuse_nonfinite(model, source.asked)
     if note := building.note(model, source):
         listener.say(note)
-    return Dense(source, model, None if given is None else given.averaged)
+    return Dense(source, model, None if checkpoint is None else checkpoint.averaged)
+
+
+def _copied(held: nn.Module, request: DenseRequest, config: SparsityConfig, compute: Compute) -> Dense:
+    """A copy of the caller's module; errors as of `load_dense`, and of `sparsify.models.module.copied`."""
+    execution, device, dtype = Execution(compute.backend), compute.torch_device, compute.torch_dtype
+    source, model = module.copied(held)
+    check_execution(execution, device, dtype, hosts.biased(model))
+    graft.plans_of(model, config)
+    model = model.to(device)
+    if request.preprocessing is not None:
+        request.preprocessing.apply(model)
+    if not request.allow_nonfinite:
+        _refuse_nonfinite(model, f"this {type(held).__name__}")
+    return Dense(source, model)
 
 
 @contextlib.contextmanager
@@ -124,7 +142,7 @@ class Calibrator:
     @classmethod
     def on(
         cls,
-        images: TrainSet | None,
+        images: TrainSet | GivenImages | None,
         dense: Dense,
         recipe: Recipe,
         compute: Compute,
@@ -138,6 +156,8 @@ class Calibrator:
         transform = datasets.transform(datasets.data_config(dense.model))
         n = images_of(recipe.calib_images, hosts.num_tokens(dense.model))
         size, device = compute.batch_size or BATCH_SIZE, compute.torch_device
+        if isinstance(images, GivenImages):
+            return cls._on_given(images.first(n, dense.model), dense.model, compute, listener)
         if images is not None:
             if images.note:
                 listener.say(f"{field(option)}: {images.note}")
@@ -157,6 +177,15 @@ class Calibrator:
                 listener.say(f"images to calibrate on: {line}")
 
         return cls(batches, words, n, compute, listener)
+
+    @classmethod
+    def _on_given(cls, images: Tensor, model: nn.Module, compute: Compute, listener: Listener) -> Calibrator:
+        """On tensors [B, C, H, W] as the caller normalised them."""
+        if line := given.note(images, model):
+            listener.say(line)
+        size, device = compute.batch_size or BATCH_SIZE, compute.torch_device
+        words = f"the first {len(images)} images of {field('data')}, given as tensors"
+        return cls(lambda: (x.to(device) for x in images.split(size)), words, len(images), compute, listener)
 
     def calibrate(self, model: nn.Module, config: SparsityConfig, keeps: Sequence[float | None] = ()) -> Calibration:
         """Grafts sparse attention into a dense `model`, in place, and fits its predictors; `keeps`: see `calibrate`."""

@@ -7,7 +7,7 @@ Metadata keys (strings; all but `format` hold JSON or plain text):
     sparsify.architecture  architecture, model_args, pretrained_cfg: what timm needs to build the host
     sparsify.config        SparsityConfig, ranks resolved
     sparsify.provenance    source, recipe, calibration, seed, library versions, date, whether the backbone changed,
-                           dense_sha256: digest of the dense model that was converted
+                           dense_sha256: digest of the dense model that was converted; module: it was no name's
     sparsify.report        headline figures (theoretical MACs)
     sparsify.schedules     config and report of each budget, in files that were made for a target; config is one of them
     sparsify.sureness      margins and distances of each budget over the calibration images, for adaptive inference

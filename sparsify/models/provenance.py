@@ -22,6 +22,8 @@ class Origin(NamedTuple):
 def origin(header: Header) -> Origin:
     """The model that was converted. Folders and file names of the user's machine are not told."""
     source, architecture = str(header.provenance.get("source") or ""), header.architecture["architecture"]
+    if header.provenance.get("module"):
+        return Origin(architecture, " as its owner had it in Python")
     if header.provenance.get("weights"):
         return Origin(architecture, " with a checkpoint of its owner's")
     if source.startswith(hub.SCHEMES):

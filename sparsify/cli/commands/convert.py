@@ -85,11 +85,12 @@ def convert(
     from sparsify.jobs.dense import DenseRequest
 
     quiet = quiet or not processes.main()
+    files = convert.OutputOptions(output, force, resume, save_minutes)
     with Reporter(quiet) as reporter:
         made = convert.convert(
             DenseRequest(name, weights, num_classes, img_size, ema, given, allow_nonfinite),
             chosen,
-            convert.OutputOptions(output, force, resume, save_minutes),
+            files,
             images=convert.ImageSources(data, val),
             target=target,
             compute=compute,
@@ -102,8 +103,7 @@ def convert(
         tables.show(tables.budgets_table(made.header))
     also = f"{made.recipe.name}, " if made.recipe else ""
     run = f"; the run is in {made.run}" if made.run else ""
-    terminal.line(
-        f"wrote {made.path}, {also}{made.report_json.name} and {made.report_md.name} in {made.seconds:.0f} s{run}"
-    )
+    reports = " and ".join(files.beside(ending).name for ending in ("report.json", "report.md"))
+    terminal.line(f"wrote {made.path}, {also}{reports} in {made.seconds:.0f} s{run}")
     if made.tuning is not None and made.tuning.stopped:
         raise SparsifyError(f"{made.tuning.stopped}; {made.path} has the best weights up to there")
