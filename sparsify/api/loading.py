@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from sparsify.jobs.save import save as save_job
 from sparsify.models import checkpoint, hub
 from sparsify.nn import graft, guard
 from sparsify.nn.adaptive import adaptive as adaptively
+from sparsify.nn.warmup import warm_up
 
 
 def load(
@@ -24,18 +26,23 @@ def load(
     adaptive: float | None = None,
     backend: str = "auto",
     kernel_precision: str = "input",
+    warmup: Sequence[tuple[int, int, int, int]] = (),
     **rates: float,
 ) -> nn.Module:
-    """The sparse model of a file or of a hub's repository, eval mode, for inference or further training.
+    """Load the sparse model of a file or of a hub's repository, in eval mode, for inference or further training.
 
     For inference call it under `torch.inference_mode()` or `no_grad()`: where a gradient may be asked for, no dense
     attention stands in, and without kernels the slow differentiable reference computes. Predictors take no gradients: a
     choice of keys has none (`convert --data` trains them).
 
+    Example:
+        model = sparsify.load("model.safetensors", warmup=[(1, 3, 224, 224), (8, 3, 224, 224)])
+
     Args:
         path: file; `hf-hub:ORG/NAME` or ORG/NAME of a repository that `sparsify push` wrote (@REVISION may follow),
             downloaded once; or `local-dir:FOLDER`.
-        img_size: see `sparsify.models.checkpoint.read`.
+        img_size: side in pixels, when it is not the file's; position embeddings and predictors are resampled.
+        device: of torch: cpu, cuda, cuda:1, mps.
         budget: of a file made for several targets, which of them; None: the first; 1: dense attention over all tokens. A
             model of a file that was made for a target has `set_budget`, to change it between calls.
         adaptive: mean cost of an image, a fraction of the dense model's: an `Adaptive` classifier that runs a cheap
@@ -45,13 +52,20 @@ def load(
             dense attention, unless the file's backbone was changed. From the first `model.train()` on, always sparse, in
             this model and its copies.
         kernel_precision: input, or bf16: queries, keys and values of float32 models are stored in bfloat16 by the kernels.
+        warmup: shapes (B, 3, H, W) of the calls to come. The model runs once for each, and for each budget of the file:
+            kernels are built and `auto` measures now, so that the first such call does not wait. An adaptive model's
+            second schedule runs for 1 to B images. It holds for the number of threads (`torch.set_num_threads`) and the
+            dtype that the model has then.
         rates: drop_rate, pos_drop_rate, proj_drop_rate, drop_path_rate of training, as timm's (0 to 1).
 
+    Returns:
+        A timm model, float32, on `device`.
+
     Raises:
-        BadFile: see `sparsify.models.checkpoint.read`.
-        UsageError: an unknown backend, precision or rate, a budget or a mean cost that the file does not have, or backend
-            cpu where the kernels cannot be used.
-        SparsifyError: a download that failed, see `sparsify.models.hub.fetch`.
+        BadFile: a file that is missing, damaged, from a newer version, or that `convert` did not write.
+        UsageError: an unknown backend, precision or rate, a budget or a mean cost that the file does not have, a shape that
+            the model does not take, or backend cpu where the kernels cannot be used.
+        SparsifyError: a download that failed.
     """
     file = hub.local(path)
     if budget is not None and adaptive is not None:
@@ -60,21 +74,28 @@ def load(
     rule = None if adaptive is None else loaded.header.rule(adaptive)
     model = graft.freeze_predictors(loaded.model.to(target))
     guard.set_backend(model, backend, kernel_precision, dense_allowed=not loaded.header.backbone_changed)
-    return model if rule is None else adaptively(model, rule)
+    loaded_model = model if rule is None else adaptively(model, rule)
+    warm_up(loaded_model, warmup)
+    return loaded_model
 
 
 def save(model: nn.Module, path: str | Path, *, like: str | Path, force: bool = False) -> Path:
-    """Writes a model that `load` gave and that was trained further to a file that `load` reads; see `jobs/save.py`.
+    """Write a model that `load` gave and that was trained further to a file that `load` reads.
 
     Args:
         model: weights, number of classes, pooling and image size may have changed; other modules may not. Wrappers
             (DistributedDataParallel, timm's ModelEmaV3, torch.compile) are taken off.
+        path: file to write.
         like: what `load` was given: the settings and the provenance are taken from there. The new file says that its
             backbone was changed, if it was.
         force: overwrite a file that holds another model.
 
+    Returns:
+        `path`.
+
     Raises:
-        SparsifyError: see `sparsify.jobs.save.save`; nothing is written then.
+        SparsifyError: a model that is not sparse, or that a file cannot describe (other modules than those of `like`); a
+            file that cannot be read or written, or that holds another model. Nothing is written then.
     """
     save_job(model, Path(path), hub.local(like), force)
     return Path(path)
