@@ -101,7 +101,7 @@ def test_commands_give_each_file_its_instruction_set_and_torch_to_the_binding_on
     if "binding.cpp" not in binding:
         binding, kernel = kernel, binding
     assert "-mavx2" in kernel and "-mavx512f" not in kernel and "torch" not in kernel and "-DOURS" in kernel
-    assert "torch/include" in binding and "-mavx2" not in binding and "-D_GLIBCXX_USE_CXX11_ABI=" in binding
+    assert "torch/include" in binding and "-mavx2" not in binding and "-DTORCH_TARGET_VERSION=" in binding
     assert "-shared" in workshop.calls()[-1] and "-ltorch_cpu" in workshop.calls()[-1]
     *compiling, linking = commands([workshop.sources / "kernel_avx512bf16.cpp"], workshop.root, ["-fsanitize=address"])
     assert {"-mavx512bf16", "-mavx512bw", "-mfma", "-fsanitize=address"} <= set(compiling[0])

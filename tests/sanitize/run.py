@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
             if any(pool.map(subprocess.call, compiling)):
                 return 1
         objects = [command[-1] for command in compiling]
-        if subprocess.call([*compiler, CHECKS, "-fopenmp", *objects, "-o", str(folder / "sanitized")]):
+        if subprocess.call([*compiler, CHECKS, *objects, "-o", str(folder / "sanitized")]):
             return 1
         settings = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
         return min(1, abs(subprocess.call([str(folder / "sanitized"), *arguments], env=os.environ | settings)))

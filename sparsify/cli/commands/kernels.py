@@ -20,11 +20,14 @@ def build_kernels(
     """
     preflight()
     from sparsify.ops.cpu import kernels
-    from sparsify.ops.cpu.build import build
+    from sparsify.ops.cpu.build import PREBUILT, build
 
     built = build(force=force, verbose=verbose, say=options.say(False))
     if reason := built.reason or kernels.available():
         raise SparsifyError(f"the CPU kernels cannot be used, the reference is: {reason}")
     terminal.line(f"library: {built.path}")
     terminal.line(f"instruction set of this machine: {kernels.isa()}")
-    terminal.line(f"built in {built.seconds:.0f} s" if built.seconds else "already built")
+    if built.path == PREBUILT:
+        terminal.line("it came with the package: nothing is compiled")
+    else:
+        terminal.line(f"built in {built.seconds:.0f} s" if built.seconds else "already built")

@@ -1,4 +1,6 @@
-"""The CPU kernels: compiled by the machine's C++ compiler at first use, and kept in a cache folder.
+"""The CPU kernels: the library that came with the package, else compiled at first use and kept in a cache folder.
+
+Wheels for Linux on x86-64 hold `lib/sparsify_cpu.so` (`packaging/wheel.py`); other installations compile:
 
     cache_dir()/kernels/<made from>-<compiler>/sparsify_cpu.so     or failed.txt: the reason, then all that was printed
                                                sparsify_cpu.so.sha256     of the library, checked before it is loaded
@@ -32,15 +34,17 @@ from sparsify.errors import one_line
 SOURCES = Path(__file__).parent / "src"
 LIBRARY = "sparsify_cpu.so"
 SUM = f"{LIBRARY}.sha256"  # as sha256sum writes it
+PREBUILT = Path(__file__).parent / "lib" / LIBRARY  # in wheels for Linux on x86-64 only
 FAILED = "failed.txt"
 TEMPORARY = ".building-"
 
-COMMON = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-DNDEBUG")
+COMMON = ("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fvisibility=hidden", "-DNDEBUG")
 AVX2 = ("-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 AVX512BF16 = (*AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni", "-mavx512bf16")
 FLAGS_OF = {"kernel_avx2": AVX2, "kernel_avx512": AVX512, "kernel_avx512bf16": AVX512BF16}
 NEEDS_TORCH = "binding"
+TORCH_2_10 = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the library runs with this torch and every later one
 
 SILENT_S, LONGEST_S = 5.0, 300.0  # of waiting for another process that builds: until it is said, and until the end
 PASSING = (  # words of failures that another time may not have
@@ -113,15 +117,15 @@ def commands(
     import torch
 
     # torch.utils.cpp_extension knows these folders too, but imports setuptools and warns of a missing GPU.
-    folder, abi = Path(torch.__file__).parent, int(torch.compiled_with_cxx11_abi())
-    with_torch = [f"-D_GLIBCXX_USE_CXX11_ABI={abi}", "-DAT_PARALLEL_OPENMP=1", f"-isystem{folder / 'include'}"]
+    folder = Path(torch.__file__).parent
+    with_torch = [TORCH_2_10, f"-isystem{folder / 'include'}"]
     compiling, objects = [], []
     for source in sources:
         own = with_torch if source.stem == NEEDS_TORCH else FLAGS_OF.get(source.stem, ())
         objects.append(str(out_dir / f"{source.stem}.o"))
         compiling.append([*compiler, *COMMON, *own, *extra_flags, "-c", str(source), "-o", objects[-1]])
-    library = ["-shared", "-fopenmp", *extra_flags, *objects, "-o", str(out_dir / LIBRARY)]
-    torch_library = [f"-L{folder / 'lib'}", f"-Wl,-rpath,{folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    library = ["-shared", *extra_flags, *objects, "-o", str(out_dir / LIBRARY)]
+    torch_library = [f"-L{folder / 'lib'}", "-ltorch_cpu"]  # found by its name: who loads the library has loaded torch
     return [*compiling, [*compiler, *library, *torch_library]]
 
 
@@ -131,6 +135,7 @@ def build(
     verbose: bool = False,
     say: Callable[[str], None] | None = None,
     sources: Path = SOURCES,
+    prebuilt: Path | None = PREBUILT,
 ) -> Built:
     """The library of the kernels, compiled if this machine has not done so before. Ctrl-C leaves nothing behind.
 
@@ -139,12 +144,15 @@ def build(
         verbose: tell `say` (or print) every command and all that it printed, of a failure remembered too.
         say: called with one line when a build begins.
         sources: folder of *.cpp and *.h.
+        prebuilt: a library that, where it exists, is the result: nothing is compiled then, nor by `force`.
 
     Returns:
         `reason` says in one line why a machine, compiler or folder cannot be used; nothing is raised for it.
     """
     if reason := _unsupported(sources):
         return Built(None, reason)
+    if prebuilt is not None and prebuilt.is_file():
+        return Built(prebuilt)
     show = (say or print) if verbose else (lambda line: None)
     try:
         kernels = cache_dir() / "kernels"

@@ -1,9 +1,10 @@
 """The C++ kernels as Python functions: whether they can be used here, and calls that match the reference.
 
-They are built at first use (`build.py`); then a call is one torch op on torch's own threads. Float32 tensors are computed in
-float32 and keep the keys of the reference. With `precision="bf16"` (and for bfloat16 tensors) queries, keys and values are
-stored as bfloat16, products accumulate in float32, and predictor scores are rounded to bfloat16, so that keys whose scores
-differ by less may change places. Without bfloat16 instructions bfloat16 tensors are computed in float32.
+They came with the package or are built at first use (`build.py`); then a call is one torch op on torch's own threads.
+Float32 tensors are computed in float32 and keep the keys of the reference. With `precision="bf16"` (and for bfloat16
+tensors) queries, keys and values are stored as bfloat16, products accumulate in float32, and predictor scores are rounded
+to bfloat16, so that keys whose scores differ by less may change places. Without bfloat16 instructions bfloat16 tensors are
+computed in float32.
 """
 
 from __future__ import annotations
@@ -73,15 +74,18 @@ def _find() -> tuple[int, str | None]:
     wanted = os.environ.get("SPARSIFY_ISA", "")
     if wanted and wanted not in ISAS[1:]:
         return 0, f"SPARSIFY_ISA={wanted}: expected one of {', '.join(ISAS[1:])}"
-    built = build.build(say=lambda line: print(line, file=sys.stderr))
-    if built.path is None:
-        return 0, built.reason
-    try:
-        with ThreadPoolExecutor(1) as thread:  # where no tracer or transformation of this call is active
-            best = thread.submit(_loaded, built.path).result()
-    except (OSError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
-        return 0, f"the CPU kernels do not load ({why}): try 'sparsify build-kernels --force'"
+    for prebuilt in (build.PREBUILT, None):  # where the one that came with the package does not load, compile
+        built = build.build(say=lambda line: print(line, file=sys.stderr), prebuilt=prebuilt)
+        if built.path is None:
+            return 0, built.reason
+        try:
+            with ThreadPoolExecutor(1) as thread:  # where no tracer or transformation of this call is active
+                best = thread.submit(_loaded, built.path).result()
+            break
+        except (OSError, RuntimeError) as error:
+            if built.path != build.PREBUILT:
+                why = str(error).splitlines()[0]
+                return 0, f"the CPU kernels do not load ({why}): try 'sparsify build-kernels --force'"
     if best == 0:
         return 0, "this processor has no AVX2, which the CPU kernels need"
     return (min(best, ISAS.index(wanted)) if wanted else best), None
