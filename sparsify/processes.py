@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from sparsify import extras
 from sparsify.errors import SparsifyError, UsageError, field, short
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def local_device(device: str) -> str:
 def start(device: str = "cpu") -> None:
     """Join the other processes: gloo for the CPU, nccl for a GPU. Does nothing for a single process, or a second time."""
     if world() > 1:
+        extras.need(f"a command in {world()} processes", "accelerate")
         _state(device)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify import processes
+from sparsify import extras, processes
 from sparsify.config import SparsityConfig, Target
 from sparsify.errors import UsageError, as_arguments, field
 from sparsify.files.locks import reserved
@@ -137,6 +137,8 @@ def _convert(
         if recipe.trains and output is None:
             needs = "this recipe trains, and a fine-tuning keeps its state beside the file that it writes"
             raise UsageError(f"{needs}: give {field('output')} FILE, or calibrate only ({field('calibrate_only')})")
+        if recipe.trains and images.train is not None:
+            extras.need(f"fine-tuning ({field('calibrate_only')} leaves it out)", "accelerate")
         dense = load_dense(request, _calibrated_config(recipe, target), compute, listener)
         model = dense.model
         if target is not None:  # its schedule removes tokens

@@ -5,7 +5,6 @@ Each is an entry of `RUNTIMES`; another runtime of programs is one more `Program
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsify import extras
 from sparsify.errors import SparsifyError
 from sparsify.jobs.export import onnx_file, openvino_file, program
 from sparsify.measure import macs
@@ -40,12 +40,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Runs models on this machine. `packages`: what it needs besides torch, of the extra `extra`."""
+    """Runs models on this machine. `packages`: what it needs besides torch."""
 
     name: str
     dtypes: tuple[str, ...] = DTYPES
     packages: tuple[str, ...] = ()
-    extra: str = ""
     int8: bool = False  # linear layers compute in int8: to be held against bfloat16, not float32
 
     def forms(self, model: nn.Module, backbone_changed: bool) -> dict[str, nn.Module]:
@@ -54,9 +53,8 @@ class Runtime:
 
     def check(self, compute: Compute) -> None:
         """Raise `SparsifyError` where it lacks a package, or cannot compute on the device or in the dtype."""
-        for package in self.packages:
-            if importlib.util.find_spec(package) is None:
-                raise SparsifyError(f"{package} is not installed: pip install 'sparsify-vit[{self.extra}]'")
+        for package in extras.missing(*self.packages):
+            raise SparsifyError(f"{package} is not installed: {extras.advice(package)}")
         if compute.dtype not in self.dtypes:
             raise SparsifyError(f"{self.name} computes {' or '.join(self.dtypes)} only, not {compute.dtype}")
 
@@ -132,9 +130,9 @@ RUNTIMES: dict[str, Runtime] = {
     for runtime in (
         Eager("eager"),
         Compiled("compile"),
-        Program("onnxruntime", ("float32",), _ONNX, "export", writer=onnx_file),
-        Program("openvino", _BOTH, ("openvino",), "openvino", writer=openvino_file, precise=True),
-        Program("onnxruntime-int8", _BOTH, _ONNX, "export", True, onnx_file),
-        Program("openvino-int8", _BOTH, ("openvino", "nncf"), "openvino,int8", True, openvino_file, precise=True),
+        Program("onnxruntime", ("float32",), _ONNX, writer=onnx_file),
+        Program("openvino", _BOTH, ("openvino",), writer=openvino_file, precise=True),
+        Program("onnxruntime-int8", _BOTH, _ONNX, True, onnx_file),
+        Program("openvino-int8", _BOTH, ("openvino", "nncf"), True, openvino_file, precise=True),
     )
 }

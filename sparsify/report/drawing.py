@@ -5,12 +5,18 @@ from __future__ import annotations
 from io import BytesIO
 from typing import Any
 
+from sparsify import extras
+
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.35"  # Okabe and Ito: distinct without colour vision
 PURPLE = "#CC79A7"  # of the same palette
 
 
 def figure(width: float, height: float, dpi: int = 160, **options: Any) -> Any:
-    """A figure of matplotlib, inches, that needs no display; options as matplotlib's."""
+    """A figure of matplotlib, inches, that needs no display; options as matplotlib's.
+
+    Raises `SparsifyError` where matplotlib is not installed.
+    """
+    extras.need("a plot", "matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

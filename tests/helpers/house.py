@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 from typing import NamedTuple
 
-ROOTS = {"errors", "version", "config", "recipe", "files", "processes", "progress"}
+ROOTS = {"errors", "version", "config", "recipe", "files", "extras", "processes", "progress"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"jobs", "report", "measure", "models", "images", "ops", *ROOTS},
@@ -24,8 +24,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": {"config", "files", "errors", "version"},
     "config": {"errors", "version"},
     "files": {"errors", "version"},
-    "processes": {"errors", "version"},
+    "processes": {"extras", "errors", "version"},
     "progress": {"errors", "version"},
+    "extras": {"errors", "version"},
     "errors": set(),
     "version": set(),
     "__main__": {"cli"},

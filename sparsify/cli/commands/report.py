@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+from sparsify import extras
 from sparsify.cli import options, terminal
 from sparsify.cli.options import argument, flag, option
 from sparsify.cli.preflight import preflight
@@ -44,6 +45,8 @@ def report(
 
     check_file(output)
     preflight()
+    if images or more_images:
+        extras.need("a picture", "matplotlib")
     from sparsify.cli.progress import Reporter
     from sparsify.images import photograph
     from sparsify.jobs.show import look

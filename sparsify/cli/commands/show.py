@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+from sparsify import extras
 from sparsify.cli import options, terminal
 from sparsify.cli.options import argument, option
 from sparsify.cli.preflight import preflight
@@ -31,6 +32,7 @@ def show(
     Example: sparsify show model.safetensors cat.jpg --query 120,80
     """
     preflight()
+    extras.need("a picture", "matplotlib")
     from sparsify.cli.progress import Reporter
     from sparsify.files.destinations import check_folder
     from sparsify.images import photograph

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsify import extras
 from sparsify.errors import BadFile, one_line
 from sparsify.files.outputs import write_text
 from sparsify.processes import Say
@@ -111,6 +112,7 @@ class TrainingLog(contextlib.AbstractContextManager):
         """TensorBoard's writer, or None where there is none."""
         folder = self.folder / "tensorboard"
         try:
+            extras.need("the log", "tensorboard")
             from torch.utils.tensorboard import SummaryWriter
 
             if resume_step is None:

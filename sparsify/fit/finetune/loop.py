@@ -13,10 +13,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from types import FrameType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -32,6 +31,9 @@ from sparsify.fit.finetune.saved_state import RunStatus, SavedState, prefixed
 from sparsify.fit.finetune.validation import Validator
 from sparsify.images.loaders import drawn_number
 from sparsify.nn.folding import retract
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class Interrupts:

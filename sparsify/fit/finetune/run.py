@@ -8,11 +8,9 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
 from torch import nn
 
 from sparsify import processes
@@ -26,6 +24,9 @@ from sparsify.fit.finetune.saved_state import RunStatus, SavedState
 from sparsify.fit.finetune.validation import ValidationScore, Validator
 from sparsify.images.loaders import Flaws
 from sparsify.nn.folding import unfold
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,9 @@ def finetune(
 
 def _accelerator(precision: str, device: str) -> Accelerator:
     """A new `Accelerator`: an earlier one of this process may have had another precision."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
+
     AcceleratorState._reset_state(reset_partial_state=False)
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # the last block's patch rows may feed no loss
     on_cpu = torch.device(device).type == "cpu"

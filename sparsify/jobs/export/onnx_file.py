@@ -17,22 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify import extras
 from sparsify.errors import SparsifyError, field
 
 SUFFIX = ".onnx"
 COMPARES = False  # tokens are chosen faster by comparisons than by sorts (`sparsify.nn.tokens_compared`)
 INPUT = "images"  # name of the program's input
 MOST_BYTES = 2_000_000_000  # a little below the 2 GiB that a protobuf file can hold
-UNCHECKED = "not checked: onnxruntime is not installed (pip install 'sparsify-vit[export]')"
+UNCHECKED = f"not checked: onnxruntime is not installed ({extras.advice('onnxruntime')})"
 
 
 def check_packages() -> None:
     """Raise `SparsifyError` if a package is missing that writes ONNX files."""
-    for name in ("onnx", "onnxscript"):
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            raise SparsifyError(f"{field('format')} onnx needs {name}: pip install 'sparsify-vit[export]'") from None
+    extras.need(f"{field('format')} onnx", "onnx", "onnxscript")
 
 
 def check_size(nbytes: int) -> None:
@@ -68,10 +65,7 @@ def write(program: torch.export.ExportedProgram, path: str, described: Mapping[s
 
 def check_int8() -> None:
     """Raise `SparsifyError` if the package is missing that rounds weights."""
-    try:
-        importlib.import_module("onnxruntime")
-    except ImportError:
-        raise SparsifyError(f"{field('int8')} needs onnxruntime: pip install 'sparsify-vit[export]'") from None
+    extras.need(field("int8"), "onnxruntime")
 
 
 def in_int8(path: str) -> None:

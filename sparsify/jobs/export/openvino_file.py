@@ -16,25 +16,20 @@ import numpy
 import torch
 from torch import Tensor
 
-from sparsify.errors import SparsifyError, field
+from sparsify import extras
+from sparsify.errors import field
 from sparsify.jobs.export.onnx_file import INPUT, quiet
 
 SUFFIX = ".xml"
 COMPARES = True  # tokens are chosen faster by comparisons than by sorts (`sparsify.nn.tokens_compared`)
-UNCHECKED = "not checked: openvino is not installed (pip install 'sparsify-vit[openvino]')"
+UNCHECKED = f"not checked: openvino is not installed ({extras.advice('openvino')})"
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}  # in which OpenVINO computes, whatever the file holds
 OWN = "sparsify"  # the section of rt_info
 
 
 def check_packages() -> None:
     """Raise `SparsifyError` if the package is missing that writes and runs these files."""
-    try:
-        with _unreported():
-            pass
-    except ImportError:
-        raise SparsifyError(
-            f"{field('format')} openvino needs openvino: pip install 'sparsify-vit[openvino]'"
-        ) from None
+    extras.need(f"{field('format')} openvino", "openvino")
 
 
 def check_size(nbytes: int) -> None:
@@ -48,11 +43,7 @@ def beside(path: str) -> tuple[str, ...]:
 
 def check_int8() -> None:
     """Raise `SparsifyError` if the package is missing that rounds weights."""
-    try:
-        with _unreported():
-            importlib.import_module("nncf")
-    except ImportError:
-        raise SparsifyError(f"{field('int8')} needs nncf: pip install 'sparsify-vit[int8]'") from None
+    extras.need(field("int8"), "nncf")
 
 
 def in_int8(path: str) -> None:
