@@ -160,6 +160,8 @@ def _convert(
     } | ({} if dense.averaged is None else {"ema": dense.averaged})
     if request.module is not None:
         about["module"] = True
+    if dense.source.foreign is not None:
+        about["transformers"] = dense.source.foreign.model_type
     calibrated = partial(_calibrated, dense, recipe, fitted_to, target, compute, listener)
 
     def header(found: Calibrated, config: SparsityConfig, tuned: Tuned | None = None) -> checkpoint.Header:

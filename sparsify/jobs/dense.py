@@ -24,7 +24,6 @@ from sparsify.images.given import GivenImages
 from sparsify.images.preprocessing import Preprocessing
 from sparsify.images.trainset import TrainSet, builtin_calibration
 from sparsify.models import building, module, names, pretrained
-from sparsify.models.dense_weights import read_checkpoint
 from sparsify.models.digits import network
 from sparsify.nn import graft, hosts
 from sparsify.nn.adaptive import Sureness
@@ -81,7 +80,7 @@ def load_dense(request: DenseRequest, config: SparsityConfig, compute: Compute, 
     hosts.supported_attentions(skeleton, source.asked)
     graft.plans_of(skeleton, config)
     check_execution(execution, device, dtype, hosts.biased(skeleton))
-    checkpoint = None if request.weights is None else read_checkpoint(request.weights, request.ema)
+    source, checkpoint = pretrained.given_weights(source, request.weights, request.ema)
     if checkpoint is not None and checkpoint.note:
         listener.say(checkpoint.note)
     model = pretrained.load(source, checkpoint, request.num_classes, request.img_size).to(device)

@@ -13,11 +13,13 @@ from typing import Any, cast
 
 import timm
 import torch
+from timm.layers import RmsNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from sparsify.errors import BadFile, UnsupportedModel, UsageError, field, one_line
 from sparsify.models.digits import network
+from sparsify.models.header import NORM_EPS
 from sparsify.models.names import ALIASES, DIGITS, Source, known_config, tuples
 from sparsify.nn import hosts
 
@@ -123,13 +125,22 @@ def build(architecture: str, args: dict[str, Any], config: dict[str, Any] | str 
     if (channels := args.get("in_chans", 3)) != 3:
         raise UnsupportedModel(f"{architecture} with {channels} input channels: images of 3 (RGB) are expected")
     if architecture != network.ARCHITECTURE:
-        return with_image_size(timm.create_model(architecture, pretrained=False, pretrained_cfg=config, **args), args)
+        return completed(timm.create_model(architecture, pretrained=False, pretrained_cfg=config, **timms(args)), args)
     model = VisionTransformer(**args)
     return _with_config(model, config if isinstance(config, dict) else network.DATA_CONFIG)
 
 
-def with_image_size(model: nn.Module, args: dict[str, Any]) -> nn.Module:
-    """The model with the image size of `args`, in place, where its constructor ignores it (NaFlexVit)."""
+def timms(args: dict[str, Any]) -> dict[str, Any]:
+    """What of `args` timm takes; `completed` sees to the rest."""
+    return {name: value for name, value in args.items() if name != NORM_EPS}
+
+
+def completed(model: nn.Module, args: dict[str, Any]) -> nn.Module:
+    """The model with what of `args` its constructor does not take, in place: `NORM_EPS`, the image size of a NaFlexVit."""
+    if args.get(NORM_EPS) is not None:
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm | RmsNorm):
+                module.eps = args[NORM_EPS]
     size = args.get("img_size")
     if size is not None and type(model) in hosts.MODELS:
         height, width = (size, size) if isinstance(size, int) else size
@@ -185,6 +196,8 @@ def with_true_config(model: nn.Module) -> nn.Module:
     if tuple(config.get("input_size") or size) != size:
         for key in ("test_input_size", "min_input_size", "test_crop_pct"):
             config.pop(key, None)
+    if len(config.get("label_names") or ()) != model.num_classes:
+        config.pop("label_names", None)
     config.update(num_classes=model.num_classes, input_size=size)
     return _with_config(model, config)
 

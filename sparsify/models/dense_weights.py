@@ -19,20 +19,25 @@ from torch import Tensor, nn
 
 from sparsify.errors import BadFile, field, one_line
 from sparsify.files.tensors import opened
-from sparsify.models import filetype
+from sparsify.models import filetype, shards
 from sparsify.models.digits import network
+from sparsify.models.huggingface import tensors as huggingface
 from sparsify.nn import hosts
 
 _BLOCK = "blocks.0.norm1.weight"  # every model that converts has it
+_PREFIXES = re.compile(
+    r"^((module|_orig_mod|model|timm_model)\.)+"
+)  # of wrappers, Lightning and transformers' TimmWrapper
 _AVERAGED, _LAST = ("state_dict_ema", "model_ema"), ("state_dict", "model")  # keys of wrappers
 
 
 class Checkpoint(NamedTuple):
-    """The tensors of a user's own file."""
+    """The tensors of a file."""
 
     path: Path
     state: dict[str, Tensor]  # by the names of a model's state dict, on the CPU
     averaged: bool | None  # whether they are the moving average (EMA) of the weights; None: the file has no average
+    own: bool = False  # the weights of the model that was named, not a user's
 
     @property
     def note(self) -> str:
@@ -47,7 +52,8 @@ class Checkpoint(NamedTuple):
 def read_checkpoint(path: Path, ema: bool | None = None) -> Checkpoint:
     """Tensors of a local checkpoint; nothing is unpickled but tensors and plain containers.
 
-    Wrappers (`state_dict_ema`, `model_ema`, `state_dict`, `model`) and prefixes (`module.`, `_orig_mod.`) are stripped.
+    Wrappers (`state_dict_ema`, `model_ema`, `state_dict`, `model`) and prefixes (`module.`, `_orig_mod.`, `model.`,
+    `timm_model.`) are stripped. An index (`*.index.json`) stands for the shards beside it.
 
     Args:
         ema: take the moving average of the weights, or not; None: where the file has one.
@@ -58,7 +64,7 @@ def read_checkpoint(path: Path, ema: bool | None = None) -> Checkpoint:
     """
     if not os.path.isfile(path):
         raise BadFile(f"weights file {path} " + ("is a folder" if os.path.isdir(path) else "does not exist"))
-    content = _content(path)
+    content = _of_shards(path) if shards.is_index(path) else _content(path)
     tree = content if isinstance(content, dict) else {}
     wrapped = {key: tree[key] for key in (*_AVERAGED, *_LAST) if isinstance(tree.get(key), dict)}
     has_average = not wrapped.keys().isdisjoint(_AVERAGED)
@@ -68,8 +74,23 @@ def read_checkpoint(path: Path, ema: bool | None = None) -> Checkpoint:
     tensors = next((wrapped[key] for key in (_AVERAGED if averaged else _LAST) if key in wrapped), tree)
     if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise BadFile(f"{path} holds no state dict: a mapping from names to tensors is expected")
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in tensors.items()}
+    state = {_PREFIXES.sub("", str(name)): tensor for name, tensor in tensors.items()}
     return Checkpoint(path, state, averaged if has_average else None)
+
+
+def _of_shards(index: Path) -> dict[str, Any]:
+    """The tensors of all shards of an index."""
+    found: dict[str, Any] = {}
+    for name, tensors in shards.of_index(index).items():
+        path = index.with_name(name)
+        if not path.is_file():
+            raise BadFile(f"{index} names {name}, which does not lie beside it")
+        content = _content(path)
+        missing = [tensor for tensor in tensors if tensor not in content]
+        if missing:
+            raise BadFile(f"{path} lacks tensors that {index.name} names: {_some(missing)}")
+        found |= {tensor: content[tensor] for tensor in tensors}
+    return found
 
 
 def _content(path: Path) -> Any:
@@ -165,8 +186,9 @@ def _advice(given: Collection[str], architecture: str, headless: bool) -> str:
     first = [name.removesuffix(_BLOCK) for name in given if name.endswith("." + _BLOCK)]
     if first and _BLOCK not in given:
         return f" (its names begin with '{first[0]}': save the state dict without that)"
-    if any(".encoder.layer.0." in f".{name}" for name in given):
-        return " (its names are those of Hugging Face transformers: timm's are expected)"
+    if huggingface.is_transformers(given):
+        how = f"give its repository (ORG/NAME) or its folder as the model, and this file by {field('weights')}"
+        return f" (its names are those of Hugging Face transformers: {how})"
     if "fc_norm.weight" in given and "norm.weight" not in given:
         config = {"architecture": architecture, "model_args": {"global_pool": "avg"}, "pretrained_cfg": {}}
         folder = f"local-dir:FOLDER of it as model.safetensors and of a config.json {json.dumps(config)}"

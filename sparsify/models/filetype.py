@@ -20,9 +20,7 @@ _FOREIGN = (
     (b"\x1f\x8b", "a gzip archive: unpack it first"),
 )
 _JSON = "JSON, not weights: give the file of the weights"
-_SHARDS = (
-    "the index of a checkpoint in several files: load them all, and save one file with safetensors.torch.save_file"
-)
+_SHARDS = "the index of a checkpoint in several files: its name must end in .index.json"
 
 
 def of(path: Path) -> str:

@@ -27,6 +27,7 @@ JSON_KEYS = ("architecture", "config", "provenance", "report")
 SCHEDULES, SURENESS = "schedules", "sureness"  # keys that only files made for a target have
 MOST_SCHEDULES, MOST_IMAGES = 16, 1 << 14
 RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "drop_path_rate")  # timm's names; they change no tensor
+NORM_EPS = "norm_eps"  # of all norms, besides timm's arguments: what `huggingface` reads has another than timm's models
 MOST_JSON = 8 << 20  # characters of all JSON: names of 20,000 classes and their descriptions take 3 million
 MOST_DEPTH = 16  # a header that `convert` wrote has 6 levels
 MOST_DIGITS = 40  # characters of a number
@@ -170,6 +171,7 @@ class Provenance(_Said):
 
     source: str | None = None
     weights: str | None = None
+    transformers: str | None = None
     dense_sha256: str | None = None
     backbone_changed: bool | None = None
     recipe: _Recipe | None = None
@@ -325,6 +327,8 @@ class _Arguments(BaseModel):
                     raise ValueError(f"{name}: a short word is expected")
                 if isinstance(each, int | float) and not (math.isfinite(each) and abs(each) <= 1 << 24):
                     raise ValueError(f"{name}: a finite number up to {1 << 24} is expected")
+                if name == NORM_EPS and not 0 < (each or 1) <= 1:
+                    raise ValueError(f"{name}: a number above 0 and up to 1 is expected")
                 if name in _SHARES and not 0 <= (each or 0) < 1:
                     raise ValueError(f"{name}: a number from 0 up to 1 is expected")
         return self
@@ -343,6 +347,7 @@ def _arguments() -> type[BaseModel]:
         for name in inspect.signature(maker.__init__).parameters:
             if name not in _LEFT_OUT:
                 allowed[name] = allowed.get(name, types.NoneType) | _of_json(hints[name])
+    allowed[NORM_EPS] = float | None
     fields: dict[str, Any] = {name: (hint, None) for name, hint in allowed.items()}
     return create_model("Arguments", __base__=_Arguments, **fields)
 

@@ -16,9 +16,11 @@ from timm.models._pretrained import PretrainedCfg
 
 from sparsify.errors import BadFile, SparsifyError, UsageError, field, one_line
 from sparsify.files.plain_json import read_json
+from sparsify.models import shards
 from sparsify.models.digits import network
 from sparsify.models.header import check_source
-from sparsify.models.hub import ARCHITECTURE, CHECKPOINTS, CONFIG, fetch, quick_hub
+from sparsify.models.hub import ARCHITECTURE, CHECKPOINTS, CONFIG, fetch, is_name, quick_hub
+from sparsify.models.huggingface import configs, preprocessor
 
 DIGITS = "digits"
 ALIASES = {
@@ -53,21 +55,34 @@ ALIASES = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Foreign:
+    """What is known of a checkpoint of Hugging Face transformers."""
+
+    model_type: str
+    config: dict[str, Any] | None = None  # its config.json; None: a file alone, whose architecture is known
+    preprocessor: dict[str, Any] | None = None
+    kind: str = ""  # of `huggingface.families.HEADS`
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
     """Where a dense model comes from."""
 
-    asked: str  # the name as the user gave it
+    asked: str  # the name as the user gave it; of a repository or folder with its scheme
     architecture: str  # timm's, without tag, or `network.ARCHITECTURE`
     pretrained_name: str  # of the weights: architecture.tag, hf-hub:..., local-dir:... or digits
     model_args: dict[str, Any] = dataclasses.field(default_factory=dict)  # build the architecture; JSON-able
     note: str = ""  # one line on what an alias or a hub's name is, or ''
     pretrained_cfg: dict[str, Any] | None = None  # from the config.json of a hub or folder; None: timm's own
+    read_here: bool = False  # the weights are in a form that timm does not read (transformers', shards)
+    foreign: Foreign | None = None  # of a checkpoint of Hugging Face transformers
 
 
 def resolve(name: str) -> Source:
-    """What `name` stands for: `digits`, an alias, a timm name with or without tag, `hf-hub:...` or `local-dir:...`.
+    """What `name` stands for: `digits`, an alias, a timm name with or without tag, a repository of the hub or a folder.
 
-    Only the last two read anything: their config.json.
+    A repository is ORG/NAME or hf-hub:ORG/NAME, a folder its path or local-dir:PATH. Their config.json is read, in timm's
+    form or in that of Hugging Face transformers.
 
     Raises:
         UsageError: unknown name (with the nearest ones), or a path.
@@ -81,6 +96,10 @@ def resolve(name: str) -> Source:
     target = ALIASES.get(name, name)
     architecture, _, tag = target.partition(".")
     if not timm.is_model(architecture):
+        if os.path.isfile(Path(name) / CONFIG):
+            return _resolve_repository(f"local-dir:{name}", "local-dir", name)
+        if is_name(name) and not name.endswith(CHECKPOINTS) and not os.path.exists(name):
+            return _resolve_repository(f"hf-hub:{name}", "hf-hub", name)
         raise UsageError(_unknown(name))
     try:
         config = timm.get_pretrained_cfg(target)
@@ -103,7 +122,7 @@ def _resolve_repository(name: str, scheme: str, location: str) -> Source:
             with quick_hub():
                 config, architecture, args = _hub.load_model_config_from_hf(location)
     except KeyError:
-        raise _not_timms(name, Path(location) / CONFIG if scheme == "local-dir" else fetch(location, CONFIG)) from None
+        return _of_transformers(name, scheme, location)
     except Exception as error:
         if scheme == "local-dir":
             raise BadFile(f"{location} is not a model folder (config.json and weights): {one_line(error)}") from error
@@ -112,22 +131,71 @@ def _resolve_repository(name: str, scheme: str, location: str) -> Source:
         raise BadFile(f"{name} is sparse already: sparsify.load('{name}') loads it, and it is not converted again")
     if not timm.is_model(architecture):
         raise BadFile(f"{name} is a '{architecture}', which is not in timm {timm.__version__}")
+    _check(name, args or {}, known_config(config))
+    note = f"{name} is a {architecture}"
+    path = beside(scheme, location, CONFIG)
+    wrapped = path is not None and read_json(path).get("model_type") == "timm_wrapper"  # timm's, saved by transformers
+    here = wrapped or (scheme == "local-dir" and shards.only(Path(location)))
+    return Source(name, architecture, f"{scheme}:{location}", dict(args or {}), note, known_config(config), here)
+
+
+def _of_transformers(name: str, scheme: str, location: str) -> Source:
+    """The model of a config.json without timm's `architecture`, which is one of Hugging Face transformers."""
+    config = read_json(Path(location) / CONFIG if scheme == "local-dir" else fetch(location, CONFIG))
+    if config.get("model_type") is None:
+        raise BadFile(
+            f"{name}: its config.json names neither timm's 'architecture' nor the 'model_type' of transformers"
+        )
+    found = (beside(scheme, location, file) for file in preprocessor.FILES)
+    pixels = next((read_json(path) for path in found if path is not None), None)
+    foreign = Foreign(config["model_type"], config, pixels)
+    source = Source(name, "", f"{scheme}:{location}", read_here=True, foreign=foreign)
+    return of_kind(source, None)
+
+
+def of_kind(source: Source, kind: str | None) -> Source:
+    """`source`, a checkpoint of transformers with its config.json, as timm's model with a head of `kind`; None: its own.
+
+    `BadFile`: one that is not understood.
+    """
+    foreign = source.foreign
+    if foreign is None or foreign.config is None or kind == foreign.kind:
+        return source
     try:
-        check_source(args or {}, known_config(config))
+        found = configs.describe(foreign.config, foreign.preprocessor, kind)
+    except UsageError as error:
+        raise BadFile(
+            f"{source.asked} is {error}" if str(error).startswith("a ") else f"{source.asked}: {error}"
+        ) from None
+    config = known_config(found.pretrained_cfg)
+    _check(source.asked, found.model_args, config)
+    return dataclasses.replace(
+        source,
+        architecture=found.architecture,
+        model_args=found.model_args,
+        pretrained_cfg=config,
+        note=f"{source.asked} is {found.words}",
+        foreign=dataclasses.replace(foreign, kind=found.kind),
+    )
+
+
+def beside(scheme: str, location: str, file: str) -> Path | None:
+    """A file of a folder or of a repository of the hub; None: there is none."""
+    if scheme == "local-dir":
+        path = Path(location) / file
+        return path if path.is_file() else None
+    try:
+        return fetch(location, file)
+    except SparsifyError:
+        return None
+
+
+def _check(name: str, args: Any, config: Any) -> None:
+    try:
+        check_source(args, config)
     except UsageError as error:
         wrong = f"the config.json of {name} does not describe an architecture and its preprocessing"
         raise BadFile(f"{wrong} ({error})") from None
-    note = f"{name} is a {architecture}"
-    return Source(name, architecture, f"{scheme}:{location}", dict(args or {}), note, known_config(config))
-
-
-def _not_timms(name: str, file: Path) -> BadFile:
-    """The error for a config.json without timm's `architecture`."""
-    kind = read_json(file).get("model_type")
-    if kind is None:
-        return BadFile(f"{name}: its config.json names no 'architecture', as timm's does: is it a model of timm?")
-    what = f"is a '{kind}' of Hugging Face transformers, which names its tensors in another way than timm"
-    return BadFile(f"{name} {what}: give timm's name of this model ('sparsify models' lists them)")
 
 
 def known_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -136,7 +136,9 @@ def _from_file(header: Header, file: Path) -> nn.Module:
         raise BadFile(f"{wrong}; give {_hint(header)}")
     architecture, num_classes, side = _built(header)
     args = names.tuples(header.architecture["model_args"])
-    source = names.Source(architecture, architecture, architecture, args)
+    kind = header.provenance.get("transformers")  # of the checkpoint, in whose form the file is
+    foreign = names.Foreign(kind) if isinstance(kind, str) else None
+    source = names.Source(architecture, architecture, architecture, args, foreign=foreign)
     ema = False if header.provenance.get("ema") is False else None
     return pretrained.load(source, read_checkpoint(file, ema), num_classes, side)
 

@@ -8,15 +8,42 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
 from sparsify.errors import BadFile, SparsifyError, UnsupportedModel, UsageError, field, one_line
-from sparsify.models import building, dense_weights
+from sparsify.models import building, dense_weights, shards
 from sparsify.models.dense_weights import Checkpoint
 from sparsify.models.digits import network
 from sparsify.models.hub import quick_hub
-from sparsify.models.names import DIGITS, Source, not_downloaded
+from sparsify.models.huggingface import families, tensors
+from sparsify.models.names import DIGITS, Source, not_downloaded, of_kind
 from sparsify.nn import hosts
+
+
+def given_weights(source: Source, path: Path | None, ema: bool | None = None) -> tuple[Source, Checkpoint | None]:
+    """The checkpoint to load: the file that a user gives, or that of a repository or folder which timm does not read.
+
+    Args:
+        path: of the user's file; None: the source's own weights.
+        ema: see `dense_weights.read_checkpoint`.
+
+    Returns:
+        The source with the head that the checkpoint has, and the checkpoint; None where timm loads the weights.
+
+    Raises:
+        BadFile, SparsifyError: see `dense_weights.read_checkpoint` and `shards.find`.
+    """
+    if path is None and not source.read_here:
+        return source, None
+    own = path is None
+    path = path or shards.find(*source.pretrained_name.split(":", 1))
+    given = dense_weights.read_checkpoint(path, ema)._replace(own=own)
+    if source.foreign is None:
+        return source, given
+    if not tensors.is_transformers(given.state):
+        raise BadFile(f"{path} does not fit {source.asked}: names as of Hugging Face transformers are expected")
+    return of_kind(source, tensors.kind_of(given.state)), given
 
 
 def load(
@@ -38,10 +65,14 @@ def load(
         BadFile: the file cannot be read, is not a checkpoint, or does not fit the architecture.
         SparsifyError: the weights cannot be downloaded.
     """
+    if weights is None:
+        source, weights = given_weights(source, None)
     if weights is not None:
         given = weights if isinstance(weights, Checkpoint) else dense_weights.read_checkpoint(Path(weights))
+        source = of_kind(source, tensors.kind_of(given.state))
         model = _load_file(source, given, num_classes, img_size)
-        cast(dict, model.pretrained_cfg).pop("license", None)  # of timm's weights, not of these
+        if not given.own:
+            cast(dict, model.pretrained_cfg).pop("license", None)  # of timm's weights, not of these
     else:
         classes = building.skeleton(source).num_classes
         if num_classes not in (None, 0, classes):
@@ -58,18 +89,23 @@ def _load_digits(num_classes: int | None, img_size: int | None) -> nn.Module:
     model = network.build(pretrained=True)
     if num_classes == 0:
         model.reset_classifier(0)
-    return building.with_image_size(model, {"img_size": img_size})
+    return building.completed(model, {"img_size": img_size})
 
 
 def _download(source: Source, num_classes: int | None, img_size: int | None) -> nn.Module:
     """timm's model with the weights of a hub or a folder."""
     args = building.arguments(source, num_classes, img_size)
     config = copy.deepcopy(source.pretrained_cfg) or building.tag(source)
-    local = source.pretrained_name.startswith("local-dir:")
+    scheme, _, location = source.pretrained_name.partition(":")
+    local = scheme == "local-dir"
     try:
         with contextlib.nullcontext() if local else quick_hub():
-            model = timm.create_model(source.architecture, pretrained=True, pretrained_cfg=config, **args)
-            return building.with_image_size(model, args)
+            timms = building.timms(args)
+            model = timm.create_model(source.architecture, pretrained=True, pretrained_cfg=config, **timms)
+            return building.completed(model, args)
+    except EntryNotFoundError:
+        given = dense_weights.read_checkpoint(shards.find(scheme, location))._replace(own=True)
+        return _load_file(source, given, num_classes, img_size)
     except Exception as error:
         text = one_line(error)
         if "No pretrained weights exist" in text or "Invalid pretrained config" in text:
@@ -84,6 +120,9 @@ def _load_file(source: Source, given: Checkpoint, num_classes: int | None, img_s
     """A model of the architecture with the weights of a file, which must fit it but for its head and number of patches."""
     path, state = given.path, given.state
     frame = building.skeleton(source, num_classes, img_size)
+    known = None if source.foreign is None else families.family(source.foreign.model_type)
+    if known is not None:
+        state = tensors.translated(state, frame, known)
     if type(frame) not in hosts.MODELS:
         raise UnsupportedModel(f"{source.asked}: model class {type(frame).__name__} is not understood")
     patch = tuple(cast(Any, hosts.embedding(frame)).patch_size)
@@ -91,9 +130,11 @@ def _load_file(source: Source, given: Checkpoint, num_classes: int | None, img_s
     if stem is not None and stem.ndim == 4 and tuple(stem.shape[2:]) != patch:
         raise BadFile(f"{path} has patches of {stem.shape[2]} px, {source.architecture} of {patch[0]} px")
     dense_weights.check_positions(state, frame, path, source.architecture)
-    if img_size is None:
+    if img_size is None and not (known is not None and known.any_size):
         img_size = dense_weights.image_side(state, frame)
     frame = building.skeleton(source, num_classes, img_size)
+    if known is not None:
+        state = tensors.resampled(state, frame)
     try:
         state = dense_weights.checkpoint_filter(source.architecture)(state, frame)
     except Exception as error:  # the filter meets another architecture's tensors
