@@ -3,7 +3,7 @@
 words, drawing                       how numbers and plots look everywhere
 profile, accuracy, adaptive, against, sweep, captions   tables and sentences
 figures, panels                      pictures of one image inside the model
-sweep_plot, training_plot            plots
+sweep_plot, training_plot, labels    plots, and labels beside their points
 header, card, page                   facts of a file; its model card; its HTML page
 readback                             results read from files
 """

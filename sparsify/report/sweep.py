@@ -13,15 +13,10 @@ from sparsify.measure.latency import Timing
 from sparsify.measure.sweep import Setting, Sweep
 from sparsify.recipe import recipe_yaml
 from sparsify.report import profile, words
-from sparsify.report.sweep_plot import PUBLISHED_DENSE_TOP1, plot, published, top1_error
+from sparsify.report.sweep_plot import PUBLISHED_DENSE_TOP1, label, plot, published, top1_error
 from sparsify.report.words import number
 
 FORMAT = 1  # of the JSON
-
-
-def label(setting: Setting) -> str:
-    """'keep 0.1' or 'target 0.7'."""
-    return f"{'keep' if setting.choice.kind == 'keep' else 'target'} {setting.choice.asked:g}"
 
 
 def quality(e: Evaluation) -> list[tuple[str, str, str]]:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from sparsify.measure.accuracy import Evaluation
-from sparsify.measure.sweep import Sweep
-from sparsify.report import drawing, words
+from sparsify.measure.sweep import Setting, Sweep
+from sparsify.report import drawing, labels, words
 
 SERIES = (
     ("keep", "sparse attention, all tokens", "o", drawing.BLUE),
@@ -31,11 +31,17 @@ class PublishedResult(NamedTuple):
     macs_share: float  # of the whole model
 
 
+def label(setting: Setting) -> str:
+    """'keep 0.1' or 'target 0.7'."""
+    return f"{'keep' if setting.choice.kind == 'keep' else 'target'} {setting.choice.asked:g}"
+
+
 def plot(sweep: Sweep) -> bytes:
     """Accuracy (or agreement, or cosine) over MACs, and over time, both in percent of dense: a PNG, 1600 pixels wide."""
     field, y_label, dense = _axis(sweep.settings[0].evaluation)
     figure = drawing.figure(8, 4.4, 200, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
+    named: dict[Any, list[labels.Label]] = {left: [], right: []}
     for kind, name, marker, colour in SERIES:
         settings = sorted((s for s in sweep.settings if s.choice.kind == kind), key=lambda s: s.share)
         if not settings:
@@ -50,10 +56,11 @@ def plot(sweep: Sweep) -> bytes:
         below = [x - 100 / s.speed.p90 for x, s in zip(times, settings, strict=True)]
         above = [100 / s.speed.p10 - x for x, s in zip(times, settings, strict=True)]
         right.errorbar(times, y, xerr=[below, above], elinewidth=1, capsize=2.5, **style)
+        for axes, xs in ((left, macs), (right, times)):
+            named[axes] += [labels.Label(x, at, label(s), colour) for x, at, s in zip(xs, y, settings, strict=True)]
     for axes in (left, right):
         axes.plot([100], [dense], marker="*", markersize=13, color="black", linestyle="none", label="dense", zorder=5)
-    if points := published(sweep):
-        _draw_published(left, points, dense)
+    others = _draw_published(left, published(sweep), dense)
     left.set_xlabel("MACs left, % of dense (theoretical)", fontsize=10)
     right.set_xlabel("time left, % of dense (measured, p10 to p90)", fontsize=10)
     left.set_ylabel(y_label, fontsize=10)
@@ -61,7 +68,7 @@ def plot(sweep: Sweep) -> bytes:
         drawing.tidy(axes)
         axes.grid(alpha=0.3, linewidth=0.6)
         axes.axvline(100, color="0.6", linestyle=":", linewidth=1, zorder=0)
-        axes.margins(0.07, 0.09)
+        axes.margins(0.07, 0.14)
         axes.ticklabel_format(useOffset=False)
     c = sweep.conditions
     figure.suptitle(
@@ -69,8 +76,12 @@ def plot(sweep: Sweep) -> bytes:
         f"{words.threads(c['threads'])}, {c['dtype']}, batch {c['batch_size']}",
         fontsize=10.5,
     )
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    handles, legend = left.get_legend_handles_labels()
+    figure.legend(handles, legend, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    figure.draw_without_rendering()  # from here on the axes stay where they are
+    figure.set_layout_engine("none")
+    labels.draw(left, named[left], [(100, dense), *others])
+    labels.draw(right, named[right], [(100, dense)])
     return drawing.png(figure)
 
 
@@ -91,16 +102,22 @@ def published(sweep: Sweep) -> list[PublishedResult]:
     return results
 
 
-def _draw_published(axes: Any, points: Sequence[PublishedResult], dense: float) -> None:
-    """Placed by what they lose against their own dense model, which is the same on ImageNet's validation set."""
-    pruned = [p for p in points if p.token_keep < 1]
+def _draw_published(axes: Any, points: Sequence[PublishedResult], dense: float) -> list[tuple[float, float]]:
+    """Placed by what they lose against their own dense model, which is the same on ImageNet's validation set.
+
+    Returns the points of the plot.
+    """
+    drawn: list[tuple[float, float]] = []
     for name, marker, colour, group in (
         ("Sparsifiner, loss against its dense", "^", drawing.GREEN, [p for p in points if p.token_keep == 1]),
-        ("pruned tokens, likewise", "v", drawing.GREY, pruned),
+        ("pruned tokens, likewise", "v", drawing.GREY, [p for p in points if p.token_keep < 1]),
     ):
         style = dict(marker=marker, markersize=5.5, linestyle="none", markerfacecolor="none", color=colour)
-        x, y = [100 * p.macs_share for p in group], [dense + p.top1 - PUBLISHED_DENSE_TOP1 for p in group]
-        axes.plot(x, y, label=f"published, fine-tuned: {name}", **style)
+        at = [(100 * p.macs_share, dense + p.top1 - PUBLISHED_DENSE_TOP1) for p in group]
+        if at:
+            axes.plot(*zip(*at, strict=True), label=f"published, fine-tuned: {name}", **style)
+        drawn += at
+    return drawn
 
 
 def top1_error(e: Evaluation) -> float | None:

@@ -126,6 +126,15 @@ def test_everything_given_is_on_the_page(run, made, tmp_path):
     assert text.count("of the true attention; the best choice") == 2
 
 
+def test_in_print_the_table_of_modules_is_open_and_the_colours_are_light(run, made, tmp_path):
+    found, text, _ = page(run, made, tmp_path)
+    rules = text[text.index("@media print") : text.index("</style>")]
+    assert "details + .modules { display: block;" in rules and "color-scheme: light" in rules
+    assert "columns: 2" in rules  # a grid moves to the next page as a whole
+    within = [inner for opened, inner in zip(found.tags, found.tags[1:], strict=False) if opened == "details"]
+    assert within == ["summary"] and "table" in found.tags[found.tags.index("summary") :]
+
+
 def test_words_from_a_header_and_from_results_cannot_become_markup(run, made, tmp_path):
     with safe_open(made / "m.safetensors", framework="pt") as file:
         meta = dict(file.metadata())
