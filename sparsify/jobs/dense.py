@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from sparsify.fit.schedule.head_costs import timed
 from sparsify.fit.schedule.sensitivity import Sensitivity
 from sparsify.images import datasets, given
 from sparsify.images.given import GivenImages
+from sparsify.images.loaders import ImageBatches
 from sparsify.images.preprocessing import Preprocessing
 from sparsify.images.trainset import TrainSet, builtin_calibration
 from sparsify.models import building, module, names, pretrained
@@ -35,6 +37,9 @@ from sparsify.recipe import Recipe
 
 BATCH_SIZE = 16  # images; bounds the memory of the widest step, the reference attention at four ranks
 PROBE_IMAGES = 64  # calibration images on which a schedule is chosen
+MARGINS = (
+    4  # times as many of the user's images tell how sure a schedule is: of 128, the share run again varies by half
+)
 
 
 @dataclass(frozen=True)
@@ -132,9 +137,12 @@ def _refuse_nonfinite(model: nn.Module, name: str) -> None:
 class Calibrator:
     """The closed-form calibration of dense models on one set of images."""
 
-    batches: Callable[[], Iterator[Tensor]]  # anew at each call, on the device, [B, C, H, W] float32, normalised
+    draw: Callable[
+        [int], Iterator[Tensor]
+    ]  # up to so many, the same at each call: [B, C, H, W] on the device, normalised
     words: str  # what they are, for messages
-    total: int  # how many they are at most
+    total: int  # how many of them calibrate, at most
+    margins: int  # how many tell how sure a schedule is, at most
     compute: Compute  # calibration is under autocast to its dtype
     listener: Listener
 
@@ -160,31 +168,43 @@ class Calibrator:
         if images is not None:
             if images.note:
                 listener.say(f"{field(option)}: {images.note}")
-            loader = images.calibration(n, recipe.seed, transform, size, compute.workers)
+            make: Callable[..., ImageBatches] = images.calibration
             words = f"up to {n} images of {images.name} (labels are not used)"
         else:
             digits = dense.source.architecture == network.ARCHITECTURE
-            loader = builtin_calibration(digits, n, recipe.seed, transform, size, compute.workers)
+            make = partial(builtin_calibration, digits)
             source = "digits of the training split" if digits else "built-in pictures"
             words = f"{n} {source}, because {field(option)} was not given"
         told: list[str] = []
 
-        def batches() -> Iterator[Tensor]:
-            yield from (x.to(device) for x in loader)
-            for line in loader.flaws.lines() if not told else ():  # of the first whole pass; the others are alike
+        @cache
+        def loader(n: int) -> ImageBatches:
+            return make(n, recipe.seed, transform, size, compute.workers)
+
+        def draw(n: int) -> Iterator[Tensor]:
+            yield from (x.to(device) for x in loader(n))
+            for line in loader(n).flaws.lines() if not told else ():  # of the first whole pass; the others are alike
                 told.append(line)
                 listener.say(f"images to calibrate on: {line}")
 
-        return cls(batches, words, n, compute, listener)
+        return cls(draw, words, n, n if images is None else MARGINS * n, compute, listener)
 
     @classmethod
     def _on_given(cls, images: Tensor, model: nn.Module, compute: Compute, listener: Listener) -> Calibrator:
         """On tensors [B, C, H, W] as the caller normalised them."""
         if line := given.note(images, model):
             listener.say(line)
-        size, device = compute.batch_size or BATCH_SIZE, compute.torch_device
-        words = f"the first {len(images)} images of {field('data')}, given as tensors"
-        return cls(lambda: (x.to(device) for x in images.split(size)), words, len(images), compute, listener)
+        size, device, count = compute.batch_size or BATCH_SIZE, compute.torch_device, len(images)
+        words = f"the first {count} images of {field('data')}, given as tensors"
+
+        def draw(n: int) -> Iterator[Tensor]:
+            return (x.to(device) for x in images[:n].split(size))
+
+        return cls(draw, words, count, count, compute, listener)
+
+    def batches(self) -> Iterator[Tensor]:
+        """The images to calibrate on, anew at each call."""
+        return self.draw(self.total)
 
     def calibrate(self, model: nn.Module, config: SparsityConfig, keeps: Sequence[float | None] = ()) -> Calibration:
         """Grafts sparse attention into a dense `model`, in place, and fits its predictors; `keeps`: see `calibrate`."""
@@ -224,7 +244,8 @@ class Calibrator:
 
     def sureness(self, model: nn.Module, schedules: Mapping[float, SparsityConfig]) -> dict[float, Sureness]:
         """How sure a calibrated model is of the images by each of its schedules; nothing of one without a classifier."""
-        return sureness.measure(model, schedules, self.batches(), lambda done: self._progress("margins", done, None))
+        n = self.margins
+        return sureness.measure(model, schedules, self.draw(n), lambda done: self._progress("margins", done, n))
 
     def _progress(self, step: str, done: int, total: int | None) -> None:
         self.listener.progress(step, done, total or self.total)

@@ -158,6 +158,14 @@ def test_distance_of_the_calibration_images_counts_other_answers(made):
     torch.testing.assert_close(torch.tensor(found.sureness[0.8].margins), margins(sparse), rtol=2e-3, atol=1e-4)
 
 
+def test_more_images_tell_how_sure_a_schedule_is_than_calibrate(made, tmp_path):
+    own = sparsify.convert(
+        "digits", recipe=CALIBRATE, data="digits", target_macs=0.6, output=tmp_path / "own.safetensors"
+    )
+    assert len(own.header.sureness[0.6].margins) == 4 * CALIBRATE.calib_images
+    assert len(checkpoint.read_header(made.path).sureness[0.8].margins) == CALIBRATE.calib_images  # built-in pictures
+
+
 def test_two_programs_with_the_rule_in_their_metadata(made, tmp_path):
     first, second = sparsify.export_pair(made.path, 0.7, "pt2", tmp_path / "m.pt2")
     assert [each.path.name for each in (first, second)] == ["m.first.pt2", "m.second.pt2"]
