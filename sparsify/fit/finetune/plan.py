@@ -148,7 +148,7 @@ def resolve_precision(requested: str, device: str) -> str:
         raise UsageError("precision float16 needs a GPU: give float32, bfloat16 or auto")
     if requested != "auto":
         return requested
-    fast = torch.cpu._is_avx512_bf16_supported() if on_cpu else torch.cuda.is_bf16_supported()
+    fast = torch.cpu._is_avx512_bf16_supported() if on_cpu else torch.cuda.is_bf16_supported(including_emulation=False)
     return "bfloat16" if fast else "float32"
 
 
