@@ -14,8 +14,8 @@ import torch
 
 from sparsify import __version__
 from sparsify.files.outputs import write_json, write_text
-from sparsify.ops.backends import device_name
 from sparsify.ops.cpu import kernels
+from sparsify.ops.devices import device_name
 
 Row = Mapping[str, object]
 

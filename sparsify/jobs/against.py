@@ -128,9 +128,8 @@ def _ready(runtime: Runtime, model: nn.Module, which: str, request: Request) -> 
 
 def _timed(runs: Mapping[Way, Run], budget: latency.Budget, device: torch.device) -> dict[Way, list[float]]:
     """All of them in one interleaved run: ms by round."""
-    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     calls = {" ".join(way): run for way, run in runs.items()}
-    ms = latency.by_round(calls, rounds=budget.rounds, budget_s=budget.seconds, synchronize=wait)
+    ms = latency.by_round(calls, rounds=budget.rounds, budget_s=budget.seconds, device=device)
     return {way: ms[" ".join(way)] for way in runs}
 
 

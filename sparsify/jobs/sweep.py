@@ -205,20 +205,11 @@ def _time(
     """Forward passes of all models over one random batch, in turns: ms, and times faster than dense by round."""
     shape = image_shape(models["dense"])
     images = torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-    every: dict[str, list[float]] = {name: [] for name in models}  # the warm-up among it
-
-    def run(name: str) -> None:
-        begin = time.perf_counter()
-        models[name](images)
-        wait()
-        every[name].append(time.perf_counter() - begin)
-
-    times = latency.interleaved(
-        {name: partial(run, name) for name in models},
+    rounds = latency.by_round(
+        {name: partial(model, images) for name, model in models.items()},
         budget_s=max(latency.BUDGET_S, SECONDS * len(models)),
-        synchronize=wait,
+        device=device,
     )
-    rounds = {name: every[name][-times[name].runs :] for name in models}
     ratios = {name: [d / s for d, s in zip(rounds["dense"], own, strict=True)] for name, own in rounds.items()}
-    return times, {name: latency.timing(own) for name, own in ratios.items()}
+    times, faster = ({name: latency.summary(own) for name, own in each.items()} for each in (rounds, ratios))
+    return times, faster

@@ -86,9 +86,8 @@ def profile_adaptive(
             guard.set_backend(models[name], compute.backend, compute.kernel_precision)
         images = torch.randn(compute.batch_size or 1, *image, generator=torch.Generator().manual_seed(0))
         images = images.to(device, dtype)  # (B, C, H, W)
-        wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
         candidates = {name: partial(each, images) for name, each in models.items()}
-        times = latency.interleaved(candidates, rounds=budget.rounds, budget_s=budget.seconds, synchronize=wait)
+        times = latency.interleaved(candidates, rounds=budget.rounds, budget_s=budget.seconds, device=device)
         known = {"batch_size": len(images), "device": str(device), "runs": times[FIRST].runs}
         circumstances |= conditions(PROFILE, compute, **known)
     return AdaptiveProfile(model.rule, counted, times, circumstances)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from sparsify.measure.latency import Timing, timing
+from sparsify.measure.latency import Timing, summary
 
 DENSE, CONVERTED = "dense", "converted"
 
@@ -82,7 +82,7 @@ class Against:
 
 def compare(ms: Mapping[Way, Sequence[float]]) -> dict[str, Pair]:
     """Both models in each runtime, from the times of every round of one interleaved run, ms."""
-    times = {way: timing(list(each)) for way, each in ms.items()}
+    times = {way: summary(list(each)) for way, each in ms.items()}
     dense = {way.runtime: way for way in ms if way.model == DENSE}
     best = min(dense.values(), key=lambda way: times[way].median, default=None)
 

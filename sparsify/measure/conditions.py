@@ -10,7 +10,7 @@ import timm
 import torch
 
 from sparsify import processes
-from sparsify.ops.backends import device_name
+from sparsify.ops.devices import device_name, gpu_details
 from sparsify.processes import Compute
 from sparsify.version import __version__
 
@@ -24,7 +24,8 @@ SWEEP = "batch_size img_size dtype device device_name threads runs backend platf
 
 
 def conditions(keys: Iterable[str], compute: Compute, **known: Any) -> dict[str, Any]:
-    """The conditions of a measurement on this machine under `keys`, in their order; fit for JSON.
+    """The conditions of a measurement on this machine under `keys`, in their order; fit for JSON. On a GPU also
+    "device_details": its capability, versions and clocks in one line.
 
     known: values that neither `compute` nor this machine tells (data, img_size, runs, backend), or that differ from theirs.
     """
@@ -43,4 +44,5 @@ def conditions(keys: Iterable[str], compute: Compute, **known: Any) -> dict[str,
         "python": platform.python_version(),
         "platform": platform.platform(),
     } | known
-    return {key: told[key] for key in keys}
+    details = gpu_details(device)
+    return {key: told[key] for key in keys} | ({"device_details": details} if details else {})

@@ -16,6 +16,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from sparsify.errors import UsageError
+from sparsify.ops import timing
 
 BUDGET_S = 10.0  # of measuring, all candidates together
 MIN_ROUNDS = 5
@@ -35,7 +36,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall-clock times of one candidate, in ms per batch: median, 10th and 90th percentile of all `runs`."""
+    """Times of one candidate (`ops.timing.stopwatch`), in ms per batch: median, 10th and 90th percentile of all `runs`."""
 
     median: float
     p10: float
@@ -57,13 +58,13 @@ class Rounds(TypedDict, total=False):
     rounds: int | None
     budget_s: float
     warmup: int
-    synchronize: Callable[[], None]
+    device: torch.device | str
     clock: Callable[[], float]
 
 
 def interleaved(candidates: Mapping[str, Callable[[], object]], **how: Unpack[Rounds]) -> dict[str, Timing]:
     """Median and spread of every candidate, timed as `by_round` says, whose arguments these are."""
-    return {name: timing(ms) for name, ms in by_round(candidates, **how).items()}
+    return {name: summary(ms) for name, ms in by_round(candidates, **how).items()}
 
 
 def by_round(
@@ -72,7 +73,7 @@ def by_round(
     rounds: int | None = None,
     budget_s: float = BUDGET_S,
     warmup: int = 2,
-    synchronize: Callable[[], None] = lambda: None,
+    device: torch.device | str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time every candidate, a call by its name, once in each round, in alternating order (ABC CBA ABC ...): ms by round.
@@ -80,27 +81,25 @@ def by_round(
     Args:
         rounds: None: at least `MIN_ROUNDS`, then until `budget_s` seconds have passed.
         warmup: untimed runs of each candidate before the first round.
-        synchronize: called before each reading of the clock, in seconds (waits for an accelerator).
+        device: what the candidates compute on; on a GPU events time them, and short ones run several times in a row.
+        clock: seconds.
     """
     names = list(candidates)
+    watches = {name: timing.stopwatch(call, device, clock=clock) for name, call in candidates.items()}
     times: dict[str, list[float]] = {name: [] for name in names}
     with torch.inference_mode():
         for _ in range(warmup):
             for name in names:
-                candidates[name]()
+                watches[name]()
         start, done = clock(), 0
         while done < rounds if rounds else done < MIN_ROUNDS or clock() - start < budget_s:
             for name in names if done % 2 == 0 else reversed(names):
-                synchronize()
-                begin = clock()
-                candidates[name]()
-                synchronize()
-                times[name].append(1000 * (clock() - begin))
+                times[name].append(watches[name]())
             done += 1
     return times
 
 
-def timing(ms: list[float]) -> Timing:
+def summary(ms: list[float]) -> Timing:
     """Median and 10th and 90th percentile of run times in ms (linear interpolation)."""
     if len(ms) == 1:
         return Timing(ms[0], ms[0], ms[0], 1)

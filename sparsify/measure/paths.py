@@ -26,7 +26,7 @@ def taken(model: nn.Module, images: Tensor) -> list[Entry]:
         if isinstance(module, SparseAttention):
             entries[block] = _sparse(module, q, mask, tokens)
         elif isinstance(module, DenseAttention):
-            entries[block] = _dense(module, q, mask)
+            entries[block] = _dense(module, q, mask, tokens)
 
     with observe.watching_calls(model, on_call):
         model(images)
@@ -50,10 +50,10 @@ def _sparse(module: SparseAttention, q: Tensor, mask: Tensor | None, tokens: Tok
     return _entry(shape, taken, choice.reason) | {"ms": dict(choice.ms)}
 
 
-def _dense(module: DenseAttention, q: Tensor, mask: Tensor | None) -> Entry:
+def _dense(module: DenseAttention, q: Tensor, mask: Tensor | None, tokens: TokenState | None) -> Entry:
     B, H, N, d = q.shape
     shape = {"batch": B, "heads": H, "tokens": N, "head_dim": d, "dtype": str(q.dtype).removeprefix("torch.")}
-    return _entry(shape, module.path(q, mask), "dense by its configuration")
+    return _entry(shape, module.path(q, mask, tokens), "dense by its configuration")
 
 
 def _entry(shape: Entry, path: str, reason: str) -> Entry:

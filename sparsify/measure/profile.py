@@ -190,8 +190,7 @@ def _timed(model: nn.Module, dense: nn.Module | None, backbone_changed: bool, co
 
 def _measure(models: Mapping[str, nn.Module], images: torch.Tensor, budget: latency.Budget) -> Measured:
     candidates: dict[str, Callable[[], object]] = {name: partial(model, images) for name, model in models.items()}
-    wait = partial(torch.cuda.synchronize, images.device) if images.device.type == "cuda" else lambda: None
     dense_memory = latency.peak_memory(models["dense"], images) if "dense" in models else None
     memory = latency.peak_memory(models["sparse"], images)
-    times = latency.interleaved(candidates, rounds=budget.rounds, budget_s=budget.seconds, synchronize=wait)
+    times = latency.interleaved(candidates, rounds=budget.rounds, budget_s=budget.seconds, device=images.device)
     return Measured(times.get("dense"), times["sparse"], times["auto"], dense_memory, memory)

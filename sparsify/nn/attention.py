@@ -22,7 +22,9 @@ from sparsify.nn.tokens import TokenState
 from sparsify.ops import attention, auto, backends, tails
 from sparsify.ops.auto import Choice, Chooser
 from sparsify.ops.selection import Context, cells_of
-from sparsify.ops.spec import Grid, Shape, Spec, budget, shortest
+from sparsify.ops.spec import Grid, Kind, Shape, Spec, budget, shortest
+
+NO_KIND, NO_SPEC = Kind("dense", 0, 0), Spec((), 0, "none", (0, 0), ())  # of the shape of a dense call
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,11 @@ class Execution:
     where a gradient is needed, nor once the model or a copy of it has been in train mode (`Chooser.withdraw`).
     """
 
-    backend: str = "auto"  # auto, cpu or reference (`sparsify.ops.backends`); auto is cpu if the kernels are available
+    backend: str = "auto"  # auto, cpu or reference (`sparsify.ops.backends`)
     precision: str = "input"  # input, or bf16: the kernels store q, k, v of float32 models in bfloat16
     dense_fallback: bool = False  # dense attention may replace the sparse form where `choose` measured it faster
     choose: Chooser | None = None  # measures and remembers; None: no dense fallback
+    graph: bool = False  # the model is replayed from CUDA graphs, and so are the calls that `choose` times
 
 
 @dataclass(frozen=True)
@@ -188,13 +191,23 @@ class DenseAttention(GraftedAttention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tokens: TokenState | None) -> Tensor:
         self._refuse_dropout()
         size = None if tokens is None else tokens.size
-        path = "sdpa" if backends.needs_grad(q, k, v) else self.path(q, mask)
+        path = "sdpa" if backends.needs_grad(q, k, v) else self.path(q, mask, tokens)
         return attention.dense(path, q, k, v, mask, self.scale, self.execution.precision, size)
 
-    def path(self, q: Tensor, mask: Tensor | None) -> str:
-        """What computes a call without gradients, one of `auto.DENSE`: our kernel where it is available, else torch's."""
+    def path(self, q: Tensor, mask: Tensor | None, tokens: TokenState | None = None) -> str:
+        """What computes a call without gradients, one of `auto.DENSE`: our kernel where it is available, else torch's; on a
+        GPU the one that `auto` measured fastest."""
+        e = self.execution
+        if q.device.type == "cuda":
+            if e.choose is None or self.training or not backends.eager(q):
+                return "sdpa"
+            B, H, N, d = q.shape
+            shape = Shape(B, H, N, d, q.dtype, str(q.device), 0, mask is not None, e.precision, "", NO_KIND, NO_SPEC)
+            return e.choose.choose(
+                shape._replace(merged=tokens is not None and tokens.size is not None, graph=e.graph), None
+            ).taken
         runs_here = backends.eager(q) or backends.compiling()
-        kernel = runs_here and backends.resolve(self.execution.backend, q, mask) == "cpu"
+        kernel = runs_here and backends.resolve(e.backend, q, mask) == "cpu"
         return "dense-cpu" if kernel else "sdpa"
 
     def extra_repr(self) -> str:
@@ -283,8 +296,8 @@ class SparseAttention(GraftedAttention):
         return attention.attention(q, k, v, ranking, context, spec, backend, self.execution.precision)
 
     def path(self, q: Tensor, mask: Tensor | None, tokens: TokenState | None, spec: Spec) -> tuple[str, Choice | None]:
-        """What computes a call without gradients, and the decision of `auto` if it was asked: cpu or reference, the sparse
-        form; or one of `auto.DENSE`, if allowed and measured faster."""
+        """What computes a call without gradients, and the decision of `auto` if it was asked: cpu, masked or reference, the
+        sparse form; or one of `auto.DENSE`, if allowed and measured faster."""
         e = self.execution
         path = backends.resolve(e.backend, q, mask)
         may_be_dense = e.dense_fallback and e.choose is not None and not self.training and backends.eager(q)
@@ -319,10 +332,10 @@ class SparseAttention(GraftedAttention):
         """What decides how long a call takes: the key of `auto.Chooser`. sparse: what computes the sparse form."""
         B, H, N, d = q.shape
         size, place = (None, None) if tokens is None else (tokens.size, tokens.place)
-        device, threads = q.device.type, torch.get_num_threads()
+        device, threads = str(q.device), torch.get_num_threads() if q.device.type == "cpu" else 0
         precision, kind, spec = self.execution.precision, self.predictor.kind(), spec.typical(N)
         shape = Shape(B, H, N, d, q.dtype, device, threads, mask is not None, precision, sparse, kind, spec)
-        return shape._replace(merged=size is not None, placed=place is not None)
+        return shape._replace(merged=size is not None, placed=place is not None, graph=self.execution.graph)
 
     def extra_repr(self) -> str:
         s = self.sparsity

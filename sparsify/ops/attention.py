@@ -17,17 +17,26 @@ exported program holds PyTorch's own operators only and runs where this package 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsify.ops import backends, masked, reference, tails
 from sparsify.ops.cpu import kernels
 from sparsify.ops.selection import Context, Ranking
 from sparsify.ops.spec import Spec
+
+SDPA = {
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+"""Paths of dense attention by one of torch's kernels for GPUs; each raises `RuntimeError` for what it does not take."""
 
 TENSORS = 11  # leading arguments of the op that are tensors or None
 
@@ -126,7 +135,7 @@ def dense(
     """Dense attention, [B, H, M, d] and [B, H, N, d] x 2 -> [B, M, H*d].
 
     Args:
-        path: 'sdpa' as timm computes it; 'dense-cpu' by our kernel (no mask, M = N).
+        path: 'sdpa' as timm computes it; 'dense-cpu' by our kernel (no mask, M = N); one of `SDPA`.
         size: tokens that each key stands for, [B, N]; log s is added to the logits.
     """
     if path == "dense-cpu":
@@ -139,7 +148,8 @@ def dense(
             mask = logarithm
         else:
             mask = torch.where(mask, logarithm, -torch.inf) if mask.dtype == torch.bool else mask + logarithm
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    with sdpa_kernel(SDPA[path]) if path in SDPA else contextlib.nullcontext():
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -152,10 +162,12 @@ def _path(backend: str, q: Tensor, k: Tensor, v: Tensor, ranking: Ranking, conte
     """
     if torch.compiler.is_exporting() or backends.transformed():
         return "inline"
-    if backend == "reference" or context.mask is not None or not backends.eager(q) or backends.needs_grad(context.size):
+    if backend == "reference" or context.mask is not None or backends.needs_grad(context.size):
         return "op"
-    if backend == "masked":
+    if backend == "masked" and (backends.eager(q) or backends.compiling()):
         return "masked"
+    if not backends.eager(q):
+        return "op"
     if not _kernel(backend, q, context):
         return "op"
     if not torch.is_grad_enabled():

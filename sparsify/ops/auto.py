@@ -1,12 +1,15 @@
 """`backend=auto`: the fastest way to compute one attention call on this machine, measured once and remembered.
 
     cpu         sparse, the kernels of `cpu/`            dense-cpu   dense attention, our own tile kernel
-    reference   sparse, in PyTorch                       sdpa        dense attention, torch's
+    masked      sparse, one masked attention (GPUs)      sdpa        dense attention by the kernel that torch chooses
+    reference   sparse, in PyTorch                       sdpa-*      on GPUs: by cuDNN's, by flash or by efficient attention
 
 Where dense attention may replace the sparse form (`Execution.dense_fallback`), the candidates of a shape run in turns on
 random tensors, and the lowest median wins. Among candidates within `MARGIN` of it the first of `PREFERENCE` wins, so that
 noise does not change a decision. Decisions are kept in the `Chooser` and on disk (`remembered.py`), but for those that were
 made while other work kept the processor busy: these are not written, and made again later.
+
+On GPUs the race reads events (`timing.py`), or times replays of CUDA graphs where the model is replayed.
 
 Calls that are fast by themselves may make a whole model slow, by what they leave in caches. So a model is held against
 itself with torch's dense attention in all these calls (`Chooser.settle`), and takes that where it is faster.
@@ -20,16 +23,17 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from sparsify.ops import candidates, remembered
+from sparsify.ops import attention, candidates, remembered, timing
 from sparsify.ops.spec import Shape
 
-PREFERENCE = ("cpu", "dense-cpu", "sdpa", "reference")
-DENSE = ("dense-cpu", "sdpa")
+DENSE = ("dense-cpu", "sdpa", *attention.SDPA)
+PREFERENCE = ("cpu", *DENSE, "masked", "reference")
 
 MARGIN = 1.03  # medians this close count as equal
 MIN_ROUNDS = 7
@@ -53,6 +57,11 @@ class Choice:
     reason: str  # one line
     busy: bool = False  # the processor did other work meanwhile: the decision will be made again
 
+    @property
+    def dense(self) -> str:
+        """The fastest of torch's dense kernels."""
+        return min((name for name in self.ms if name.startswith("sdpa")), key=self.ms.__getitem__, default="sdpa")
+
 
 class Race(NamedTuple):
     """What `race` measured."""
@@ -72,7 +81,7 @@ class Chooser:
 
     def __init__(
         self,
-        make: Callable[[Shape, candidates.Sparse], Mapping[str, Callable[[], object]]] = candidates.make,
+        make: Callable[[Shape, candidates.Sparse | None], Mapping[str, Callable[[], object]]] = candidates.make,
         clock: Callable[[], float] = time.perf_counter,
         work: Callable[[], float] = time.thread_time,
     ) -> None:
@@ -94,10 +103,10 @@ class Chooser:
         """Allow no dense attention from now on: weights of the model, or of a copy that shares this, may have changed."""
         self._withdrawn = True
 
-    def choose(self, shape: Shape, sparse: candidates.Sparse) -> Choice:
+    def choose(self, shape: Shape, sparse: candidates.Sparse | None) -> Choice:
         """The decision of a shape; the first call of a new one measures for about `BUDGET_S` seconds.
 
-        sparse: what computes the sparse form.
+        sparse: what computes the sparse form; None: of a dense call, whose `shape.sparse` is ''.
         """
         known = self._known.get(shape)
         return self._decide(shape, sparse) if known is None or (known.busy and self._over(shape)) else known
@@ -105,7 +114,7 @@ class Chooser:
     def _over(self, shape: Shape) -> bool:
         return self._clock() >= self._until[shape][0]
 
-    def _decide(self, shape: Shape, sparse: candidates.Sparse) -> Choice:
+    def _decide(self, shape: Shape, sparse: candidates.Sparse | None) -> Choice:
         with self._lock:
             known = self._known.get(shape)
             if known is not None and not (known.busy and self._over(shape)):  # another thread was first
@@ -113,8 +122,10 @@ class Chooser:
             machine, path = self._machine(shape.device)
             choice = _parse(remembered.read(path).get(shape.text()), shape)
             if choice is None:
-                with torch.inference_mode(), torch.autocast(shape.device, enabled=False):
-                    found = race(self._make(shape, sparse), self._clock, _wait(shape.device), self._work)
+                with torch.inference_mode(), torch.autocast(shape.device_type, enabled=False):
+                    calls = timing.GRAPHED if shape.graph else 0
+                    watch = partial(timing.stopwatch, device=shape.device, graph=calls, clock=self._clock)
+                    found = race(self._make(shape, sparse), self._clock, watch, self._work)
                 choice = decide(found.ms, found.rounds)
                 if shape.device == "cpu" and found.own < OWN:  # the CPU waits for a GPU
                     choice = replace(choice, reason=f"{choice.reason}; the processor was busy", busy=True)
@@ -149,9 +160,9 @@ class Chooser:
             remembered.add(path, machine, key, {"slower": slower, "ms": found.ms, "rounds": found.rounds})
         if slower:
             reason = "the whole model is faster with dense attention"
-            self._known |= {
-                each: replace(self._known[each], taken="sdpa", reason=reason, busy=False) for each in shapes
-            }
+            for each in shapes:
+                choice = self._known[each]
+                self._known[each] = replace(choice, taken=choice.dense, reason=reason, busy=False)
         return slower
 
     def _machine(self, device: str) -> tuple[dict[str, str], Path | None]:
@@ -177,25 +188,24 @@ def _again(withdrawn: bool) -> Chooser:
 
 def race(
     runs: Mapping[str, Callable[[], object]],
-    clock: Callable[[], float],
-    wait: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+    watch: Callable[[Callable[[], object]], timing.Stopwatch] | None = None,
     work: Callable[[], float] = time.thread_time,
 ) -> Race:
     """Time candidates in turns, in alternating order, after a warm-up.
 
+    clock: seconds; watch: makes what times a candidate, None: by the clock.
+
     The race ends when all others are `HOPELESS`, when the leader is clear after `SURE_ROUNDS`, or when the time is up.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in [*runs.values(), *runs.values()]:
-        run()
+    watches = {name: (watch or partial(timing.stopwatch, clock=clock))(run) for name, run in runs.items()}
+    for read in [*watches.values(), *watches.values()]:
+        read()
     racing, rounds, start, worked = list(runs), 0, clock(), work()
     while True:
         for name in racing if rounds % 2 == 0 else racing[::-1]:
-            wait()
-            begin = clock()
-            runs[name]()
-            wait()
-            times[name].append(1000 * (clock() - begin))
+            times[name].append(watches[name]())
         rounds += 1
         if rounds < FIRST_ROUNDS:
             continue
@@ -223,10 +233,6 @@ def decide(ms: Mapping[str, float], rounds: int) -> Choice:
 def _clear(times: Mapping[str, list[float]], leader: str, racing: list[str]) -> bool:
     upper = statistics.quantiles(times[leader], n=4)[2]
     return all(upper < statistics.quantiles(times[name], n=4)[0] for name in racing if name != leader)
-
-
-def _wait(device: str) -> Callable[[], None]:
-    return torch.accelerator.synchronize if device != "cpu" else lambda: None
 
 
 def _parse(found: Any, shape: Shape) -> Choice | None:

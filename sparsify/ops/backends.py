@@ -1,15 +1,12 @@
-"""What computes the sparse form: the CPU kernels of `cpu/` where they can run, else the reference in PyTorch.
+"""What computes the sparse form: the CPU kernels of `cpu/` where they can run, on GPUs `masked`, else the reference.
 
-    backend         auto: the kernels where they are available, else the reference; cpu; reference
+    backend         auto: the kernels where they are available, on a GPU masked attention, else the reference; cpu; reference
     precision       input: computed and stored in the dtype of the inputs; bf16: float32 models store q, k, v in bfloat16
 
 Nothing here measures: `auto.py` decides whether dense attention is used instead.
 """
 
 from __future__ import annotations
-
-import os
-import platform
 
 import torch
 from torch import Tensor
@@ -21,7 +18,7 @@ from sparsify.ops.cpu import kernels
 BACKENDS = ("auto", "cpu", "reference")
 PRECISIONS = ("input", "bf16")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
-MOST_MASKED = 1 << 26  # pairs whose bias `masked.py` keeps for the backward: 256 MB in float32 a block
+MOST_MASKED = 1 << 26  # pairs whose bias `masked.py` keeps for the backward, or computes at once: 256 MB in float32
 
 
 @torch.compiler.assume_constant_result
@@ -45,10 +42,19 @@ def unavailable(device: torch.device, dtype: torch.dtype, biased: bool = False) 
 
 
 def resolve(backend: str, q: Tensor, mask: Tensor | None = None) -> str:
-    """'cpu' or 'reference': what computes the sparse form of a call with queries q [B, H, N, d]."""
-    if torch.compiler.is_exporting():  # the program is to run elsewhere; nothing is built for it
+    """'cpu', 'masked' or 'reference': what computes the sparse form of a call with queries q [B, H, N, d].
+
+    'masked' on GPUs, where the reference would launch many small kernels for each chunk of rows.
+    """
+    if (
+        torch.compiler.is_exporting() or backend == "reference"
+    ):  # a program is to run elsewhere; nothing is built for it
         return "reference"
-    return "cpu" if backend != "reference" and kernels.supports(q, mask) and not_built() is None else "reference"
+    if q.device.type == "cuda":
+        _, H, N, _ = q.shape
+        whole = mask is None and H * N * N <= MOST_MASKED
+        return "masked" if whole and (eager(q) or compiling()) else "reference"
+    return "cpu" if kernels.supports(q, mask) and not_built() is None else "reference"
 
 
 def training(backend: str, q: Tensor, mask: Tensor | None = None) -> str:
@@ -71,6 +77,8 @@ def describe(backend: str, precision: str, device: torch.device, dtype: torch.dt
     """What `backend` resolves to, in words: 'cpu (avx512bf16)', 'reference', 'reference (no compiler found)'."""
     if backend == "reference":
         return "reference"
+    if device.type == "cuda" and not biased:
+        return "masked"
     reason = unavailable(device, dtype, biased)
     if reason is not None:
         return f"reference ({reason})"
@@ -80,6 +88,8 @@ def describe(backend: str, precision: str, device: torch.device, dtype: torch.dt
 
 def note(backend: str, device: torch.device, dtype: torch.dtype, biased: bool = False) -> str:
     """One line if the user would expect the kernels and they cannot be used; else ''."""
+    if backend != "reference" and device.type == "cuda":
+        return "sparse attention has no kernels for GPUs and saves no time there; fewer tokens do"
     reason = None if backend == "reference" else unavailable(device, dtype, biased)
     return "" if reason is None else f"sparse attention is computed by the slow PyTorch reference: {reason}"
 
@@ -110,15 +120,3 @@ def compiling() -> bool:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether any of these inputs needs a gradient."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def device_name(device: torch.device) -> str:
-    """The processor's or the accelerator's name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                if line.lower().startswith("model name"):
-                    return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -17,8 +18,9 @@ Sparse = Callable[[Tensor, Tensor, Tensor, Context], object]
 Candidates = dict[str, Callable[[], object]]
 
 
-def make(shape: Shape, sparse: Sparse) -> Candidates:
-    """Path -> call: the sparse form; dense attention by our own kernel if available; SDPA."""
+def make(shape: Shape, sparse: Sparse | None) -> Candidates:
+    """Path -> call: the sparse form, unless `sparse` is None; dense attention by our own kernel if available; SDPA, on
+    GPUs also by each of torch's kernels that takes the shape."""
     device, scale = torch.device(shape.device), shape.head_dim**-0.5
     generator = torch.Generator(device).manual_seed(0)
 
@@ -36,7 +38,22 @@ def make(shape: Shape, sparse: Sparse) -> Candidates:
     if shape.placed:
         patches = shape.spec.grid[0] * shape.spec.grid[1]
         place = (torch.arange(N - shape.spec.prefix, device=device) % patches).expand(B, -1).contiguous()
-    candidates: Candidates = {shape.sparse: partial(sparse, q, k, v, Context(mask, size, place))}
-    for path in ("dense-cpu", "sdpa") if shape.sparse == "cpu" else ("sdpa",):
-        candidates[path] = partial(attention.dense, path, q, k, v, mask, scale, shape.precision, size)
+    candidates: Candidates = {}
+    if sparse is not None:
+        candidates[shape.sparse] = partial(sparse, q, k, v, Context(mask, size, place))
+    own = ("dense-cpu",) if shape.sparse == "cpu" else ()
+    for path in (*own, "sdpa", *(attention.SDPA if shape.device_type == "cuda" else ())):
+        call = partial(attention.dense, path, q, k, v, mask, scale, shape.precision, size)
+        if path not in attention.SDPA or _runs(call):
+            candidates[path] = call
     return candidates
+
+
+def _runs(call: Callable[[], object]) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of each reason why a kernel does not take a call
+        try:
+            call()
+        except RuntimeError:
+            return False
+    return True

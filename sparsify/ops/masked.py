@@ -5,7 +5,8 @@
 bias_ij is 0 (or the logarithm of the key's size) for kept keys and -inf for dropped ones, m_ic what row i dropped of cell c
 (equation 3 of `docs/design.md`). Values and gradients are those of `reference.attend` to rounding, in less than half of its
 time: the kept keys and the masses have no gradient, so everything that has one is in PyTorch's own fused attention.
-For every device and dtype; the kernels, if available, are faster (`cpu.kernels.trained`).
+For every device and dtype; the kernels, if available, are faster (`cpu.kernels.trained`). On GPUs it also computes the
+sparse form without gradients: nothing in it waits for the device.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsify.ops import selection
+from sparsify.ops import backends, selection
 from sparsify.ops.selection import Context, Ranking
 from sparsify.ops.spec import Spec
 
@@ -22,12 +23,29 @@ from sparsify.ops.spec import Spec
 def attend(q: Tensor, k: Tensor, v: Tensor, ranking: Ranking, context: Context, spec: Spec) -> Tensor:
     """Sparse attention with tail, differentiable in q, k, v; arguments as `reference.attend`, without a mask.
 
-    Memory: the bias of every call, [B, H, N, N + P + M] in float32, stays until the backward.
+    Memory: the bias of every call, [B, H, N, N + P + M] in float32, stays until the backward. Without gradients a few
+    images are computed at a time, so that it has about `backends.MOST_MASKED` elements.
     Half precision: keys are chosen, counted and averaged in float32; the attention is PyTorch's in the dtype of q.
 
     Returns:
         [B, N, H*d], dtype of q.
     """
+    B, H, N, _ = q.shape
+    step = max(1, backends.MOST_MASKED // (H * N * N))
+    if step >= B or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _attend(q, k, v, ranking, context, spec)
+    parts = []
+    for start in range(0, B, step):
+        some = slice(start, start + step)
+        row, col, features, shift = (t if t is None or len(t) == 1 else t[some] for t in ranking[:4])
+        ranked = ranking._replace(row=row, col=col, features=features, shift=shift)
+        known = Context(*(None if t is None else t[some] for t in context))
+        parts.append(_attend(q[some], k[some], v[some], ranked, known, spec))
+    return torch.cat(parts)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, ranking: Ranking, context: Context, spec: Spec) -> Tensor:
+    """All images at once."""
     B, H, N, d = q.shape
     wide = torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else q.dtype
     with torch.autocast(q.device.type, enabled=False):

@@ -20,15 +20,18 @@ from sparsify.errors import BadFile
 from sparsify.files.outputs import write_json
 from sparsify.files.plain_json import from_json
 from sparsify.ops import backends
-from sparsify.ops.backends import device_name
 from sparsify.ops.cpu import build, kernels
+from sparsify.ops.devices import device_name, gpu_versions
 from sparsify.version import __version__
 
 LARGEST = 1_000_000  # bytes: about 3,000 shapes
 
 
 def identity(device: str) -> dict[str, str]:
-    """What a measurement depends on, shape and threads apart: processor, instruction set, versions, kernels."""
+    """What a measurement depends on, shape and threads apart: processor, instruction set, versions, kernels.
+
+    Of a GPU also compute capability and Triton's version. device: of torch, cuda:1 for example.
+    """
     usable = device == "cpu" and backends.not_built() is None
     library = build.build().path if usable else None
     return {
@@ -37,7 +40,7 @@ def identity(device: str) -> dict[str, str]:
         "kernels": library.parent.name if library else "",  # hash of sources, flags and compiler
         "torch": torch.__version__,
         "sparsify": __version__,
-    }
+    } | gpu_versions(torch.device(device))
 
 
 def file_of(machine: dict[str, str]) -> Path | None:

@@ -65,8 +65,16 @@ class Ranking(NamedTuple):
 
 def rank_mask(ranks: Sequence[int], like: Tensor) -> Tensor:
     """1 for the first ranks[h] coordinates of head h, else 0: [H, 1, max(ranks)], dtype and device of `like`."""
-    r = torch.tensor(tuple(ranks), device=like.device)[:, None, None]  # (H, 1, 1)
+    r = of_heads(ranks, like)
     return (torch.arange(max(ranks), device=like.device) < r).to(like.dtype)
+
+
+def of_heads(values: Sequence[int], like: Tensor) -> Tensor:
+    """Numbers of each head: int64 [H, 1, 1] on the device of `like`, without waiting for that device."""
+    if like.device.type == "cpu" or torch.compiler.is_compiling():
+        return torch.tensor(tuple(values), device=like.device)[:, None, None]
+    filled = [torch.full((1, 1, 1), value, dtype=torch.int64, device=like.device) for value in values]
+    return torch.cat(filled)  # a copy from the CPU's memory waits for the GPU, and cannot be captured
 
 
 def top_b(scores: Tensor, budgets: int | Sequence[int]) -> Tensor:
@@ -81,10 +89,9 @@ def top_b(scores: Tensor, budgets: int | Sequence[int]) -> Tensor:
     """
     s = scores.detach().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     each = (budgets,) if isinstance(budgets, int) else tuple(budgets)
-    highest, b = s.topk(max(each), dim=-1).values, each[0] if len(each) == 1 else s.new_tensor(each, dtype=torch.int64)
+    highest, b = s.topk(max(each), dim=-1).values, each[0] if len(each) == 1 else of_heads(each, s)
     threshold = highest[..., -1:]  # (..., 1)
     if isinstance(b, Tensor):
-        b = b[:, None, None]  # (H, 1, 1)
         threshold = highest.gather(-1, (b - 1).expand(threshold.shape))
     kept = s >= threshold
     if readable(s):
@@ -97,9 +104,12 @@ def top_b(scores: Tensor, budgets: int | Sequence[int]) -> Tensor:
 
 
 def readable(t: Tensor) -> bool:
-    """Whether Python can look at values: no compiler, no fake or meta tensor, no transformation of torch.func."""
-    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or t.is_meta
-    return type(t) is Tensor and not hidden
+    """Whether Python can look at values at once: on the CPU, no compiler, no fake tensor, no transformation of torch.func.
+
+    On a GPU a look waits for all work before it, and a CUDA graph cannot be captured.
+    """
+    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return type(t) is Tensor and t.device.type == "cpu" and not hidden
 
 
 def pool_tiles(scores: Tensor, grid: tuple[int, int], tile: tuple[int, int], place: Tensor | None = None) -> Tensor:

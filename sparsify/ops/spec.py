@@ -99,22 +99,31 @@ class Shape(NamedTuple):
     tokens: int  # N
     head_dim: int  # d
     dtype: torch.dtype  # of q, k, v
-    device: str  # cpu or cuda
+    device: str  # cpu, cuda:0
     threads: int  # of torch
     masked: bool  # whether there is an attention mask
     precision: str  # see `sparsify.nn.attention.Execution`
-    sparse: str  # what would compute the sparse form, cpu or reference
+    sparse: str  # what would compute the sparse form, cpu, masked or reference
     kind: Kind
     spec: Spec  # `Spec.typical`
     merged: bool = False  # whether keys have sizes
     placed: bool = False  # whether patch tokens have places
+    graph: bool = False  # whether the call is replayed from a CUDA graph
+
+    @property
+    def device_type(self) -> str:
+        """cpu or cuda."""
+        return self.device.partition(":")[0]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same, fit for JSON; the scale follows from head_dim and is left out."""
+        """The same, fit for JSON; the scale follows from head_dim and is left out, and two GPUs of a name are alike."""
         kind, spec = self.kind._asdict(), self.spec._asdict()
         del spec["scale"]
         spec |= {name: kind.pop(name) for name in ("coef_topk", "coef_threshold")}
         plain = self._asdict() | {"dtype": str(self.dtype).removeprefix("torch."), "kind": kind, "spec": spec}
+        plain["device"] = self.device_type
+        if not self.graph:  # as files have it that were written before there were graphs
+            del plain["graph"]
         return json.loads(json.dumps(plain))
 
     def text(self) -> str:

@@ -16,9 +16,13 @@ from sparsify.report.words import HEADINGS, NOTHING, Row
 THEORETICAL = "Theoretical: MACs per image"
 PATHS = {
     "cpu": "sparse kernels",
+    "masked": "sparse, masked SDPA",
     "reference": "sparse reference",
     "dense-cpu": "own dense kernel",
     "sdpa": "torch's dense SDPA",
+    "sdpa-cudnn": "dense, cuDNN",
+    "sdpa-flash": "dense, flash attention",
+    "sdpa-efficient": "dense, efficient attention",
 }
 """Paths of `Profile.choices` in words."""
 NOT_SPEED = "Fewer MACs are no promise of speed: the measured part says what this machine makes of them."

@@ -168,7 +168,7 @@ def test_time_prices_what_takes_long(monkeypatch):
     found = fitted(keep=0.3, rank=8, keeps=(0.3,))
     shape = found.budgets.shape
 
-    def pretended(runs, rounds):
+    def pretended(runs, rounds, device):
         def ms(at):
             settings = found.budgets.blocks[0].settings
             keys, cells = budget(settings.keeps[at[1]], 37), math.prod(settings.cells[at[2]])

@@ -213,7 +213,7 @@ def test_target_latency_aims_by_what_it_measures(monkeypatch):
         def __init__(self, median):
             self.median = median
 
-    def pretended(candidates, rounds=None):
+    def pretended(candidates, rounds=None, device=None):
         return {"dense": At(10.0), "sparse": At(10.0 * next(shares))} if "sparse" in candidates else {"dense": At(10.0)}
 
     monkeypatch.setattr(choose, "interleaved", pretended)

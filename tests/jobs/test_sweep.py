@@ -36,9 +36,9 @@ FEW = ["--data", "digits", "--limit", "48", "--calib-images", "8"]
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     """Timings of three rounds."""
-    whole = latency.interleaved
+    whole = latency.by_round
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency, "interleaved", lambda runs, **how: whole(runs, **how | {"rounds": 3}))
+        patch.setattr(latency, "by_round", lambda runs, **how: whole(runs, **how | {"rounds": 3}))
         yield
 
 
@@ -259,18 +259,10 @@ def test_published_points_are_deit_smalls_alone():
 
 
 def test_speed_is_taken_round_by_round(monkeypatch):
-    ticks = iter([0, 9, 0, 9] + [0, 4, 0, 2] + [0, 10, 0, 40] + [0, 6, 0, 2])  # a warm-up; begin and end of each run
-    monkeypatch.setattr(sweep.time, "perf_counter", lambda: next(ticks))
-
-    def interleaved(runs, **how):
-        for _ in range(4):
-            for call in runs.values():
-                call()
-        return {name: Timing(1, 1, 1, 3) for name in runs}
-
-    monkeypatch.setattr(latency, "interleaved", interleaved)
+    monkeypatch.setattr(latency, "by_round", lambda runs, **how: {"dense": [4.0, 10.0, 6.0], "half": [2.0, 40.0, 2.0]})
     dense = network.build()
-    _, speeds = sweep._time({"dense": dense, "half": dense}, 1, torch.device("cpu"), torch.float32)
+    times, speeds = sweep._time({"dense": dense, "half": dense}, 1, torch.device("cpu"), torch.float32)
+    assert times["dense"].median == 6 and times["half"].runs == 3
     assert speeds["half"].median == 2  # of 4/2, 10/40, 6/2
     assert speeds["dense"] == Timing(1, 1, 1, 3)
 

@@ -204,7 +204,7 @@ def test_once_the_processor_is_quiet_the_decision_stays(folder):
 
 OTHER = {
     "batch": 2, "heads": 3, "tokens": 18, "head_dim": 16, "dtype": torch.bfloat16, "threads": 2, "masked": True,
-    "merged": True, "placed": True,
+    "merged": True, "placed": True, "graph": True,
     "precision": "bf16", "sparse": "reference",
 }  # fmt: skip
 OTHER_KIND = {

@@ -93,14 +93,15 @@ def for_latency(
     dense = graft.dense_twin(model)
     images = torch.randn(batch, *image_shape(model), generator=torch.Generator().manual_seed(0))
     images = images.to(next(model.parameters()))
-    whole = interleaved({"dense": partial(dense, images)}, rounds=ROUNDS)["dense"].median / batch
+    timed = partial(interleaved, rounds=ROUNDS, device=images.device)
+    whole = timed({"dense": partial(dense, images)})["dense"].median / batch
     fixed = max(0.0, whole - _dense_price(costs, measured.patches))
     aim, best = target, None
     for _ in range(TRIES):
         schedule = search(measured, costs, aim * whole - fixed)
         found = scheduled(config, schedule, _plans(measured.options, schedule))
         sparse = schedules.applied(model, found)
-        times = interleaved({"dense": partial(dense, images), "sparse": partial(sparse, images)}, rounds=ROUNDS)
+        times = timed({"dense": partial(dense, images), "sparse": partial(sparse, images)})
         share = times["sparse"].median / times["dense"].median
         say(f"latency: {share:.3f} of dense measured, {target:g} wanted")
         if best is None or abs(share - target) < abs(best.share - target):

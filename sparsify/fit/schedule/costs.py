@@ -210,7 +210,7 @@ def measured_costs(model: nn.Module, way: str, options: Options, batch: int) -> 
         }
         for keep in options:
             runs["attention", keep] = partial(sparse.get(keep, dense).attend, q, k, v, bias, tokens)
-        for part, timing in interleaved(cast(Any, runs), rounds=ROUNDS).items():
+        for part, timing in interleaved(cast(Any, runs), rounds=ROUNDS, device=x.device).items():
             tables.setdefault(part, []).append(timing.median / batch)
     return [MeasuredCost(counts, tables)] * len(blocks)
 

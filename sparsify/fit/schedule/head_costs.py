@@ -45,7 +45,7 @@ def timed(model: nn.Module, budgets: Budgets, batch: int) -> Budgets:
         plan = _plan(settings, at, heads)
         runs[at] = partial(module.with_plan(plan).attend, q, k, v, None, None)
     times: dict[Any, float] = {
-        at: t.median / batch / heads for at, t in interleaved(cast(Any, runs), rounds=ROUNDS).items()
+        at: t.median / batch / heads for at, t in interleaved(cast(Any, runs), rounds=ROUNDS, device=q.device).items()
     }
     return replace(
         budgets, blocks={i: _priced(block, times, budgets.shape.tokens) for i, block in budgets.blocks.items()}
