@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import nn
 
 from sparsify.errors import BadFile, UsageError, field
@@ -20,7 +21,7 @@ from sparsify.processes import Say
 
 @dataclass(frozen=True)
 class Opened:
-    """A converted file with the dense original that it is compared with: both float32, eval mode, on the CPU."""
+    """A converted file with the dense original that it is compared with: both float32, eval mode, on the CPU at first."""
 
     model: nn.Module  # the sparse model; of a mean cost the adaptive one
     # the original that was asked for; None: the model's own weights without sparsity, unless `header.backbone_changed`
@@ -38,6 +39,11 @@ class Opened:
     def note(self) -> str:
         """One line for people where there are no dense figures: why, and what gives them; else ''."""
         return missing(self.header) if self.header.backbone_changed and self.dense is None else ""
+
+    def on(self, device: torch.device) -> Opened:
+        """The same with its models on a device."""
+        dense = self.dense if self.dense is None else self.dense.to(device)
+        return replace(self, model=self.model.to(device), dense=dense)
 
 
 class Which(NamedTuple):

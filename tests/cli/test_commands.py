@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import timm
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -212,3 +213,21 @@ def test_every_option_has_a_help_text(run, command):
     assert code == 0
     options = [line for line in out.splitlines() if line.startswith("  -")]
     assert options and max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is there")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("convert", "digits", "--calib-images", 2),
+        ("profile", "FILE"),
+        ("eval", "FILE", "--data", "digits"),
+        ("show", "FILE", "x.png"),
+        ("report", "FILE", "--images", "x.png"),
+        ("sweep", "digits", "--data", "digits"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_refused_in_one_line(run, converted, words):
+    code, out, err = run(*(converted if word == "FILE" else word for word in words), "--device", "cuda")
+    assert code == 2 and the_error(err) and not out
+    assert "--device cuda cannot be used here; this machine has cpu" in " ".join(err.split())

@@ -19,8 +19,8 @@ from sparsify.ops import backends
 class OnlyThere(TorchDispatchMode):
     """Fails where an op makes or reads a tensor of the CPU's: a copy that waits for the GPU, or the wrong device.
 
-    A tensor of the CPU without dimensions is a number to the GPU's kernels, which optimisers count steps with; only a copy of
-    it fails.
+    A tensor of the CPU without dimensions is a number to the GPU's kernels, which optimisers count steps with; only a copy
+    of it fails.
     """
 
     COPIES = ("_to_copy", "copy_")

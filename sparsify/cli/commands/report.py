@@ -12,6 +12,7 @@ from sparsify.cli import options, terminal
 from sparsify.cli.options import argument, flag, option
 from sparsify.cli.preflight import preflight
 from sparsify.errors import UsageError
+from sparsify.processes import Compute
 
 PROFILE = "What 'profile --json' wrote."
 SWEEP = "What 'sweep' wrote: its PREFIX.json, or the folder of it."
@@ -29,6 +30,7 @@ def report(
     query: options.Queries = None,
     layer: options.Layers = None,
     head: options.Heads = None,
+    device: options.Device = "cpu",
     measure: Annotated[bool, flag("--measure", "Measure the latency now, on this machine.")] = False,
     output: Annotated[Path, option("FILE", "Page to write.", names="--output -o")] = Path("report.html"),
     quiet: options.Quiet = False,
@@ -59,13 +61,14 @@ def report(
     evaluation = None if eval_file is None else readback.evaluation(eval_file)
     swept = None if sweep is None else readback.sweep(sweep)
     figures = None if profile is None else readback.profile(profile)
-    one = opened(file, say=say, which=Which(budget))
+    compute = Compute(device)
+    one = opened(file, say=say, which=Which(budget)).on(compute.torch_device)
     if profile is not None and figures is not None:
         readback.check_profile(profile, figures, file, one.header, one.model)
     if eval_file is not None and evaluation is not None:
         readback.check_evaluation(eval_file, evaluation, file, one)
     if dense is not None:  # loaded last: it may be a download
-        one = replace(one, dense=load_original(one.header, dense, say=say))
+        one = replace(one, dense=load_original(one.header, dense, say=say)).on(compute.torch_device)
     with Reporter(quiet) as reporter:
         progress, files = partial(reporter.update, "look"), [*(images or []), *(more_images or [])]
         draw = partial(look, layers=layer, heads=head, dense=one.dense, progress=progress, say=say)
@@ -74,7 +77,9 @@ def report(
         if measure:
             say("measuring latency, dense beside sparse")
         changed = one.header.backbone_changed
-        figures = measure_profile(one.model, dense=one.dense, backbone_changed=changed, measure=measure)
+        figures = measure_profile(
+            one.model, dense=one.dense, backbone_changed=changed, measure=measure, compute=compute
+        )
     content = page.Content(file, one.header, figures, evaluation, swept, shown)
     text = page.render(content)
     write_text(output, text)

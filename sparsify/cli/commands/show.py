@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from sparsify import extras
+from sparsify import extras, processes
 from sparsify.cli import options, terminal
 from sparsify.cli.options import argument, option
 from sparsify.cli.preflight import preflight
@@ -24,6 +24,7 @@ def show(
     output: Annotated[Path, option("FOLDER", "Folder for the PNGs.", names="--output -o")] = Path("show"),
     img_size: options.ImgSize = None,
     budget: options.Budget = None,
+    device: options.Device = "cpu",
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
@@ -44,7 +45,8 @@ def show(
     say = options.say(quiet)
     check_folder(output)
     points = [photograph.point(text) for text in query or []]
-    one = opened(file, dense, img_size, say, Which(budget))
+    target = processes.torch_device(device)
+    one = opened(file, dense, img_size, say, Which(budget)).on(target)
     with Reporter(quiet) as reporter:
         progress = partial(reporter.update, "look")
         draw = partial(look, layers=layer, heads=head, dense=one.dense, progress=progress, say=say)
