@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sparsify.ops.gpu import tokens as gpu
+
 TINY = 1e-20  # lower bound of an importance: a softmax may underflow
 
 
@@ -21,6 +23,8 @@ def attention_importance(
     q: Tensor, k: Tensor, scale: float, size: Tensor | None, rows: int, prefix: int, bias: Tensor | None = None
 ) -> Tensor:
     """I by attention, mean over heads: float32 [B, n], above 0. prefix: P; other arguments: see `ranking_attention`."""
+    if gpu.ranks(q, k, bias):
+        return gpu.attention_importance(q, k, size, scale, rows, prefix, TINY)
     return ranking_attention(q, k, scale, size, rows, bias).mean((1, 2))[:, prefix:].clamp_min(TINY)
 
 
@@ -45,17 +49,20 @@ def ranking_attention(
     return logits.softmax(-1)
 
 
-def fitted_importance(patch: Tensor, weights: Tensor, size: Tensor | None) -> Tensor:
+def fitted_importance(x: Tensor, weights: Tensor, size: Tensor | None, prefix: int) -> Tensor:
     """I predicted from the tokens: float32 [B, n], above 0, without a gradient.
 
     Args:
-        patch: patch tokens of the residual stream after the block's attention, [B, n, C].
+        x: residual stream after the block's attention, [B, P + n, C].
         weights: w and b, [C + 1].
-        size: of the patch tokens, [B, n], or None.
+        size: [B, P + n], or None.
+        prefix: P.
     """
+    if gpu.takes(x, prefix):
+        return gpu.fitted_importance(x, weights, size, prefix, TINY)
     weights = weights.float()
-    score = plain_matmul(features(patch), weights[:-1, None]).squeeze(-1) + weights[-1]  # (B, n)
-    return (score if size is None else score + size.log()).exp().clamp_min(TINY)
+    score = plain_matmul(features(x[:, prefix:]), weights[:-1, None]).squeeze(-1) + weights[-1]  # (B, n)
+    return (score if size is None else score + size[:, prefix:].log()).exp().clamp_min(TINY)
 
 
 def features(patch: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class AnyTokenBlock(nn.Module):
         """I of the patch tokens, [B, n]: x [B, N, C] after the attention, its q and k [B, H, N, d]."""
         P, weights = self.prefix, self.attn.importance
         if weights is not None:
-            return fitted_importance(x[:, P:], weights, None if tokens.size is None else tokens.size[:, P:])
+            return fitted_importance(x, weights, tokens.size, P)
         return attention_importance(q, k, self.attn.scale, tokens.size, self.ranking_rows, P, bias)
 
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.nn import tokens_compared
-from sparsify.nn.merging import count_up, effective_size, group_sums, matching, rounds, weighted_mean
+from sparsify.nn.merging import candidates, count_up, effective_size, group_sums, matching, rounds, weighted_mean
+from sparsify.ops.gpu import tokens as gpu
 
 WAYS = ("merge", "evit", "evit-fused")
 
@@ -59,7 +60,10 @@ class TokenState(NamedTuple):
 
     def reduced(self, patch: Tensor, keep: Tensor, group: Tensor) -> TokenState:
         """The state after patch tokens [B, n, C] were reduced to `keep` [B, m]; group [B, n]: see `matching`, `ranking`."""
-        place = keep if self.place is None else self.place.gather(1, keep)
+        return self.placed(patch, keep if self.place is None else self.place.gather(1, keep), group)
+
+    def placed(self, patch: Tensor, place: Tensor, group: Tensor) -> TokenState:
+        """The same, given the places [B, m] of the remaining tokens."""
         if self.owner is None:
             return self._replace(place=place)
         seen = None if self.seen is None else self.spread(patch)
@@ -104,6 +108,8 @@ class TokenStage(nn.Module):
         m = self.count(patch.shape[1], tokens.patches)
         if m == 0:
             return self.drop_all(x, tokens)
+        if m < patch.shape[1] and not self.compares and gpu.takes(x, self.prefix):
+            return self.launched(x, I, m, tokens)
         match, rank = (tokens_compared.matching, tokens_compared.ranking) if self.compares else (matching, ranking)
         if self.way == "merge":
             for count in rounds(int(patch.shape[1]), m):
@@ -122,6 +128,20 @@ class TokenStage(nn.Module):
                 patch = patch.gather(1, keep.unsqueeze(-1).expand(-1, -1, patch.shape[-1]))
         # without prefix tokens nothing is joined: some runtimes cannot read a program with empty tensors
         return torch.cat([x[:, : self.prefix], patch], 1) if self.prefix else patch, tokens
+
+    def launched(self, x: Tensor, I: Tensor, m: int, tokens: TokenState) -> tuple[Tensor, TokenState]:
+        """`forward` to m tokens by the kernels of `sparsify.ops.gpu`."""
+        P = self.prefix
+        if self.way != "merge":
+            fuse = self.way == "evit-fused"
+            reduced, place, group = gpu.choose_tokens(x, I, tokens.place, P, m, fuse)
+            return reduced, tokens.placed(x[:, P:], place, group)
+        for count in rounds(x.shape[1] - P, m):
+            looking = candidates(x.shape[1] - P, count)
+            reduced, I, size, place, group = gpu.merge_tokens(x, I, tokens.size, tokens.place, P, count, looking)
+            tokens = tokens.placed(x[:, P:], place, group)._replace(size=size)
+            x = reduced
+        return x, tokens
 
     def sizes(self, size: Tensor | None, I: Tensor, group: Tensor, m: int) -> Tensor:
         """Sizes after a round of merging, prefix tokens included: [B, P + m]."""

@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsify.ops import backends, masked, reference, tails
 from sparsify.ops.cpu import kernels
+from sparsify.ops.gpu import attention as gpu
 from sparsify.ops.selection import Context, Ranking
 from sparsify.ops.spec import Spec
 
@@ -140,6 +141,8 @@ def dense(
     """
     if path == "dense-cpu":
         return kernels.dense(q, k, v, scale, precision, size)
+    if size is not None and mask is None and gpu.takes(q, k, v):
+        return gpu.sized_attention(q, k, v, size, scale)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
     if size is not None:

@@ -121,10 +121,10 @@ def test_it_is_told_in_float32_under_autocast_and_counts_the_size():
     x, w = torch.randn(2, 5, 8, generator=g, requires_grad=True), torch.randn(9, generator=g)
     size = torch.rand(2, 5, generator=g) + 1
     with torch.autocast("cpu", torch.bfloat16):
-        I = fitted(x, w, size)
+        I = fitted(x, w, size, 0)
     assert I.dtype == torch.float32 and not I.requires_grad
-    torch.testing.assert_close(I, fitted(x, w, None) * size)
-    assert (fitted(x, w - 1e4, None) > 0).all()
+    torch.testing.assert_close(I, fitted(x, w, None, 0) * size)
+    assert (fitted(x, w - 1e4, None, 0) > 0).all()
 
 
 def test_files(tmp_path):

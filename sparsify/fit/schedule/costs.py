@@ -199,7 +199,7 @@ def measured_costs(model: nn.Module, way: str, options: Options, batch: int) -> 
         bias = tokens._replace(place=place).bias_of(hosts.position_bias(model, attn), prefix)
         ranking: Callable[[], Tensor] = partial(attention_importance, q, k, attn.scale, None, rows, prefix, bias)
         if attn.importance is not None:
-            ranking = partial(fitted_importance, x[:, prefix:], attn.importance, None)
+            ranking = partial(fitted_importance, x, attn.importance, None, prefix)
         stage = TokenStage(way, 0.8 * n / patches, prefix)
         runs: dict[Any, Callable[[], object]] = {
             "entering": partial(_entering, block, x, rope),
