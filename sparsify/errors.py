@@ -82,6 +82,10 @@ class BadData(SparsifyError):
     """A folder or data set that holds no usable images or labels (exit code 1)."""
 
 
+class BadLabels(BadData):
+    """Images whose labels are missing or are not the model's; without labels they could be used (exit code 1)."""
+
+
 class Interrupted(SparsifyError):
     """Long work that was asked to stop and has saved its state (exit code 130)."""
 

@@ -171,7 +171,11 @@ _ADAPTIVE = "Mean cost of an image, a fraction of dense: a cheap schedule, and a
 Adaptive = Annotated[float | None, option("SHARE", _ADAPTIVE, MODEL, "one schedule", min=0, max=1)]
 _PREFIX = "Start of the names of .md, .json, .png and the folder .recipes."
 SweepOutput = Annotated[Path, option("PREFIX", _PREFIX, names="--output -o")]
-Limit = Annotated[int | None, option("N", "Images to measure on, drawn by --seed.", default="all", min=1)]
+_LIMIT = "Images to measure on, drawn by --seed and spread over the classes."
+Limit = Annotated[int | None, option("N", _LIMIT, default="all", min=1)]
+LimitSeed = Annotated[int, option("N", "Seed of the choice of images.", min=0, max=2**63 - 1)]
+_NO_LABELS = "Do not use labels: no accuracy, only how far the models agree."
+NoLabels = Annotated[bool, flag("--no-labels", _NO_LABELS)]
 SweepCalibImages = Annotated[int | None, option("N", "Images to calibrate on.", default="128", min=1)]
 SweepSeed = Annotated[int | None, option("N", "Seed of the choice of images.", default="0", min=0, max=2**63 - 1)]
 

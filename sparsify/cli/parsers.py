@@ -111,6 +111,15 @@ def rectangle(text: str | None, name: str) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[-1])
 
 
+def use_labels(imagenet: str | None, data: str | None, no_labels: bool) -> bool | None:
+    """Whether images are used with their labels (None: where there are any), from which of the options was given."""
+    if (imagenet is None) == (data is None):
+        raise UsageError("give the images to measure on: either --imagenet PATH or --data NAME")
+    if imagenet is not None and no_labels:
+        raise UsageError("--imagenet requires labels: with --no-labels give the images by --data")
+    return True if imagenet is not None else False if no_labels else None
+
+
 def compute(device: str, dtype: str, backend: str, kernel_precision: str = "input", **sizes: int) -> Compute:
     """How a job computes, by the options of the group Running (`sizes`: batch_size, micro_batch, workers).
 

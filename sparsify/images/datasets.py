@@ -34,6 +34,7 @@ from sparsify.recipe import Augmentation
 PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")  # timm's data set prefixes
 Purpose = Literal["learn", "measure"]
 """Which split of a data set is taken (`splits`): `learn` is calibrated on too."""
+DIGITS: dict[Purpose, str] = {"learn": "train", "measure": "test"}
 
 
 def data_config(model: nn.Module, img_size: int | None = None) -> dict[str, Any]:
@@ -100,14 +101,14 @@ def labelled(
     return LabelledBatches(dataset, batch_size, workers, strict, note, str(path), num_classes)
 
 
-def all_images(path: str | Path, split: str) -> tuple[Items | IterableDataset, str]:
-    """All images to learn from in `path`, at any depth, in the listed order, and one line for the user."""
+def all_images(path: str | Path, split: str, purpose: Purpose = "learn") -> tuple[Items | IterableDataset, str]:
+    """All images of `path` for `purpose`, at any depth, in the listed order, and one line for the user."""
     spec = str(path)
     if is_digits(spec):
-        return Mapped(scans.Digits(_digits_split(spec, "train"))), ""
+        return Mapped(scans.Digits(_digits_split(spec, DIGITS[purpose]))), ""
     if is_prefixed(spec):
         return _of(_timm_dataset(spec, split)), ""
-    files, _, notes = _from_files(path, "learn")
+    files, _, notes = from_files(path, purpose)
     return files, "; ".join(notes)
 
 
@@ -117,10 +118,10 @@ def class_images(
     """The images of `path` with the model's labels, in the listed order, and one line for the user; see `labelled`."""
     spec = str(path)
     if is_digits(spec):
-        digits = scans.Digits(_digits_split(spec, "train" if purpose == "learn" else "test"))
+        digits = scans.Digits(_digits_split(spec, DIGITS[purpose]))
         return labels.of_dataset(Mapped(digits), spec, digits.classes, num_classes, names)
     if not is_prefixed(spec):
-        files, beside, notes = _from_files(path, purpose)
+        files, beside, notes = from_files(path, purpose)
         files, more = labels.labelled(files, beside, num_classes, names)
         return files, "; ".join(notes + more)
     images = _of(_timm_dataset(spec, split))
@@ -145,7 +146,7 @@ def _digits_split(spec: str, default: str) -> str:
     return split
 
 
-def _from_files(path: str | Path, purpose: Purpose) -> tuple[Files, list[str], list[str]]:
+def from_files(path: str | Path, purpose: Purpose) -> tuple[Files, list[str], list[str]]:
     """The images of a folder or .tar for `purpose`, names of the folders beside them, and what to tell the user."""
     tree = folders.opened(path)
     splits = splits_of(tree)

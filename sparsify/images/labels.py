@@ -9,7 +9,7 @@ from typing import Any, cast
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch.utils.data import IterableDataset
 
-from sparsify.errors import BadData, field
+from sparsify.errors import BadLabels, field
 from sparsify.images.folders import Files, in_order
 from sparsify.images.loaders import Items
 
@@ -34,7 +34,7 @@ def labelled(
         The images, and what to tell the user.
 
     Raises:
-        BadData: no class folders, or another number of classes than the model's.
+        BadLabels: no class folders, or another number of classes than the model's.
     """
     place = files.place
     tops = [name.partition("/")[0] if "/" in name else "" for name in files.names]
@@ -43,7 +43,7 @@ def labelled(
     if not names:
         layout = "labels are taken from folders, PATH/<class>/<image>"
         flat = "the flat ImageNet validation set must first be sorted into folders named by wnid (n01440764, ...)"
-        raise BadData(f"{place} holds {outside:,} images but no class folders: {layout}; {flat}")
+        raise BadLabels(f"{place} holds {outside:,} images but no class folders: {layout}; {flat}")
     notes = [f"{outside} images outside class folders left out"] if outside else []
     empty = sorted({name for name in folders if name not in set(names)})
     if empty:
@@ -61,12 +61,12 @@ def labelled(
         order = {wnid: index for index, wnid in enumerate(ImageNetInfo(subset).label_names())}
         unknown = [name for name in names if name not in order]
         if unknown:
-            raise BadData(f"{place}: {len(unknown)} folders are no {subset} classes, among them {_some(unknown)}")
+            raise BadLabels(f"{place}: {len(unknown)} folders are no {subset} classes, among them {_some(unknown)}")
         notes.append(f"{len(names)} of {num_classes:,} {subset} classes, mapped by wnid")
     else:
         if num_classes and len(names) != num_classes:
             aside = "".join(f"; {note}" for note in notes)
-            raise BadData(f"{place} has {len(names):,} classes, but the model has {num_classes:,}{aside}")
+            raise BadLabels(f"{place} has {len(names):,} classes, but the model has {num_classes:,}{aside}")
         order = {name: index for index, name in enumerate(names)}
         if known and num_classes:
             notes.append(f"no folder has the name of a class of the model ({_some(known)})")
@@ -94,6 +94,11 @@ class Renumbered:
     def name(self, index: int) -> str:
         return self.items.name(index)
 
+    @property
+    def targets(self) -> Sequence[str]:
+        """As of `Mapped`."""
+        return getattr(self.items, "targets", ())
+
 
 def of_dataset(
     items: Items | IterableDataset,
@@ -115,7 +120,7 @@ def of_dataset(
         renumbered = Renumbered(cast(Items, items), [order[each] for each in classes])
         return renumbered, f"{len(classes)} of {num_classes:,} {BY_NAME}"
     if num_classes and classes and len(classes) != num_classes:
-        raise BadData(f"{name} has {len(classes):,} classes, but the model has {num_classes:,}")
+        raise BadLabels(f"{name} has {len(classes):,} classes, but the model has {num_classes:,}")
     own = f"labels are the data set's own numbers: it names no class as the model does ({_some(known)})"
     return items, own if known else ""
 
@@ -127,7 +132,7 @@ def _by_name(names: Sequence[str], known: Sequence[str], place: str, what: str) 
     if len(strange) == len(names):
         return None
     if strange:
-        raise BadData(f"{place}: {len(strange)} {what} are no classes of the model, among them {_some(strange)}")
+        raise BadLabels(f"{place}: {len(strange)} {what} are no classes of the model, among them {_some(strange)}")
     return order
 
 

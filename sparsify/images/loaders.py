@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 
 from sparsify import processes
-from sparsify.errors import BadData, SparsifyError, field, one_line
+from sparsify.errors import BadData, BadLabels, SparsifyError, field, one_line
 from sparsify.images import decode
 from sparsify.images.decode import decoded
 
@@ -65,6 +65,12 @@ class Mapped:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def targets(self) -> Sequence[str]:
+        """What the source says of each image without reading it (`targets` or `labels`), as text; else none."""
+        found: Any = getattr(self.source, "targets", getattr(self.source, "labels", None))
+        return [str(each) for each in found] if hasattr(found, "__len__") and len(found) == len(self) else ()
 
     def fetch(self, index: int) -> tuple[Any, int]:
         item = self.source[index]
@@ -218,16 +224,16 @@ class ImageBatches(_Loader):
 class LabelledBatches(_Loader):
     """Yields images, float32 [B, C, H, W], and labels, int64 [B].
 
-    Raises `BadData` as `ImageBatches`; also for a label that the model, of `num_classes` outputs, cannot give.
+    Raises `BadData` as `ImageBatches`; `BadLabels` for a label that the model, of `num_classes` outputs, cannot give.
     """
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in self._batches():
             low, high = int(labels.min()), int(labels.max())
             if low < 0:
-                raise BadData(f"{self.name} has images without labels")
+                raise BadLabels(f"{self.name} has images without labels")
             if self.num_classes and high >= self.num_classes:
-                raise BadData(f"{self.name} has a label {high}, but the model has {self.num_classes:,} classes")
+                raise BadLabels(f"{self.name} has a label {high}, but the model has {self.num_classes:,} classes")
             yield images, labels
 
 

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from sparsify.errors import BadFile, SparsifyError, UsageError, field, one_line
+from sparsify.images.measured import EvaluationImages
 from sparsify.jobs.export import answers
 from sparsify.jobs.export import program as exporting
 from sparsify.measure.accuracy import Evaluation
-from sparsify.measure.evaluate import DENSE, SPARSE, Described, over
+from sparsify.measure.evaluate import Described, over
+from sparsify.measure.passes import DENSE, SPARSE
 from sparsify.models import checkpoint, header
 from sparsify.nn.execution import sparse_form
 from sparsify.processes import Compute, Listener
@@ -47,14 +49,14 @@ class _Runs(nn.Module):
 
 def evaluate_program(
     path: Path,
-    images: str,
+    images: str | EvaluationImages,
     *,
     file: Path | None = None,
     strict: bool = False,
     compute: Compute = Compute(),
     listener: Listener = Listener(),
 ) -> Judged:
-    """Runs a program that `export` wrote over labelled images, and the model that it was made from.
+    """Runs a program that `export` wrote over images, and the model that it was made from.
 
     Args:
         file: that model's; None: the one of the program's name beside it, if it is there.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,9 +21,10 @@ from torch import nn
 from sparsify.errors import BadFile, UsageError, as_options, field
 from sparsify.fit.calibrate.calibrate import Calibration
 from sparsify.fit.schedule.choose import KEEPS, dense_macs, for_macs
+from sparsify.images.measured import EvaluationImages
 from sparsify.images.trainset import trainset
 from sparsify.jobs.dense import Calibrator, DenseRequest, load_dense
-from sparsify.measure import evaluate, latency
+from sparsify.measure import evaluate, latency, passes
 from sparsify.measure.conditions import SWEEP, conditions
 from sparsify.measure.latency import Timing
 from sparsify.measure.macs import image_shape, replica
@@ -38,15 +39,6 @@ from sparsify.processes import Compute, Listener
 from sparsify.recipe import Recipe
 
 SECONDS = 2.5  # of timing, for each model; `latency.BUDGET_S` at least
-
-
-@dataclass(frozen=True)
-class EvaluationImages:
-    """What a sweep measures on."""
-
-    path: str  # labelled folder or data set (`sparsify.images.datasets.labelled`); of loose images: agreement only
-    must_be_labelled: bool = False  # loose images are an error
-    limit: int | None = None  # how many images, drawn by the recipe's seed; None: all
 
 
 @building.in_float32()
@@ -78,13 +70,9 @@ def sweep(
     device, dtype, execution = compute.torch_device, compute.torch_dtype, Execution(compute.backend)
     loaded = load_dense(request, recipe.sparsity, compute, listener)
     source, model = loaded.source, loaded.model
-    shown, labelled = evaluate.images_of(
-        model, images.path, images.must_be_labelled, images.limit, recipe.seed, compute.workers
-    )
+    shown, labelled, _ = evaluate.batches_of(evaluate.Described.of(model), images, replace(compute, batch_size=None))
     if shown.note:
         say(shown.note)
-    if not labelled:
-        say(f"{images.path} has no class folders: no accuracy, only how far the models agree with dense")
 
     calibrator = Calibrator.on(
         trainset(calib) if calib else None, loaded, recipe, replace(compute, batch_size=None), listener, "calib"
@@ -102,7 +90,14 @@ def sweep(
     set_execution(base, execution)
     dense = graft.dense_twin(base)
     sparse = {choice.name: schedules.applied(base, choice.config) for choice in choices}
-    evaluations = evaluate.compare(dense, sparse, shown, compute, lambda done: progress("eval", done, shown.total))
+    evaluations = passes.compare(
+        dense,
+        sparse,
+        shown,
+        compute,
+        lambda done: progress("eval", done, shown.total),
+        partial(progress, "neighbours"),
+    )
     for line in shown.flaws.lines():
         say(line)
     if nonfinite := max(e.nonfinite for e in evaluations.values()):

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-FLAT = 1e-4  # nats: class probabilities nearer to uniform than this are told from noise no more
-NEIGHBOURS = 10  # k of the nearest-neighbour classifier for models without a head
+from sparsify.measure import neighbours
 
+FLAT = 1e-4  # nats: class probabilities nearer to uniform than this are told from noise no more
+
+FEATURES = ("cosine_pooled", "rel_error_pooled", "cosine_patch", "rel_error_patch")
 Output = tuple[Tensor, Tensor]  # of a model without a head: pooled features [B, C], tokens [B, N, C]
 
 
@@ -31,6 +33,7 @@ class Evaluation:
     crop_pct: float | None = None
     interpolation: str | None = None
     images: int = 0  # images counted
+    drawn_from: int | None = None  # images there, where only some of them were drawn
     broken: int = 0  # images that could not be read
     nonfinite: int = 0  # images with a NaN or infinity in an output: wrong, without agreement, and in no mean
     top1: float | None = None  # percent, as all accuracies
@@ -44,12 +47,30 @@ class Evaluation:
     kl_error: float | None = None  # standard error of `kl`: deviation over the images / sqrt(images)
     correlation: float | None = None  # of one output with the dense one, over the images (Pearson)
     rel_error_output: float | None = None  # |sparse - dense| / |dense| of one output, over all images together
-    cosine_pooled: float | None = None  # cosine similarity of features, mean over images
+    # of features, mean over images, with the standard error of the mean
+    cosine_pooled: float | None = None  # cosine similarity
+    cosine_pooled_error: float | None = None
     cosine_patch: float | None = None
-    rel_error_pooled: float | None = None  # relative error of features (`relative_error`), mean over images
+    cosine_patch_error: float | None = None
+    rel_error_pooled: float | None = None  # relative error (`relative_error`)
+    rel_error_pooled_error: float | None = None
     rel_error_patch: float | None = None
-    knn_top1: float | None = None  # leave-one-out nearest-neighbour accuracy over the pooled features
+    rel_error_patch_error: float | None = None
+    # nearest neighbours by the pooled features, of each image among the others (`sparsify.measure.neighbours`)
+    neighbours: int | None = None  # how many `neighbour_overlap` compares
+    neighbour_overlap: float | None = None  # percent of an image's nearest neighbours that are the dense model's too
+    neighbour_overlap_error: float | None = None
+    knn_top1: float | None = None  # accuracy of a vote of the nearest
     dense_knn_top1: float | None = None
+    recall_at_1: float | None = None  # percent of images with one of their class among the nearest one
+    recall_at_1_error: float | None = None
+    dense_recall_at_1: float | None = None
+    recall_at_5: float | None = None
+    recall_at_5_error: float | None = None
+    dense_recall_at_5: float | None = None
+    recall_at_10: float | None = None
+    recall_at_10_error: float | None = None
+    dense_recall_at_10: float | None = None
     ran_twice: float | None = None  # percent of images, of adaptive inference
     throughput_sparse: float | None = None  # images/s, measured in this pass; of several processes the sum
     throughput_dense: float | None = None
@@ -119,9 +140,7 @@ class Logits:
             figures["correlation"] = self._correlation(n - self.counts["nonfinite"])
         if not self.compared or self.single:
             return Evaluation(**figures)
-        squares = self.kl_squares - self.kl**2 / n  # of the differences from the mean
-        error = math.sqrt(max(0.0, squares) / (n - 1) / n) if n > 1 and math.isfinite(squares) else math.nan
-        return Evaluation(**figures, kl=_known(self.kl / n), kl_error=_known(error))
+        return Evaluation(**figures, kl=_known(self.kl / n), kl_error=standard_error(self.kl, self.kl_squares, n))
 
     def _correlation(self, n: int) -> float | None:
         d, s, dd, ss, ds = self.moments.tolist()
@@ -134,7 +153,7 @@ class Features:
 
     def __init__(self, prefix: int) -> None:
         self.prefix = prefix
-        self.sums = torch.zeros(4, dtype=torch.float64)
+        self.sums = torch.zeros(2, 4, dtype=torch.float64)  # of `FEATURES` over images, and of their squares
         self.pooled: dict[str, list[Tensor]] = {"dense": [], "sparse": []}
         self.labels: list[Tensor] = []
         self.nonfinite = 0
@@ -146,10 +165,12 @@ class Features:
         if dense is None:
             return
         pairs = [(dense[0][:, None], sparse[0][:, None]), (dense[1][:, self.prefix :], sparse[1][:, self.prefix :])]
-        for i, (d, s) in enumerate(pairs):
+        each = []
+        for d, s in pairs:
             d, s = d.float().cpu(), s.float().cpu()  # (B, 1, C), (B, n, C)
-            self.sums[2 * i] += torch.cosine_similarity(d, s, dim=-1).mean(1).sum()
-            self.sums[2 * i + 1] += relative_error(d, s).sum()
+            each += [torch.cosine_similarity(d, s, dim=-1).mean(1), relative_error(d, s)]
+        values = torch.stack(each).double()  # (4, B)
+        self.sums += torch.stack([values.sum(1), values.square().sum(1)])
         self.pooled["dense"].append(dense[0].float().cpu())
 
     def merge(self, other: Features) -> None:
@@ -160,15 +181,19 @@ class Features:
         for name, features in other.pooled.items():
             self.pooled[name] += features
 
-    def result(self, n: int) -> Evaluation:
-        y = torch.cat(self.labels)
-        nearest = {name: knn(torch.cat(pooled), y) for name, pooled in self.pooled.items() if pooled and labelled(y)}
-        alone = Evaluation(knn_top1=nearest.get("sparse"), nonfinite=self.nonfinite)
-        if not self.pooled["dense"]:
-            return alone
-        names = ("cosine_pooled", "rel_error_pooled", "cosine_patch", "rel_error_patch")
-        figures = dict(zip(names, map(_known, (self.sums / n).tolist()), strict=True))
-        return replace(alone, **cast(Any, figures), dense_knn_top1=nearest.get("dense"))
+    def result(self, n: int, progress: neighbours.Progress = neighbours.nothing) -> Evaluation:
+        figures: dict[str, Any] = {"nonfinite": self.nonfinite}
+        if self.pooled["dense"]:
+            for name, total, squares in zip(FEATURES, *self.sums.tolist(), strict=True):
+                figures[name], figures[f"{name}_error"] = _known(total / n), standard_error(total, squares, n)
+        pooled = {name: torch.cat(features) for name, features in self.pooled.items() if features}
+        return Evaluation(**figures, **neighbours.figures(pooled, torch.cat(self.labels), progress))
+
+
+def standard_error(total: float, squares: float, n: int) -> float | None:
+    """Of the mean of n values, from their sum and the sum of their squares; None for one value, or if not finite."""
+    around = squares - total**2 / n  # squares of the differences from the mean
+    return math.sqrt(max(0.0, around) / (n - 1) / n) if n > 1 and math.isfinite(around) else None
 
 
 def kl_terms(dense: Tensor, sparse: Tensor) -> Tensor:
@@ -200,28 +225,6 @@ def distance(dense: Tensor, sparse: Tensor, logits: bool) -> float:
     if logits and classify(dense):
         return float(kl_terms(dense, sparse).sum(-1).mean())
     return float((dense - sparse).square().sum() / dense.square().sum())
-
-
-def knn(features: Tensor, labels: Tensor, k: int = NEIGHBOURS) -> float | None:
-    """Leave-one-out accuracy (percent) of a vote of the k nearest by cosine, each weighted by its similarity.
-
-    features: [n, C]; labels: [n]. None for fewer than two images.
-    """
-    n = len(features)
-    if n < 2:
-        return None
-    f = torch.nn.functional.normalize(features, dim=1)
-    finite, f = f.isfinite().all(1), f.nan_to_num(0.0, 0.0, 0.0)  # what is not finite is no neighbour
-    classes, index = labels.unique(return_inverse=True)
-    right = 0
-    for start in range(0, n, 1024):
-        rows = torch.arange(start, min(start + 1024, n))
-        similarity = f[rows] @ f.T  # (rows, n)
-        similarity[torch.arange(len(rows)), rows] = -torch.inf
-        best = similarity.topk(min(k, n - 1))
-        votes = torch.zeros(len(rows), len(classes)).scatter_add_(1, index[best.indices], best.values.clamp_min(0))
-        right += int(((votes.argmax(1) == index[rows]) & finite[rows]).sum())
-    return 100 * right / n
 
 
 def labelled(y: Tensor) -> bool:

@@ -15,8 +15,8 @@ from sparsify.processes import Compute
 from sparsify.version import __version__
 
 EVALUATION = (
-    "data budget batch_size dtype device device_name threads processes backend torch timm sparsify python".split()
-)
+    "data limit seed budget batch_size dtype device device_name threads processes backend torch timm sparsify python"
+).split()
 PROFILE = "batch_size dtype device device_name threads runs torch timm sparsify".split()
 AGAINST = "batch_size img_size dtype device device_name threads runs backend torch timm sparsify".split()
 SWEEP = "batch_size img_size dtype device device_name threads runs backend platform python torch timm sparsify".split()

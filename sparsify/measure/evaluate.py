@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from dataclasses import field as data_field
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
-import torch
-from torch import Tensor, nn
-from torch.utils.data import Subset
+from torch import nn
 
 from sparsify import processes
-from sparsify.errors import SparsifyError, field
-from sparsify.images import datasets
-from sparsify.images.loaders import Decoded, Flaws, Items, LabelledBatches, LooseBatches, Part, Stream, share
+from sparsify.errors import UsageError, field
+from sparsify.images import datasets, measured
+from sparsify.images.loaders import Flaws, LabelledBatches, share
+from sparsify.images.measured import EvaluationImages, Measured, offering_no_labels
 from sparsify.images.preprocessing import class_names
-from sparsify.measure.accuracy import Evaluation, Features, Logits
+from sparsify.measure.accuracy import Evaluation
 from sparsify.measure.figures import count_parameters
+from sparsify.measure.passes import DENSE, SPARSE, Batches, Pass, figures_of, rates_of, run_pass
 from sparsify.nn import graft, hosts
 from sparsify.nn.adaptive import counting, lead
 from sparsify.nn.attention import Execution, attention_modules, check_sparse
@@ -37,15 +34,11 @@ from sparsify.processes import Compute, Listener
 
 ENOUGH = 20  # images to tell an accuracy from chance
 EVAL_BATCH = 32  # images computed together
-DENSE, SPARSE = "dense", "sparse"  # names of models in a pass
-
-Batches = Iterable[tuple[Tensor, Tensor]]
-"""Images [B, C, H, W] and labels int64 [B], -1 for none."""
 
 
 def evaluate_images(
     model: nn.Module,
-    images: str,
+    images: str | EvaluationImages,
     *,
     dense: nn.Module | None = None,
     backbone_changed: bool = False,
@@ -54,7 +47,8 @@ def evaluate_images(
     compute: Compute = Compute(),
     listener: Listener = Listener(),
 ) -> Evaluation:
-    """Evaluates a sparse model, which may be adaptive, and its dense original on labelled images (`datasets.labelled`).
+    """Evaluates a sparse model, which may be adaptive, and its dense original on images; without labels only how far they
+    agree.
 
     Of several processes every one must call it; the images are shared out, and `cuda` is a GPU of its own for each.
 
@@ -69,8 +63,8 @@ def evaluate_images(
     Raises:
         SparsifyError: not a sparse model.
         UsageError: an unknown dtype, backend or precision, a backend that cannot be used here, or a dense model that
-            cannot be compared with this one.
-        BadData: no images, no labels, or classes that do not fit the model's.
+            cannot be compared with this one; neither labels nor a dense model.
+        BadData: no images; `BadLabels`: labels that are missing or do not fit the model's.
     """
     compute = replace(compute, device=processes.local_device(compute.device))
     device, dtype = compute.torch_device, compute.torch_dtype
@@ -117,40 +111,47 @@ class Described(NamedTuple):
 def over(
     ready: Callable[[LabelledBatches], Mapping[str, nn.Module]],
     described: Described,
-    images: str,
+    images: str | EvaluationImages,
     strict: bool,
     compute: Compute,
     listener: Listener,
     counted: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[Evaluation, list[Pass]]:
-    """One pass of some models over labelled images, shared out among the processes: the figures, and the sums behind them.
+    """One pass of some models over images, shared out among the processes: the figures, and the sums behind them.
 
     Args:
         ready: called once the images are found; the models as `run_pass` takes them.
         strict, compute, listener: see `evaluate_images`; counted: `twice` is of the images of this process.
 
     Raises:
-        BadData: no images, no labels, or classes that do not fit.
+        BadData: no images; `BadLabels`: labels that are missing or do not fit.
+        UsageError: no labels, and no dense model.
     """
     processes.start(compute.device)
     config, classes = dict(described.config), described.classes
+    images = EvaluationImages(images) if isinstance(images, str) else images
     with processes.agree():
-        size, to = compute.batch_size or EVAL_BATCH, datasets.transform(config)
-        loader = datasets.labelled(images, classes, to, size, compute.workers, strict, names=described.names)
+        found = batches_of(described, images, compute, strict)
+        loader = found.batches
         if loader.note:
             listener.say(loader.note)
         models = ready(loader)
+        if not found.labelled and DENSE not in models:
+            nothing = "the images have no labels and there is no dense model to compare with: nothing to measure"
+            raise UsageError(f"{images.path}: {nothing}")
         local, total, every = share(loader), loader.total, processes.world()
 
         def progress(done: int) -> None:
             listener.progress("eval", done * every if total is None else min(done * every, total), total)
 
-        part = run_pass(models, local, compute, progress)
+        with offering_no_labels(images):
+            part = run_pass(models, local, compute, progress)
         part.flaws, part.twice = local.flaws, counted.get("twice", 0)
     parts = processes.gather(part)
-    flaws, result = sum((each.flaws for each in parts), Flaws()), figures_of(parts)
+    searched = partial(listener.progress, "neighbours")
+    flaws, result = sum((each.flaws for each in parts), Flaws()), figures_of(parts, progress=searched)
     if not result.images:
-        raise flaws.nothing_read(images)
+        raise flaws.nothing_read(images.path)
     for line in flaws.lines():
         listener.say(line)
     if by_chance(result, classes):
@@ -161,8 +162,22 @@ def over(
         "img_size": int(config["input_size"][-1]),
         "crop_pct": float(config["crop_pct"]),
         "interpolation": config["interpolation"],
+        "drawn_from": found.drawn_from,
     }
     return replace(result, **taken, **cast(Any, rates_of(parts))), parts
+
+
+def batches_of(described: Described, images: EvaluationImages, compute: Compute, strict: bool = False) -> Measured:
+    """The images that a model is evaluated on, preprocessed as it says; see `measured.opened`."""
+    return measured.opened(
+        images,
+        described.classes,
+        datasets.transform(dict(described.config)),
+        names=described.names,
+        batch_size=compute.batch_size or EVAL_BATCH,
+        workers=compute.workers,
+        strict=strict,
+    )
 
 
 def by_chance(result: Evaluation, classes: int) -> bool:
@@ -194,116 +209,5 @@ def own_compute(model: nn.Module) -> Compute:
     return Compute(backend=execution.backend, kernel_precision=execution.precision)
 
 
-def compare(
-    dense: nn.Module,
-    sparse: Mapping[str, nn.Module],
-    batches: Batches,
-    compute: Compute,
-    progress: Callable[[int], None],
-) -> dict[str, Evaluation]:
-    """Every sparse model, as it executes now, beside the dense one, which computes once; throughput is not measured.
-
-    Raises `SparsifyError` if there are no images.
-    """
-    summed = run_pass({DENSE: dense, **sparse}, batches, compute, progress)
-    if not summed.images:
-        raise SparsifyError("there are no images to evaluate on")
-    return {name: figures_of([summed], name) for name in sparse}
-
-
-@dataclass
-class Pass:
-    """Sums of one process over its images."""
-
-    sums: dict[str, Logits | Features]  # of each sparse model, by name
-    seconds: dict[str, float]  # of each model, the dense one among them
-    images: int = 0
-    twice: int = 0  # of these, the ones that an adaptive model ran twice
-    flaws: Flaws = data_field(default_factory=Flaws)
-
-
-@torch.inference_mode()
-def run_pass(
-    models: Mapping[str, nn.Module],
-    batches: Batches,
-    compute: Compute,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Pass:
-    """Sums up one pass of all models over the images; `progress` is called with the number of images done.
-
-    models: on the device and in the dtype of `compute`, eval mode; sparse ones by name, before them 'dense' if there is one.
-    """
-    host = next(iter(models.values()))
-    classifier, compared = bool(getattr(host, "num_classes", 0)), DENSE in models
-    prefix = int(getattr(host, "num_prefix_tokens", 0))
-    sums = {name: Logits() if classifier else Features(prefix) for name in models if name != DENSE}
-    summed = Pass(sums, dict.fromkeys(models, 0.0))
-    for x, y in batches:
-        if not len(x):
-            continue
-        x = x.to(compute.torch_device, compute.torch_dtype)
-        # two models take turns at being first, for their times; of more, outputs of one sparse model at a time are kept
-        turned = len(models) == 2 and summed.images // len(x) % 2
-        outputs: dict[str, Any] = {}
-        for name in reversed([*models]) if turned else models:
-            outputs[name], seconds = _timed(models[name], x, classifier)
-            summed.seconds[name] += seconds
-            if DENSE in outputs or not compared:
-                for sparse in outputs.keys() - {DENSE}:
-                    cast(Any, summed.sums[sparse]).add(outputs.get(DENSE), outputs.pop(sparse), y)
-        summed.images += len(x)
-        progress(summed.images)
-    return summed
-
-
-def figures_of(passes: Sequence[Pass], name: str = SPARSE) -> Evaluation:
-    """The figures of a sparse model over the images of all passes, without throughput."""
-    images = sum(each.images for each in passes)
-    if not images:
-        return Evaluation()
-    sums = cast(Any, passes[0].sums[name])
-    for other in passes[1:]:
-        sums.merge(other.sums[name])
-    return replace(sums.result(images), images=images, broken=sum(each.flaws.broken for each in passes))
-
-
-def rates_of(passes: Sequence[Pass]) -> dict[str, float]:
-    """Images per second of a sparse model and of its dense original, the sums of all passes."""
-    models = {f"throughput_{name}": name for name in passes[0].seconds}
-    return {key: sum(p.images / p.seconds[name] for p in passes if p.images) for key, name in models.items()}
-
-
 def _named(sparse: nn.Module, dense: nn.Module | None) -> dict[str, nn.Module]:
     return {SPARSE: sparse} if dense is None else {DENSE: dense, SPARSE: sparse}
-
-
-def _timed(model: nn.Module, x: Tensor, classifier: bool) -> tuple[Any, float]:
-    """Logits, or without a classifier pooled features and tokens; and the seconds of the forward pass."""
-    host = cast(Any, model)
-    start = time.perf_counter()
-    outputs = host(x) if classifier else host.forward_features(x)
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    seconds = time.perf_counter() - start
-    return outputs if classifier else (host.forward_head(outputs, pre_logits=True), outputs), seconds
-
-
-def images_of(
-    model: nn.Module, images: str, must_be_labelled: bool, limit: int | None, seed: int, workers: int
-) -> tuple[LabelledBatches, bool]:
-    """The images to evaluate `model` on, `limit` of them drawn by `seed`, and whether they have labels."""
-    transform, classes = datasets.transform(datasets.data_config(model)), int(getattr(model, "num_classes", 0))
-    folder = Path(images)
-    if not must_be_labelled and folder.is_dir() and not any(child.is_dir() for child in folder.iterdir()):
-        items = cast(Items, datasets.all_images(images, "train")[0])  # files alone: nothing could name a class
-        some = Part(items, datasets.draw(len(items), limit or len(items), seed), labels=False)
-        return LooseBatches(Decoded(some, transform), EVAL_BATCH, workers, name=images), False
-    every = datasets.labelled(images, classes, transform, EVAL_BATCH, workers, names=class_names(model))
-    if limit is None or (every.total is not None and every.total <= limit):
-        return every, True
-    if isinstance(every.dataset, Stream):
-        dataset: Any = Stream(every.dataset.source, transform, limit)
-    else:  # drawn, in their order: the first images of a folder are those of its first classes
-        drawn = sorted(random.Random(seed).sample(range(cast(int, every.total)), limit))
-        dataset = Subset(every.dataset, drawn)
-    return replace(every, dataset=dataset), True

@@ -1,9 +1,10 @@
 """Accuracy of a sparse model beside the dense one: rows for a table, wherever it is shown, and files of results.
 
 `result` is a mapping: percentages from 0 to 100 under top1, top5, dense_top1, dense_top5, agreement, knn_top1,
-dense_knn_top1; kl in nats; images, images_lost, images_gained, broken as counts; throughput_dense and throughput_sparse in
-images/s; cosine_pooled, cosine_patch, rel_error_pooled, rel_error_patch from 0 to 1. What is missing or None is left out,
-or a dash beside a sparse figure.
+dense_knn_top1, recall_at_1, dense_recall_at_1, ..., neighbour_overlap; kl in nats; images, images_lost, images_gained,
+broken as counts; throughput_dense and throughput_sparse in images/s; cosine_pooled, cosine_patch, rel_error_pooled,
+rel_error_patch from 0 to 1; and of some NAME_error, the standard error. What is missing or None is left out, or a dash
+beside a sparse figure.
 """
 
 from __future__ import annotations
@@ -22,10 +23,20 @@ TIMM_COLUMNS = "model top1 top1_err top5 top5_err param_count img_size crop_pct 
 """Columns of timm's results files."""
 
 
+PAIRS = (
+    ("top-1, %", "top1"),
+    ("top-5, %", "top5"),
+    ("k-nearest-neighbour top-1, %", "knn_top1"),
+    ("recall@1, %", "recall_at_1"),
+    ("recall@5, %", "recall_at_5"),
+    ("recall@10, %", "recall_at_10"),
+)
+
+
 def pairs(result: Mapping[str, Any]) -> list[Row]:
     """What, dense, sparse, change."""
     rows: list[Row] = []
-    for label, key in (("top-1, %", "top1"), ("top-5, %", "top5"), ("k-nearest-neighbour top-1, %", "knn_top1")):
+    for label, key in PAIRS:
         dense, sparse = result.get(f"dense_{key}"), result.get(key)
         if dense is not None or sparse is not None:
             points = "" if dense is None or sparse is None else f"{sparse - dense:+.2f} points"
@@ -47,6 +58,7 @@ SINGLES = (
     ("images lost (dense right, sparse wrong)", "images_lost", ",d"),
     ("images gained (dense wrong, sparse right)", "images_gained", ",d"),
     ("images that ran twice, %", "ran_twice", ".2f"),
+    ("nearest neighbours shared with dense, %", "neighbour_overlap", ".2f"),
     ("cosine similarity, pooled features", "cosine_pooled", ".4f"),
     ("cosine similarity, patch features", "cosine_patch", ".4f"),
     ("relative error, pooled features", "rel_error_pooled", ".4f"),
@@ -55,16 +67,25 @@ SINGLES = (
 
 
 def singles(result: Mapping[str, Any], names: tuple[str, str] = ("dense", "sparse")) -> list[tuple[str, str]]:
-    """What, and its figure; `names`: of what is compared."""
-    found = [(label, format(result[key], form)) for label, key, form in SINGLES if result.get(key) is not None]
+    """What, and its figure, with its standard error where that is known; `names`: of what is compared."""
+    found = [(label, _figure(result, key, form)) for label, key, form in SINGLES if result.get(key) is not None]
     return [(label.replace("dense", names[0]).replace("sparse", names[1]), figure) for label, figure in found]
+
+
+def _figure(result: Mapping[str, Any], key: str, form: str) -> str:
+    error, drawn_from = result.get(f"{key}_error"), result.get("drawn_from") if key == "images" else None
+    text = format(result[key], form)
+    if drawn_from is not None:
+        return f"{text} of {drawn_from:,d}"
+    return text if error is None else f"{text} ± {error:.2g}"
 
 
 def conditions(result: Mapping[str, Any]) -> str:
     """Conditions of the measurement, as far as the results contain them."""
     c = mapping(result.get("conditions"))
     side, crop, interpolation = result.get("img_size"), result.get("crop_pct"), result.get("interpolation")
-    words = [f"{result['images']:,} images" + (f" of {publishable(str(c['data']))}" if c.get("data") else "")]
+    of = f" of {result['drawn_from']:,}" if result.get("drawn_from") else ""
+    words = [f"{result['images']:,}{of} images" + (f" of {publishable(str(c['data']))}" if c.get("data") else "")]
     words += [f"{result['broken']} unreadable ones left out"] if result.get("broken") else []
     words += [f"{side}x{side} pixels"] if side else []
     words += [f"crop {crop:g}"] if isinstance(crop, int | float) and crop else []

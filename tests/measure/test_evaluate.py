@@ -11,8 +11,9 @@ from torch import nn
 from helpers.families import build
 from sparsify.config import SparsityConfig
 from sparsify.images import datasets
-from sparsify.measure.accuracy import Features, knn
+from sparsify.measure.accuracy import Features
 from sparsify.measure.evaluate import evaluate, evaluate_images
+from sparsify.measure.neighbours import knn
 from sparsify.nn import graft
 from sparsify.processes import Compute, Listener
 

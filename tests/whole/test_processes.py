@@ -14,8 +14,8 @@ import sparsify
 from sparsify import processes
 from sparsify.errors import BadData, SparsifyError
 from sparsify.images.loaders import Flaws, LabelledBatches, Stream, share
-from sparsify.measure import evaluate
 from sparsify.measure.accuracy import Evaluation, Features, Logits
+from sparsify.measure.passes import Pass, figures_of, rates_of, run_pass
 from sparsify.processes import Compute
 
 COUNTS = ("images", "broken", "top1", "top5", "dense_top1", "dense_top5", "agreement", "images_lost", "images_gained")
@@ -158,10 +158,10 @@ def test_rates_of_processes_add_up_and_those_without_images_count_nothing():
         def forward(self, x):
             return x
 
-    one = evaluate.run_pass({"sparse": Answers()}, [(torch.eye(3), torch.arange(3))], Compute())
+    one = run_pass({"sparse": Answers()}, [(torch.eye(3), torch.arange(3))], Compute())
     one.seconds = {"sparse": 1.5}
-    empty = evaluate.Pass({"sparse": Logits()}, {"sparse": 0.0}, flaws=Flaws(2))
+    empty = Pass({"sparse": Logits()}, {"sparse": 0.0}, flaws=Flaws(2))
     passes = [one, empty, replace(one, sums={"sparse": Logits()}, flaws=Flaws(1))]
-    found = evaluate.figures_of(passes)
-    assert (evaluate.rates_of(passes), found.images, found.broken) == ({"throughput_sparse": 4.0}, 6, 3)
-    assert evaluate.figures_of([empty]) == Evaluation()
+    found = figures_of(passes)
+    assert (rates_of(passes), found.images, found.broken) == ({"throughput_sparse": 4.0}, 6, 3)
+    assert figures_of([empty]) == Evaluation()

@@ -1,4 +1,4 @@
-"""`sparsify eval`: accuracy of a file on labelled images."""
+"""`sparsify eval`: accuracy of a file on labelled images, and how far it agrees with dense on any."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from sparsify.cli import options, parsers, terminal
 from sparsify.cli.options import flag, option
 from sparsify.errors import SparsifyError, UsageError
 
-IMAGENET = "ImageNet root with val/, its val folder, or any folder of class folders."
+IMAGENET = "ImageNet root with val/, its val folder, or any folder of class folders; labels are required."
 OF = "Of an exported program (.onnx, .xml, .pt2): the file that it was made from, to compare with."
-DATA = "Another labelled set: folder, timm data set name, or digits."
+DATA = "Other images: folder, .tar, timm data set or digits. Without class folders: agreement only."
 
 
 def evaluate(
     file: options.Model = options.MODEL_FILE,
     imagenet: Annotated[str | None, option("DIR", IMAGENET)] = None,
     data: Annotated[str | None, option("DATA", DATA, words=["digits"])] = None,
+    no_labels: options.NoLabels = False,
+    limit: options.Limit = None,
+    seed: options.LimitSeed = 0,
     dense: options.Dense = None,
     of: Annotated[Path | None, option("FILE", OF, default="the one of its name beside it")] = None,
     batch_size: options.BatchSize = 32,
@@ -42,12 +45,13 @@ def evaluate(
 ) -> None:
     """Top-1, top-5 and agreement of the sparse model beside its dense original, or of an exported program beside its file.
 
+    Images that lie directly in a folder need no labels: agreement, KL and, of features, cosine and shared neighbours.
+
     Under `accelerate launch -m sparsify` or `torchrun -m sparsify` the processes share the images.
 
     Example: sparsify eval model.safetensors --imagenet /data/imagenet
     """
-    if (imagenet is None) == (data is None):
-        raise UsageError("give the labelled images: either --imagenet PATH or --data NAME")
+    use_labels = parsers.use_labels(imagenet, data, no_labels)
     if results_file is not None and results_file.suffix not in (".csv", ".json"):
         raise UsageError(f"--results-file {results_file}: a name that ends in .csv or .json is expected")
     if results_file is not None and processes.main():
@@ -59,6 +63,7 @@ def evaluate(
     compute = parsers.compute(device, dtype, backend, kernel_precision, batch_size=batch_size, workers=workers)
     from sparsify.cli import tables
     from sparsify.cli.progress import Reporter
+    from sparsify.images.measured import EvaluationImages
     from sparsify.jobs import judge
     from sparsify.measure.conditions import EVALUATION, conditions
     from sparsify.measure.evaluate import evaluate_images
@@ -66,7 +71,8 @@ def evaluate(
     from sparsify.ops import backends
     from sparsify.report.accuracy import write_results
 
-    say, images = options.say(quiet), str(imagenet or data)
+    say, images = options.say(quiet), EvaluationImages(str(imagenet or data), use_labels, limit, seed)
+    of_images = {"data": images.path, "limit": limit, "seed": seed if limit else None}
     if file.suffix in judge.SUFFIXES:
         with Reporter(quiet) as reporter:
             listener = processes.Listener(say, reporter.update)
@@ -78,7 +84,7 @@ def evaluate(
             rounded = ", int8 linear layers" if judged.precision == "int8" else ""
             terminal.line(f"program: {judged.format}, {judged.attention} attention{rounded}; compared with {beside}")
         if results_file is not None and processes.main():
-            told = conditions(EVALUATION, compute, data=images, backend=judged.format, budget=None)
+            told = conditions(EVALUATION, compute, **of_images, backend=judged.format, budget=None)
             write_results(results_file, figures, told | {"program": file.name})
         return
     processes.start(device)
@@ -105,7 +111,7 @@ def evaluate(
             terminal.line(f"{result.ran_twice:.1f} % ran twice: {cost:.3f} of dense in the mean of these images")
     if results_file is not None and processes.main():
         described = backends.describe(backend, kernel_precision, compute.torch_device, compute.torch_dtype)
-        circumstances = conditions(EVALUATION, compute, data=images, backend=described, budget=one.header.budget)
+        circumstances = conditions(EVALUATION, compute, **of_images, backend=described, budget=one.header.budget)
         write_results(results_file, result.as_dict(), circumstances | {"file_sha256": one.digest})
     if result.nonfinite:
         problem = f"{result.nonfinite:,} of {result.images:,} images give outputs that are not finite (NaN or infinity)"

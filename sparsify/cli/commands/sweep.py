@@ -19,6 +19,7 @@ def sweep(
     keeps: options.Keeps = "0.25,0.1,0.05",
     output: options.SweepOutput = Path("sweep"),
     batch_size: options.TimedBatch = 1,
+    no_labels: options.NoLabels = False,
     limit: options.Limit = None,
     calib_images: options.SweepCalibImages = None,
     seed: options.SweepSeed = None,
@@ -35,8 +36,7 @@ def sweep(
 
     Example: sparsify sweep deit_small --imagenet /data/imagenet --limit 1000
     """
-    if (imagenet is None) == (data is None):
-        raise UsageError("give the images to measure on: either --imagenet PATH or --data NAME")
+    use_labels = parsers.use_labels(imagenet, data, no_labels)
     target_shares, keep_shares = parsers.shares(targets, "--targets"), parsers.shares(keeps, "--keeps")
     if not target_shares and not keep_shares:
         raise UsageError("--targets none and --keeps none leave nothing to measure")
@@ -48,6 +48,7 @@ def sweep(
     from sparsify.cli.progress import Reporter
     from sparsify.files.destinations import check_folder
     from sparsify.files.locks import reserved
+    from sparsify.images.measured import EvaluationImages
     from sparsify.jobs import sweep
     from sparsify.jobs.dense import DenseRequest
     from sparsify.processes import Listener
@@ -59,7 +60,7 @@ def sweep(
         result = sweep.sweep(
             DenseRequest(name, weights, num_classes, img_size, ema),
             recipe,
-            sweep.EvaluationImages(str(imagenet or data), imagenet is not None, limit),
+            EvaluationImages(str(imagenet or data), use_labels, limit, recipe.seed),
             targets=target_shares,
             keeps=keep_shares,
             calib=calib,
