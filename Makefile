@@ -6,7 +6,7 @@ OLDEST_TIMM := 1.0.28
 
 .PHONY: venv demo test test-oldest fuzz sanitize lint format bench bench-kernels-accuracy bench-auto bench-accuracy bench-features bench-equality \
 	bench-families bench-tokens bench-finetune bench-survive bench-compiled bench-exported bench-serving bench-quantised \
-	bench-same bench-against house families frontier names docs clean
+	bench-same bench-against bench-gpu-kernels house families frontier names docs clean
 
 venv: $(VENV)/.installed
 
@@ -122,6 +122,10 @@ bench-same: venv
 # keep=1 equals dense, one model of each kind at its own image size and depth.
 bench-equality: venv
 	$(BIN)/python benchmarks/equality.py
+
+# Registers and shared memory of the Triton kernels on four GPUs, compiled without one; ten minutes on two cores.
+bench-gpu-kernels: venv
+	$(BIN)/python benchmarks/gpu_kernels.py --markdown build/bench/gpu-kernels.md
 
 # The structure of the package: files, imports, parameters, lines.
 house: venv

@@ -41,9 +41,12 @@ def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def is_schema(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether the signature is a torch.library schema or overrides one of timm's: its parameters are not ours to choose."""
+    """Whether the signature is a schema of torch.library, a Triton kernel's, or overrides one of timm's: its parameters are
+    not ours to choose."""
     text = " ".join(map(ast.unparse, node.decorator_list))
-    return "custom_op" in text or "register_model" in text or node.name == "forward_intermediates"
+    return (
+        "custom_op" in text or "triton.jit" in text or "register_model" in text or node.name == "forward_intermediates"
+    )
 
 
 def is_command(path: Path) -> bool:

@@ -109,7 +109,7 @@ class TokenStage(nn.Module):
         if m == 0:
             return self.drop_all(x, tokens)
         if m < patch.shape[1] and not self.compares and gpu.takes(x, self.prefix):
-            return self.launched(x, I, m, tokens)
+            return self.by_kernels(x, I, m, tokens)
         match, rank = (tokens_compared.matching, tokens_compared.ranking) if self.compares else (matching, ranking)
         if self.way == "merge":
             for count in rounds(int(patch.shape[1]), m):
@@ -129,8 +129,8 @@ class TokenStage(nn.Module):
         # without prefix tokens nothing is joined: some runtimes cannot read a program with empty tensors
         return torch.cat([x[:, : self.prefix], patch], 1) if self.prefix else patch, tokens
 
-    def launched(self, x: Tensor, I: Tensor, m: int, tokens: TokenState) -> tuple[Tensor, TokenState]:
-        """`forward` to m tokens by the kernels of `sparsify.ops.gpu`."""
+    def by_kernels(self, x: Tensor, I: Tensor, m: int, tokens: TokenState) -> tuple[Tensor, TokenState]:
+        """`forward` to m tokens, with the kernels of `sparsify.ops.gpu`."""
         P = self.prefix
         if self.way != "merge":
             fuse = self.way == "evit-fused"

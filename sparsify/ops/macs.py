@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+import sparsify.ops.gpu.tokens  # noqa: F401 (registers ops)
 from sparsify.ops import tails
 from sparsify.ops.attention import TENSORS
 from sparsify.ops.spec import Spec, of_head
@@ -96,6 +97,32 @@ def _sparse_handle(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
 @register_flop_formula(torch.ops.sparsify.sparse_attention)
 def _flops(*arguments: Any, out_shape: Any = None, **_: Any) -> int:
     return 2 * sum(_of_call(arguments[:TENSORS], arguments[TENSORS:]).values())
+
+
+@register_flop_formula(torch.ops.sparsify.sized_attention)
+def _sized_flops(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * dense_macs(q, k, v)
+
+
+@register_flop_formula(torch.ops.sparsify.merge_tokens)
+def _merging_flops(
+    x: Any, I: Any, size: Any, place: Any, prefix: int, m: int, count: int, out_shape: Any = None, **_: Any
+) -> int:
+    """Cosines of each of `count` tokens with all that are more important."""
+    (B, n), C = I, x[2]
+    return 2 * B * C * (count * (n - 1) - count * (count - 1) // 2)
+
+
+@register_flop_formula(torch.ops.sparsify.fitted_importance)
+def _fitted_flops(x: Any, weights: Any, size: Any, prefix: int, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * x[0] * (x[1] - prefix) * x[2]
+
+
+@register_flop_formula(torch.ops.sparsify.attention_importance)
+def _importance_flops(
+    q: Any, k: Any, size: Any, scale: float, rows: int, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    return 2 * prod(q) * max(rows, 1)
 
 
 def _of_call(shapes: Sequence[Any], constants: Sequence[Any]) -> Counter[str]:

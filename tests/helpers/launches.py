@@ -65,13 +65,13 @@ class _Flash(TorchFunctionMode):
 @contextmanager
 def a_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
     """Inside, fake tensors on cuda are on a GPU of that compute capability."""
-    with mock.patch.object(available, "capability", lambda index: capability), FakeTensorMode(), _Flash():
+    with mock.patch.object(available, "capability", lambda index: capability), FakeTensorMode():
         yield
 
 
 def launched(call: Callable[[], object]) -> Counter[str]:
     """Launches of a call by operator; in `a_gpu`."""
-    with torch.no_grad(), _Counting() as mode:
+    with torch.no_grad(), _Flash(), _Counting() as mode:
         call()
     return mode.counts
 

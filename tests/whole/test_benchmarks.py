@@ -37,6 +37,7 @@ TOY = {
     "finetune.py": "--only default --set stages.0.steps=1 --set stages.0.batch_size=4 --set calib_images=4",
     "fingerprints.py": "--only token-lowrank",
     "frontier.py": "--images 4 --calib-images 4 --only mean --output .",
+    "gpu_kernels.py": "--target sm_80 --model 'ViT-S/16 224'",
     "house.py": "",
     "kernel_accuracy.py": "--images 8 --calib-images 4 --sizes 224 --only tiles",
     "model.py": "--only 'deit_tiny, 224 pixels, float32' --rounds 1",
