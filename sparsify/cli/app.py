@@ -19,6 +19,7 @@ from sparsify.cli.commands.evaluate import evaluate
 from sparsify.cli.commands.export import export
 from sparsify.cli.commands.kernels import build_kernels
 from sparsify.cli.commands.models import models
+from sparsify.cli.commands.predict import predict
 from sparsify.cli.commands.profile import profile
 from sparsify.cli.commands.push import push
 from sparsify.cli.commands.recipes import recipes
@@ -59,7 +60,7 @@ def root(
     """Options of every command follow the command."""
 
 
-for command in (convert, profile, evaluate, sweep, show, report, push, export, models, recipes, build_kernels):
+for command in (convert, profile, evaluate, predict, sweep, show, report, push, export, models, recipes, build_kernels):
     app.command("eval" if command is evaluate else None)(command)
 
 

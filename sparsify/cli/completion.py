@@ -19,6 +19,7 @@ AGAINST = (*RUNTIMES, "onnxruntime-int8", "openvino-int8", "all")
 WAYS = ("merge", "evit", "evit-fused")
 IMPORTANCES = ("fitted", "attention")
 GRANULARITIES = ("token", "tile")
+FEATURES = ("patch", "pooled")
 SCHEMES = ("hf-hub:", "local-dir:")
 
 Completer = Callable[[str], list[str]]
