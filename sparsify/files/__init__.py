@@ -4,5 +4,5 @@ destinations             what a write to a path reaches, and whether it can be w
 locks                    outputs that are held while long work makes them, folders for what is being written
 outputs                  files written whole or not at all
 plain_json, plain_yaml   reports and recipes
-tensors                  safetensors files
+tensors, tensor_rows     safetensors files, read; and written row by row
 """

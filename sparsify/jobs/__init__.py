@@ -7,5 +7,6 @@ save, push       a model trained further back into a file; a file into a reposit
 show             what a model does with images
 against          a model and its dense original timed in several runtimes
 runtimes         what runs a model: eager, torch.compile, programs
-export, judge    a file as an ONNX, OpenVINO or PyTorch program; such a program on labelled images
+export, judge    a file as an ONNX, OpenVINO or PyTorch program; such a program on images
+predict          images to classes with names, or to features
 """

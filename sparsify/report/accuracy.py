@@ -40,7 +40,9 @@ def pairs(result: Mapping[str, Any]) -> list[Row]:
         dense, sparse = result.get(f"dense_{key}"), result.get(key)
         if dense is not None or sparse is not None:
             points = "" if dense is None or sparse is None else f"{sparse - dense:+.2f} points"
-            rows.append((label, number(dense, ".2f"), number(sparse, ".2f"), points))
+            error = result.get(f"{key}_error")
+            own = number(sparse, ".2f") + ("" if error is None else f" ± {error:.2g}")
+            rows.append((label, number(dense, ".2f"), own, points))
     dense, sparse = result.get("throughput_dense"), result.get("throughput_sparse")
     if dense is not None or sparse is not None:
         dense_rate, sparse_rate = (NOTHING if rate is None else plain(rate) for rate in (dense, sparse))
