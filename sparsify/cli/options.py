@@ -65,7 +65,7 @@ def say(quiet: bool) -> Callable[[str], None]:
 _MODEL = "File that 'convert' wrote, or hf-hub:ORG/NAME."
 Model = Annotated[Path, argument("FILE", _MODEL, parser=model_file)]
 LocalModel = Annotated[Path, argument("FILE", "File that 'convert' wrote.")]
-_NAME = "Dense model: alias (deit_small), timm name, hf-hub:ORG/NAME, local-dir:DIR or digits."
+_NAME = "Dense model: alias (deit_small), timm name, ORG/NAME on the Hub, folder or digits."
 DenseName = Annotated[str, argument("NAME", _NAME, words=completion.models)]
 _DENSE = "Dense original to compare with: name, or checkpoint. Needed for fine-tuned files only."
 Dense = Annotated[str | None, option("NAME|FILE", _DENSE, MODEL, "the file's own weights", completion.models)]

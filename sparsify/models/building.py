@@ -19,9 +19,10 @@ from torch import nn
 
 from sparsify.errors import BadFile, UnsupportedModel, UsageError, field, one_line
 from sparsify.models.digits import network
-from sparsify.models.header import NORM_EPS
+from sparsify.models.header import CLS_AND_MEAN, NORM_EPS
 from sparsify.models.names import ALIASES, DIGITS, Source, known_config, tuples
 from sparsify.nn import hosts
+from sparsify.nn.pooling import TokenAndMean
 
 _WEIGHTS_KEYS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")  # where weights came from
 
@@ -132,15 +133,23 @@ def build(architecture: str, args: dict[str, Any], config: dict[str, Any] | str 
 
 def timms(args: dict[str, Any]) -> dict[str, Any]:
     """What of `args` timm takes; `completed` sees to the rest."""
-    return {name: value for name, value in args.items() if name != NORM_EPS}
+    return {name: value for name, value in args.items() if name not in (NORM_EPS, CLS_AND_MEAN)}
 
 
 def completed(model: nn.Module, args: dict[str, Any]) -> nn.Module:
-    """The model with what of `args` its constructor does not take, in place: `NORM_EPS`, the image size of a NaFlexVit."""
+    """The model with what of `args` its constructor does not take, in place: the image size of a NaFlexVit, and
+
+    `NORM_EPS`: of all norms.
+    `CLS_AND_MEAN`: whether a VisionTransformer's classifier reads the cls token beside the mean of the patches.
+    """
     if args.get(NORM_EPS) is not None:
         for module in model.modules():
             if isinstance(module, nn.LayerNorm | RmsNorm):
                 module.eps = args[NORM_EPS]
+    if args.get(CLS_AND_MEAN) and isinstance(model, VisionTransformer) and model.num_classes:
+        host = cast(Any, model)
+        host.attn_pool, host.pool_include_prefix = TokenAndMean(host.num_prefix_tokens), True
+        host.head = nn.Linear(2 * host.embed_dim, host.num_classes)
     size = args.get("img_size")
     if size is not None and type(model) in hosts.MODELS:
         height, width = (size, size) if isinstance(size, int) else size

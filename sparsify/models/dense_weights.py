@@ -86,6 +86,8 @@ def _of_shards(index: Path) -> dict[str, Any]:
         if not path.is_file():
             raise BadFile(f"{index} names {name}, which does not lie beside it")
         content = _content(path)
+        if not isinstance(content, dict):
+            raise BadFile(f"{path} holds no state dict: a mapping from names to tensors is expected")
         missing = [tensor for tensor in tensors if tensor not in content]
         if missing:
             raise BadFile(f"{path} lacks tensors that {index.name} names: {_some(missing)}")

@@ -20,7 +20,7 @@ _FOREIGN = (
     (b"\x1f\x8b", "a gzip archive: unpack it first"),
 )
 _JSON = "JSON, not weights: give the file of the weights"
-_SHARDS = "the index of a checkpoint in several files: its name must end in .index.json"
+_SHARDS = "the index of a checkpoint in several files: 'sparsify convert' takes it, named *.index.json, with its files"
 
 
 def of(path: Path) -> str:

@@ -27,7 +27,7 @@ JSON_KEYS = ("architecture", "config", "provenance", "report")
 SCHEDULES, SURENESS = "schedules", "sureness"  # keys that only files made for a target have
 MOST_SCHEDULES, MOST_IMAGES = 16, 1 << 14
 RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "drop_path_rate")  # timm's names; they change no tensor
-NORM_EPS = "norm_eps"  # of all norms, besides timm's arguments: what `huggingface` reads has another than timm's models
+NORM_EPS, CLS_AND_MEAN = "norm_eps", "cls_and_mean"  # besides timm's arguments (`building.completed`)
 MOST_JSON = 8 << 20  # characters of all JSON: names of 20,000 classes and their descriptions take 3 million
 MOST_DEPTH = 16  # a header that `convert` wrote has 6 levels
 MOST_DIGITS = 40  # characters of a number
@@ -347,7 +347,7 @@ def _arguments() -> type[BaseModel]:
         for name in inspect.signature(maker.__init__).parameters:
             if name not in _LEFT_OUT:
                 allowed[name] = allowed.get(name, types.NoneType) | _of_json(hints[name])
-    allowed[NORM_EPS] = float | None
+    allowed |= {NORM_EPS: float | None, CLS_AND_MEAN: bool | None}
     fields: dict[str, Any] = {name: (hint, None) for name, hint in allowed.items()}
     return create_model("Arguments", __base__=_Arguments, **fields)
 

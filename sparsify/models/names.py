@@ -212,17 +212,19 @@ def tuples(tree: Mapping[str, Any]) -> dict[str, Any]:
 def not_downloaded(what: str, error: BaseException) -> str:
     """The message for a download that failed, with what to give instead."""
     reason = f"{type(error).__name__}: {one_line(error, 120)}"
-    return f"{what} could not be downloaded ({reason}); give {field('weights')} FILE, or a folder as local-dir:FOLDER"
+    return f"{what} could not be downloaded ({reason}); give {field('weights')} FILE, or a model's folder"
 
 
 def _unknown(name: str) -> str:
     path, weights = Path(name), field("weights")
     if os.path.isdir(path):
-        return f"'{name}' is a folder, not a model name: give it as local-dir:{name}"
+        return f"'{name}' is a folder without {CONFIG}: a folder of a model has that beside its weights"
     if os.path.isfile(path) or path.suffix in CHECKPOINTS:
         return f"'{name}' is a file, not a model name: give the name of its architecture and {weights} {name}"
     if "/" in name or "\\" in name:
-        return f"'{name}' is not a model name: give hf-hub:OWNER/NAME, local-dir:FOLDER, or a name and {weights} FILE"
+        return (
+            f"'{name}' is not a model name: give OWNER/NAME of the hub, a model's folder, or a name and {weights} FILE"
+        )
     listed = (resources.files("sparsify.models") / "names.txt").read_text(encoding="utf-8").split()
     known = [each for each in listed if each in (*ALIASES, DIGITS) or timm.is_model(each)]  # older timms have fewer
     near = difflib.get_close_matches(name[:80], known, n=3, cutoff=0.3)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 
 from sparsify.errors import BadFile, SparsifyError, UnsupportedModel, UsageError, field, one_line
@@ -39,11 +39,16 @@ def given_weights(source: Source, path: Path | None, ema: bool | None = None) ->
     own = path is None
     path = path or shards.find(*source.pretrained_name.split(":", 1))
     given = dense_weights.read_checkpoint(path, ema)._replace(own=own)
+    return _with_head_of(source, given), given
+
+
+def _with_head_of(source: Source, given: Checkpoint) -> Source:
+    """A checkpoint of transformers with the head that its file has, whatever its config.json says; others as they are."""
     if source.foreign is None:
-        return source, given
+        return source
     if not tensors.is_transformers(given.state):
-        raise BadFile(f"{path} does not fit {source.asked}: names as of Hugging Face transformers are expected")
-    return of_kind(source, tensors.kind_of(given.state)), given
+        raise BadFile(f"{given.path} does not fit {source.asked}: names as of Hugging Face transformers are expected")
+    return of_kind(source, tensors.kind_of(given.state))
 
 
 def load(
@@ -69,7 +74,7 @@ def load(
         source, weights = given_weights(source, None)
     if weights is not None:
         given = weights if isinstance(weights, Checkpoint) else dense_weights.read_checkpoint(Path(weights))
-        source = of_kind(source, tensors.kind_of(given.state))
+        source = _with_head_of(source, given)
         model = _load_file(source, given, num_classes, img_size)
         if not given.own:
             cast(dict, model.pretrained_cfg).pop("license", None)  # of timm's weights, not of these
@@ -103,10 +108,14 @@ def _download(source: Source, num_classes: int | None, img_size: int | None) -> 
             timms = building.timms(args)
             model = timm.create_model(source.architecture, pretrained=True, pretrained_cfg=config, **timms)
             return building.completed(model, args)
-    except EntryNotFoundError:
-        given = dense_weights.read_checkpoint(shards.find(scheme, location))._replace(own=True)
-        return _load_file(source, given, num_classes, img_size)
     except Exception as error:
+        if (
+            scheme == "hf-hub"
+            and isinstance(error, EntryNotFoundError)
+            and not isinstance(error, LocalEntryNotFoundError)
+        ):
+            given = dense_weights.read_checkpoint(shards.find(scheme, location))._replace(own=True)
+            return _load_file(source, given, num_classes, img_size)
         text = one_line(error)
         if "No pretrained weights exist" in text or "Invalid pretrained config" in text:
             none = f"timm has no pretrained weights for {source.asked}: give {field('weights')} FILE"
@@ -134,7 +143,7 @@ def _load_file(source: Source, given: Checkpoint, num_classes: int | None, img_s
         img_size = dense_weights.image_side(state, frame)
     frame = building.skeleton(source, num_classes, img_size)
     if known is not None:
-        state = tensors.resampled(state, frame)
+        state = tensors.resampled(state, frame, known)
     try:
         state = dense_weights.checkpoint_filter(source.architecture)(state, frame)
     except Exception as error:  # the filter meets another architecture's tensors

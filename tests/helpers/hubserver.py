@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 WRITES, READS = "hf_writes", "hf_reads_only"  # tokens
 
@@ -61,6 +66,37 @@ class Hub(ThreadingHTTPServer):
     def sent(self) -> list[str]:
         """What was asked for other than reading."""
         return [path for method, path in self.requests if method in ("POST", "PUT") and "validate-yaml" not in path]
+
+
+@contextlib.contextmanager
+def serving(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Hub]:
+    """A hub that huggingface_hub talks to, with its cache in `folder`; logged in with a token that may write."""
+    import huggingface_hub.constants as constants
+
+    server = Hub()
+    point_to(monkeypatch, server.url)
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET"):
+        monkeypatch.setattr(constants, name, name.endswith("XET"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+    monkeypatch.setenv("HF_TOKEN", WRITES)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def point_to(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """huggingface_hub talks to `url`."""
+    import huggingface_hub.constants as constants
+    import huggingface_hub.file_download as file_download
+
+    template = "HUGGINGFACE_CO_URL_TEMPLATE"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    for module in (constants, file_download):  # older clients have it under both names
+        if hasattr(module, template):
+            monkeypatch.setattr(module, template, url + "/{repo_id}/resolve/{revision}/{filename}")
 
 
 class Handler(BaseHTTPRequestHandler):

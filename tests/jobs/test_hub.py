@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import sparsify
 import sparsify.registry
 from helpers.families import images
-from helpers.hubserver import READS, WRITES, Hub
+from helpers.hubserver import READS, WRITES, point_to, serving
 from helpers.image_folders import class_folders
 from sparsify.errors import BadFile, SparsifyError, UsageError
 from sparsify.jobs import push
@@ -36,31 +36,8 @@ def made(tmp_path_factory):
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """The hub that huggingface_hub talks to; logged in with a token that may write."""
-    import huggingface_hub.constants as constants
-
-    server = Hub()
-    point_to(monkeypatch, server.url)
-    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET"):
-        monkeypatch.setattr(constants, name, name.endswith("XET"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setenv("HF_TOKEN", WRITES)
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def point_to(monkeypatch, url):
-    import huggingface_hub.constants as constants
-    import huggingface_hub.file_download as file_download
-
-    template = "HUGGINGFACE_CO_URL_TEMPLATE"
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    for module in (constants, file_download):  # older clients have it under both names
-        if hasattr(module, template):
-            monkeypatch.setattr(module, template, url + "/{repo_id}/resolve/{revision}/{filename}")
+    with serving(monkeypatch, tmp_path) as server:
+        yield server
 
 
 def logits(model):

@@ -134,7 +134,7 @@ def describe(
     config = validate(Config, {name: _tuple(value) for name, value in given.items()}, "config.json")
     kind = kind or _kind(tree, known, nested)
     if kind not in known.kinds:
-        raise UsageError(_refused(model_type, kind))
+        raise UsageError(f"a '{model_type}' with a head of another kind ({kind}), which is not understood")
     how = known.kinds[kind]
     args = _arguments(config, known, kind)
     labels = _labels(tree) if kind in (CLASSIFIER, DISTILLED) else ()
@@ -146,7 +146,7 @@ def describe(
     args["num_classes"] = classes
     timms: dict[str, Any] = {
         "num_classes": classes,
-        "input_size": (config.num_channels, *args["img_size"]),
+        "input_size": (3, *args["img_size"]),
         "fixed_input_size": not known.any_size,
         "first_conv": "patch_embed.proj",
         "classifier": ("head", "head_dist") if kind == DISTILLED else "head",
@@ -169,13 +169,6 @@ def _kind(tree: Mapping[str, Any], known: Family, nested: bool) -> str:
         return found
     tower = name.endswith("VisionModel")
     return PROJECTION if nested and not tower and PROJECTION in known.kinds else FEATURES
-
-
-def _refused(model_type: str, kind: str) -> str:
-    why = f"a '{model_type}' with {kind} weights, which is not understood"
-    if kind == CLASSIFIER:
-        return f"{why}: its head reads the cls token beside the mean of the patches; {field('num_classes')} 0 leaves it out"
-    return why
 
 
 def _labels(tree: Mapping[str, Any]) -> tuple[str, ...]:
@@ -222,15 +215,17 @@ def _arguments(config: Config, known: Family, kind: str) -> dict[str, Any]:
     if height[0] != height[1]:
         raise UsageError(f"config.json patch_size: square patches are expected (given: {height[0]}x{height[1]})")
     act = _ACTIVATIONS.get(config.hidden_act)
-    if act is None or (known.host != "vit" and not config.gated and act != "gelu"):
+    fixed = None if known.host == "vit" else "silu" if config.gated else "gelu"  # timm has no other
+    if act is None or fixed not in (None, act):
         raise UsageError(f"config.json hidden_act: {brief(config.hidden_act)} is not understood for this model")
+    if config.num_channels != 3:
+        raise UsageError(f"config.json num_channels: images of 3 channels are expected (given: {config.num_channels})")
     if config.hidden_size % config.num_attention_heads:
         heads = f"{config.hidden_size} channels and {config.num_attention_heads} heads"
         raise UsageError(f"config.json: {heads}, which do not divide them")
     args = {
         "img_size": _pair(config.image_size),
         "patch_size": height[0],
-        "in_chans": config.num_channels,
         "embed_dim": config.hidden_size,
         "depth": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
@@ -248,18 +243,15 @@ def _ratio(rows: int, channels: int) -> float:
 
 
 def _vit(config: Config, known: Family, act: str) -> dict[str, Any]:
-    scaled = "dinov2" in known.architecture
-    return {
-        "act_layer": "silu" if config.gated else act,
-        "init_values": (config.layerscale_value or 1e-5) if scaled else None,
-    }
+    scaled = {"init_values": config.layerscale_value or 1e-5} if "dinov2" in known.architecture else {}
+    return {"act_layer": "silu" if config.gated else act, **scaled}
 
 
 def _beit(config: Config, known: Family, act: str) -> dict[str, Any]:
     return {
         "qkv_bias": True,
         "global_pool": "avg" if config.use_mean_pooling else "token",
-        "init_values": config.layer_scale_init_value if config.layer_scale_init_value > 0 else None,
+        "init_values": max(config.layer_scale_init_value, 0.0),  # 0: none; timm takes None for its own
         "use_abs_pos_emb": config.use_absolute_position_embeddings,
         "use_rel_pos_bias": config.use_relative_position_bias,
         "use_shared_rel_pos_bias": config.use_shared_relative_position_bias,

@@ -57,6 +57,7 @@ class Family:
     gated: Names = field(default_factory=dict)  # names of a gated MLP, over `names`
     gated_architecture: str = ""  # timm's name where the MLP is gated
     filled: Mapping[str, float] = field(default_factory=dict)  # timm's tensors that a file may lack: their value
+    antialias: bool = False  # how transformers interpolates positions
     any_size: bool = False  # transformers takes images of any size, so that the preprocessor's is the model's
     folded: bool = False  # positions have one of the cls token, which timm adds to the token
 
@@ -180,10 +181,10 @@ DINOV3 = {
     "layer.*.mlp.down_proj": "blocks.*.mlp.fc2",
     "norm": "norm",
 }
-DINOV3_GATED = {"layer.*.mlp.gate_proj": "blocks.*.mlp.fc1_g", "layer.*.mlp.up_proj": "blocks.*.mlp.fc1_x"}
+DINOV3_GATED = {"layer.*.mlp.gate_proj": "blocks.*.mlp.fc1[0]", "layer.*.mlp.up_proj": "blocks.*.mlp.fc1[1]"}
 _NO_BIAS = (
     *(f"blocks.*.attn.{name}" for name in ("q_bias", "v_bias", "proj.bias")),
-    *(f"blocks.*.mlp.{name}.bias" for name in ("fc1", "fc1_g", "fc1_x", "fc2")),
+    *(f"blocks.*.mlp.{name}.bias" for name in ("fc1", "fc2")),
 )
 
 # ---- clip and siglip ----
@@ -244,11 +245,12 @@ def _dinov2(example: str, patch: int, registers: int) -> Family:
         host="vit",
         architecture=f"vit_{{size}}_patch{{patch}}{infix}_dinov2",
         names=DINOV2_REGISTERS if registers else DINOV2,
-        kinds={FEATURES: _CLS[FEATURES]},
+        kinds={FEATURES: _CLS[FEATURES], CLASSIFIER: Kind("logits", _HEAD, {"cls_and_mean": True})},
         config={"patch_size": patch, "layer_norm_eps": 1e-6, "mlp_ratio": 4, "num_register_tokens": registers},
         args=_PLAIN | {"no_embed_class": bool(registers)},
         gated=DINOV2_GATED,
         gated_architecture=f"vit_giant_patch14{infix}_dinov2",
+        antialias=bool(registers),
         any_size=True,
         folded=bool(registers),
         pixels=IMAGENET,

@@ -49,7 +49,7 @@ def translated(state: Mapping[str, Tensor], frame: nn.Module, known: Family) -> 
     found: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
     for name, tensor in plain.items():
-        if _UNUSED.search(name) or name.startswith(how.without):
+        if _UNUSED.search(name) or name.startswith(how.without) or not tensor.numel():
             continue
         target = _target(name, table)
         if " | " in target:
@@ -87,6 +87,8 @@ def _completed(found: dict[str, Tensor], expected: Mapping[str, Tensor], known: 
     if known.folded and {"cls_token", "pos_embed"} <= found.keys():
         found["cls_token"] = found["cls_token"] + found["pos_embed"][:, :1]
         found["pos_embed"] = found["pos_embed"][:, 1:]
+    if "fc_norm.weight" in known.filled and "norm.weight" not in expected:
+        found = {name: tensor for name, tensor in found.items() if not name.startswith("norm.")}  # of pretraining
     for pattern, value in known.filled.items():
         names = [name for name in expected if re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name)]
         if not any(name in found for name in names):
@@ -94,10 +96,10 @@ def _completed(found: dict[str, Tensor], expected: Mapping[str, Tensor], known: 
     return found
 
 
-def resampled(state: dict[str, Tensor], frame: nn.Module) -> dict[str, Tensor]:
-    """`state` with position embeddings for the image size of `frame`, as transformers interpolates them.
+def resampled(state: dict[str, Tensor], frame: nn.Module, known: Family) -> dict[str, Tensor]:
+    """`state` with position embeddings for the image size of `frame`, as transformers interpolates those of a family.
 
-    transformers takes bicubic interpolation without the filter against aliasing that timm has, so that smaller grids differ.
+    Most of its models lack the filter against aliasing that timm has, so that timm's smaller grids differ.
     """
     positions, (height, width) = state.get("pos_embed"), hosts.patch_grid(frame)
     if positions is None or positions.ndim != 3:
@@ -108,6 +110,8 @@ def resampled(state: dict[str, Tensor], frame: nn.Module) -> dict[str, Tensor]:
     if grid.shape[1] == height * width or side * side != grid.shape[1]:
         return state
     square = grid.reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, C, side, side)
-    square = functional.interpolate(square, (height, width), mode="bicubic", align_corners=False)
+    square = functional.interpolate(
+        square, (height, width), mode="bicubic", align_corners=False, antialias=known.antialias
+    )
     grid = square.permute(0, 2, 3, 1).reshape(1, height * width, -1).to(positions.dtype)
     return {**state, "pos_embed": torch.cat([leading, grid], 1)}
