@@ -28,7 +28,11 @@ if TYPE_CHECKING:
         profile,
         profile_adaptive,
         profile_against,
+        push,
+        report,
         save,
+        show,
+        sweep,
     )
     from sparsify.config import SparsityConfig
     from sparsify.version import __version__
@@ -44,7 +48,11 @@ __all__ = [
     "profile",
     "profile_adaptive",
     "profile_against",
+    "push",
+    "report",
     "save",
+    "show",
+    "sweep",
 ]
 
 

@@ -113,3 +113,43 @@ class EvaluateOptions(ComputeOptions, PreprocessingOptions, total=False):
     strict: bool
     say: Say | None
     progress: bool | Callable[[int, int | None], None]
+
+
+class SweepOptions(TypedDict, total=False):
+    """Keywords of `sweep`."""
+
+    labels: bool | None
+    limit: int | None
+    calib_images: int | None
+    seed: int | None
+    num_classes: int | None
+    img_size: int | None
+    ema: bool | None
+    batch_size: int | None
+    device: str | torch.device | None
+    dtype: str | torch.dtype
+    backend: str | None
+    workers: int
+    say: Say | None
+    progress: Progress
+
+
+class ViewOptions(TypedDict, total=False):
+    """Keywords of `show` and `report` that say what is drawn."""
+
+    queries: Sequence[str | tuple[float, float]]
+    layers: str | Sequence[int] | None
+    heads: str | Sequence[int] | None
+    say: Say | None
+    progress: Progress
+
+
+class PushOptions(TypedDict, total=False):
+    """Keywords of `push`."""
+
+    private: bool
+    revision: str | None
+    message: str | None
+    licence: str | None
+    force: bool
+    say: Say | None

@@ -7,8 +7,9 @@ programs       exports                       reporting    pictures, pages, the h
 
 from sparsify.api.conversion import convert
 from sparsify.api.loading import load, save
-from sparsify.api.measuring import evaluate, profile, profile_adaptive, profile_against
+from sparsify.api.measuring import evaluate, profile, profile_adaptive, profile_against, sweep
 from sparsify.api.programs import export, export_pair
+from sparsify.api.reporting import push, report, show
 
 __all__ = [
     "convert",
@@ -19,5 +20,9 @@ __all__ = [
     "profile",
     "profile_adaptive",
     "profile_against",
+    "push",
+    "report",
     "save",
+    "show",
+    "sweep",
 ]

@@ -5,29 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
-from torch import Tensor, nn
+from torch import nn
 
 from sparsify import config
-from sparsify.api.arguments import listening, preprocessing, split
-from sparsify.errors import UsageError, field
-from sparsify.images.given import GivenImages
+from sparsify.api.arguments import Images, dense_request, device_of, given_images, listening, split
 from sparsify.jobs.convert import Conversion, ImageSources, OutputOptions
 from sparsify.jobs.convert import convert as convert_job
-from sparsify.jobs.dense import DenseRequest
 from sparsify.keywords import ConvertOptions
 from sparsify.nn import graft, guard
 from sparsify.processes import Compute
 from sparsify.recipe import Recipe, default_recipe, load_recipe
 
 MODEL_FILE = "model.safetensors"
-OF_A_NAME = ("num_classes", "img_size", "ema")
 
 
 def convert(
     model: str | Path | nn.Module,
-    data: str | Path | Tensor | Iterable[Any] | None = None,
+    data: Images | None = None,
     *,
     keep: float | str | Sequence[float | str] | None = None,
     recipe: str | Recipe | None = None,
@@ -116,11 +112,10 @@ def convert(
     """
     calibrate_only, val = options.pop("calibrate_only", False), options.pop("val", None)
     say, progress = options.pop("say", None), options.pop("progress", False)
-    request = _request(model, weights, options)
+    request = dense_request(model, weights, options)
     path = MODEL_FILE if output is None and request.module is None else output
     written = None if path is None else OutputOptions(Path(path), force, options.pop("resume", False))
-    own_device = next((str(p.device) for p in request.module.parameters()), "cpu") if request.module else "cpu"
-    compute, rest = split(Compute(device=own_device), options, ConvertOptions)
+    compute, rest = split(Compute(device=device_of(request)), options, ConvertOptions)
     for handled in ("device", "backend"):  # None: the default
         rest.pop(handled, None)
     keeps = tuple(keep) if isinstance(keep, Iterable) and not isinstance(keep, str) else keep
@@ -135,28 +130,10 @@ def convert(
     chosen = chosen.override(keep=None if target else keeps, **rest)
     if calibrate_only:
         chosen = chosen.without_training()
-    train = str(data) if isinstance(data, str | Path) else None if data is None else GivenImages(data)
-    images = ImageSources(train, None if val is None else str(val))
+    images = ImageSources(given_images(data), None if val is None else str(val))
     with listening(say, progress) as listener:
         made = convert_job(request, chosen, written, images=images, target=target, compute=compute, listener=listener)
     return made if request.module is None else replace(made, model=_as_given(made, request.module))
-
-
-def _request(model: Any, weights: str | Path | None, options: Any) -> DenseRequest:
-    """What is to be converted; takes what describes it from `options`."""
-    described, nonfinite = preprocessing(options), options.pop("allow_nonfinite", False)
-    num_classes, img_size, ema = (options.pop(name, None) for name in OF_A_NAME)
-    if isinstance(model, nn.Module):
-        given = dict(zip(("weights", *OF_A_NAME), (weights, num_classes, img_size, ema), strict=True))
-        for name, value in given.items():
-            if value is not None:
-                has = "a module has its own weights, classes and image size"
-                raise UsageError(f"{field(name)} is of a name: {has}; change the module before")
-        return DenseRequest(preprocessing=described, allow_nonfinite=nonfinite, module=model)
-    if not isinstance(model, str | Path):
-        raise UsageError(f"model {type(model).__name__}: the name of a model or a module (nn.Module) is expected")
-    file = None if weights is None else Path(weights)
-    return DenseRequest(str(model), file, num_classes, img_size, ema, described, nonfinite)
 
 
 def _as_given(made: Conversion, module: nn.Module) -> nn.Module:

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 from torch import nn
 
-from sparsify.api.arguments import ModelOrFile, in_python, listening, opened_pair, preprocessing, split
+from sparsify.api.arguments import (
+    Images,
+    ModelOrFile,
+    dense_request,
+    device_of,
+    given_images,
+    in_python,
+    listening,
+    opened_pair,
+    preprocessing,
+    split,
+)
 from sparsify.errors import UsageError
+from sparsify.images.measured import EvaluationImages
+from sparsify.jobs import sweep as sweep_job
 from sparsify.jobs.against import profile_against as profile_against_job
-from sparsify.keywords import AgainstOptions, ComputeOptions, EvaluateOptions, ProfileOptions
+from sparsify.keywords import AgainstOptions, ComputeOptions, EvaluateOptions, ProfileOptions, SweepOptions
 from sparsify.measure.accuracy import Evaluation
 from sparsify.measure.adaptive import AdaptiveProfile
 from sparsify.measure.adaptive import profile_adaptive as profile_adaptively
@@ -20,10 +34,12 @@ from sparsify.measure.evaluate import evaluate_images, own_compute
 from sparsify.measure.figures import Profile
 from sparsify.measure.latency import BUDGET_S, Budget
 from sparsify.measure.profile import profile as profile_model
+from sparsify.measure.sweep import Sweep
 from sparsify.models.original import Which
 from sparsify.nn import graft
 from sparsify.nn.adaptive import Adaptive, lead
 from sparsify.processes import Compute
+from sparsify.recipe import load_recipe
 
 
 def profile_adaptive(model: nn.Module, **options: Unpack[ComputeOptions]) -> AdaptiveProfile:
@@ -127,6 +143,72 @@ def evaluate(
     how: dict[str, Any] = {"backbone_changed": changed, **rest}
     with listening(say, heard) as listener:
         return evaluate_images(sparse, str(images), dense=original, compute=compute, listener=listener, **how)
+
+
+def sweep(
+    model: str | Path | nn.Module,
+    images: str | Path,
+    *,
+    targets: Sequence[float] = (0.8, 0.7, 0.55, 0.4),
+    keeps: Sequence[float] = (0.25, 0.1, 0.05),
+    calib: Images | None = None,
+    weights: str | Path | None = None,
+    output: str | Path | None = None,
+    **options: Unpack[SweepOptions],
+) -> Sweep:
+    """Measure accuracy, MACs and time of one model at several keeps and MACs targets, beside dense.
+
+    Args:
+        model: name of a dense model, or a ViT of timm (`nn.Module`), as in `convert`.
+        images: to measure on: labelled folder, timm data set or `digits`; of loose images: agreement only.
+        targets: fractions of the dense model's MACs to search a schedule for.
+        keeps: fractions of keys to measure sparse attention at, with all tokens.
+        calib: images to calibrate on, as `data` of `convert`; None: the built-in pictures.
+        weights: of a name: local checkpoint of that architecture.
+        output: start of the names of what is written: PREFIX.md, .json, .png, and a recipe for each setting in
+            PREFIX.recipes. None: nothing is written.
+
+    Keyword Args:
+        labels: True: required. False: not used, agreement with dense only. None: used where there are class folders.
+        limit: images to measure on, drawn by `seed`; None: all.
+        calib_images: images to calibrate on, at most; None: 128.
+        seed: of the choice of images; None: 0.
+        num_classes: outputs of `weights`, 0 for features; None: read off the file.
+        img_size: of a name: side in pixels; None: the model's.
+        ema: of `weights`, take the averaged ones (EMA), or the others; None: averaged where the file has them.
+        batch_size: images of a timed forward pass; None: 1.
+        device: of torch: cpu, cuda, cuda:1, mps; None: the module's, or cpu for a name.
+        dtype: float32, bfloat16 or float16.
+        backend: what computes sparse attention: auto (the CPU kernels if they can run), cpu or reference.
+        workers: processes that read images; 0: this one.
+        say: called with a line now and then.
+        progress: as in `convert`.
+
+    Returns:
+        The settings with their recipes and figures, and the dense model's time.
+
+    Raises:
+        SparsifyError: a model, image set or output that cannot be used; also where no setting is possible.
+    """
+    request = dense_request(model, weights, options)
+    compute, rest = split(Compute(device=device_of(request)), options, SweepOptions)
+    say, progress = rest.pop("say", None), rest.pop("progress", False)
+    use_labels, limit = rest.pop("labels", None), rest.pop("limit", None)
+    recipe = load_recipe("calibrate").override(**rest)  # what is unknown is refused there
+    on = EvaluationImages(str(images), use_labels, limit, recipe.seed)
+    with listening(say, progress) as listener:
+        run = partial(
+            sweep_job.sweep,
+            request,
+            recipe,
+            on,
+            targets=tuple(targets),
+            keeps=tuple(keeps),
+            calib=given_images(calib, "calib"),
+            compute=compute,
+            listener=listener,
+        )
+        return run() if output is None else sweep_job.written(Path(output), run).sweep
 
 
 def _shallow_copy(model: nn.Module) -> nn.Module:

@@ -164,7 +164,7 @@ class Calibrator:
         n = images_of(recipe.calib_images, hosts.num_tokens(dense.model))
         size, device = compute.batch_size or BATCH_SIZE, compute.torch_device
         if isinstance(images, GivenImages):
-            return cls._on_given(images.first(n, dense.model), dense.model, compute, listener)
+            return cls._on_given(images, n, dense.model, compute, listener)
         if images is not None:
             if images.note:
                 listener.say(f"{field(option)}: {images.note}")
@@ -190,15 +190,18 @@ class Calibrator:
         return cls(draw, words, n, n if images is None else MARGINS * n, compute, listener)
 
     @classmethod
-    def _on_given(cls, images: Tensor, model: nn.Module, compute: Compute, listener: Listener) -> Calibrator:
-        """On tensors [B, C, H, W] as the caller normalised them."""
-        if line := given.note(images, model):
+    def _on_given(
+        cls, images: GivenImages, n: int, model: nn.Module, compute: Compute, listener: Listener
+    ) -> Calibrator:
+        """On the first `n` of the caller's tensors, as they are."""
+        tensors = images.first(n, model)
+        if line := given.note(tensors, model, images.option):
             listener.say(line)
-        size, device, count = compute.batch_size or BATCH_SIZE, compute.torch_device, len(images)
-        words = f"the first {count} images of {field('data')}, given as tensors"
+        size, device, count = compute.batch_size or BATCH_SIZE, compute.torch_device, len(tensors)
+        words = f"the first {count} images of {field(images.option)}, given as tensors"
 
         def draw(n: int) -> Iterator[Tensor]:
-            return (x.to(device) for x in images[:n].split(size))
+            return (x.to(device) for x in tensors[:n].split(size))
 
         return cls(draw, words, count, count, compute, listener)
 

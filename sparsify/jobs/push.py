@@ -44,9 +44,10 @@ class Package:
 class Pushed:
     """What `push` made."""
 
-    url: str  # of the repository
+    url: str  # of the repository; '' where nothing was sent
     commit: str
     name: str  # that `load` takes
+    package: Package
 
 
 def package(
@@ -143,7 +144,7 @@ def push(
         raise
     except Exception as error:
         raise _push_error(made.repo, error, token) from None
-    return Pushed(str(url), str(commit.oid), f"hf-hub:{made.repo}" + (f"@{revision}" if revision else ""))
+    return Pushed(str(url), str(commit.oid), f"hf-hub:{made.repo}" + (f"@{revision}" if revision else ""), made)
 
 
 def _may_push(api: Any, made: Package, private: bool, revision: str | None, force: bool) -> None:

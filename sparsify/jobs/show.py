@@ -3,20 +3,71 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
+from sparsify import extras
 from sparsify.errors import UsageError, field
+from sparsify.files.destinations import check_folder
 from sparsify.images import datasets, photograph
 from sparsify.images.decode import lost
 from sparsify.images.photograph import ImagePoint
 from sparsify.measure.inspection import Shown, inspect
 from sparsify.nn import attention, graft, hosts
 from sparsify.nn.attention import check_sparse
+from sparsify.processes import Listener
 
 MOST_LAYERS, MOST_HEADS = 4, 6  # drawn by default
+
+
+@dataclass(frozen=True)
+class Views:
+    """What is looked at; see `look`."""
+
+    images: Sequence[Path]
+    points: Sequence[ImagePoint] = ()
+    layers: str | None = None
+    heads: str | None = None
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a model does with images, and the pictures of it."""
+
+    shown: tuple[Shown, ...]  # one for each image
+    files: Mapping[str, bytes]  # PNGs by file name
+    paths: tuple[Path, ...] = ()  # of the files written
+
+
+def show(
+    model: nn.Module,
+    views: Views,
+    output: Path | None = None,
+    dense: nn.Module | None = None,
+    listener: Listener = Listener(),
+) -> Pictures:
+    """Draws what a sparse model does with each image, into the folder `output`, if one is given.
+
+    Raises as `look`; `BadFile`: a folder that cannot be written.
+    """
+    from sparsify.report import figures
+
+    extras.need("a picture", "matplotlib")
+    if output is not None:
+        check_folder(output)
+    shown = seen(model, views, dense, listener)
+    files = figures.draw(shown, partial(listener.progress, "draw"))
+    return Pictures(tuple(shown), files, () if output is None else tuple(figures.write(files, output)))
+
+
+def seen(model: nn.Module, views: Views, dense: nn.Module | None, listener: Listener) -> list[Shown]:
+    """`look` at all of `views`."""
+    progress, how = partial(listener.progress, "look"), {"layers": views.layers, "heads": views.heads}
+    return look(model, views.images, views.points, dense=dense, progress=progress, say=listener.say, **how)
 
 
 def look(

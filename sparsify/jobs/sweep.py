@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,8 +19,11 @@ import torch
 from torch import nn
 
 from sparsify.errors import BadFile, UsageError, as_options, field
+from sparsify.files.destinations import check_folder
+from sparsify.files.locks import reserved
 from sparsify.fit.calibrate.calibrate import Calibration
 from sparsify.fit.schedule.choose import KEEPS, dense_macs, for_macs
+from sparsify.images.given import GivenImages
 from sparsify.images.measured import EvaluationImages
 from sparsify.images.trainset import trainset
 from sparsify.jobs.dense import Calibrator, DenseRequest, load_dense
@@ -49,7 +52,7 @@ def sweep(
     *,
     targets: Sequence[float],
     keeps: Sequence[float],
-    calib: str | None = None,
+    calib: str | GivenImages | None = None,
     compute: Compute = Compute(),
     listener: Listener = Listener(),
 ) -> Sweep:
@@ -75,7 +78,12 @@ def sweep(
         say(shown.note)
 
     calibrator = Calibrator.on(
-        trainset(calib) if calib else None, loaded, recipe, replace(compute, batch_size=None), listener, "calib"
+        trainset(calib) if isinstance(calib, str) else calib,
+        loaded,
+        recipe,
+        replace(compute, batch_size=None),
+        listener,
+        "calib",
     )
     calibrated = calibrator.calibrate(model, recipe.sparsity, (*keeps, *(KEEPS if targets else ())))
     choices, skipped = _choices(calibrated, targets, keeps, calibrator)
@@ -129,9 +137,32 @@ def sweep(
             runs=times["dense"].runs,
             backend=backends.describe(compute.backend, execution.precision, device, dtype, hosts.biased(base)),
         ),
-        convert=_command(request, calib, compute.dtype),
+        convert=_command(request, calib if isinstance(calib, str) else None, compute.dtype),
         seconds=time.perf_counter() - start,
     )
+
+
+@dataclass(frozen=True)
+class SweepFiles:
+    """A sweep, and what was written of it."""
+
+    sweep: Sweep
+    paths: tuple[Path, ...]
+    note: str  # one line where there is no picture, else ''
+
+
+def written(prefix: Path, run: Callable[[], Sweep]) -> SweepFiles:
+    """Runs a sweep and writes PREFIX.md, .json, .png and .recipes, which are held meanwhile.
+
+    Raises `BadFile` before anything runs where they cannot be written.
+    """
+    from sparsify.report.sweep import outputs, recipe_folder, write
+
+    with reserved(*outputs(prefix)):
+        check_folder(recipe_folder(prefix))
+        result = run()
+        paths, note = write(result, prefix)
+    return SweepFiles(result, tuple(paths), note)
 
 
 def _refuse_file(name: str) -> None:
@@ -191,7 +222,7 @@ def _command(request: DenseRequest, calib: str | None, dtype: str) -> tuple[str,
     given = [word for key, value in options.items() if value is not None for word in (key, shlex.quote(str(value)))]
     if request.ema is not None:
         given.append("--ema" if request.ema else "--no-ema")
-    return ("sparsify", "convert", shlex.quote(request.name), *given)
+    return ("sparsify", "convert", shlex.quote(request.name or "NAME"), *given)
 
 
 def _time(

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from sparsify import extras
 from sparsify.cli import options, terminal
 from sparsify.cli.options import argument, flag, option
 from sparsify.cli.preflight import preflight
@@ -43,44 +40,21 @@ def report(
     if measure and profile is not None:
         raise UsageError("give either --profile, figures of an earlier run, or --measure")
     from sparsify.files.destinations import check_file
-    from sparsify.files.outputs import write_text
 
     check_file(output)
     preflight()
-    if images or more_images:
-        extras.need("a picture", "matplotlib")
     from sparsify.cli.progress import Reporter
     from sparsify.images import photograph
-    from sparsify.jobs.show import look
-    from sparsify.measure.profile import profile as measure_profile
-    from sparsify.models.original import Which, load_original, opened
-    from sparsify.report import page, readback
+    from sparsify.jobs import report
+    from sparsify.jobs.show import Views
+    from sparsify.processes import Listener
 
-    say = options.say(quiet)
     points = [photograph.point(text) for text in query or []]
-    evaluation = None if eval_file is None else readback.evaluation(eval_file)
-    swept = None if sweep is None else readback.sweep(sweep)
-    figures = None if profile is None else readback.profile(profile)
-    compute = Compute(device)
-    one = opened(file, say=say, which=Which(budget)).on(compute.torch_device)
-    if profile is not None and figures is not None:
-        readback.check_profile(profile, figures, file, one.header, one.model)
-    if eval_file is not None and evaluation is not None:
-        readback.check_evaluation(eval_file, evaluation, file, one)
-    if dense is not None:  # loaded last: it may be a download
-        one = replace(one, dense=load_original(one.header, dense, say=say)).on(compute.torch_device)
+    views = Views([*(images or []), *(more_images or [])], points, layer, head)
+    results = report.Results(profile, eval_file, sweep, measure)
     with Reporter(quiet) as reporter:
-        progress, files = partial(reporter.update, "look"), [*(images or []), *(more_images or [])]
-        draw = partial(look, layers=layer, heads=head, dense=one.dense, progress=progress, say=say)
-        shown = draw(one.model, files, points)
-    if figures is None:
-        if measure:
-            say("measuring latency, dense beside sparse")
-        changed = one.header.backbone_changed
-        figures = measure_profile(
-            one.model, dense=one.dense, backbone_changed=changed, measure=measure, compute=compute
+        listener = Listener(options.say(quiet), reporter.update)
+        page = report.report(
+            file, output, results, views, dense=dense, budget=budget, compute=Compute(device), listener=listener
         )
-    content = page.Content(file, one.header, figures, evaluation, swept, shown)
-    text = page.render(content)
-    write_text(output, text)
-    terminal.line(f"wrote {output}, {len(text) / 1e6:.1f} MB: {', '.join(page.parts(content))}")
+    terminal.line(f"wrote {page.path}, {page.size / 1e6:.1f} MB: {', '.join(page.parts)}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from sparsify import extras, processes
+from sparsify import processes
 from sparsify.cli import options, terminal
 from sparsify.cli.options import argument, option
 from sparsify.cli.preflight import preflight
@@ -33,30 +32,26 @@ def show(
     Example: sparsify show model.safetensors cat.jpg --query 120,80
     """
     preflight()
-    extras.need("a picture", "matplotlib")
     from sparsify.cli.progress import Reporter
     from sparsify.files.destinations import check_folder
     from sparsify.images import photograph
-    from sparsify.jobs.show import look
+    from sparsify.jobs.show import Views, show
     from sparsify.measure.inspection import DENSE, OWN, REFERENCES
     from sparsify.models.original import Which, opened
-    from sparsify.report import captions, figures
+    from sparsify.processes import Listener
+    from sparsify.report import captions
 
     say = options.say(quiet)
     check_folder(output)
-    points = [photograph.point(text) for text in query or []]
+    views = Views(images, [photograph.point(text) for text in query or []], layer, head)
     target = processes.torch_device(device)
     one = opened(file, dense, img_size, say, Which(budget)).on(target)
     with Reporter(quiet) as reporter:
-        progress = partial(reporter.update, "look")
-        draw = partial(look, layers=layer, heads=head, dense=one.dense, progress=progress, say=say)
-        shown = draw(one.model, images, points)
-        files = figures.draw(shown, partial(reporter.update, "draw"))
-    paths = figures.write(files, output)
+        made = show(one.model, views, output, one.dense, Listener(say, reporter.update))
     if not quiet:
         terminal.line(f"true attention: {REFERENCES[OWN if one.dense is None else DENSE]}")
-        for each in shown:
+        for each in made.shown:
             terminal.line(f"{each.photo.path.name}: {captions.mass(each.found)}.")
-    if not shown[0].found.stages:
+    if not made.shown[0].found.stages:
         say("this model removes no tokens: no pictures of tokens")
-    terminal.line(f"wrote {len(paths)} pictures to {output}: {', '.join(path.name for path in paths)}")
+    terminal.line(f"wrote {len(made.paths)} pictures to {output}: {', '.join(path.name for path in made.paths)}")

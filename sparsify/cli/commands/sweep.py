@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from sparsify.cli import options, parsers, terminal
@@ -46,18 +47,15 @@ def sweep(
     compute = parsers.compute(device, dtype, backend, batch_size=batch_size, workers=workers)
     from sparsify.cli import tables
     from sparsify.cli.progress import Reporter
-    from sparsify.files.destinations import check_folder
-    from sparsify.files.locks import reserved
     from sparsify.images.measured import EvaluationImages
     from sparsify.jobs import sweep
     from sparsify.jobs.dense import DenseRequest
     from sparsify.processes import Listener
-    from sparsify.report.sweep import outputs, recipe_folder, write
 
     say = options.say(quiet)
-    with reserved(*outputs(output)), Reporter(quiet) as reporter:
-        check_folder(recipe_folder(output))
-        result = sweep.sweep(
+    with Reporter(quiet) as reporter:
+        run = partial(
+            sweep.sweep,
             DenseRequest(name, weights, num_classes, img_size, ema),
             recipe,
             EvaluationImages(str(imagenet or data), use_labels, limit, recipe.seed),
@@ -67,9 +65,9 @@ def sweep(
             compute=compute,
             listener=Listener(say, reporter.update),
         )
-        paths, note = write(result, output)
+        made = sweep.written(output, run)
     if not quiet:
-        tables.show(tables.sweep_table(result))
-    if note:
-        say(note)
-    terminal.line(f"wrote {', '.join(str(path) for path in paths)} in {result.seconds:.0f} s")
+        tables.show(tables.sweep_table(made.sweep))
+    if made.note:
+        say(made.note)
+    terminal.line(f"wrote {', '.join(str(path) for path in made.paths)} in {made.sweep.seconds:.0f} s")
