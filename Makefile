@@ -6,7 +6,7 @@ OLDEST_TIMM := 1.0.28
 
 .PHONY: venv demo test test-oldest fuzz sanitize lint format bench bench-kernels-accuracy bench-auto bench-accuracy bench-features bench-equality \
 	bench-families bench-tokens bench-finetune bench-survive bench-compiled bench-exported bench-serving bench-quantised \
-	bench-same bench-against bench-gpu-kernels house families frontier names docs clean
+	bench-same bench-against bench-gpu-kernels house families frontier names reference docs clean
 
 venv: $(VENV)/.installed
 
@@ -148,6 +148,10 @@ names: venv
 	$(BIN)/sparsify models > sparsify/models/names.new
 	cut -d' ' -f1 sparsify/models/names.new > sparsify/models/names.txt
 	rm sparsify/models/names.new
+
+# docs/reference/: tables of the library, of recipes' and of headers' fields, from docstrings and types.
+reference: venv
+	$(BIN)/python docs/reference.py
 
 # The documentation as a site, build/site/index.html; stops at the first broken link.
 docs: venv

@@ -1,4 +1,7 @@
-"""mkdocs: files that live beside docs/ become pages of the site, so that nothing is written twice."""
+"""mkdocs: pages that stand for a file of the repository's root show that file, so that nothing is written twice.
+
+Such a page is a file of docs/ as well, with a link to the other one (`PAGES`); only its content is put in here.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,23 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File
-
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "NOTICE": "notice.md",
 }
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def on_files(files: Any, config: Any) -> Any:
-    """Add the pages of `PAGES`."""
-    root = Path(config.config_file_path).parent
-    for source, page in PAGES.items():
-        files.append(File.generated(config, page, content=as_page(source, (root / source).read_text(encoding="utf-8"))))
-    return files
+def on_page_markdown(markdown: str, page: Any, **rest: Any) -> str:
+    """The file that the page stands for, if it does; links out of docs/ lead to pages.
 
-
-def on_page_markdown(markdown: str, **rest: Any) -> str:
-    """Links out of docs/ lead to the pages made of those files; in tables a figure and its unit stay together."""
+    In tables a figure and its unit stay together.
+    """
+    for source, name in PAGES.items():
+        if page.file.src_uri == name:
+            markdown = as_page(source, (ROOT / source).read_text(encoding="utf-8"))
     out = re.compile(r"\]\(\.\./([A-Z]\w+(?:\.md)?)(#[\w-]+)?\)")
     lines = out.sub(lambda m: f"]({PAGES.get(m[1], m[0])}{m[2] or ''})", markdown).split("\n")
     return "\n".join(re.sub(r"(\d) (%|[GMk]\b)", r"\1&nbsp;\2", i) if i.startswith("|") else i for i in lines)

@@ -146,6 +146,7 @@ class Tokens(Frozen):
     """of a token; fitted: how much later rows read of it, predicted from the token by a linear map fitted in
     calibration; attention: what this block's cls row gives it"""
     keep: PositiveShare | tuple[Share, ...] = 0.7
+    """fraction of patch tokens kept at each stage; a list: rate of each block, 1 for no stage"""
     stages: tuple[Count, ...] | None = None
     """blocks, counted from 1; null: three, a quarter, half and three quarters through (4, 7, 10 of 12)"""
 
@@ -236,20 +237,25 @@ class SparsityConfig(Frozen):
     """
 
     predictor: Literal["head-lowrank", "token-lowrank"] = "head-lowrank"
+    """what scores the keys: a projection of q and k inside each head, or the paper's predictor"""
     keep: Keep | tuple[Keep | tuple[PositiveShare, ...], ...] = 0.1
+    """fraction of keys that each patch query attends to; one, or by block, or by block and head"""
     rank: Rank | tuple[Rank, ...] | tuple[tuple[Rank, ...], ...] = 16
     """r: coordinates of the head (head-lowrank) or rows of W_down; one, or by block, or by block and head"""
     tail: Literal["none", "mean", "cells", "clusters"] = "clusters"
+    """what represents the dropped keys of a row: nothing (the paper), their mean, or the means of cells or clusters"""
     cells: Cells | tuple[Cells | tuple[Cells, ...], ...] | None = None
     """rows and columns of the grid of cells; one grid, or by block, or by block and head; null: by N and keep"""
     spread: Literal["none", "rank", "all"] = "all"
     """what head-lowrank spends over the heads: nothing, ranks, or ranks, keep and cells"""
     granularity: Literal["token", "tile"] = "token"
+    """a set of keys for each query, or one for each tile of queries"""
     tile: tuple[Side, Side] = (4, 4)
     """rows and columns of a tile of queries"""
     fold: bool = True
     """fold head-lowrank into qkv where that is exact"""
     token_lowrank: TokenLowrank = TokenLowrank()
+    """options of token-lowrank"""
     tokens: Tokens | None = None
     """removal of tokens; null keeps all"""
 

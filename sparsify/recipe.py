@@ -91,39 +91,51 @@ class Optimiser(Frozen):
     """timm's optimiser of that name; as in timm, biases, norms and what the model names have no weight decay."""
 
     name: str = "adamw"
+    """timm's name of it"""
     lr: Positive = 2e-4
+    """largest learning rate, reached after the warm-up; not scaled with the batch"""
     weight_decay: NonNegative = 0.05
+    """decay of the weights in each step, times lr"""
     betas: tuple[Share, Share] | None = None
     """null: the optimiser's own, (0.9, 0.999) of adamw"""
     eps: Positive | None = None
+    """null: the optimiser's own"""
     momentum: Share = 0.9
     """of sgd and its relatives"""
     clip_grad: Positive | None = None
     """largest norm of the gradient"""
     layer_decay: PositiveShare | None = None
+    """factor of the learning rate from each block to the one before it; null: 1"""
 
 
 class Schedule(Frozen):
     """Learning rate by step: from `warmup_lr` up to the optimiser's lr, then down to `min_lr`."""
 
     name: Literal["cosine", "constant"] = "cosine"
+    """shape after the warm-up"""
     warmup: NonNegative = 0.0
     """epochs"""
     warmup_share: Share = 0.0
     """the same as a fraction of the stage's steps; the larger counts"""
     warmup_lr: NonNegative = 0.0
+    """at the first step of the warm-up"""
     min_lr: NonNegative = 0.0
+    """at the last step of cosine"""
 
 
 class Augmentation(Frozen):
     """timm's training transform and mixup; with `form: eval` the model's own evaluation transform."""
 
     form: Literal["eval", "train"] = "train"
+    """eval: of the fields below, only those of mixup and cutmix and `smoothing` count"""
     scale: tuple[Share, Share] = (0.08, 1.0)
     """fraction of the image's area that is cropped"""
     ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    """width over height of the crop"""
     hflip: Share = 0.5
+    """probability of a horizontal flip"""
     color_jitter: NonNegative = 0.0
+    """strength, as timm's; 0: none"""
     auto_augment: str | None = None
     """timm's string: rand-m9-mstd0.5-inc1, ..."""
     interpolation: str | None = None
@@ -131,10 +143,11 @@ class Augmentation(Frozen):
     erase: Share = 0.0
     """probability of random erasing (pixels)"""
     mixup: NonNegative = 0.0
-    """alpha"""
+    """alpha; 0: off"""
     cutmix: NonNegative = 0.0
-    """alpha"""
+    """alpha; 0: off"""
     mixup_prob: Share = 1.0
+    """fraction of the batches that are mixed"""
     mixup_switch: Share = 0.5
     """probability of cutmix where both are on"""
     smoothing: Share = 0.0
@@ -150,6 +163,7 @@ class Anneal(Frozen):
     """The fraction of keys kept falls linearly from `start` to the model's own over the first part of a stage."""
 
     start: PositiveShare = 1.0
+    """fraction of keys kept at the first step"""
     until: PositiveShare = 0.5
     """fraction of the stage's steps"""
 
@@ -158,20 +172,26 @@ class Stage(Frozen):
     """A stage of fine-tuning; it has `epochs`, `steps` or both, and ends with the first that is reached."""
 
     name: str = "distill"
+    """in messages and in the run's files"""
     train: Literal["predictors", "attention", "backbone", "all"] = "backbone"
     """what learns; attention: only the attention modules of the backbone, so that MLPs, norms and head, which a few
     hundred images cannot teach anew, stay as pretrained"""
     attention: Literal["sparse", "dense"] = "sparse"
     """of the student's forward pass; dense: no sparsity, all tokens"""
     epochs: Positive | None = None
+    """passes over the training images"""
     steps: Count | None = None
     """optimiser steps"""
     batch_size: Count = 16
     """images of a step, over all processes and micro-batches"""
     losses: Losses = Losses()
+    """what is minimised"""
     optimiser: Optimiser = Optimiser()
+    """of the stage"""
     schedule: Schedule = Schedule()
+    """of the learning rate"""
     augmentation: Augmentation = Augmentation()
+    """of the training images"""
     keep: Anneal | PositiveShare | None = None
     """fraction of keys kept in training; null: the model's own"""
     drop_path: Annotated[Number, Field(ge=0, lt=1)] = 0.0
@@ -225,6 +245,7 @@ class Repair(Frozen):
     images: Count = 512
     """to fit to; random crops make up the number where the data has fewer"""
     layers: tuple[Literal["attention", "mlp"], ...] = ("attention",)
+    """whose last linear map is fitted"""
     ridge: Positive = 0.3
     """lambda as a fraction of the mean square of the map's inputs"""
     prefix_weight: Positive = 3.0
@@ -235,10 +256,13 @@ class Recipe(Frozen):
     """How to make a sparse model: its configuration, its calibration, and the stages of its fine-tuning, if any."""
 
     description: str = ""
+    """one line, shown by `sparsify recipes` and in reports"""
     sparsity: SparsityConfig = SparsityConfig()
+    """what the model becomes"""
     calib_images: Count = 128
     """to calibrate on; of images of more than 577 tokens fewer, with as many tokens"""
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
+    """of the draw of images and of the training"""
     start: Literal["closed-form", "random"] = "closed-form"
     """predictors before the first stage; random: as the authors"""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -248,6 +272,7 @@ class Recipe(Frozen):
     repair: Repair | None = None
     """before the stages; changes the backbone; null: none"""
     stages: tuple[Stage, ...] = ()
+    """of the fine-tuning, in order; empty: calibration only"""
 
     @property
     def trains(self) -> bool:

@@ -114,22 +114,39 @@ class Preprocessing(_Said):
     """`pretrained_cfg`: timm's words for preprocessing, classifier and licence."""
 
     architecture: Name | None = None
+    """timm's name of the architecture"""
     tag: Name | None = None
+    """timm's tag of the weights"""
     input_size: tuple[Annotated[int, Field(ge=1, le=64)], Side, Side] | None = (3, 224, 224)
+    """channels, height and width of an input, pixels"""
     test_input_size: tuple[Side, Side, Side] | None = None
+    """the same for evaluation, where it differs"""
     min_input_size: tuple[Side, Side, Side] | None = None
+    """the smallest"""
     fixed_input_size: bool | None = False
+    """whether the model takes no other size"""
     custom_load: bool | None = False
+    """timm's: whether weights are read by the architecture's own loader"""
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = "bicubic"
+    """of resizing"""
     crop_pct: Annotated[float, Field(ge=0.01, le=4)] | None = None
+    """input size over the size to which the image is resized"""
     crop_mode: Literal["center", "squash", "border"] | None = None
+    """how an image becomes the input's shape"""
     mean: Number | tuple[Number, ...] | None = None
+    """subtracted from pixels from 0 to 1; one number, or by channel"""
     std: Deviation | tuple[Deviation, ...] | None = None
+    """then divided by; one number, or by channel"""
     num_classes: Classes | None = 0
+    """outputs of the classifier; 0: features"""
     classifier: Name | tuple[Name, ...] | None = None
+    """module names of the classifier"""
     first_conv: Name | tuple[Name, ...] | None = None
+    """module names of the first convolution"""
     license: Annotated[str, Field(max_length=200)] | None = None
+    """of the weights, as timm says it"""
     label_names: tuple[str, ...] | None = None
+    """names of the classes, by index"""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Preprocessing:
@@ -143,48 +160,81 @@ class Architecture(_Said):
     """What timm needs to build the host."""
 
     architecture: Name
+    """timm's name"""
     model_args: dict[str, Any]
+    """arguments of the architecture's constructor; only those that shape it are taken"""
     pretrained_cfg: dict[str, Any]
+    """preprocessing, classifier and licence: the table `Preprocessing`"""
 
 
 class _Stage(_Said):
+    """A stage of the fine-tuning."""
+
     name: str = ""
+    """of the stage"""
 
 
 class _Recipe(_Said):
+    """The recipe that was followed, whole."""
+
     description: str = ""
+    """its line"""
     stages: tuple[_Stage, ...] = ()
+    """of the fine-tuning"""
 
 
 class _Calibration(_Said):
+    """What the predictors were fitted on."""
+
     images: Whole | None = None
+    """how many"""
     set: str | None = None
+    """built-in, or user: images of the user's own"""
 
 
 class _Tuned(_Said):
+    """What came of the fine-tuning."""
+
     kept: str | None = None
+    """which weights were written, fine-tuned or calibrated: the better ones on images held back"""
     steps: Whole | None = None
+    """optimiser steps that were made"""
 
 
 class Provenance(_Said):
     """How the file was made, as far as a command reads it."""
 
     source: str | None = None
+    """name of the model that was converted, as given to `convert`"""
     weights: str | None = None
+    """file name of the user's checkpoint; null: the model's own weights"""
     transformers: str | None = None
+    """`model_type` of a checkpoint in the form of Hugging Face transformers; null: it was in timm's"""
     dense_sha256: str | None = None
+    """digest of the dense model that was converted"""
     backbone_changed: bool | None = None
+    """whether the weights may differ from the dense original's; false only where they do not"""
     recipe: _Recipe | None = None
+    """how the file was made"""
     calibration: _Calibration | None = None
+    """what the predictors were fitted on"""
     finetuned: _Tuned | None = None
+    """what came of the fine-tuning; null: there was none"""
     further: tuple[dict[str, Any], ...] | None = None
+    """each time that `sparsify.save` wrote the model after training elsewhere: date, versions, what changed"""
     versions: dict[str, str] = {}
+    """of the libraries that made the file"""
     date: str | None = None
+    """when it was made, ISO 8601, UTC"""
 
 
 class _Report(_Said):
+    """Theoretical figures of the schedule in use."""
+
     macs_dense: Whole | None = None
+    """multiply-accumulates of the dense model for one image"""
     macs_sparse: Whole | None = None
+    """the same of the sparse model"""
 
 
 def parse(meta: Mapping[str, str]) -> Header:
@@ -245,8 +295,12 @@ def _schedules(trees: dict[str, Any], config: SparsityConfig) -> dict[float, Sch
 
 
 class _Sureness(_Said):
+    """How sure one schedule is of the calibration images, for adaptive inference."""
+
     margins: tuple[Share, ...] = Field(min_length=1, max_length=MOST_IMAGES)
+    """largest less second largest class probability of each image"""
     distances: tuple[Distance, ...] = Field(min_length=1, max_length=MOST_IMAGES)
+    """KL(dense || this schedule) of each image, nats"""
 
 
 def _sureness(trees: dict[str, Any], schedules: Mapping[float, Schedule]) -> dict[float, Sureness]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
+import sparsify
 from sparsify.cli.app import main
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -100,24 +101,30 @@ def test_the_check_sees_a_row_that_is_not_there():
 def test_links_between_pages_lead_somewhere():
     """The same as `make docs` says of pages, without mkdocs."""
     missing = []
-    for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"]:
+    for page in [*DOCS.rglob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"]:
         for link in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):
-            made = DOCS / link if link == "index.md" else None  # of README.md, by docs/hooks.py
-            if not link.startswith(("http:", "https:")) and not (made or (page.parent / link).exists()):
+            if not link.startswith(("http:", "https:")) and not (page.parent / link).exists():
                 missing.append(f"{page.name}: {link}")
     assert not missing
 
 
 def test_the_site_builds_whole_and_asks_nothing_of_the_outside(tmp_path):
     pytest.importorskip("material", reason="the extra 'docs' is not installed")
-    how = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
-    done = subprocess.run(
-        how, cwd=DOCS.parent, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    )
+    pytest.importorskip("mkdocstrings", reason="the extra 'docs' is not installed")
+    (tmp_path / "no" / "torch").mkdir(parents=True)
+    (tmp_path / "no" / "torch" / "__init__.py").write_text("raise ImportError('pages are made without torch')")
+    site = tmp_path / "site"
+    how = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(tmp_path / "no")}
+    done = subprocess.run(how, cwd=DOCS.parent, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    home = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert 'href="tutorial.html"' in home and "Results" in home and (tmp_path / "search" / "search_index.js").is_file()
-    for page in tmp_path.glob("*.html"):
+    home = (site / "index.html").read_text(encoding="utf-8")
+    assert 'href="tutorial.html"' in home and "Results" in home and (site / "search" / "search_index.js").is_file()
+    library = (site / "reference" / "library.html").read_text(encoding="utf-8")
+    for name in sparsify.__all__:
+        assert name.startswith("_") or f'id="sparsify.{name}"' in library, name
+    assert "fraction of keys that each query attends to" in library  # of a docstring
+    for page in site.rglob("*.html"):
         fetched = re.findall(
             r'<(?:script|link|img)[^>]+(?:src|href)="?(https?:[^"\s>]+)', page.read_text(encoding="utf-8")
         )
