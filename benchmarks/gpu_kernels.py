@@ -53,7 +53,7 @@ def main() -> int:
             name, cells = launch.kernel.fn.__name__, []
             if name == "sized" and dtype == torch.float32:  # PyTorch's own there
                 continue
-            for target in targets:
+            for target in arguments.target:
                 found = aot.compiled(launch, target)
                 cells.append(f"{found.registers} / {found.shared}")
                 if found.spills or found.shared > SHARED[target] or found.tensor_cores != (name in MULTIPLY):

@@ -48,6 +48,7 @@ def place(bench, tmp_path, monkeypatch):
     """A fresh folder that has what the bench has, where blocks may write."""
     threads = torch.get_num_threads()
     monkeypatch.chdir(tmp_path)
+
     def provide(text):
         bench.provide(text)
         for path in bench.folder.iterdir():
