@@ -28,7 +28,6 @@ MODELS = {  # patch tokens, channels, head size, dtype
     "ViT of heads of 96": (196, 768, 96, torch.bfloat16),
     "ViT of heads of 128": (576, 1024, 128, torch.bfloat16),
     "ViT-S/16 1024": (4096, 384, 64, torch.bfloat16),
-    "ViT-S/8 720": (8100, 384, 64, torch.bfloat16),
 }
 SHARED = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "gfx942": 65_536}  # bytes that one program can have
 MULTIPLY = ("nearest", "sized")

@@ -4,5 +4,5 @@ attention, spec                      the operator and its constants
 reference, masked, selection, tails  its specification in PyTorch; a form for training; selection of keys; the tail
 backends, auto, candidates, remembered    which backends there are; the fastest of them for a shape
 weights, macs                        attention weights; MACs of a call
-cpu                                  kernels in C++
+cpu, gpu                             kernels in C++ and in Triton
 """

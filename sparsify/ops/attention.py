@@ -136,12 +136,13 @@ def dense(
     """Dense attention, [B, H, M, d] and [B, H, N, d] x 2 -> [B, M, H*d].
 
     Args:
-        path: 'sdpa' as timm computes it; 'dense-cpu' by our kernel (no mask, M = N); one of `SDPA`.
+        path: 'sdpa' as timm computes it, with sizes on a GPU by `gpu.attention`; 'dense-cpu' by our kernel (no mask,
+            M = N); one of `SDPA`.
         size: tokens that each key stands for, [B, N]; log s is added to the logits.
     """
     if path == "dense-cpu":
         return kernels.dense(q, k, v, scale, precision, size)
-    if size is not None and mask is None and gpu.takes(q, k, v):
+    if path == "sdpa" and size is not None and mask is None and gpu.takes(q, k, v):
         return gpu.sized_attention(q, k, v, size, scale)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)

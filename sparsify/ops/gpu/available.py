@@ -12,7 +12,7 @@ from sparsify.ops import backends
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LEAST_CAPABILITY = (8, 0)  # Triton compiles no tensor-core instructions for older ones
-MOST_TOKENS = 8192  # of an image whose tokens are merged or ranked: one program holds them all
+MOST_TOKENS = 4096  # of an image whose tokens are merged or ranked: one program holds them all in its registers
 LARGEST_HEAD, MOST_CHANNELS = 128, 4096
 
 
@@ -44,6 +44,7 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
 def capability(index: int | None) -> tuple[int, int]:
     """Compute capability of a GPU."""
     return torch.cuda.get_device_capability(index)
