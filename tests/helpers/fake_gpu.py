@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsify.ops import backends
+from sparsify.ops.gpu import available, launching
 
 
 class OnlyThere(TorchDispatchMode):
@@ -45,15 +46,23 @@ class NoNumbers:
 
 
 @contextlib.contextmanager
-def fake_gpu(patch: pytest.MonkeyPatch, *models: nn.Module, device: str = "cuda") -> Iterator[None]:
+def fake_gpu(
+    patch: pytest.MonkeyPatch, *models: nn.Module, device: str = "cuda", triton: bool = True
+) -> Iterator[None]:
     """Inside, tensors made on `device` have no values: to look at one raises, as it would wait on a GPU. Those of the CPU
     fail. The package takes its eager paths, as for real tensors.
 
     models: put on the GPU, in place.
+    triton: whether it is installed.
     device: cuda; meta for backward passes, which without a driver cannot be on cuda.
     """
     patch.setattr(backends, "eager", lambda q: True)
     patch.setattr(torch, "Generator", NoNumbers)
+    patch.setattr(available, "capability", lambda index: (9, 0))
+    patch.setattr(available, "has_triton", lambda: triton)
+    patch.setattr(launching.Op, "__call__", lambda op, *call: op.library(*call))  # nothing is launched
+    patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    patch.setattr(torch.cuda, "is_bf16_supported", lambda *how: True)
     if device == "meta":
         patch.setattr(torch, "autocast", lambda *how, **more: contextlib.nullcontext())  # there is none
     with FakeTensorMode(allow_non_fake_inputs=True) if device == "cuda" else contextlib.nullcontext():

@@ -25,11 +25,12 @@ def forward(model, shape, dtype=torch.float32):
 
 @pytest.mark.parametrize("way", ["merge", "evit", "evit-fused"])
 @pytest.mark.parametrize("importance", ["fitted", "attention"])
-def test_the_stages_of_tokens_neither_wait_nor_leave_the_device(way, importance, monkeypatch):
+@pytest.mark.parametrize("triton", [True, False])
+def test_the_stages_of_tokens_neither_wait_nor_leave_the_device(way, importance, triton, monkeypatch):
     tokens = Tokens(keep=0.5, stages=(1,), way=way, importance=importance)
     model = graft.graft(build("deit", depth=3), SparsityConfig(tokens=tokens, **KEEP)).requires_grad_(False)
     shape = images(model, 2).shape
-    with fake_gpu(monkeypatch, model):
+    with fake_gpu(monkeypatch, model, triton=triton):
         forward(model, shape)
 
 
