@@ -1,7 +1,7 @@
 """Folders, archives, data sets and built-in images -> batches. May import nn and the roots.
 
 datasets     what a path or name holds, with the model's preprocessing; entry: `labelled`
-measured, given    images to measure on; images by their paths to run a model on; `sampling`: some of them
+measured, listed   images to measure on; images by their paths to run a model on; `sampling`: some of them
 folders      image files of a folder tree or .tar: what is read and what is left out
 preprocessing   what the user says of the model's input and classes; `Preprocessing`
 splits       which folder is which split; `splits_of`

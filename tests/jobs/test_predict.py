@@ -18,7 +18,7 @@ from sparsify.errors import UsageError
 from sparsify.images import datasets
 from sparsify.images.class_words import class_words
 from sparsify.images.digits.scans import Digits
-from sparsify.images.given import GivenImages
+from sparsify.images.listed import ImagePaths
 from sparsify.jobs import predict
 from sparsify.measure.evaluate import evaluate_images
 from sparsify.models import checkpoint
@@ -129,7 +129,7 @@ def sparse(name, way=None, classes=0):
     ("dinov2", None, 0), ("dinov2", "merge", 0), ("deit", "evit", 3), ("siglip", None, 0),
 ])  # fmt: skip
 def test_features_are_those_of_forward_intermediates_on_the_full_grid(photos, tmp_path, name, way, classes):
-    model, given = sparse(name, way, classes), GivenImages((str(photos),))
+    model, given = sparse(name, way, classes), ImagePaths((str(photos),))
     to = datasets.transform(datasets.data_config(model))
     x = torch.stack([to(Image.open(photos / f"{i}.png")) for i in range(5)])
     with torch.inference_mode():
@@ -150,7 +150,7 @@ def test_features_are_those_of_forward_intermediates_on_the_full_grid(photos, tm
 
 def test_features_have_the_dtype_asked_for(photos, tmp_path):
     made = predict.write_features(
-        sparse("dinov2"), GivenImages((str(photos),)), "pooled", tmp_path / "f", compute=Compute(dtype="bfloat16")
+        sparse("dinov2"), ImagePaths((str(photos),)), "pooled", tmp_path / "f", compute=Compute(dtype="bfloat16")
     )
     with safe_open(made.path, "pt") as file:
         assert file.get_tensor("features").dtype == torch.bfloat16
@@ -158,14 +158,14 @@ def test_features_have_the_dtype_asked_for(photos, tmp_path):
 
 def test_a_model_of_features_has_no_classes(photos):
     with pytest.raises(UsageError, match="gives features, no classes: ask for them by features"):
-        predict.predictions(sparse("dinov2"), GivenImages((str(photos),)))
+        predict.predictions(sparse("dinov2"), ImagePaths((str(photos),)))
 
 
 def test_features_are_of_one_schedule(photos, tmp_path):
     model = sparse("deit", classes=3)
     with pytest.raises(UsageError, match="give budget, not adaptive"):
         predict.write_features(
-            Adaptive(model, model, Rule(0.5, 1.0, 0.1, 0.2)), GivenImages((str(photos),)), "patch", tmp_path / "f"
+            Adaptive(model, model, Rule(0.5, 1.0, 0.1, 0.2)), ImagePaths((str(photos),)), "patch", tmp_path / "f"
         )
 
 
@@ -173,7 +173,7 @@ def test_outputs_that_are_not_finite_have_empty_rows(photos, tmp_path):
     model = sparse("deit", classes=3)
     with torch.no_grad():
         model.head.bias[0] = torch.nan
-    found = list(predict.predictions(model, GivenImages((str(photos),))))
+    found = list(predict.predictions(model, ImagePaths((str(photos),))))
     assert [each.probabilities for each in found] == [()] * 5
     assert predict.write_csv(tmp_path / "o.csv", iter(found), predict.columns(3)) == (5, 5)
     assert [row["class_1"] for row in table(tmp_path / "o.csv")] == [None] * 5
@@ -181,7 +181,7 @@ def test_outputs_that_are_not_finite_have_empty_rows(photos, tmp_path):
 
 def test_one_output_is_written_as_it_is(photos, tmp_path):
     model = sparse("deit", classes=1)
-    found = predict.predictions(model, GivenImages((str(photos),)))
+    found = predict.predictions(model, ImagePaths((str(photos),)))
     assert predict.write_csv(tmp_path / "o.csv", found, predict.columns(1)) == (5, 0)
     with open(tmp_path / "o.csv") as file:
         assert file.readline() == "image,output\n"
