@@ -7,6 +7,7 @@
     sparsify.profile(model).as_dict()                 # MACs and latency, dense beside sparse
     sparsify.profile_against(model).best_dense        # beside dense in eager, torch.compile, ONNX Runtime, OpenVINO
     sparsify.evaluate(model, "imagenet")              # top-1, top-5, agreement with dense
+    sparsify.predict(model, "photos")                 # classes of images with names and probabilities
     sparsify.load("model.safetensors", adaptive=0.6)  # of a file with several budgets: cheap where that is sure enough
     sparsify.save(model, "tuned.safetensors", like="model.safetensors")     # after a training loop of your own
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         export,
         export_pair,
         load,
+        predict,
         profile,
         profile_adaptive,
         profile_against,
@@ -45,6 +47,7 @@ __all__ = [
     "export",
     "export_pair",
     "load",
+    "predict",
     "profile",
     "profile_adaptive",
     "profile_against",

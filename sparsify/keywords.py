@@ -111,6 +111,9 @@ class EvaluateOptions(ComputeOptions, PreprocessingOptions, total=False):
     backbone_changed: bool
     name: str
     strict: bool
+    no_labels: bool
+    limit: int | None
+    seed: int
     say: Say | None
     progress: bool | Callable[[int, int | None], None]
 
@@ -153,3 +156,16 @@ class PushOptions(TypedDict, total=False):
     licence: str | None
     force: bool
     say: Say | None
+
+
+class PredictOptions(ComputeOptions, PreprocessingOptions, total=False):
+    """Keywords of `predict`."""
+
+    workers: int
+    budget: float | None
+    adaptive: float | None
+    strict: bool
+    limit: int | None
+    seed: int
+    say: Say | None
+    progress: Progress

@@ -7,7 +7,7 @@ programs       exports                       reporting    pictures, pages, the h
 
 from sparsify.api.conversion import convert
 from sparsify.api.loading import load, save
-from sparsify.api.measuring import evaluate, profile, profile_adaptive, profile_against, sweep
+from sparsify.api.measuring import evaluate, predict, profile, profile_adaptive, profile_against, sweep
 from sparsify.api.programs import export, export_pair
 from sparsify.api.reporting import push, report, show
 
@@ -17,6 +17,7 @@ __all__ = [
     "export",
     "export_pair",
     "load",
+    "predict",
     "profile",
     "profile_adaptive",
     "profile_against",

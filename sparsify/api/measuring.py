@@ -22,10 +22,19 @@ from sparsify.api.arguments import (
     split,
 )
 from sparsify.errors import UsageError
+from sparsify.images.listed import ImagePaths
 from sparsify.images.measured import EvaluationImages
 from sparsify.jobs import sweep as sweep_job
 from sparsify.jobs.against import profile_against as profile_against_job
-from sparsify.keywords import AgainstOptions, ComputeOptions, EvaluateOptions, ProfileOptions, SweepOptions
+from sparsify.jobs.predict import TOP, Prediction, predictions
+from sparsify.keywords import (
+    AgainstOptions,
+    ComputeOptions,
+    EvaluateOptions,
+    PredictOptions,
+    ProfileOptions,
+    SweepOptions,
+)
 from sparsify.measure.accuracy import Evaluation
 from sparsify.measure.adaptive import AdaptiveProfile
 from sparsify.measure.adaptive import profile_adaptive as profile_adaptively
@@ -115,7 +124,9 @@ def profile_against(
 def evaluate(
     model: ModelOrFile, images: str | Path, *, dense: ModelOrFile | None = None, **options: Unpack[EvaluateOptions]
 ) -> Evaluation:
-    """Accuracy of a sparse model (or its file) beside its dense original on a labelled folder, timm data set or `digits`.
+    """Accuracy of a sparse model (or its file) beside its dense original on a folder, timm data set or `digits`.
+
+    Images that lie directly in a folder have no labels: only how far the models agree is measured then.
 
     The sparse form is computed, whatever `load` chose. Several processes that a launcher started share the images, and
     every one of them must call this.
@@ -125,6 +136,7 @@ def evaluate(
         batch_size, workers, device, dtype, backend, kernel_precision: see `sparsify.processes.Compute`.
         mean, std, crop_pct, interpolation, class_map: see `sparsify.images.preprocessing.Preprocessing`.
         name, strict, backbone_changed: see `sparsify.measure.evaluate.evaluate_images`.
+        no_labels: labels are not used. limit: how many images, drawn by `seed` and spread over the classes; None: all.
         say: called with a line now and then.
         progress: True shows bars in a notebook or at a terminal; a function is called with the images done, and how many
             there are (None: unknown).
@@ -139,10 +151,44 @@ def evaluate(
         sparse = _shallow_copy(sparse)  # the caller's model keeps its own
         given.apply(lead(sparse))
     say, tell = rest.pop("say", None), rest.pop("progress", False)
-    heard = tell if isinstance(tell, bool) else lambda step, done, total: tell(done, total)
+    heard = tell if isinstance(tell, bool) else lambda step, done, total: tell(done, total) if step == "eval" else None
+    use_labels = False if rest.pop("no_labels", False) else None
+    shown = EvaluationImages(str(images), use_labels, rest.pop("limit", None), rest.pop("seed", 0))
     how: dict[str, Any] = {"backbone_changed": changed, **rest}
     with listening(say, heard) as listener:
-        return evaluate_images(sparse, str(images), dense=original, compute=compute, listener=listener, **how)
+        return evaluate_images(sparse, shown, dense=original, compute=compute, listener=listener, **how)
+
+
+def predict(
+    model: ModelOrFile, images: str | Path | Sequence[str | Path], *, top: int = TOP, **options: Unpack[PredictOptions]
+) -> list[Prediction]:
+    """The most probable classes of images with their names, in the order of the images, by a sparse model (or its file).
+
+    The sparse form is computed, whatever `load` chose. An image that cannot be read is left out. Features of images:
+    `sparsify.jobs.predict.write_features`.
+
+    Args:
+        images: files, folders (every image below), .tar, timm data sets or `digits`: one of these or several.
+        top: how many classes of each image.
+        budget, adaptive: of a file, as in `evaluate`.
+        batch_size, workers, device, dtype, backend, kernel_precision: see `sparsify.processes.Compute`.
+        mean, std, crop_pct, interpolation, class_map: see `sparsify.images.preprocessing.Preprocessing`.
+        strict: an image that cannot be read is an error.
+        limit: how many images, drawn by `seed` and spread over the folders; None: all.
+        say: called with a line now and then. progress: see `sparsify.keywords.Progress`.
+
+    Raises:
+        SparsifyError: see `sparsify.jobs.predict.predictions`.
+    """
+    sparse, _, _ = opened_pair(model, None, Which(options.pop("budget", None), options.pop("adaptive", None)))
+    compute, rest = split(own_compute(sparse), options, PredictOptions)
+    if given := preprocessing(rest):
+        sparse = _shallow_copy(sparse)  # the caller's model keeps its own
+        given.apply(lead(sparse))
+    paths = (images,) if isinstance(images, str | Path) else tuple(images)
+    with listening(rest.pop("say", None), rest.pop("progress", False)) as listener:
+        shown = ImagePaths(tuple(map(str, paths)), **rest)
+        return list(predictions(sparse, shown, top=top, compute=compute, listener=listener))
 
 
 def sweep(

@@ -106,6 +106,26 @@ def test_what_cannot_be_done_is_one_line(made, run, tmp_path, case):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "x.png"]
 
 
+def test_predict_and_evaluate_in_python(made):
+    said, steps = [], []
+    found = sparsify.predict(
+        made / "m.safetensors",
+        made / "flat",
+        top=2,
+        limit=4,
+        seed=1,
+        say=said.append,
+        progress=lambda *s: steps.append(s),
+    )
+    assert len(found) == 4 and len(found[0].classes) == 2 and "4 of 12 images, drawn by seed 1" in said
+    assert steps[-1] == ("predict", 4, 4) and found[0].probabilities[0] > 0.1
+    model = sparsify.load(made / "m.safetensors")
+    images = [made / "flat" / "0.png", str(made / "flat" / "1.png")]
+    assert [each.image for each in sparsify.predict(model, images)] == [str(path) for path in images]
+    e = sparsify.evaluate(model, "digits", limit=20, seed=3, no_labels=True)
+    assert (e.images, e.drawn_from, e.top1) == (20, 597, None)
+
+
 # features
 
 
