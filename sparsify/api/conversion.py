@@ -42,7 +42,8 @@ def convert(
         sparsify.convert("deit_small", keep=0.1)  # writes model.safetensors
 
     Args:
-        model: a ViT of timm (`nn.Module`); or a name: alias, timm name, `hf-hub:`, `local-dir:`, or `digits`.
+        model: a ViT of timm (`nn.Module`); or a name: alias, timm name, ORG/NAME of the Hub (timm's or
+            transformers' form), a model's folder, or `digits`.
         data: images to calibrate on. A folder or data set (text or path), which is read through the model's own
             preprocessing, and which a recipe also learns from. Or tensors that are normalised already, of which the first
             `calib_images` are read once and calibrated on: [B, 3, H, W]; or a DataLoader or another iterable of such

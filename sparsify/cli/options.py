@@ -69,7 +69,7 @@ _NAME = "Dense model: alias (deit_small), timm name, ORG/NAME on the Hub, folder
 DenseName = Annotated[str, argument("NAME", _NAME, words=completion.models)]
 _DENSE = "Dense original to compare with: name, or checkpoint. Needed for fine-tuned files only."
 Dense = Annotated[str | None, option("NAME|FILE", _DENSE, MODEL, "the file's own weights", completion.models)]
-_WEIGHTS = "Your own checkpoint of that architecture, .safetensors or .pth."
+_WEIGHTS = "Your own checkpoint of that architecture: .safetensors, .pth or *.index.json."
 Weights = Annotated[Path | None, option("FILE", _WEIGHTS, MODEL, "timm's")]
 _EMA = "Of --weights: the averaged weights (EMA), or the others."
 Ema = Annotated[bool | None, option(None, _EMA, MODEL, "averaged, where there are any", names="--ema/--no-ema")]

@@ -46,8 +46,8 @@ MARGINS = (
 class DenseRequest:
     """The dense model that a job starts from: a name, or a module that the caller holds (all else is None then)."""
 
-    name: str = ""  # alias, timm name, hf-hub:ORG/NAME, local-dir:FOLDER, or digits
-    weights: Path | None = None  # local checkpoint (.safetensors, .pth) of that architecture; None: the name's own
+    name: str = ""  # alias, timm name, ORG/NAME of the hub, a folder, or digits
+    weights: Path | None = None  # local checkpoint (.safetensors, .pth, *.index.json) of it; None: the name's own
     num_classes: int | None = None  # outputs of the head, 0 for features; None: as many as the weights have
     img_size: int | None = None  # side in pixels; None: the size that the weights have
     ema: bool | None = (

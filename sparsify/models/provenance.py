@@ -9,6 +9,7 @@ import timm
 from sparsify.errors import SparsifyError
 from sparsify.models import hub, names
 from sparsify.models.checkpoint import Header
+from sparsify.models.huggingface import families
 
 
 class Origin(NamedTuple):
@@ -28,7 +29,9 @@ def origin(header: Header) -> Origin:
         return Origin(architecture, " with a checkpoint of its owner's")
     if source.startswith(hub.SCHEMES):
         name = source.partition(":")[2].partition("@")[0]
-        return Origin(name, "", name if hub.is_name(name) else "")
+        kind = header.provenance.get("transformers")
+        more = f" (a {kind} of Hugging Face transformers)" if isinstance(kind, str) and families.family(kind) else ""
+        return Origin(name, more, name if hub.is_name(name) else "")
     if source.startswith("local-dir:") or not source:
         return Origin(architecture, " with weights from a folder of its owner's")
     if source == names.DIGITS:

@@ -31,6 +31,7 @@ def origin(header: Header, file: Path) -> list[Fact]:
     facts = [
         ("file", f"{file.name}, {words.memory(file.stat().st_size)}"),
         ("converted from", str(about.get("source") or "")),
+        ("form of the original", f"{form} of Hugging Face transformers" if (form := about.get("transformers")) else ""),
         ("checkpoint", str(about.get("weights") or "") + (", its averaged weights (EMA)" if about.get("ema") else "")),
         ("architecture", f"{built.get('architecture', '')}{tag}"),
         ("image", f"{words.rectangle(sides)} pixels" if all(isinstance(side, int) for side in sides) else ""),

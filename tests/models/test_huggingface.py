@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.data import create_transform
 
 from helpers import transformers_models as tiny
 from helpers.hubserver import serving
@@ -180,6 +182,31 @@ def test_the_preprocessor_says_size_crop_mean_and_interpolation(name, tmp_path):
 def test_numbers_that_are_none_are_refused(tmp_path):
     with pytest.raises(BadFile, match="image_mean"):
         names.resolve(str(write(tmp_path / "m", {"model_type": "vit"}, {"image_mean": "dark"})))
+
+
+PROCESSORS = {
+    "vit": ("ViTImageProcessor", {}),
+    "deit": ("DeiTImageProcessor", {}),
+    "beit": ("BeitImageProcessor", {}),
+    "dinov2": ("BitImageProcessor", {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}),
+    "clip_vision_model": ("CLIPImageProcessor", {}),
+    "siglip_vision_model": ("SiglipImageProcessor", {}),
+    "dinov3_vit": ("DINOv3ViTImageProcessor", {}),
+}
+
+
+@pytest.mark.parametrize("model_type", PROCESSORS)
+def test_a_photograph_is_prepared_as_transformers_prepares_it(model_type, tmp_path):
+    cls, args = PROCESSORS[model_type]
+    processor = getattr(transformers, cls)(**args)
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    config = names.resolve(str(tmp_path)).pretrained_cfg
+    given = {name: config[name] for name in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    image = Image.effect_noise((450, 300), 60).resize((900, 600)).convert("RGB")  # crops begin at whole pixels
+    expected = processor(image, return_tensors="pt")["pixel_values"][0]
+    difference = (create_transform(**given)(image) - expected).abs()
+    assert difference.max() < 2 / 255 / 0.224 and difference.mean() < 1 / 255 / 0.224  # rounded to grey levels or not
 
 
 # ---- image sizes ----
