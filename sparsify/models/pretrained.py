@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import timm
+import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 
@@ -159,7 +161,10 @@ def _load_file(source: Source, given: Checkpoint, num_classes: int | None, img_s
         raise BadFile(f"the head in {path} has {rows} classes, not {num_classes}")
     config = copy.deepcopy(source.pretrained_cfg) or building.tag(source)
     args = {**source.model_args, "num_classes": num_classes, "img_size": img_size or hosts.image_size(frame)}
-    model = building.materialise(lambda: building.build(source.architecture, args, config))
-    dense_weights.check_fit(state, model, path, source.architecture, headless=bool(num_classes) and rows is None)
+    build = partial(building.build, source.architecture, args, config)
+    with torch.device("meta"):  # a configuration may ask for any amount of memory
+        frame = build()
+    dense_weights.check_fit(state, frame, path, source.architecture, headless=bool(num_classes) and rows is None)
+    model = building.materialise(build, frame)
     model.load_state_dict(state)
     return model

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform
@@ -14,9 +16,10 @@ from helpers import transformers_models as tiny
 from helpers.hubserver import serving
 from helpers.image_folders import class_folders
 from sparsify.config import SparsityConfig
-from sparsify.errors import BadFile, SparsifyError
+from sparsify.errors import BadFile, SparsifyError, UsageError
 from sparsify.fit.calibrate.calibrate import calibrate
 from sparsify.models import checkpoint, names, pretrained
+from sparsify.models.header import check_source
 from sparsify.models.huggingface import configs, families
 from sparsify.nn import hosts
 from sparsify.nn.attention import sparse_modules
@@ -136,6 +139,35 @@ def test_a_configuration_that_no_model_has_is_refused(changes, said, tmp_path):
     assert "\n" not in str(error.value)
 
 
+ODD = st.sampled_from(
+    [None, True, 0, -1, 1, 2.5, 10**30, float("inf"), float("nan"), "x", "", [], [3], [1, 2, 3], {}, {"a": 1}]
+)
+FIELDS = [*configs.Config.model_fields, "architectures", "id2label", "num_labels", "vision_config", "projection_dim"]
+PIXELS = ["size", "crop_size", "image_mean", "image_std", "rescale_factor", "resample", "do_resize", "image_processor"]
+
+
+@given(
+    st.sampled_from([*families.FAMILIES, "clip_vision_model"]),
+    st.dictionaries(st.sampled_from(FIELDS), ODD, max_size=3),
+    st.none() | st.dictionaries(st.sampled_from(PIXELS), ODD, max_size=3),
+)
+def test_whatever_a_configuration_says_is_described_or_refused(model_type, changes, pixels):
+    """What is described passes the check of every config.json; nothing else than one line comes of the rest."""
+    try:
+        found = configs.describe({"model_type": model_type, **changes}, pixels)
+        check_source(found.model_args, names.known_config(found.pretrained_cfg))
+    except UsageError as error:
+        assert "\n" not in str(error)
+
+
+def test_a_configuration_of_a_giant_is_refused_before_it_takes_memory(tmp_path):
+    folder = tiny.save(tiny.model("vit"), tmp_path)
+    tree = json.loads((folder / "config.json").read_text())
+    write(folder, tree | {"hidden_size": 1 << 16, "intermediate_size": 1 << 16, "num_hidden_layers": 8})  # 0.8 TB
+    with pytest.raises(BadFile, match="does not fit"):
+        loaded(folder)
+
+
 def test_keys_with_a_bias_which_timm_does_not_have_are_refused(tmp_path):
     with pytest.raises(BadFile, match="key_bias"):
         names.resolve(str(write(tmp_path / "m", {"model_type": "dinov3_vit", "key_bias": True})))
@@ -173,8 +205,8 @@ def test_the_preprocessor_says_size_crop_mean_and_interpolation(name, tmp_path):
     tree, expected = PREPROCESSORS[name]
     source = names.resolve(str(write(tmp_path / "m", {"model_type": "dinov2", "patch_size": 8}, tree)))
     assert source.model_args["img_size"] == (48, 48) and source.pretrained_cfg["input_size"] == (3, 48, 48)
-    given = {key: source.pretrained_cfg[key] for key in expected}
-    assert given == {key: pytest.approx(value) if key in ("mean", "std") else value for key, value in expected.items()}
+    read = {key: source.pretrained_cfg[key] for key in expected}
+    assert read == {key: pytest.approx(value) if key in ("mean", "std") else value for key, value in expected.items()}
     vit = names.resolve(str(write(tmp_path / "v", {"model_type": "vit"}, tree)))
     assert vit.model_args["img_size"] == (224, 224)  # transformers takes images of this size only
 

@@ -135,7 +135,8 @@ def test_checkpoint_loads_whatever_wraps_it(tmp_path):
     cases = {
         "plain.pth": state,
         "model.pt": {"model": state, "epoch": 3},
-        "lightning.ckpt": {"state_dict": prefixed},
+        "wrapped.ckpt": {"state_dict": prefixed},
+        "lightning.ckpt": {"state_dict": {f"model.{k}": v for k, v in state.items()}},
         "ema.pth": {"state_dict": doubled, "state_dict_ema": state, "args": argparse.Namespace(lr=1.0)},
         "ema2.pth": {"model": doubled, "model_ema": {f"_orig_mod.{k}": v for k, v in state.items()}},
     }

@@ -105,7 +105,7 @@ def resampled(state: dict[str, Tensor], frame: nn.Module, known: Family) -> dict
     if positions is None or positions.ndim != 3:
         return state
     prefix = 0 if getattr(frame, "no_embed_class", False) else hosts.num_prefix_tokens(frame)
-    leading, grid = positions[:, :prefix], positions[:, prefix:].float()
+    leading, grid = positions[:, :prefix].float(), positions[:, prefix:].float()
     side = round(grid.shape[1] ** 0.5)
     if grid.shape[1] == height * width or side * side != grid.shape[1]:
         return state
@@ -113,5 +113,5 @@ def resampled(state: dict[str, Tensor], frame: nn.Module, known: Family) -> dict
     square = functional.interpolate(
         square, (height, width), mode="bicubic", align_corners=False, antialias=known.antialias
     )
-    grid = square.permute(0, 2, 3, 1).reshape(1, height * width, -1).to(positions.dtype)
+    grid = square.permute(0, 2, 3, 1).reshape(1, height * width, -1)
     return {**state, "pos_embed": torch.cat([leading, grid], 1)}
