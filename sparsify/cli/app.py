@@ -15,6 +15,7 @@ import typer
 from sparsify import processes
 from sparsify.cli import terminal
 from sparsify.cli.commands.convert import convert
+from sparsify.cli.commands.doctor import doctor
 from sparsify.cli.commands.evaluate import evaluate
 from sparsify.cli.commands.export import export
 from sparsify.cli.commands.kernels import build_kernels
@@ -28,7 +29,6 @@ from sparsify.cli.commands.show import show
 from sparsify.cli.commands.sweep import sweep
 from sparsify.cli.helptext import App
 from sparsify.errors import SparsifyError, one_line, short
-from sparsify.version import __version__
 
 INTERRUPTED = 130
 READER_GONE = 141  # as a shell reports a program that SIGPIPE ended
@@ -47,20 +47,38 @@ app = App(
 
 def _version(asked: bool) -> None:
     if asked:
-        terminal.line(f"sparsify {__version__}")
+        from sparsify.cli import machine
+
+        for line in machine.versions():
+            terminal.line(line)
         raise typer.Exit
 
 
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print versions and kernels, and stop."),
     ] = False,
 ) -> None:
     """Options of every command follow the command."""
 
 
-for command in (convert, profile, evaluate, predict, sweep, show, report, push, export, models, recipes, build_kernels):
+for command in (
+    convert,
+    profile,
+    evaluate,
+    predict,
+    sweep,
+    show,
+    report,
+    push,
+    export,
+    models,
+    recipes,
+    build_kernels,
+    doctor,
+):
     app.command("eval" if command is evaluate else None)(command)
 
 

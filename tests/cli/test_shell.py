@@ -343,10 +343,6 @@ def test_stdout_has_the_result_and_stderr_the_rest(run, tmp_path):
     assert code == 0 and not err and all(names.resolve(line.split(" ")[0]) for line in out.splitlines())
 
 
-def test_version_is_one_line():
-    assert spoken("--version") == (0, f"sparsify {__import__('sparsify').__version__}\n", "")
-
-
 # words from outside
 
 HOSTILE = "\x1b]0;x\x07\x1b[2Ja\u202eb\udce9\r"

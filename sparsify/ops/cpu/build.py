@@ -13,6 +13,7 @@ however it ends. As root no library is loaded that another user could have writt
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import BinaryIO
 
@@ -114,10 +116,7 @@ def commands(
         extra_flags: come last, for compiling and for linking: -fsanitize=address.
         compiler: first words of every command.
     """
-    import torch
-
-    # torch.utils.cpp_extension knows these folders too, but imports setuptools and warns of a missing GPU.
-    folder = Path(torch.__file__).parent
+    folder = _torch_folder()
     with_torch = [TORCH_2_10, f"-isystem{folder / 'include'}"]
     compiling, objects = [], []
     for source in sources:
@@ -127,6 +126,22 @@ def commands(
     library = ["-shared", *extra_flags, *objects, "-o", str(out_dir / LIBRARY)]
     torch_library = [f"-L{folder / 'lib'}", "-ltorch_cpu"]  # found by its name: who loads the library has loaded torch
     return [*compiling, [*compiler, *library, *torch_library]]
+
+
+def state() -> str:
+    """Where the kernels of this machine are or how they will be made, in words. Nothing is compiled or checked."""
+    if reason := _unsupported(SOURCES):
+        return reason
+    if PREBUILT.is_file():
+        return "came with the package"
+    try:
+        built = next(iter(sorted((cache_dir() / "kernels").glob(f"{_made_from(SOURCES)}-*/{LIBRARY}"))), None)
+    except (RuntimeError, ModuleNotFoundError, OSError):
+        built = None
+    if built:
+        return f"compiled, {built}"
+    words = find_compiler()
+    return f"not compiled yet: {words[0]} does it at first use" if words else _no_compiler()
 
 
 def build(
@@ -349,14 +364,20 @@ def _version(words: list[str]) -> str:
         raise _Failed(f"cannot run {words[0]}: {one_line(error)}") from error
 
 
+def _torch_folder() -> Path:
+    """Where torch is installed; it is not imported. Raises ModuleNotFoundError."""
+    found = importlib.util.find_spec("torch")
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError("torch is not installed", name="torch")
+    return Path(found.submodule_search_locations[0])
+
+
 def _made_from(sources: Path) -> str:
     """Hash of all that the library is made from, the compiler apart."""
-    import torch
-
     files = sorted(each for each in sources.iterdir() if each.suffix in (".cpp", ".h"))
     flags = commands([Path(each.name) for each in files if each.suffix == ".cpp"], Path())
     contents = [word for each in files for word in (each.name, hashlib.sha256(each.read_bytes()).hexdigest())]
-    return _digest([torch.__version__, *contents, *[word for command in flags for word in command]])[:16]
+    return _digest([metadata.version("torch"), *contents, *[word for command in flags for word in command]])[:16]
 
 
 def _digest(words: Iterable[str]) -> str:
