@@ -6,7 +6,7 @@ OLDEST_TIMM := 1.0.28
 
 .PHONY: venv demo test test-oldest fuzz sanitize lint format bench bench-kernels-accuracy bench-auto bench-accuracy bench-features bench-equality \
 	bench-families bench-tokens bench-finetune bench-survive bench-compiled bench-exported bench-serving bench-quantised \
-	bench-same bench-against bench-gpu-kernels house families frontier names reference docs clean
+	bench-same bench-against bench-gpu-kernels house families frontier names reference docs wheel test-wheel clean
 
 venv: $(VENV)/.installed
 
@@ -157,6 +157,17 @@ reference: venv
 docs: venv
 	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	$(BIN)/python -m mkdocs build --strict
+
+# What is published, in dist/: source distribution, and wheels with and without the CPU kernels.
+wheel: venv
+	$(BIN)/python -m pip install --quiet -e '.[package]'
+	rm -rf dist
+	$(BIN)/python release/wheel.py
+
+# That in a fresh environment without compiler or extras. CPU_TORCH: words for pip that find the CPU build of torch.
+CPU_TORCH := --extra-index-url https://download.pytorch.org/whl/cpu
+test-wheel: venv
+	$(BIN)/python release/try_wheel.py --pip "$(CPU_TORCH)"
 
 clean:
 	rm -rf $(VENV) .venv-oldest demo build dist *.egg-info

@@ -24,7 +24,8 @@ MOST_BYTES = 1_000_000_000  # of the environment, bytecode apart
 COMPILERS = ("c++", "g++", "clang++", "cc", "gcc", "clang")
 
 COMPARE = """
-import torch, sparsify
+import sparsify, torch
+torch.set_grad_enabled(False)
 from sparsify.ops.cpu import kernels
 assert kernels.available() is None, kernels.available()
 x = torch.randn(4, 3, 28, 28)
