@@ -124,6 +124,9 @@ def test_the_site_builds_whole_and_asks_nothing_of_the_outside(tmp_path):
     for name in sparsify.__all__:
         assert name.startswith("_") or f'id="sparsify.{name}"' in library, name
     assert "fraction of keys that each query attends to" in library  # of a docstring
+    assert (
+        library.count("<strong>Returns:</strong>") > 1 and "Example:" not in library
+    )  # as docs/docstrings.py has them
     for page in site.rglob("*.html"):
         fetched = re.findall(
             r'<(?:script|link|img)[^>]+(?:src|href)="?(https?:[^"\s>]+)', page.read_text(encoding="utf-8")
