@@ -33,7 +33,8 @@ MODEL = "local-dir:deit_small"  # of the folder that `Bench` makes: two narrow b
 NAMES = {
     '"deit_small"': f'"{MODEL}"',
     "hf-hub:ORG/NAME": "local-dir:FOLDER",
-    "out_indices=(3, 7, 11)": "out_indices=(0, 1)",
+    "out_indices=(3, 7, 11)": "out_indices=(0, 1)",  # of two blocks
+    "--layer 1,6,12": "--layer 1,2",
 }
 FOLDERS = ("PATH", "imagenet", "IMAGENET", "photos", "images", "my_images", "my_images_by_class")
 """Folders of eight labelled images that pages name."""
@@ -173,7 +174,7 @@ class Bench:
         config = {"architecture": "deit_small_patch16_224", "num_classes": 1000, "model_args": arguments}
         (folder / "deit_small" / "config.json").write_text(json.dumps(config | {"pretrained_cfg": {}}))
         for i, name in enumerate(("cat.jpg", "dog.jpg", "a.jpg", "b.jpg")):
-            Image.effect_noise((64, 48), 40 + 10 * i).convert("RGB").save(folder / name)
+            Image.effect_noise((160, 120), 40 + 10 * i).convert("RGB").save(folder / name)
         for name in FOLDERS:
             for label in ("0", "1"):
                 (folder / name / label).mkdir(parents=True)
