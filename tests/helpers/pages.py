@@ -13,6 +13,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,7 @@ NAMES = {
     "out_indices=(3, 7, 11)": "out_indices=(0, 1)",  # of two blocks
     "--layer 1,6,12": "--layer 1,2",
 }
-FOLDERS = ("PATH", "imagenet", "IMAGENET", "photos", "images", "my_images", "my_images_by_class")
+FOLDERS = ("FOLDER", "PATH", "imagenet", "IMAGENET", "photos", "images", "my_images", "my_images_by_class")
 """Folders of eight labelled images that pages name."""
 PROGRAMS = {
     "accelerate",
@@ -190,9 +191,29 @@ class Bench:
         for name, format in (("model.onnx", "onnx"), ("model.pt2", "pt2"), ("model.xml", "openvino")):
             if name in text and not (self.folder / name).exists():
                 sparsify.export(model, format, self.folder / name, measure=False)
-        if "FOLDER" in text or "ORG/NAME" in text:
-            with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
-                main(["push", str(model), "ORG/NAME", "-o", str(self.folder / "FOLDER"), "--force", "-q"])
+        if "local-dir:FOLDER" in text or "ORG/NAME" in text:
+            self._run("push", model, "ORG/NAME", "-o", self.folder / "FOLDER", "--force", "-q")
+        if "patches.safetensors" in text:
+            self._run(
+                "predict",
+                model,
+                self.folder / "photos",
+                "--features",
+                "patch",
+                "-o",
+                self.folder / "patches.safetensors",
+            )
+        if "dinov2.safetensors" in text:
+            shutil.copy(model, self.folder / "dinov2.safetensors")
+
+    @staticmethod
+    def _run(*arguments: object) -> None:
+        """A command line of sparsify, which has to succeed."""
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                main([str(each) for each in arguments])
+        except SystemExit as done:
+            assert not done.code, arguments
 
     @staticmethod
     def fitted(text: str) -> str:

