@@ -106,14 +106,14 @@ class EvaluateOptions(ComputeOptions, PreprocessingOptions, total=False):
     """Keywords of `evaluate`."""
 
     workers: int
+    no_labels: bool
+    limit: int | None
+    seed: int
     budget: float | None
     adaptive: float | None
     backbone_changed: bool
     name: str
     strict: bool
-    no_labels: bool
-    limit: int | None
-    seed: int
     say: Say | None
     progress: bool | Callable[[int, int | None], None]
 
@@ -121,7 +121,7 @@ class EvaluateOptions(ComputeOptions, PreprocessingOptions, total=False):
 class SweepOptions(TypedDict, total=False):
     """Keywords of `sweep`."""
 
-    labels: bool | None
+    no_labels: bool
     limit: int | None
     calib_images: int | None
     seed: int | None

@@ -52,32 +52,55 @@ from sparsify.recipe import load_recipe
 
 
 def profile_adaptive(model: nn.Module, **options: Unpack[ComputeOptions]) -> AdaptiveProfile:
-    """MACs and latency of adaptive inference, in the mean and at worst, beside the dense model.
+    """Measure MACs and latency of adaptive inference, in the mean and at worst, beside the dense model.
 
     Args:
         model: what `load(..., adaptive=)` gave.
-        batch_size, device, dtype, backend, kernel_precision: of the measurement (`sparsify.processes.Compute`).
+
+    Keyword Args:
+        batch_size: images of a timed forward pass; None: 1.
+        device: of torch: cpu, cuda, cuda:1, mps.
+        dtype: float32, bfloat16 or float16.
+        backend: auto (the CPU kernels if they can run), cpu or reference.
+        kernel_precision: input, or bf16: the kernels store queries, keys and values of float32 models in bfloat16.
+
+    Returns:
+        MACs and times by schedule, in the mean and at worst.
 
     Raises:
-        SparsifyError: another model, or see `sparsify.measure.profile.profile`.
+        SparsifyError: another model, or one that cannot be measured.
     """
     return profile_adaptively(model, compute=split(Compute(), options, ComputeOptions)[0])
 
 
 def profile(model: ModelOrFile, *, dense: ModelOrFile | None = None, **options: Unpack[ProfileOptions]) -> Profile:
-    """MACs and latency of a sparse model (or its file) beside its dense original.
+    """Measure MACs and latency of a sparse model, or its file, beside its dense original.
 
     Args:
+        model: sparse model or its file.
         dense: the original: a model; with a file also a name or checkpoint, which is checked against the file. None: the
             model's own weights without sparsity, or, for a file whose backbone was changed, no dense figures (None). Of a
             module nobody knows whether its weights were changed: say backbone_changed=True or give `dense`.
-        batch_size, device, dtype, backend, kernel_precision: of the measurement (`sparsify.processes.Compute`).
-        budget: of a file, see `load`.
-        budget_s: about how many seconds to measure for, all models together (10), unless `repeats` says how many rounds.
-        img_size, backbone_changed, measure, count_as: see `sparsify.measure.profile.profile`.
+
+    Keyword Args:
+        batch_size: images of a timed forward pass; None: 1.
+        device: of torch: cpu, cuda, cuda:1, mps.
+        dtype: float32, bfloat16 or float16.
+        backend: auto (the CPU kernels if they can run), cpu or reference.
+        kernel_precision: input, or bf16: the kernels store queries, keys and values of float32 models in bfloat16.
+        budget: of a file, which schedule; None: the file's first.
+        budget_s: about how many seconds to measure for, all models together (10), unless `repeats` is given.
+        repeats: how many rounds to measure.
+        img_size: side in pixels, or (height, width); None: the model's.
+        backbone_changed: of a module: its weights are not the dense original's.
+        measure: False counts MACs only.
+        count_as: product; or paper: also attention by the accounting of the paper's authors.
+
+    Returns:
+        Figures by module and in all; `as_dict()` has them as plain data.
 
     Raises:
-        SparsifyError: see `sparsify.measure.profile.profile` and `sparsify.models.original.load_original`.
+        SparsifyError: no sparse model, a dense model that cannot be compared, or two counts that differ.
     """
     if isinstance(model, Adaptive):
         raise UsageError("profile of an adaptive model: profile_adaptive(model) has its mean and its worst case")
@@ -96,20 +119,34 @@ def profile_against(
     dense: ModelOrFile | None = None,
     **options: Unpack[AgainstOptions],
 ) -> Against:
-    """Times of a sparse model (or its file) and its dense original side by side in several runtimes, in one interleaved run.
+    """Time a sparse model, or its file, and its dense original side by side in several runtimes, in one interleaved run.
 
     `best_dense` of the result names the fastest dense way on this machine; `pairs[runtime].best_dense` has the converted
     model's speed beside it.
 
     Args:
+        model: sparse model or its file.
         runtimes: eager, compile (torch.compile with frozen weights), onnxruntime, openvino, onnxruntime-int8, openvino-int8;
             or all that can run here, int8 ones with dtype bfloat16.
-        dense, budget, repeats, budget_s, backbone_changed: as in `profile`; without a dense model there are no dense times.
-        batch_size, device, dtype, backend, kernel_precision: of the measurement (`sparsify.processes.Compute`).
+        dense: as in `profile`; without a dense model there are no dense times.
+
+    Keyword Args:
+        batch_size: images of a timed forward pass; None: 1.
+        device: of torch: cpu, cuda, cuda:1, mps.
+        dtype: float32, bfloat16 or float16.
+        backend: auto (the CPU kernels if they can run), cpu or reference.
+        kernel_precision: input, or bf16: the kernels store queries, keys and values of float32 models in bfloat16.
+        budget: of a file, which schedule; None: the file's first.
+        budget_s: about how many seconds to measure for, all models together, unless `repeats` is given.
+        repeats: how many rounds to measure.
+        backbone_changed: of a module: its weights are not the dense original's.
         say: called with a line now and then.
 
+    Returns:
+        Times and speeds by runtime.
+
     Raises:
-        SparsifyError: see `sparsify.jobs.against.profile_against` and `sparsify.models.original.load_original`.
+        SparsifyError: no sparse model, a runtime that is unknown or not installed, or a dense model that cannot be compared.
     """
     if isinstance(model, Adaptive):
         raise UsageError("runtimes are compared by schedule: load the file with budget, not with adaptive")
@@ -124,25 +161,46 @@ def profile_against(
 def evaluate(
     model: ModelOrFile, images: str | Path, *, dense: ModelOrFile | None = None, **options: Unpack[EvaluateOptions]
 ) -> Evaluation:
-    """Accuracy of a sparse model (or its file) beside its dense original on a folder, timm data set or `digits`.
-
-    Images that lie directly in a folder have no labels: only how far the models agree is measured then.
+    """Measure accuracy of a sparse model, or its file, and how far it agrees with its dense original.
 
     The sparse form is computed, whatever `load` chose. Several processes that a launcher started share the images, and
     every one of them must call this.
 
     Args:
-        dense, budget: as in `profile`. adaptive: of a file, see `load`; or give the model that `load` returned.
-        batch_size, workers, device, dtype, backend, kernel_precision: see `sparsify.processes.Compute`.
-        mean, std, crop_pct, interpolation, class_map: see `sparsify.images.preprocessing.Preprocessing`.
-        name, strict, backbone_changed: see `sparsify.measure.evaluate.evaluate_images`.
-        no_labels: labels are not used. limit: how many images, drawn by `seed` and spread over the classes; None: all.
+        model: sparse model or its file.
+        images: labelled folder, timm data set or `digits`; of loose images: agreement with dense only.
+        dense: the original: a model; with a file also a name or checkpoint, which is checked against the file. None: the
+            model's own weights without sparsity, or, for a file whose backbone was changed, no dense figures (None).
+
+    Keyword Args:
+        no_labels: use none, and compare with dense only.
+        limit: images to measure on, drawn by `seed` and spread over the classes; None: all.
+        seed: of the choice of images; 0.
+        budget: of a file, which schedule; None: the file's first.
+        adaptive: of a file, see `load`; or give the model that `load` returned.
+        batch_size: images computed together; None: 32.
+        workers: processes that read images; 0: this one.
+        device: of torch: cpu, cuda, cuda:1, mps. The model is moved there.
+        dtype: float32, bfloat16, float16 or float64. The model is cast to it.
+        backend: auto (the CPU kernels if they can run), cpu or reference.
+        kernel_precision: input, or bf16: the kernels store queries, keys and values of float32 models in bfloat16.
+        mean: of the preprocessing; this and the next four replace the model's own.
+        std: see `convert`.
+        crop_pct: see `convert`.
+        interpolation: see `convert`.
+        class_map: see `convert`.
+        name: of the model in the results.
+        strict: an image that cannot be read is an error.
+        backbone_changed: of a module: its weights are not the dense original's.
         say: called with a line now and then.
         progress: True shows bars in a notebook or at a terminal; a function is called with the images done, and how many
             there are (None: unknown).
 
+    Returns:
+        Top-1, top-5, agreement, KL and more; percentages from 0 to 100; None where a figure does not apply.
+
     Raises:
-        SparsifyError: see `sparsify.measure.evaluate.evaluate_images` and `sparsify.models.original.load_original`.
+        SparsifyError: no sparse model, a dense model that cannot be compared, no images, or labels that do not fit.
     """
     which = Which(options.pop("budget", None), options.pop("adaptive", None))
     sparse, original, changed = opened_pair(model, dense, which)
@@ -162,23 +220,41 @@ def evaluate(
 def predict(
     model: ModelOrFile, images: str | Path | Sequence[str | Path], *, top: int = TOP, **options: Unpack[PredictOptions]
 ) -> list[Prediction]:
-    """The most probable classes of images with their names, in the order of the images, by a sparse model (or its file).
+    """Name the most probable classes of images, in the order of the images, by a sparse model or its file.
 
     The sparse form is computed, whatever `load` chose. An image that cannot be read is left out. Features of images:
     `sparsify.jobs.predict.write_features`.
 
     Args:
+        model: sparse model or its file.
         images: files, folders (every image below), .tar, timm data sets or `digits`: one of these or several.
         top: how many classes of each image.
-        budget, adaptive: of a file, as in `evaluate`.
-        batch_size, workers, device, dtype, backend, kernel_precision: see `sparsify.processes.Compute`.
-        mean, std, crop_pct, interpolation, class_map: see `sparsify.images.preprocessing.Preprocessing`.
+
+    Keyword Args:
+        budget: of a file, which schedule; None: the file's first.
+        adaptive: of a file, see `load`; or give the model that `load` returned.
+        batch_size: images computed together; None: 32.
+        workers: processes that read images; 0: this one.
+        device: of torch: cpu, cuda, cuda:1, mps. The model is moved there.
+        dtype: float32, bfloat16, float16 or float64. The model is cast to it.
+        backend: auto (the CPU kernels if they can run), cpu or reference.
+        kernel_precision: input, or bf16: the kernels store queries, keys and values of float32 models in bfloat16.
+        mean: of the preprocessing; this and the next four replace the model's own.
+        std: see `convert`.
+        crop_pct: see `convert`.
+        interpolation: see `convert`.
+        class_map: see `convert`.
         strict: an image that cannot be read is an error.
         limit: how many images, drawn by `seed` and spread over the folders; None: all.
-        say: called with a line now and then. progress: see `sparsify.keywords.Progress`.
+        seed: of the choice of images; 0.
+        say: called with a line now and then.
+        progress: as in `convert`.
+
+    Returns:
+        For each image its name and the classes with their probabilities, the most probable first.
 
     Raises:
-        SparsifyError: see `sparsify.jobs.predict.predictions`.
+        SparsifyError: no sparse model or no classifier, or images that are not there.
     """
     sparse, _, _ = opened_pair(model, None, Which(options.pop("budget", None), options.pop("adaptive", None)))
     compute, rest = split(own_compute(sparse), options, PredictOptions)
@@ -215,8 +291,8 @@ def sweep(
             PREFIX.recipes. None: nothing is written.
 
     Keyword Args:
-        labels: True: required. False: not used, agreement with dense only. None: used where there are class folders.
-        limit: images to measure on, drawn by `seed`; None: all.
+        no_labels: use none, and compare with dense only.
+        limit: images to measure on, drawn by `seed` and spread over the classes; None: all.
         calib_images: images to calibrate on, at most; None: 128.
         seed: of the choice of images; None: 0.
         num_classes: outputs of `weights`, 0 for features; None: read off the file.
@@ -239,7 +315,7 @@ def sweep(
     request = dense_request(model, weights, options)
     compute, rest = split(Compute(device=device_of(request)), options, SweepOptions)
     say, progress = rest.pop("say", None), rest.pop("progress", False)
-    use_labels, limit = rest.pop("labels", None), rest.pop("limit", None)
+    use_labels, limit = False if rest.pop("no_labels", False) else None, rest.pop("limit", None)
     recipe = load_recipe("calibrate").override(**rest)  # what is unknown is refused there
     on = EvaluationImages(str(images), use_labels, limit, recipe.seed)
     with listening(say, progress) as listener:
