@@ -228,7 +228,7 @@ def main() -> None:
         "sparsify.jobs.convert",
         "sparsify.jobs.sweep",
         "sparsify.jobs.export.program",
-        "sparsify.report.page",
+        "sparsify.reports.page",
     ):
         importlib.import_module(module)
     chosen, drawn, wrong = options.commands.split(","), random.Random(options.seed), 0

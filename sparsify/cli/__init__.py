@@ -1,4 +1,4 @@
-"""What a person types and sees. May import jobs, report, measure, models, images and ops, inside commands only.
+"""What a person types and sees. May import jobs, reports, measure, models, images and ops, inside commands only.
 
 app                                     the application: commands, errors, exit codes
 commands                                one module for each command

@@ -14,7 +14,7 @@ from sparsify.measure.adaptive import AdaptiveProfile
 from sparsify.measure.against import Against
 from sparsify.measure.figures import Profile
 from sparsify.measure.sweep import Sweep
-from sparsify.report import accuracy, adaptive, against, header, profile, sweep, words
+from sparsify.reports import accuracy, adaptive, against, header, profile, sweep, words
 
 
 def show(what: RenderableType) -> None:
@@ -93,7 +93,7 @@ def module_tree(figures: Profile, *, full: bool = False) -> Group:
 
 
 def eval_table(result: Mapping[str, Any], names: tuple[str, str] = ("dense", "sparse")) -> Group:
-    """Accuracy of the sparse model beside the dense one; `result`: see `sparsify.report.accuracy`; `names`: of both."""
+    """Accuracy of the sparse model beside the dense one; `result`: see `sparsify.reports.accuracy`; `names`: of both."""
     pairs = _table(accuracy.pairs(result), names)
     singles = Table(box=None, pad_edge=False, show_header=False)
     singles.add_column()

@@ -1,4 +1,4 @@
-"""How numbers enter a model. May import report, measure, images, nn, ops and the roots.
+"""How numbers enter a model. May import reports, measure, images, nn, ops and the roots.
 
 calibrate    closed form, from unlabelled images
 schedule     search for the keep and token rate of every block

@@ -8,7 +8,7 @@ splits       which folder is which split; `splits_of`
 labels       class folders -> the model's classes; `class_words`: what these are called
 decode       a picture file -> RGB, and what its pixels lose
 loaders      images by index or as a stream -> batches; unreadable images are left out and counted
-             `share`: the part of a loader that one of several processes reads
+given        images that the caller holds: tensors, loaders
 trainset     images to calibrate on and to learn from, images held back from them, random crops for least squares
 photograph   one image as the model sees it
 digits, pictures    the built-in data set and the built-in calibration images

@@ -37,9 +37,9 @@ from sparsify.models.header import Schedule
 from sparsify.nn import graft, hosts, schedules, token_models
 from sparsify.processes import Compute, Listener
 from sparsify.recipe import Recipe, recipe_yaml
-from sparsify.report.header import budgets_markdown, by_head
-from sparsify.report.profile import to_markdown
-from sparsify.report.words import publishable
+from sparsify.reports.header import budgets_markdown, by_head
+from sparsify.reports.profile import to_markdown
+from sparsify.reports.words import publishable
 from sparsify.version import __version__
 
 

@@ -21,8 +21,8 @@ from sparsify.models import checkpoint, hub, provenance
 from sparsify.models.hub import ARCHITECTURE
 from sparsify.models.licence import licence_of
 from sparsify.nn import graft
-from sparsify.report import readback
-from sparsify.report.card import Facts, card
+from sparsify.reports import readback
+from sparsify.reports.card import Facts, card
 from sparsify.version import __version__
 
 _LOCAL = re.compile(r"(?<![\w/.])(?:/[\w.+-]+){2,}|[A-Za-z]:\\\\\\\\[\w.+-]+|~/[\w./-]+")  # a path, in JSON

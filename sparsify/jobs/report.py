@@ -14,7 +14,7 @@ from sparsify.jobs.show import Views, seen
 from sparsify.measure.profile import profile
 from sparsify.models.original import Which, load_original, opened
 from sparsify.processes import Compute, Listener
-from sparsify.report import readback
+from sparsify.reports import readback
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def report(
         SparsifyError: a file, image or result that cannot be read or is another model's, or an output that cannot be
             written.
     """
-    from sparsify.report import page
+    from sparsify.reports import page
 
     if results.measure and results.profile is not None:
         raise UsageError(f"give either {field('profile')}, figures of an earlier run, or {field('measure')}")

@@ -54,7 +54,7 @@ def show(
 
     Raises as `look`; `BadFile`: a folder that cannot be written.
     """
-    from sparsify.report import figures
+    from sparsify.reports import figures
 
     extras.need("a picture", "matplotlib")
     if output is not None:

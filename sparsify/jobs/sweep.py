@@ -156,7 +156,7 @@ def written(prefix: Path, run: Callable[[], Sweep]) -> SweepFiles:
 
     Raises `BadFile` before anything runs where they cannot be written.
     """
-    from sparsify.report.sweep import outputs, recipe_folder, write
+    from sparsify.reports.sweep import outputs, recipe_folder, write
 
     with reserved(*outputs(prefix)):
         check_folder(recipe_folder(prefix))

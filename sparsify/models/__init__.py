@@ -4,6 +4,7 @@ names                      what a name stands for
 building, pretrained       dense models without (and the names that can be converted) and with their weights
 dense_weights, filetype    tensors of a user's own checkpoint; what a file is by its first bytes
 shards, huggingface        checkpoints in several files; those of Hugging Face transformers
+module                     a model that the caller holds
 hub                        names and downloads of sparse models
 checkpoint                 the file format
 original                   a file with the dense model that it was made from

@@ -5,6 +5,7 @@ graft, folding          exchanges a host's attention modules; folds predictors i
 schedules, adaptive     several schedules over one backbone; two of them by how sure the first is
 methods                 methods that a grafted model has as attributes
 attention, predictor    the sparse attention module; what ranks its keys
+warmup                  a model meets the shapes of the calls to come
 execution               which path computes it
 tokens, merging, importance, token_blocks, token_models    removal of tokens: state, methods, blocks, whole models
 observe                 queries and keys of each block, for fits and losses

@@ -67,7 +67,7 @@ def test_sweep_calibrates_on_tensors_and_refuses_what_it_does_not_know():
 
 
 def test_show_gives_pictures_of_a_file_and_of_its_model(made, photo, tmp_path):
-    how = dict(queries=[(0.5, 0.5), (3, 3)], layers=(1, 4), heads="all")
+    how = dict(queries=[(0.5, 0.5), (9, 3)], layers=(1, 4), heads="all")
     shown = sparsify.show(made.path, photo, **how)
     assert list(shown.files) == ["cat.keys-1.png", "cat.keys-2.png", "cat.mass.png"] and shown.paths == ()
     assert all(png.startswith(b"\x89PNG") for png in shown.files.values())

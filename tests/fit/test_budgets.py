@@ -20,7 +20,7 @@ from sparsify.measure.profile import profile
 from sparsify.nn import graft, schedules
 from sparsify.nn.attention import sparse_modules
 from sparsify.ops.spec import budget
-from sparsify.report import header
+from sparsify.reports import header
 
 
 def fitted(model=None, keeps=(), **settings):

@@ -18,7 +18,7 @@ from sparsify.errors import BadFile
 from sparsify.fit.finetune.log import LOSSES, METRICS, TrainingLog, read
 from sparsify.fit.finetune.loop import training_note
 from sparsify.recipe import Losses
-from sparsify.report import training_plot
+from sparsify.reports import training_plot
 
 
 def row(step, stage=0, **more):

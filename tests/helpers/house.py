@@ -9,13 +9,13 @@ from typing import NamedTuple
 ROOTS = {"errors", "version", "config", "recipe", "files", "extras", "processes", "progress"}
 
 MAY_IMPORT: dict[str, set[str]] = {
-    "cli": {"jobs", "report", "measure", "models", "images", "ops", *ROOTS},
-    "api": {"keywords", "jobs", "report", "measure", "images", "models", "nn", "ops", *ROOTS},
+    "cli": {"jobs", "reports", "measure", "models", "images", "ops", *ROOTS},
+    "api": {"keywords", "jobs", "reports", "measure", "images", "models", "nn", "ops", *ROOTS},
     "keywords": {"processes"},
     "registry": {"models", "nn", *ROOTS},
-    "jobs": {"fit", "report", "measure", "models", "images", "nn", "ops", *ROOTS},
-    "fit": {"report", "measure", "images", "nn", "ops", *ROOTS},
-    "report": {"measure", "models", "images", *ROOTS},
+    "jobs": {"fit", "reports", "measure", "models", "images", "nn", "ops", *ROOTS},
+    "fit": {"reports", "measure", "images", "nn", "ops", *ROOTS},
+    "reports": {"measure", "models", "images", *ROOTS},
     "measure": {"images", "nn", "ops", *ROOTS},
     "models": {"nn", *ROOTS},
     "images": {"nn", *ROOTS},

@@ -16,7 +16,7 @@ from sparsify.jobs.convert import convert as convert_job
 from sparsify.jobs.dense import DenseRequest
 from sparsify.processes import Compute, Listener
 from sparsify.recipe import Recipe
-from sparsify.report import training_plot
+from sparsify.reports import training_plot
 
 PLAIN = {"form": "eval"}
 SMALL: dict[str, Any] = {"precision": "float32", "calib_images": 8, "hold_back": 0.01}

@@ -24,7 +24,7 @@ from sparsify.jobs.dense import DenseRequest
 from sparsify.models import checkpoint, names, pretrained
 from sparsify.nn import attention
 from sparsify.recipe import Recipe
-from sparsify.report import header
+from sparsify.reports import header
 
 
 @pytest.fixture(scope="module")

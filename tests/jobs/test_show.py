@@ -14,7 +14,7 @@ from sparsify.cli.app import main
 from sparsify.images.photograph import Line, Photograph
 from sparsify.jobs import show
 from sparsify.measure import inspection
-from sparsify.report import captions, figures, panels
+from sparsify.reports import captions, figures, panels
 
 
 @pytest.fixture(scope="module")

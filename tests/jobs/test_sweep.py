@@ -28,7 +28,7 @@ from sparsify.models import checkpoint
 from sparsify.models.digits import network
 from sparsify.nn import graft
 from sparsify.recipe import load_recipe
-from sparsify.report import sweep as report
+from sparsify.reports import sweep as report
 
 FEW = ["--data", "digits", "--limit", "48", "--calib-images", "8"]
 

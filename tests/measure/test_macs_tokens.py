@@ -21,8 +21,8 @@ from sparsify.nn import execution, graft, hosts
 from sparsify.nn.attention import Execution, attention_modules, sparse_modules
 from sparsify.nn.tokens import WAYS
 from sparsify.ops.macs import PARTS
-from sparsify.report import profile as report
-from sparsify.report.words import human
+from sparsify.reports import profile as report
+from sparsify.reports.words import human
 
 ATTENTION = {
     "dense": dict(keep="dense", rank=4),

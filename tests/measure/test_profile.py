@@ -29,9 +29,9 @@ from sparsify.measure.profile import profile
 from sparsify.nn import graft
 from sparsify.ops import auto, backends, remembered
 from sparsify.processes import Compute
-from sparsify.report import accuracy
-from sparsify.report import profile as report
-from sparsify.report.words import human
+from sparsify.reports import accuracy
+from sparsify.reports import profile as report
+from sparsify.reports.words import human
 
 THEORETICAL = set(
     """

@@ -15,7 +15,7 @@ from sparsify.models import building, checkpoint, names, original, pretrained
 from sparsify.nn import attention
 from sparsify.processes import Listener
 from sparsify.recipe import Recipe
-from sparsify.report import header as facts
+from sparsify.reports import header as facts
 
 
 @pytest.fixture(scope="module")

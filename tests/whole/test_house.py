@@ -75,7 +75,7 @@ def test_messages_of_the_library_name_fields_not_options():
     """`errors.field` marks an argument; a command to type, in quotes or in a report, names options."""
     named = []
     for path in sorted((ROOT / "sparsify").rglob("*.py")):
-        if {"cli", "report"} & set(path.parts):
+        if {"cli", "reports"} & set(path.parts):
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
@@ -106,7 +106,7 @@ HEAVY = "torch timm fvcore matplotlib jinja2 tensorboard accelerate onnx torchvi
         ("sparsify.recipe", HEAVY),
         ("sparsify.files.outputs", HEAVY),
         ("sparsify.models.hub", HEAVY),
-        ("sparsify.report.words", HEAVY),
+        ("sparsify.reports.words", HEAVY),
         ("sparsify.ops.reference", HEAVY[1:]),
         ("sparsify.api", "fvcore matplotlib jinja2 tensorboard onnx sklearn".split()),
     ],

@@ -69,7 +69,7 @@ def evaluate(
     from sparsify.measure.evaluate import evaluate_images
     from sparsify.models.original import Which, opened
     from sparsify.ops import backends
-    from sparsify.report.accuracy import write_results
+    from sparsify.reports.accuracy import write_results
 
     say, images = options.say(quiet), EvaluationImages(str(imagenet or data), use_labels, limit, seed)
     of_images = {"data": images.path, "limit": limit, "seed": seed if limit else None}

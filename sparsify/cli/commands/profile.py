@@ -63,9 +63,9 @@ def profile(
     from sparsify.measure import profile
     from sparsify.measure.adaptive import profile_adaptive
     from sparsify.models.original import Which, opened
-    from sparsify.report import adaptive as report
-    from sparsify.report import against as against_report
-    from sparsify.report.profile import to_markdown
+    from sparsify.reports import adaptive as report
+    from sparsify.reports import against as against_report
+    from sparsify.reports.profile import to_markdown
 
     def tell(figures: Any, table: Callable[[Any], Any], words: Callable[[Any], str]) -> None:
         if not quiet:

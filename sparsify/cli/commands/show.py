@@ -39,7 +39,7 @@ def show(
     from sparsify.measure.inspection import DENSE, OWN, REFERENCES
     from sparsify.models.original import Which, opened
     from sparsify.processes import Listener
-    from sparsify.report import captions
+    from sparsify.reports import captions
 
     say = options.say(quiet)
     check_folder(output)

@@ -102,7 +102,7 @@ class TrainingLog(contextlib.AbstractContextManager):
                 file.close()
             self._call_board("close")
         try:
-            from sparsify.report import training_plot
+            from sparsify.reports import training_plot
 
             training_plot.draw(read(self.metrics), read(self.validations), self.folder / "curve.png", self.stages)
         except Exception as error:  # the CSV files hold the figures

@@ -22,7 +22,7 @@ from sparsify.images.preprocessing import class_names
 from sparsify.images.trainset import TrainSet, WithCrops, trainset
 from sparsify.processes import Compute, Listener
 from sparsify.recipe import Recipe, Repair, Stage
-from sparsify.report.words import publishable
+from sparsify.reports.words import publishable
 
 BATCH = 32  # images per forward pass of validation and least squares
 FEW = 50  # images to judge by, below which the choice of the weights is mostly chance

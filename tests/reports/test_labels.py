@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sparsify.report import drawing, labels
-from sparsify.report.labels import Box, Label
+from sparsify.reports import drawing, labels
+from sparsify.reports.labels import Box, Label
 
 INSIDE = Box(0, 0, 660, 560)  # pixels, as the axes of a sweep's plot
 SIZE = (80.0, 20.0)

@@ -16,13 +16,13 @@ from sparsify.files.plain_json import read_json
 from sparsify.measure.figures import Profile, count_parameters
 from sparsify.models.checkpoint import Header
 from sparsify.models.original import Opened
-from sparsify.report.words import mapping
+from sparsify.reports.words import mapping
 
 
 class SweepFiles(NamedTuple):
     """A sweep's figures and its plot."""
 
-    figures: Mapping[str, Any]  # `sparsify.report.sweep.as_dict`
+    figures: Mapping[str, Any]  # `sparsify.reports.sweep.as_dict`
     picture: bytes | None  # None: there is none beside them
 
 

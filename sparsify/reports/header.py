@@ -10,7 +10,7 @@ from typing import Any
 from sparsify.config import SparsityConfig, listed
 from sparsify.models.checkpoint import Header
 from sparsify.models.licence import licence_of
-from sparsify.report import words
+from sparsify.reports import words
 
 Fact = tuple[str, str]  # what, in words
 

@@ -4,7 +4,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from sparsify.measure.against import CONVERTED, DENSE, Against, Speed, Way, compare
-from sparsify.report import against as report
+from sparsify.reports import against as report
 
 CONDITIONS = {
     "batch_size": 8, "img_size": [224, 224], "dtype": "float32", "device": "cpu", "device_name": "AMD EPYC", "threads": 2,

@@ -20,9 +20,9 @@ from PIL import Image
 from sparsify.measure.figures import Profile
 from sparsify.measure.inspection import Inspection, Shown
 from sparsify.models.checkpoint import Header
-from sparsify.report import accuracy, captions, figures, header, panels, profile, words
-from sparsify.report.readback import SweepFiles
-from sparsify.report.words import NOTHING, mapping
+from sparsify.reports import accuracy, captions, figures, header, panels, profile, words
+from sparsify.reports.readback import SweepFiles
+from sparsify.reports.words import NOTHING, mapping
 from sparsify.version import __version__
 
 SIDE = 280  # pixels of a panel, which is shown at half that size or smaller

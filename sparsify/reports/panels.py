@@ -1,7 +1,7 @@
 """Small pictures without text: the keys of a query, the remaining tokens, the queries; over the photograph.
 
-Each is an RGB array [h * cell, w * cell, 3] of uint8, `cell` pixels a patch. `sparsify.report.figures` and
-`sparsify.report.page` add the text.
+Each is an RGB array [h * cell, w * cell, 3] of uint8, `cell` pixels a patch. `sparsify.reports.figures` and
+`sparsify.reports.page` add the text.
 """
 
 from __future__ import annotations

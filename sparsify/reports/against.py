@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sparsify.measure.against import Against, Speed
 from sparsify.measure.latency import Timing
-from sparsify.report import words
-from sparsify.report.profile import NO_DENSE
+from sparsify.reports import words
+from sparsify.reports.profile import NO_DENSE
 
 COLUMNS = ("runtime", "dense, ms", "converted, ms", "same runtime", "best dense")
 MEASURED = (

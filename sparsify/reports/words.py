@@ -155,5 +155,5 @@ def rendered(template: str, **context: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(code=_code, verbatim=_verbatim)
-    text = (resources.files("sparsify.report") / template).read_text(encoding="utf-8")
+    text = (resources.files("sparsify.reports") / template).read_text(encoding="utf-8")
     return environment.from_string(text).render(table=markdown_table, **context) + "\n"

@@ -10,8 +10,8 @@ from itertools import groupby
 from typing import Any
 
 from sparsify.measure.figures import Profile
-from sparsify.report import words
-from sparsify.report.words import HEADINGS, NOTHING, Row
+from sparsify.reports import words
+from sparsify.reports.words import HEADINGS, NOTHING, Row
 
 THEORETICAL = "Theoretical: MACs per image"
 PATHS = {

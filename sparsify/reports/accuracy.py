@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.files.outputs import write_json, write_text
-from sparsify.report.words import NOTHING, Row, change, mapping, number, plain, publishable
+from sparsify.reports.words import NOTHING, Row, change, mapping, number, plain, publishable
 
 HEADING = "Measured, on the same images"
 TIMM_COLUMNS = "model top1 top1_err top5 top5_err param_count img_size crop_pct interpolation".split()

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsify.files.outputs import write_all
-from sparsify.report import drawing
-from sparsify.report.drawing import BLUE, GREEN, ORANGE, PURPLE
+from sparsify.reports import drawing
+from sparsify.reports.drawing import BLUE, GREEN, ORANGE, PURPLE
 
 SHADES = ("0.92", "0.84")  # of odd and even stages
 POINTS = 2000  # of a line: of more, only the minimum and maximum of each bin are drawn

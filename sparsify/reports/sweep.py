@@ -12,9 +12,9 @@ from sparsify.measure.accuracy import Evaluation
 from sparsify.measure.latency import Timing
 from sparsify.measure.sweep import Setting, Sweep
 from sparsify.recipe import recipe_yaml
-from sparsify.report import profile, words
-from sparsify.report.sweep_plot import PUBLISHED_DENSE_TOP1, label, plot, published, top1_error
-from sparsify.report.words import number
+from sparsify.reports import profile, words
+from sparsify.reports.sweep_plot import PUBLISHED_DENSE_TOP1, label, plot, published, top1_error
+from sparsify.reports.words import number
 
 FORMAT = 1  # of the JSON
 

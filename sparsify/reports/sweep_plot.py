@@ -10,7 +10,7 @@ import yaml
 
 from sparsify.measure.accuracy import Evaluation
 from sparsify.measure.sweep import Setting, Sweep
-from sparsify.report import drawing, labels, words
+from sparsify.reports import drawing, labels, words
 
 SERIES = (
     ("keep", "sparse attention, all tokens", "o", drawing.BLUE),
@@ -95,7 +95,7 @@ def published(sweep: Sweep) -> list[PublishedResult]:
     if not (deit and sweep.labelled and sweep.conditions["img_size"] == [224, 224]):
         return []
     results = []
-    rows = yaml.safe_load((resources.files("sparsify.report") / "published.yaml").read_text(encoding="utf-8"))
+    rows = yaml.safe_load((resources.files("sparsify.reports") / "published.yaml").read_text(encoding="utf-8"))
     for model, token_keep, keep, mhsa, top1, gmacs in rows:
         total = PUBLISHED_DENSE_GMACS - (PUBLISHED_DENSE_MHSA - mhsa) / 1000 if gmacs is None else gmacs
         results.append(PublishedResult(model, token_keep, keep, mhsa, top1, total / PUBLISHED_DENSE_GMACS))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparsify.measure.adaptive import DENSE, AdaptiveProfile
-from sparsify.report import words
+from sparsify.reports import words
 
 COLUMNS = ("", "dense", "mean", "of dense", "worst", "of dense")
 

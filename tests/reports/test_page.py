@@ -233,7 +233,7 @@ def test_a_profile_comes_back_from_its_json(made):
 
 
 def test_the_template_is_shipped():
-    assert (resources.files("sparsify.report") / "page.html.jinja").is_file()
+    assert (resources.files("sparsify.reports") / "page.html.jinja").is_file()
     import tomllib
     from pathlib import Path
 

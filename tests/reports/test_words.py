@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from sparsify.report.words import markdown
+from sparsify.reports.words import markdown
 
 PARSER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 

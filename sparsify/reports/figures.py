@@ -13,7 +13,7 @@ import numpy as np
 from sparsify.errors import BadFile, one_line
 from sparsify.files.outputs import write_all
 from sparsify.measure.inspection import Inspection, Shown
-from sparsify.report import captions, drawing, panels
+from sparsify.reports import captions, drawing, panels
 
 SIDE = 280  # pixels of a panel, about
 INCH = 1.75  # width of a panel

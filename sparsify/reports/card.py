@@ -15,8 +15,8 @@ from sparsify.measure.figures import Profile
 from sparsify.models.checkpoint import Header
 from sparsify.models.licence import Licence
 from sparsify.models.provenance import Origin
-from sparsify.report import accuracy, header, profile, words
-from sparsify.report.words import HEADINGS
+from sparsify.reports import accuracy, header, profile, words
+from sparsify.reports.words import HEADINGS
 
 
 @dataclass(frozen=True)
