@@ -17,6 +17,7 @@ from rich.text import Text
 EVERY = 10.0  # seconds between plain lines
 EVERY_NOTE = 30.0  # of training, which goes on for hours
 WINDOW = 300.0  # seconds over which the time left is estimated: a training step may take many of them
+UNITS = {"MACs": "models", "search": "schedules"}  # of steps that count no images
 BAR = 40  # maximum columns of a bar
 
 
@@ -104,7 +105,7 @@ class Reporter:
         if done < task.completed:
             self.bar.reset(task.id, note="")
         if not note and task.elapsed and done:
-            note = f"{done / task.elapsed:.1f} {self.unit}/s"
+            note = f"{done / task.elapsed:.1f} {UNITS.get(step, self.unit)}/s"
         self.bar.update(task.id, completed=done, total=total, note=note)
 
     def _line(self, say: Callable[[str], None], step: str, done: int, total: int | None, note: str) -> None:
@@ -118,7 +119,7 @@ class Reporter:
             return
         last.printed, last.done = now, done
         count = f"{step}: {done}{f'/{total}' if total else ''}"
-        parts = [count, note, last.left(now, done, total)] if note else [f"{count} {self.unit}"]
+        parts = [count, note, last.left(now, done, total)] if note else [f"{count} {UNITS.get(step, self.unit)}"]
         say("  ".join(part for part in parts if part))
 
 

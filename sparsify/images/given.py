@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,10 @@ class GivenImages:
     source: Tensor | Iterable[Any]
     option: str = "data"  # the argument that they were given by
 
-    def first(self, n: int, model: nn.Module) -> Tensor:
+    def first(self, n: int, model: nn.Module, progress: Callable[..., None] = lambda *step: None) -> Tensor:
         """The first `n` images, or as many as there are: [n, 3, H, W], float32, on the CPU.
+
+        progress: called with the step, the images read, and `n`.
 
         Raises:
             BadData: none, or something else than floating-point images of the model's size.
@@ -35,6 +37,7 @@ class GivenImages:
             images = _images(item, hosts.image_size(model), self.option)
             found.append(images[: n - count].detach().to("cpu", torch.float32))
             count += len(found[-1])
+            progress("reading", count, n)
             if count >= n:
                 break
         if not count:

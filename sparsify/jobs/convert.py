@@ -184,7 +184,7 @@ def _convert(
             model, plan, run, how, calibrated, lambda found: header(found, found.config), output.resume, output.force
         )
         found, sparse, config = tuned.start, tuned.model, tuned.config
-    written, figures = _reported(sparse, header(found, config, tuned))
+    written, figures = _reported(sparse, header(found, config, tuned), listener)
     if written.schedules and written.budget is not None:
         schedules.offer(sparse, {b: each.config for b, each in written.schedules.items()}, written.budget)
     made = Conversion(
@@ -209,11 +209,17 @@ def _convert(
     return replace(made, seconds=time.perf_counter() - start)
 
 
-def _reported(model: nn.Module, header: checkpoint.Header) -> tuple[checkpoint.Header, dict[float | None, Profile]]:
+def _reported(
+    model: nn.Module, header: checkpoint.Header, listener: Listener
+) -> tuple[checkpoint.Header, dict[float | None, Profile]]:
     """The header with theoretical MACs, and the profile behind them by budget, first that of the schedule in use."""
+    others = header.schedules.keys() - {header.budget}
+    listener.progress("MACs", 0, 1 + len(others))
     figures: dict[float | None, Profile] = {header.budget: profile(model, measure=False)}
-    for budget in header.schedules.keys() - figures.keys():
+    for number, budget in enumerate(others, 1):
+        listener.progress("MACs", number, 1 + len(others))
         figures[budget] = profile(schedules.applied(model, header.schedules[budget].config), measure=False)
+    listener.progress("MACs", 1 + len(others), 1 + len(others))
     reports = {
         budget: {k: v for k, v in each.as_dict().items() if "macs" in k and isinstance(v, int)}
         for budget, each in figures.items()
@@ -301,7 +307,8 @@ def _with_schedules(made: Calibrated, calibration: Calibration, target: Target, 
     dense = choose.dense_macs(model)
     what = "MACs" if target.of == "macs" else f"time at batch {target.batch_size}"
     configs, descriptions, prefix = {}, [], hosts.num_prefix_tokens(model)
-    for share in target.shares:
+    for number, share in enumerate(target.shares):
+        calibrator.listener.progress("search", number, len(target.shares))
         if target.of == "macs":
             found = choose.for_macs(model, config, sensitivity, share, dense, target.overhead)
         else:
@@ -311,6 +318,7 @@ def _with_schedules(made: Calibrated, calibration: Calibration, target: Target, 
         say("  tokens after each block  " + " ".join(str(n + prefix) for n in found.schedule.counts[1:]))
         say("  keep of each block       " + " ".join(f"{keep:g}" if keep else "dense" for keep in found.schedule.keeps))
         configs[share] = graft.filled(model, found.config)
+    calibrator.listener.progress("search", len(target.shares), len(target.shares))
     first = configs[target.shares[0]]
     schedules.apply(model, first, configs.values())
     sure = {} if made.recipe.trains else calibrator.sureness(model, configs)

@@ -194,7 +194,7 @@ class Calibrator:
         cls, images: GivenImages, n: int, model: nn.Module, compute: Compute, listener: Listener
     ) -> Calibrator:
         """On the first `n` of the caller's tensors, as they are."""
-        tensors = images.first(n, model)
+        tensors = images.first(n, model, listener.progress)
         if line := given.note(tensors, model, images.option):
             listener.say(line)
         size, device, count = compute.batch_size or BATCH_SIZE, compute.torch_device, len(tensors)

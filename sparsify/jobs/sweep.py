@@ -190,8 +190,9 @@ def _choices(
     if not targets:
         return choices, skipped
     sensitivity, macs = calibrator.sensitivity(calibrated, None), dense_macs(model)
-    for target in targets:
+    for number, target in enumerate(targets, 1):
         name = f"macs-{target:g}"
+        calibrator.listener.progress("search", number, len(targets))
         try:
             found = for_macs(model, config, sensitivity, target, macs)
         except UsageError as error:  # the other settings can still be measured

@@ -1,12 +1,14 @@
 """`sparsify.convert` of what a caller holds: a module; tensors, a loader, a folder; a file or none."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
+from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
@@ -287,7 +289,38 @@ def test_images_that_are_not_normalised_are_pointed_out(scale, warns, model):
 def test_progress_is_told_step_by_step_or_shown(model, capsys):
     steps = []
     sparsify.convert(model, images(model, 8), progress=lambda *step: steps.append(step), batch_size=4, **SETTINGS)
-    assert ("moments", 0, 8) in steps and ("moments", 8, 8) in steps and {len(step) for step in steps} == {3}
+    assert {step[0] for step in steps} == {"reading", "moments", "MACs"} and {len(step) for step in steps} == {3}
+    moments = [done for name, done, total in steps if name == "moments"]
+    assert moments == [0, 2, 4, 4, 6, 8, 8]  # after each of two blocks, and after each batch
     assert capsys.readouterr() == ("", "")
     sparsify.convert(model, images(model, 8), progress=True, **SETTINGS)
     assert capsys.readouterr().out == ""
+
+
+def test_every_pass_of_a_search_tells_how_far_it_is():
+    """No image is computed by more than one block, or one trial, without a word: of large images that takes seconds."""
+    steps, forwards = [], []
+    model = pretrained.load(names.resolve("digits"))
+    told = {"progress": lambda *step: steps.append((len(forwards), *step))}
+    with pytest.MonkeyPatch.context() as patch:
+        forward = Block.forward
+        patch.setattr(Block, "forward", lambda self, *x, **more: forwards.append(1) or forward(self, *x, **more))
+        sparsify.convert(model, images(model, 4), target_macs=(0.8, 0.5), calib_images=4, **told)
+    names_of = list(dict.fromkeys(step for _, step, _, _ in steps))
+    assert names_of == [
+        "reading",
+        "moments",
+        "budgets",
+        "blocks",
+        "importance",
+        "schedule",
+        "search",
+        "margins",
+        "MACs",
+    ]
+    for name in names_of:
+        done = [(at, total) for _, step, at, total in steps if step == name]
+        assert all(a <= b for (a, _), (b, _) in itertools.pairwise(done)) and len({total for _, total in done}) == 1
+        assert done[-1][0] == done[-1][1]
+    calls = [at for at, *_ in steps]
+    assert max(b - a for a, b in itertools.pairwise([*calls, len(forwards)])) <= 4 * 4  # blocks: four models

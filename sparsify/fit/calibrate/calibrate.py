@@ -74,7 +74,8 @@ def calibrate(
 
 def fit_importance(model: nn.Module, batches: Batches, progress: Progress = lambda step, done, total: None) -> None:
     """Fits the importance of tokens in every block of a calibrated model, in place (`token_importance.fit`)."""
-    token_importance.fit(model, _counted(batches(), "importance", progress))
+    count = _Count("importance", progress, len(attention_modules(model)))
+    token_importance.fit(model, count.of(batches()), count.block)
 
 
 @dataclass
@@ -128,8 +129,10 @@ class _Fit:
         def add(i: int, q: Tensor, k: Tensor, v: Tensor) -> None:
             if i in fits:
                 fits[i].add(q, k, self.head_dim**-0.5, self.prefix, self.biases[i])
+            count.block(i)
 
-        seen = observe(model, _counted(self.batches(), "attention", self.progress), add) if fits else 0
+        count = _Count("attention", self.progress, self.depth)
+        seen = observe(model, count.of(self.batches()), add) if fits else 0
         for fit in fits.values():
             fit.solve()
         graft.graft(model, config, predictors)
@@ -144,14 +147,18 @@ class _Fit:
         images = torch.cat(list(first_images(self.batches(), probe)))
         plans = [self.plans, *(spent.uniform(keep) for keep in self.keeps)]
         trial = Trial(self.model, self.asked, plans, bases, images, self.execution)
-        self.progress("budgets", 0, len(images))
-        return replace(spent, blocks=measure(trial, lambda done: self.progress("budgets", done, len(images))))
+        return replace(spent, blocks=measure(trial, self.progress))
 
     def _moments(self) -> tuple[list[Moments], int]:
         """The moments of each block, and the images seen."""
         moments = [Moments(self.heads, projection.head_dim(host)) for host in self.attentions.values()]
-        images = _counted(self.batches(), "moments", self.progress)
-        return moments, observe(self.model, images, lambda i, q, k, v: moments[i].add(q, k, self.prefix))
+        count = _Count("moments", self.progress, self.depth)
+
+        def add(i: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+            moments[i].add(q, k, self.prefix)
+            count.block(i)
+
+        return moments, observe(self.model, count.of(self.batches()), add)
 
 
 def images_of(n: int, tokens: int, least: int = 32) -> int:
@@ -168,11 +175,25 @@ def first_images(batches: Iterable[Tensor], n: int) -> Iterator[Tensor]:
             return
 
 
-def _counted(batches: Iterable[Tensor], step: str, progress: Progress, total: int | None = None) -> Iterator[Tensor]:
-    """The batches; `progress` is called with the images done."""
-    done = 0
-    progress(step, 0, total)
-    for x in batches:
-        yield x
-        done += len(x)
-        progress(step, done, total)
+@dataclass
+class _Count:
+    """Tells how many images a step has done, after every block of a batch: of large images a batch takes a minute."""
+
+    step: str
+    progress: Progress
+    depth: int  # blocks
+    done: int = 0  # images of whole batches
+    size: int = 0  # images of the batch at work
+
+    def of(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The batches, counted."""
+        self.progress(self.step, 0, None)
+        for x in batches:
+            self.size = len(x)
+            yield x
+            self.done, self.size = self.done + self.size, 0
+            self.progress(self.step, self.done, None)
+
+    def block(self, i: int) -> None:
+        """Block i of the batch at work is done, counted from 0."""
+        self.progress(self.step, self.done + self.size * (i + 1) // self.depth, None)

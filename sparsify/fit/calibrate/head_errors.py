@@ -26,6 +26,7 @@ PAIRS = 48 * 197  # queries times keys of an image for that, at most: fewer rows
 CHUNK = 8  # images at once
 WEIGHED = 24 * 256  # tokens by which blocks are weighed, at most (but 4 images): it takes half as many passes as blocks
 
+Progress = Callable[[str, int, int | None], None]
 Bases = Sequence[tuple[Tensor, Tensor]]
 """T_q and T_k [H, d, d] of each block (`head_lowrank`)."""
 
@@ -54,24 +55,26 @@ class Trial:
 
 
 @torch.no_grad()
-def measure(trial: Trial, progress: Callable[[int], None] = lambda done: None) -> Mapping[int, BlockErrors]:
+def measure(trial: Trial, progress: Progress = lambda step, done, total: None) -> Mapping[int, BlockErrors]:
     """Weighted errors of the heads of every block, counted from 0, in which `trial.config` lets something move.
 
-    progress: called with the images done.
+    progress: called with the step, the images done in it, and how many there are, after every block of a batch.
     """
-    attentions, found = list(trial.hosts.values()), _blocks(trial)
+    attentions, found, total = list(trial.hosts.values()), _blocks(trial), len(trial.images)
+    depth = len(attentions)
     biases = {i: hosts.position_bias(trial.model, attentions[i]) for i in found}
 
     def add(i: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         if i in found:
             _add(found[i], trial, i, _weights(attentions[i], q), (q, k, v), biases[i])
+        progress("budgets", done + len(x) * (i + 1) // depth, total)
 
     done = 0
     for x in trial.images.split(CHUNK) if found else ():
         observe(trial.model, [x], add)
-        progress(done := done + len(x))
+        done += len(x)
     some = trial.images[: max(4, WEIGHED // trial.shape.tokens)]
-    distances, weighted = _distances(trial, some, list(found)), {}
+    distances, weighted = _distances(trial, some, list(found), progress), {}
     for i, block in found.items():
         at = block.at(trial.plans[0][i])
         weight = max(0.0, distances[i]) / max(float(block.errors[(slice(None), *at)].sum()), 1e-30)
@@ -128,7 +131,7 @@ class _Skip(nn.Module):
         return x
 
 
-def _distances(trial: Trial, images: Tensor, blocks: Sequence[int]) -> dict[int, float]:
+def _distances(trial: Trial, images: Tensor, blocks: Sequence[int], progress: Progress) -> dict[int, float]:
     """`distance` of the model's output from the dense one when one of `blocks` alone is sparse, all its heads alike.
 
     images: those of the trial, or fewer: weights of blocks that are off by half hardly change what the model loses.
@@ -140,6 +143,7 @@ def _distances(trial: Trial, images: Tensor, blocks: Sequence[int]) -> dict[int,
         if i in sums:
             sparse[i] = graft.sparse_block(model, host, trial.config, trial.plans[0][i], trial.bases[i])
             sparse[i].execution = trial.execution
+    done = 0
     for x in images.split(CHUNK) if blocks else ():
         twin = graft.dense_twin(model)
         stack = cast(Any, twin).blocks
@@ -153,6 +157,8 @@ def _distances(trial: Trial, images: Tensor, blocks: Sequence[int]) -> dict[int,
                 with_input.remove()
                 twin.set_submodule(names[i], host)
             stack[i] = _Skip()
+            progress("blocks", done + len(x) * (i + 1) // len(stack), len(images))
+        done += len(x)
     return {i: total / len(images) for i, total in sums.items()}
 
 

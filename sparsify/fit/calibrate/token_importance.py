@@ -11,7 +11,7 @@ x_ij is token j after the attention of block i, where a stage would stand. The G
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -28,8 +28,11 @@ HELD = 1 << 27  # maximum features of all blocks in memory: 512 MB, or those of 
 
 
 @torch.no_grad()
-def fit(model: nn.Module, images: Iterable[Tensor]) -> None:
-    """Fits the importance of every block of a grafted model, in place, by passes of its dense twin over [B, C, H, W]."""
+def fit(model: nn.Module, images: Iterable[Tensor], done: Callable[[int], None] = lambda block: None) -> None:
+    """Fits the importance of every block of a grafted model, in place, by passes of its dense twin over [B, C, H, W].
+
+    done: called when a block of a batch is done, counted from 0.
+    """
     dense = graft.graft(graft.dense_twin(model), SparsityConfig(keep="dense"))
     attentions = list(attention.attention_modules(dense).values())
     depth = len(attentions)
@@ -39,7 +42,11 @@ def fit(model: nn.Module, images: Iterable[Tensor]) -> None:
     patches = hosts.num_tokens(dense) - prefix
     size = max(1, min(CHUNK, HELD // (depth * patches * projection.channels(attentions[0]))))
     for x in (part for batch in images for part in batch.split(size)):
-        inputs, read = zip(*_blocks(dense, x, rows, prefix), strict=True)
+        inputs, read = [], []
+        for i, (features_of_block, read_of_block) in enumerate(_blocks(dense, x, rows, prefix)):
+            inputs.append(features_of_block)
+            read.append(read_of_block)
+            done(i)
         later = torch.zeros_like(read[0])
         for i in reversed(range(depth)):
             later = later + read[i]

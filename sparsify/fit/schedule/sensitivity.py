@@ -90,19 +90,23 @@ def measure(model: nn.Module, way: str, options: Options, images: Iterable[Tenso
             for block in blocks:
                 states.append(block(*states[-1]))
             dense, patches = _output(host, states[-1]), states[0][1].patches
+            work, whole = 0, (len(shares) - 1 + len(options)) * depth * (depth + 1) // 2  # blocks that trials run
             for i, block in enumerate(blocks):
                 for j, share in enumerate(shares[1:], 1):
                     if share or (host.reads_prefix and i == depth - 1):
                         block.stage = TokenStage(way, share, host.num_prefix_tokens)
                         tokens[i, j] += len(x) * _damage(host, blocks[i:], states[i], dense)
                         block.stage = None
+                    work += depth - i
+                    progress(done + len(x) * work // whole)
                 for j, plans in enumerate(options.values()):
                     if plans[i].keeps is not None and i in sparse:
                         before, block.attn = block.attn, sparse[i].with_plan(plans[i])
                         keeps[i, j] += len(x) * _damage(host, blocks[i:], states[i], dense)
                         block.attn = before
+                    work += depth - i
+                    progress(done + len(x) * work // whole)
             done += len(x)
-            progress(done)
         tokens, keeps = tokens / max(done, 1), keeps / max(done, 1)
         empty = float(tokens[-1, -1]) if host.reads_prefix else None
     return Sensitivity(patches, shares[:-1], tokens[:, :-1], empty, options, keeps)

@@ -33,12 +33,13 @@ def measure(
         expected = dense(x)
         if not classify(expected):
             return {}
-        for budget, twin in twins.items():
+        for number, (budget, twin) in enumerate(twins.items(), 1):
             logits = twin(x)
             found[budget][0].extend(margins(logits).tolist())
             differs = expected.argmax(1) != logits.argmax(1)
             found[budget][1].extend((kl_terms(expected, logits).sum(-1) + differs).tolist())
-        progress(done := done + len(x))
+            progress(done + len(x) * number // len(twins))
+        done += len(x)
     return {budget: Sureness(*(tuple(_short(v) for v in values) for values in both)) for budget, both in found.items()}
 
 
