@@ -10,6 +10,7 @@
     sparsify.predict(model, "photos")                 # classes of images with names and probabilities
     sparsify.load("model.safetensors", adaptive=0.6)  # of a file with several budgets: cheap where that is sure enough
     sparsify.save(model, "tuned.safetensors", like="model.safetensors")     # after a training loop of your own
+    sparsify.convert(timm_model, loader, keep=0.1).model                    # of what you hold; no file is written
 
 The names are resolved at first use, so that `import sparsify` does not load torch.
 """
