@@ -71,7 +71,7 @@ what was expected and what to do ([Errors](parts.md#errors)).
 def library() -> str:
     """The public names: a table, a directive of mkdocstrings for each, and the fields of what functions return."""
     names_of = sorted((name for name in sparsify.__all__ if not name.startswith("_")), key=str.lower)
-    things = {name: sparsify.__getattr__(name) for name in names_of}  # not getattr: a package may have the name
+    things = {name: getattr(sparsify, name) for name in names_of}
     functions = [thing for thing in things.values() if inspect.isfunction(thing)]
     first = sorted(things, key=lambda name: not inspect.isfunction(things[name]))  # functions before classes
     names = [[f"[`sparsify.{name}`](#sparsify.{name})", summary(things[name])] for name in first]
