@@ -39,6 +39,9 @@ def copied(module: nn.Module) -> tuple[Source, nn.Module]:
     """
     host = unwrap_model(module)
     name = type(host).__name__
+    if type(host).__module__.startswith("transformers."):
+        how = "give the folder that its save_pretrained writes, or its name on the hub"
+        raise UnsupportedModel(f"this {name} is a model of Hugging Face transformers: {how}")
     if isinstance(host, Adaptive) or attention_modules(host):
         raise UsageError(f"this {name} is sparse already: give the dense model that it was made from")
     for attention in hosts.supported_attentions(host).values():

@@ -16,9 +16,9 @@ from helpers import transformers_models as tiny
 from helpers.hubserver import serving
 from helpers.image_folders import class_folders
 from sparsify.config import SparsityConfig
-from sparsify.errors import BadFile, SparsifyError, UsageError
+from sparsify.errors import BadFile, SparsifyError, UnsupportedModel, UsageError
 from sparsify.fit.calibrate.calibrate import calibrate
-from sparsify.models import checkpoint, names, pretrained
+from sparsify.models import checkpoint, module, names, pretrained
 from sparsify.models.header import check_source
 from sparsify.models.huggingface import configs, families
 from sparsify.nn import hosts
@@ -297,6 +297,13 @@ def test_a_file_of_transformers_by_timms_name_is_told_what_to_give(tmp_path):
     save_file(pretrained.load(names.resolve(str(folder))).state_dict(), tmp_path / "timm.safetensors")
     with pytest.raises(BadFile, match="names as of Hugging Face transformers are expected"):
         loaded(folder, tmp_path / "timm.safetensors")
+
+
+def test_a_module_of_transformers_is_told_what_to_give():
+    with pytest.raises(
+        UnsupportedModel, match="this ViTModel is a model of Hugging Face transformers: give the folder"
+    ):
+        module.copied(tiny.model("vit-features"))
 
 
 def test_a_missing_and_an_unknown_tensor_are_named(tmp_path):
