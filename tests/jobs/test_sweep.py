@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -20,9 +19,10 @@ from helpers.error_lines import the_error
 from sparsify.cli.app import main
 from sparsify.images import datasets
 from sparsify.images.digits import scans
+from sparsify.images.sampling import spread
 from sparsify.jobs import sweep
 from sparsify.jobs.dense import DenseRequest
-from sparsify.measure import evaluate, latency
+from sparsify.measure import evaluate, latency, passes
 from sparsify.measure.latency import Timing
 from sparsify.models import checkpoint
 from sparsify.models.digits import network
@@ -133,7 +133,7 @@ def test_a_recipe_gives_the_settings_model_again(name, swept, figures, run, tmp_
     assert header.config.model_dump(mode="json") == setting["sparsity"]
     again = checkpoint.load("again.safetensors")
     test = scans.Digits("test", datasets.transform(datasets.data_config(again)))
-    drawn = [test[i] for i in sorted(random.Random(0).sample(range(len(test)), 48))]
+    drawn = [test[i] for i in spread(test.labels.tolist(), 48, 0)]
     x, y = torch.stack([image for image, _ in drawn]), torch.tensor([label for _, label in drawn])
     found = evaluate.evaluate(again, graft.dense_twin(again), [(x, y)])
     assert found.kl == pytest.approx(setting["kl"], abs=2e-6)
@@ -150,14 +150,14 @@ def test_the_same_seed_gives_the_same_figures():
 
 def test_another_seed_draws_other_images(monkeypatch):
     seen = []
-    monkeypatch.setattr(evaluate, "compare", lambda dense, sparse, shown, *rest: seen.append(shown) or 1 / 0)
+    monkeypatch.setattr(passes, "compare", lambda dense, sparse, shown, *rest: seen.append(shown) or 1 / 0)
     for seed in (0, 0, 1):
         recipe = load_recipe("calibrate").override(calib_images=4, seed=seed)
         with pytest.raises(ZeroDivisionError):
-            images = sweep.EvaluationImages("digits", limit=16)
+            images = sweep.EvaluationImages("digits", limit=16, seed=seed)
             sweep.sweep(DenseRequest("digits"), recipe, images, targets=(), keeps=(0.1,))
-    assert seen[0].dataset.indices == seen[1].dataset.indices != seen[2].dataset.indices
-    assert len(set(seen[0].dataset.indices)) == 16
+    first, again, other = (shown.dataset.items.indices for shown in seen)
+    assert first == again != other and len(set(first)) == 16
 
 
 def loose(folder, n=5):
