@@ -92,7 +92,7 @@ def collect(source: Path, folder: Path) -> None:
     files = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*.py") if "__pycache__" not in path.parts}
     missing = {name for name in files if not (tree / name).is_file()}
     check(not missing, f"not in the source distribution: {sorted(missing)}")
-    words = "-m pytest --collect-only -q -p no:cacheprovider".split()
+    words = "-m pytest --collect-only -p no:cacheprovider".split()
     said = run(
         [sys.executable, *words], cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, stdout=subprocess.PIPE
     ).stdout
