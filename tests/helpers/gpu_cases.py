@@ -55,12 +55,12 @@ def to_last_bit(found, expected):
 
 
 @st.composite
-def states(draw, most=40):
+def states(draw, counts=st.integers(2, 40)):
     """Tokens x [B, P + n, C], importance [B, n], sizes and places or None, and P; m < n tokens are to remain.
 
     In half of the cases many tokens and many importances are equal, and all cosines, costs and means of two are exact.
     """
-    B, P, n = draw(st.integers(1, 2)), draw(st.integers(0, 3)), draw(st.integers(2, most))
+    B, P, n = draw(st.integers(1, 2)), draw(st.integers(0, 3)), draw(counts)
     m, dtype = draw(st.integers(1, n - 1)), draw(DTYPES)
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     if draw(st.booleans()):
@@ -80,9 +80,23 @@ def states(draw, most=40):
 # ---- kernels ----
 
 
+MANY = st.integers(257, 300)
+"""Tokens that are more than one block in every loop of a kernel."""
+
+
 @drawn(30)
 @given(states())
 def test_a_round_of_merging(state):
+    check_round(state)
+
+
+@drawn(4)
+@given(states(MANY))
+def test_a_round_of_merging_of_many_tokens(state):
+    check_round(state)
+
+
+def check_round(state):
     x, I, size, place, P, m = state
     count = merging.candidates(I.shape[1], m)
     new_x, new_I, new_size, new_place, group = run(tokens.merge_tokens, x, I, size, place, P, m, count)
@@ -102,8 +116,8 @@ def assert_alone_unchanged(x, new_x, group):
     assert torch.equal(new_x.gather(1, group.clamp_min(0).unsqueeze(-1).expand_as(x))[alone], x[alone])
 
 
-@drawn(25)
-@given(states(), st.booleans())
+@drawn(20)
+@given(st.one_of(states(), states(), states(MANY)), st.booleans())
 def test_a_stage_of_evit(state, fuse):
     x, I, _, place, P, m = state
     new_x, new_place, group = run(tokens.choose_tokens, x, I, place, P, m, fuse)
