@@ -6,7 +6,7 @@ OLDEST_TIMM := 1.0.28
 
 .PHONY: venv demo test test-oldest fuzz sanitize lint format bench bench-kernels-accuracy bench-auto bench-accuracy bench-features bench-equality \
 	bench-families bench-tokens bench-finetune bench-survive bench-compiled bench-exported bench-serving bench-quantised \
-	bench-same bench-against bench-gpu-kernels house families frontier names reference docs wheel test-wheel clean
+	bench-same bench-against bench-gpu bench-gpu-kernels house families frontier names reference docs wheel test-wheel clean
 
 venv: $(VENV)/.installed
 
@@ -122,6 +122,11 @@ bench-same: venv
 # keep=1 equals dense, one model of each kind at its own image size and depth.
 bench-equality: venv
 	$(BIN)/python benchmarks/equality.py
+
+# Everything that a GPU can settle, in eight minutes on one; tables in build/bench/.
+bench-gpu: venv
+	mkdir -p build/bench
+	$(BIN)/python benchmarks/gpu.py --markdown build/bench/gpu.md --json build/bench/gpu.json
 
 # Registers and shared memory of the Triton kernels on four GPUs, compiled without one; ten minutes on two cores.
 bench-gpu-kernels: venv

@@ -17,6 +17,7 @@ from sparsify.jobs.dense import DenseRequest, Preprocessing
 from sparsify.keywords import PreprocessingOptions, Progress
 from sparsify.models import hub
 from sparsify.models.original import Which, opened
+from sparsify.nn import cuda_graphs
 from sparsify.processes import Compute, Listener, Say
 
 ModelOrFile = nn.Module | str | Path
@@ -80,7 +81,7 @@ def opened_pair(
     if which != Which():
         raise UsageError("budget and adaptive are of a file; a model has model.set_budget, and load takes adaptive")
     if dense is None or isinstance(dense, nn.Module):
-        return model, dense, False
+        return cuda_graphs.plain(model), dense, False
     raise UsageError(f"dense {dense}: beside a model that is no file, the dense model itself is expected")
 
 

@@ -12,7 +12,7 @@ from sparsify import processes
 from sparsify.errors import UsageError
 from sparsify.jobs.save import save as save_job
 from sparsify.models import checkpoint, hub
-from sparsify.nn import graft, guard
+from sparsify.nn import cuda_graphs, graft, guard
 from sparsify.nn.adaptive import adaptive as adaptively
 from sparsify.nn.warmup import warm_up
 
@@ -27,6 +27,7 @@ def load(
     backend: str = "auto",
     kernel_precision: str = "input",
     warmup: Sequence[tuple[int, int, int, int]] = (),
+    graph: bool = False,
     **rates: float,
 ) -> nn.Module:
     """Load the sparse model of a file or of a hub's repository, in eval mode, for inference or further training.
@@ -56,6 +57,10 @@ def load(
             kernels are built and `auto` measures now, so that the first such call does not wait. An adaptive model's
             second schedule runs for 1 to B images. It holds for the number of threads (`torch.set_num_threads`) and the
             dtype that the model has then.
+        graph: on a CUDA device, replay CUDA graphs, captured at the first call of each shape, budget and dtype: at small
+            batches a GPU otherwise waits for Python. Under `inference_mode` or `no_grad`, for calls of the model itself; the
+            dense model stands in for a shape where its graph is faster, unless the file's backbone was changed. The result
+            wraps the model (`module`) and is for inference alone (`sparsify.nn.cuda_graphs.Graphed`).
         rates: drop_rate, pos_drop_rate, proj_drop_rate, drop_path_rate of training, as timm's (0 to 1).
 
     Returns:
@@ -64,17 +69,26 @@ def load(
     Raises:
         BadFile: a file that is missing, damaged, from a newer version, or that `convert` did not write.
         UsageError: an unknown backend, precision or rate, a budget or a mean cost that the file does not have, a shape that
-            the model does not take, or backend cpu where the kernels cannot be used.
+            the model does not take, backend cpu where the kernels cannot be used, or graph on another device than CUDA's or
+            with adaptive.
         SparsifyError: a download that failed.
     """
     file = hub.local(path)
     if budget is not None and adaptive is not None:
         raise UsageError("give either budget, one schedule, or adaptive, two of them")
-    target, loaded = processes.torch_device(device), checkpoint.read(file, img_size, rates, budget)
+    target = processes.torch_device(device)
+    if graph:
+        cuda_graphs.check(target)
+        if adaptive is not None:
+            raise UsageError("graph replays one schedule: an adaptive model waits for the logits of its first")
+    loaded = checkpoint.read(file, img_size, rates, budget)
     rule = None if adaptive is None else loaded.header.rule(adaptive)
     model = graft.freeze_predictors(loaded.model.to(target))
-    guard.set_backend(model, backend, kernel_precision, dense_allowed=not loaded.header.backbone_changed)
+    own = not loaded.header.backbone_changed
+    guard.set_backend(model, backend, kernel_precision, dense_allowed=own, graph=graph)
     loaded_model = model if rule is None else adaptively(model, rule)
+    if graph:
+        loaded_model = cuda_graphs.Graphed(model, dense_allowed=own and backend == "auto")
     warm_up(loaded_model, warmup)
     return loaded_model
 

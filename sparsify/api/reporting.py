@@ -24,6 +24,7 @@ from sparsify.jobs.show import Pictures, Views
 from sparsify.keywords import PushOptions, ViewOptions
 from sparsify.models import hub
 from sparsify.models.original import Which, opened
+from sparsify.nn import cuda_graphs
 from sparsify.nn.adaptive import Adaptive
 from sparsify.processes import Compute
 
@@ -203,4 +204,4 @@ def _views(images: PathOrPaths, options: ViewOptions) -> tuple[Views, Any, Any]:
 
 def _plain(model: nn.Module, device: torch.device) -> nn.Module:
     """A copy in float32, eval mode."""
-    return copy.deepcopy(model).to(device, torch.float32).eval()
+    return copy.deepcopy(cuda_graphs.plain(model)).to(device, torch.float32).eval()

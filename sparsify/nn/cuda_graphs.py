@@ -149,6 +149,11 @@ class Graphed(nn.Module):
         raise TypeError("a model with CUDA graphs is not pickled: pickle its `module`")
 
 
+def plain(model: nn.Module) -> nn.Module:
+    """The model without its graphs."""
+    return model.module if isinstance(model, Graphed) else model
+
+
 def check(device: torch.device) -> None:
     """Raise `UsageError` where there are no CUDA graphs."""
     if device.type != "cuda":

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from timm.utils import unwrap_model
 from torch import nn
 
 from sparsify.errors import UsageError, field
@@ -38,7 +39,7 @@ def warm_up(model: nn.Module, shapes: Sequence[Sequence[int]]) -> None:
 @torch.inference_mode()
 def _every_budget(model: nn.Module, shape: tuple[int, ...]) -> None:
     like = next(model.parameters())
-    x, several = torch.zeros(shape, dtype=like.dtype, device=like.device), schedules.offered(model)
+    x, several = torch.zeros(shape, dtype=like.dtype, device=like.device), schedules.offered(unwrap_model(model))
     if several is None:
         model(x)
         return

@@ -19,7 +19,15 @@ from sparsify.ops.cpu import kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {path.name: path for path in (ROOT / "benchmarks").glob("*.py")}
-LIBRARIES = {"harness.py", "variants.py", "activations.py", "bounds.py"}  # that scripts import
+LIBRARIES = {
+    "harness.py",
+    "variants.py",
+    "activations.py",
+    "bounds.py",
+    "gpu_models.py",
+    "gpu_predictions.py",
+    "gpu_tiles.py",
+}  # that scripts import
 DEPTH = 2  # of the models
 CLASSES = ("n01440764", "n01443537")  # of ImageNet
 
@@ -37,6 +45,7 @@ TOY = {
     "finetune.py": "--only default --set stages.0.steps=1 --set stages.0.batch_size=4 --set calib_images=4",
     "fingerprints.py": "--only token-lowrank",
     "frontier.py": "--images 4 --calib-images 4 --only mean --output .",
+    "gpu.py": "--toy --items ceilings,dense",  # all of it in test_gpu_benchmark.py
     "gpu_kernels.py": "--target sm_80 --model 'ViT-S/16 224'",
     "house.py": "",
     "kernel_accuracy.py": "--images 8 --calib-images 4 --sizes 224 --only tiles",
