@@ -29,6 +29,7 @@ from sparsify.recipe import Recipe, Stage
 
 PAGES = [page for page in pages.pages() if page != "docs/tutorial.md" and blocks(page)]
 NOT_RUN = {
+    ("docs/gpu.md", "import sparsify"),  # needs a GPU
     # (page, its first line): why it does not run
 }
 CHEAP = ("--version", "models", "predict", "recipes", "show")
