@@ -66,7 +66,7 @@ def test_the_header_tells_what_was_done(tmp_path, scores, monkeypatch):
     assert about["recipe"] == chosen.model_dump(mode="json") and about["calibration"] == {"images": 8, "set": "user"}
     tuned = about["finetuned"]
     assert (tuned["steps"], tuned["stopped"], tuned["precision"], tuned["processes"]) == (3, "", "float32", 1)
-    assert tuned["images"] == 1188 and tuned["start"]["images"] == 24 and "12 images of digits" in tuned["judged_on"]
+    assert tuned["images"] == 1188 and tuned["start"]["images"] == 24 and "12 held-out images of digits" in tuned["judged_on"]
     scores[:] = [1.0, 0.5]
     alone = small_runs.convert(
         tmp_path / "p.safetensors", recipe({"train": "predictors", "losses": ATTENTION, "steps": 1})
@@ -140,7 +140,7 @@ def test_options_of_the_command_reach_the_run(run, tmp_path):
     ]
     code, out, err = run(*how, "--set", "stages.0.losses.features=0.5", "--save-minutes", 0, "--micro-batch", 2)
     assert code == 0 and "wrote model.safetensors" in out and "; the run is in model.run" in out
-    assert "distill 1 steps of 4; judged on 12 images of digits" in " ".join(err.split())
+    assert "distill 1 steps of 4; judged on 12 held-out images of digits" in " ".join(err.split())
     stored = load_recipe("model.run/recipe.yaml")
     assert (stored.stages[0].batch_size, stored.stages[0].losses.features, stored.seed) == (4, 0.5, 7)
     code, out, err = run(*how, "--calibrate-only", "-o", "c.safetensors")
