@@ -70,6 +70,7 @@ def measure(trial: Trial, progress: Progress = lambda step, done, total: None) -
         progress("budgets", done + len(x) * (i + 1) // depth, total)
 
     done = 0
+    progress("budgets", 0, total)
     for x in trial.images.split(CHUNK) if found else ():
         observe(trial.model, [x], add)
         done += len(x)
@@ -144,6 +145,7 @@ def _distances(trial: Trial, images: Tensor, blocks: Sequence[int], progress: Pr
             sparse[i] = graft.sparse_block(model, host, trial.config, trial.plans[0][i], trial.bases[i])
             sparse[i].execution = trial.execution
     done = 0
+    progress("blocks", 0, len(images))
     for x in images.split(CHUNK) if blocks else ():
         twin = graft.dense_twin(model)
         stack = cast(Any, twin).blocks

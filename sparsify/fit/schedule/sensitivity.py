@@ -85,6 +85,7 @@ def measure(model: nn.Module, way: str, options: Options, images: Iterable[Tenso
         depth, shares = len(blocks), (1.0, *SHARES, 0.0)
         tokens, keeps = np.zeros((depth, len(shares))), np.zeros((depth, len(options)))
         done = patches = 0
+        progress(0)
         for x in (part for batch in images for part in batch.split(CHUNK)):
             states = [host.start(x, host.full_grid)]  # before each block, and after the last
             for block in blocks:
