@@ -17,9 +17,10 @@ LARGEST_HEAD, MOST_CHANNELS = 128, 4096
 
 
 def usable(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernels compute a call on x and others: on a GPU, with triton, without a gradient, not for an export.
+    """Whether the kernels compute a call on x and others; else the reference does.
 
-    False under autocast's other devices, torch.jit traces, and transformations of torch.func: there the reference computes.
+    They do on a GPU with triton; not where a gradient is needed, for an export, in a torch.jit trace or under a
+    transformation of torch.func.
     """
     if x.device.type != "cuda" or x.dtype not in DTYPES:
         return False

@@ -56,7 +56,8 @@ def rank(
         c = start + tl.arange(0, BC)
         part = tl.load(rows + c[None], mask=(i < n)[:, None] & (c < C)[None], other=0.0).to(tl.float32)
         squares += part * part
-    tl.store(inverse + image * n + i, 1.0 / tl.maximum(tl.sqrt(tl.sum(squares, 1)), 1e-12), mask=i < n)
+    length = tl.maximum(tl.sqrt_rn(tl.sum(squares, 1)), 1e-12)
+    tl.store(inverse + image * n + i, tl.div_rn(tl.full([ROWS], 1.0, tl.float32), length), mask=i < n)
 
 
 @triton.jit(do_not_specialize=["n", "P", "count"])
