@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from sparsify.nn import merging
+from sparsify.nn.tokens import ranking
 from sparsify.ops import attention, timing
 from sparsify.ops.devices import device_name, gpu_details
 from sparsify.ops.selection import Context, Ranking
@@ -125,6 +126,15 @@ def ceilings(run: Run) -> None:
 def check(run: Run) -> None:
     import gpu_tiles as tiles
 
+    torch.use_deterministic_algorithms(True, warn_only=True)  # new tensors are filled with NaN
+    try:
+        _check(run, tiles)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _check(run: Run, tiles: Any) -> None:
+
     shapes = [((8, 9), 1, 0.3)] if run.toy else [((14, 14), 1, 0.25), ((37, 37), 1, 0.15), ((20, 33), 4, 1.0)]
     for grid, prefix, keep in shapes:
         N = prefix + grid[0] * grid[1]
@@ -132,29 +142,40 @@ def check(run: Run) -> None:
         s = tiles.Settings(16, budget(keep, N), prefix, grid, (4, 4), exact=True)
         found = tiles.attention(q, k, v, HEAD**-0.5, s)
         spec = Spec.uniform(s.budget, prefix, "clusters", grid, (4, 4), (8, 8), HEAD**-0.5)
-        ranking = Ranking(None, None, None, None, 0.0, (16,) * q.shape[1])
-        expected = attention.attention(q, k, v, ranking, Context(), spec, "reference")
-        same = torch.equal(found, tiles.attention(q, k, v, HEAD**-0.5, s))
-        error = float((found - expected).norm() / expected.norm())
-        run.add("check", what=f"tiles, {N} tokens", error=error, twice_the_same=same, right=error < 1e-3 and same)
+        by = Ranking(None, None, None, None, 0.0, (16,) * q.shape[1])
+        expected = attention.attention(q, k, v, by, Context(), spec, "reference")
+        call = partial(tiles.attention, q, k, v, HEAD**-0.5, s)
+        compared(run, f"tiles, {N} tokens", call, found, expected, 1e-3)
     if kernels() is None:
         raise LookupError("the kernels for tokens are not there")
-    tokens, _ = kernels()
+    tokens, sized = kernels()
     for n, m in [(20, 14)] if run.toy else [(196, 138), (1369, 959)]:
         x, I = torch.randn(4, n, 64, device=run.device), torch.rand(4, n, device=run.device)
         call = partial(tokens.merge_tokens, x, I, None, None, 0, m, merging.candidates(n, m))
-        (merged, *_, group), expected = call(), merging.matching(x, I, m)[1]
-        mean = merging.weighted_mean(x, I, group, m)
-        error, same = float((merged - mean).abs().max()), all(map(torch.equal, call(), call()))
-        moved = float((group != expected).float().mean())  # products differ in the last bits: neighbours may swap
-        run.add(
-            "check",
-            what=f"merging {n} to {m}",
-            error=error,
-            twice_the_same=same,
-            other_groups=moved,
-            right=error < 1e-4 and same and moved < 0.01,
-        )
+        merged, *_, group = call()
+        moved = float((group != merging.matching(x, I, m)[1]).float().mean())  # products differ in their last bits
+        right = compared(run, f"merging {n} to {m}", call, merged, merging.weighted_mean(x, I, group, m))
+        run.add("check", what=f"groups of {n} to {m}", error=moved, right=right and moved < 0.01)
+        call = partial(tokens.choose_tokens, x, I, None, 0, m, True)
+        chosen, _, group = call()
+        same = torch.equal(group, ranking(I, m, True)[1])
+        right = compared(run, f"evit-fused, {n} to {m}", call, chosen, merging.weighted_mean(x, I, group, m + 1))
+        run.add("check", what=f"groups of evit, {n} to {m}", error=0.0 if same else 1.0, right=right and same)
+        q, k, v = (t.contiguous() for t in run.heads(1, n)[0].unbind(0))
+        size, scale = 1 + torch.rand(1, n, device=run.device), HEAD**-0.5
+        call = partial(sized.sized_attention, q, k, v, size, scale)
+        exact = attention.dense("sdpa", q.float(), k.float(), v.float(), None, scale, "input", size)
+        compared(run, f"attention with sizes, {n} tokens", call, call(), exact, 2e-2)
+
+
+def compared(run: Run, what: str, call: Callable[[], Any], found: Tensor, expected: Tensor, most: float = 1e-4) -> bool:
+    """Notes the error of a result, and whether a second call gives the same bits."""
+    again = call()
+    first, second = (call(), again) if isinstance(again, tuple) else ((call(),), (again,))
+    same = all(map(torch.equal, first, second))
+    error = float((found.float() - expected.float()).norm() / expected.float().norm())
+    run.add("check", what=what, error=error, twice_the_same=same, right=error < most and same)
+    return error < most and same
 
 
 def dense(run: Run) -> None:
@@ -197,7 +218,7 @@ def tiles(run: Run) -> None:
 
     forms = [(0.25, (8, 8), 32, False), (0.25, (8, 8), 16, False), (0.25, (8, 8), 16, True)]
     forms += [(0.15, (8, 8), 16, False), (0.25, (8, 16), 16, False)]
-    for side in (4,) if run.toy else (14, 24, 32, 37, 64):
+    for side in (4,) if run.toy else (14, 37, 64, 24, 32):
         N = 1 + side * side
         batch = 1 if run.toy else max(1, 32768 // N)
         reference = best(run, batch, N)

@@ -64,6 +64,10 @@ class Chosen(NamedTuple):
     dropped: Tensor  # keys that the tile dropped of each cell, int32 [BH, T, CP]
 
 
+NUMBERS = "N P GH GW CH CW M H b T C".split()
+"""Arguments whose values do not matter to a kernel: compiled for each kind of value they would take minutes."""
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, s: Settings) -> Tensor:
     """[B, H, N, d] x 3, strided in all but d -> [B, N, H*d]."""
     prepared = prepare(k, v, s)
@@ -168,7 +172,7 @@ def _nearest(features, centre, count, M: tl.constexpr, DOT: tl.constexpr):
     return tl.argmin(distance, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _cluster(
     k, mean, covariance, cell, kb, kh, kn, N, P, GH, GW, CH, CW, H,
     R: tl.constexpr, RP: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr,
@@ -219,7 +223,7 @@ def _cluster(
         tl.store(cell + head * N + j, tl.where(j < P, j, a + P), j < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _average(
     x, cell, means, held, xb, xh, xn, N, P, M, H,
     D: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
@@ -244,7 +248,7 @@ def _average(
     tl.store(held + into, count.to(tl.int32), c < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _score(
     q, k, mean, covariance, pooled, qb, qh, qn, kb, kh, kn, N, P, GH, GW, H, T,
     R: tl.constexpr, RP: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, QUADS: tl.constexpr, BLOCK: tl.constexpr,
@@ -278,7 +282,7 @@ def _score(
     tl.store(pooled + (head.to(tl.int64) * T + tile) * N + j, tl.max(z, 0), j < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _choose(
     pooled, cell, index, dropped, N, b, T, C, NP: tl.constexpr, CPP: tl.constexpr, BITS: tl.constexpr
 ):  # fmt: skip
@@ -316,7 +320,7 @@ def _online(q, k, v, bias, top, total, out, scale, DOT: tl.constexpr):
     return new, total * factor + tl.sum(p, 1), out * factor[:, None] + tl.dot(p.to(v.dtype), v, input_precision=DOT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _attend(
     q, k, v, keys, values, index, dropped, to, scale, qb, qh, qn, kb, kh, kn, vb, vh, vn, N, P, GH, GW, b, T, C, H,
     TH: tl.constexpr, TW: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PREFIX: tl.constexpr, DOT: tl.constexpr,
