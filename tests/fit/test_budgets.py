@@ -220,7 +220,7 @@ def test_a_distance_below_zero_is_none(monkeypatch):
 def test_blocks_are_weighed_by_a_number_of_tokens_but_by_four_images(monkeypatch, tokens, images):
     seen, right = [], head_errors._distances
     monkeypatch.setattr(head_errors, "WEIGHED", tokens)
-    monkeypatch.setattr(head_errors, "_distances", lambda t, x, b: seen.append(len(x)) or right(t, x, b))
+    monkeypatch.setattr(head_errors, "_distances", lambda t, x, *more: seen.append(len(x)) or right(t, x, *more))
     model, x = build("deit"), torch.randn(6, 3, 96, 96)
     calibrate(model, SparsityConfig(keep=0.2, rank=8), lambda: x.split(2))
     assert seen == [images]
