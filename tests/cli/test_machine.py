@@ -86,6 +86,7 @@ def test_without_compiler_and_library_the_state_says_what_to_install(tmp_path, m
     monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build, "PREBUILT", tmp_path / "none.so")
     assert "install g++" in build.state()
     (tmp_path / "c++").write_text("#!/bin/sh\n")
     (tmp_path / "c++").chmod(0o755)
