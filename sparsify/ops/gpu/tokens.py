@@ -103,7 +103,7 @@ def merge_tokens(
     tensors: tuple[Tensor, ...] = (x, I, rising, order, inverse)
     launch(kernels.rank, (tiles(n, 16), B), (*tensors, n, prefix), device, C=C, BC=128, ROWS=16, BLOCK=128, num_warps=4)
     tensors = (x, I, order, inverse, near, cost)
-    tile = dict(BC=32 if x.dtype == torch.float32 else 64, ROWS=64, BLOCK=64, num_warps=4, num_stages=3)
+    tile = dict(BC=16 if x.dtype == torch.float32 else 64, ROWS=64, BLOCK=64, num_warps=4, num_stages=3)
     grid, how = (tiles(count, 64), B), precision(x)
     launch(kernels.nearest, grid, (*tensors, n, prefix, count), device, C=C, PRECISION=how, **tile)
     NP = power_of_two(n)
@@ -171,7 +171,9 @@ def _merged(
     CP = power_of_two(C)
     constants = dict(C=C, CP=CP, BLOCK=256, MEMBERS=max(1, 4096 // CP))
     constants |= dict(SIZED=size is not None, PLACED=place is not None, GROUPED=way != "evit", MERGES=merges)
-    launch(kernels.merge, (prefix + m, B), (*tensors, n, m, prefix), x.device, **constants, num_warps=4)
+    launch(
+        kernels.merge, (prefix + m, B), (*tensors, n, m, prefix), x.device, **constants, num_warps=8 if CP > 1024 else 4
+    )
     return new_x, new_I, new_size, new_place
 
 
