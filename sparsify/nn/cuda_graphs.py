@@ -63,6 +63,7 @@ class Graphed(nn.Module):
         check(self.device)
         self._graphs: OrderedDict[Key, Recorded] = OrderedDict()
         self._lock = threading.Lock()
+        self._done = torch.cuda.Event()  # of the last replay: another thread may have another stream
 
     @property
     def device(self) -> torch.device:
@@ -90,10 +91,13 @@ class Graphed(nn.Module):
                 while len(self._graphs) > MOST:
                     self._graphs.popitem(last=False)
             self._graphs.move_to_end(key)
+            torch.cuda.current_stream().wait_event(self._done)
             with torch.inference_mode():  # its tensors were made in it
                 found.images.copy_(x)
                 found.graph.replay()
-            return found.outputs.clone()
+            outputs = found.outputs.clone()
+            self._done.record()
+            return outputs
 
     def _replayable(self, x: Any) -> bool:
         if not isinstance(x, Tensor) or x.device != self.device or torch.compiler.is_compiling():

@@ -92,6 +92,7 @@ class PretendedCuda:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now, self.capturing, self.replays, self.captured = 0.0, False, 0, 0
+        self.waited: list[Any] = []  # events that streams were told to wait for
         world = self
 
         class Event:
@@ -130,6 +131,9 @@ class PretendedCuda:
         class Stream:
             def wait_stream(self, other: Any) -> None:
                 pass
+
+            def wait_event(self, event: Any) -> None:
+                world.waited.append(event)
 
         for name, value in {
             "Event": Event, "CUDAGraph": Graph, "graph": graph, "Stream": Stream, "current_stream": Stream,

@@ -66,6 +66,14 @@ def test_the_input_is_copied_into_the_graphs_own(world):
     assert torch.equal(recorded.images, x) and recorded.images.data_ptr() != x.data_ptr()
 
 
+def test_a_call_waits_on_the_gpu_for_the_last_ones_output(world):
+    """Two threads with streams of their own share the graph's input and output."""
+    graphed = Graphed(Model(world))
+    for _ in range(2):
+        graphed(torch.randn(2, 4))
+    assert world.waited == [graphed._done] * 2 and graphed._done.at == world.now > 0
+
+
 @pytest.mark.parametrize("why", ["hook", "gradient of x", "gradient of a weight", "keyword", "subclass"])
 def test_what_a_graph_cannot_do_runs_eagerly(world, why):
     model = Model(world)
