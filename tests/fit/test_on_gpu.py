@@ -6,10 +6,12 @@ With a backward pass on the meta device; forward passes and losses in mixed prec
 import contextlib
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 
 from helpers.fake_gpu import fake_gpu
+from sparsify.fit.finetune import run as runs
 from sparsify.fit.finetune.batches import Batch
 from sparsify.fit.finetune.loop import StageRun
 from sparsify.fit.finetune.objective import Objective
@@ -103,6 +105,16 @@ def test_the_losses_of_a_recipe_in_mixed_precision(name, number, dtype, monkeypa
             teacher = run.teacher(batches[0].x)
         losses = objective(batches[0].x, batches[0].y, teacher)
         assert losses and all(loss.is_cuda and loss.requires_grad for loss in losses.values())
+
+
+@pytest.mark.parametrize("device, current", [("cuda:1", [torch.device("cuda:1")]), ("cuda", []), ("cpu", [])])
+def test_the_gpu_that_was_asked_for_trains(device, current, monkeypatch):
+    """accelerate takes the process's current one."""
+    made, chosen = {}, []
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **how: made.update(how))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    runs._accelerator("bfloat16", device)
+    assert chosen == current and made["cpu"] == (device == "cpu") and made["mixed_precision"] == "bf16"
 
 
 def test_auto_precision_is_bfloat16_where_the_gpu_has_instructions_for_it(monkeypatch):

@@ -93,8 +93,10 @@ def _accelerator(precision: str, device: str) -> Accelerator:
 
     AcceleratorState._reset_state(reset_partial_state=False)
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # the last block's patch rows may feed no loss
-    on_cpu = torch.device(device).type == "cpu"
-    return Accelerator(mixed_precision=PRECISIONS[precision], cpu=on_cpu, kwargs_handlers=[unused])
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)  # accelerate takes the current one
+    return Accelerator(mixed_precision=PRECISIONS[precision], cpu=chosen.type == "cpu", kwargs_handlers=[unused])
 
 
 def _repair(context: RunContext) -> None:
