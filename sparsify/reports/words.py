@@ -18,7 +18,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _PLAIN = re.compile(r"[\w.:/@+-]+", re.ASCII)
 # what begins something in Markdown; of underscores those at the edge of a word, of colons and dots those of addresses
 _MARKS = re.compile(r"[\\`*\[\]#|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.", re.IGNORECASE)
-_AT_START = re.compile(r"^(\s*\d*)((?<!\d)[-+=](?!\d)|(?<=\d)[.)](?=\s))")
+_AT_START = re.compile(r"^(\s*\d*)((?<!\d)[-+=](?!\d)|(?<=\d)[.)](?=\s|$))")
 
 
 def human(count: float) -> str:

@@ -24,7 +24,15 @@ def test_any_text_is_one_paragraph_of_its_own_words(text):
 
 @pytest.mark.parametrize(
     ("text", "escaped"),
-    [("    x", " x"), ("- x", r"\- x"), ("1. x", r"1\. x"), ("===", r"\==="), ("-0.05", "-0.05"), ("a_b", "a_b")],
+    [
+        ("    x", " x"),
+        ("- x", r"\- x"),
+        ("1. x", r"1\. x"),
+        ("1)", r"1\)"),
+        ("===", r"\==="),
+        ("-0.05", "-0.05"),
+        ("a_b", "a_b"),
+    ],
 )
 def test_what_begins_a_block_is_escaped_and_numbers_and_names_stay(text, escaped):
     assert markdown(text) == escaped
