@@ -1,7 +1,7 @@
 """The command line: each of `commands/` parses, calls one job and renders its result. torch is imported inside them only.
 
-Exit codes: 0 done; 1 a bad file, data set or model; 2 a bad option, argument or name; 130 interrupted; 141 the reader of
-the output has gone. Results go to stdout, everything else to stderr.
+Exit codes: 0 done; 1 a bad file, data set or model; 2 a bad option, argument or name; 130 interrupted; 141 the output
+pipe was closed. Results go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sparsify.cli.helptext import App
 from sparsify.errors import SparsifyError, one_line, short
 
 INTERRUPTED = 130
-READER_GONE = 141  # as a shell reports a program that SIGPIPE ended
+READER_GONE = 141  # as shells report a program ended by SIGPIPE
 
 app = App(
     name="sparsify",
@@ -39,7 +39,7 @@ app = App(
     epilog=(
         "'sparsify COMMAND --help' shows the options of a command. Results go to stdout; notes, progress and errors go to "
         "stderr.\n\n\b\nExit codes:\n  0    done\n  1    a bad file, data set or model\n"
-        "  2    a bad option, argument or name\n  130  interrupted\n  141  the reader of the output has gone (| head)"
+        "  2    a bad option, argument or name\n  130  interrupted\n  141  the output pipe was closed (| head)"
     ),
     pretty_exceptions_enable=False,
 )
@@ -58,7 +58,7 @@ def _version(asked: bool) -> None:
 def root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print versions and kernels, and stop."),
+        typer.Option("--version", callback=_version, is_eager=True, help="Print versions and kernels, then exit."),
     ] = False,
 ) -> None:
     """Options of every command follow the command."""

@@ -16,9 +16,9 @@ from sparsify.cli import terminal
 
 WIDTH = 100  # columns at most, in a wide terminal
 OPTIONS = "Options"  # the group of options without a group
-KEPT, FORM, LEARNING, FILES = "What is kept", "Form of the sparse attention", "Images and training", "Files"
+KEPT, FORM, LEARNING, FILES = "Keys and tokens", "Sparse attention", "Images and training", "Files"
 # groups of options that several commands share
-MODEL, INPUT, RUNNING, TALK = "Model", "Images and classes of the model", "Running", "Messages"
+MODEL, INPUT, RUNNING, TALK = "Model", "Preprocessing and classes", "Running", "Messages"
 LAST = (MODEL, INPUT, RUNNING, TALK)  # shown last
 LEFT = 28  # columns for an option's name; a longer one has its own line
 

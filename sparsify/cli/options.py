@@ -67,60 +67,64 @@ Model = Annotated[Path, argument("FILE", _MODEL, parser=model_file)]
 LocalModel = Annotated[Path, argument("FILE", "File that 'convert' wrote.")]
 _NAME = "Dense model: alias (deit_small), timm name, ORG/NAME on the Hub, folder or digits."
 DenseName = Annotated[str, argument("NAME", _NAME, words=completion.models)]
-_DENSE = "Dense original to compare with: name, or checkpoint. Needed for fine-tuned files only."
+_DENSE = "Dense original to compare with: model name or checkpoint. Only fine-tuned files need it."
 Dense = Annotated[str | None, option("NAME|FILE", _DENSE, MODEL, "the file's own weights", completion.models)]
-_WEIGHTS = "Your own checkpoint of that architecture: .safetensors, .pth or *.index.json."
+_WEIGHTS = "Your own checkpoint of this architecture: .safetensors, .pth or *.index.json."
 Weights = Annotated[Path | None, option("FILE", _WEIGHTS, MODEL, "timm's")]
-_EMA = "Of --weights: the averaged weights (EMA), or the others."
-Ema = Annotated[bool | None, option(None, _EMA, MODEL, "averaged, where there are any", names="--ema/--no-ema")]
-_CLASSES = "Classes of --weights; 0: features."
-NumClasses = Annotated[int | None, option("N", _CLASSES, MODEL, "read off the file", min=0)]
-_SIDE = "Side of the image in pixels."
+_EMA = "Take the averaged (EMA) or the plain weights of --weights."
+Ema = Annotated[bool | None, option(None, _EMA, MODEL, "averaged, if the file has them", names="--ema/--no-ema")]
+_CLASSES = "Number of classes of --weights; 0: a feature model."
+NumClasses = Annotated[int | None, option("N", _CLASSES, MODEL, "read from the file", min=0)]
+_SIDE = "Image size in pixels (square)."
 ImgSize = Annotated[int | None, option("PIXELS", _SIDE, MODEL, "the model's own", min=1, max=10_000)]
-_MEAN = "Mean of pixels, 0 to 1: one number, or one for each channel, 0.5,0.5,0.5."
+_MEAN = "Pixel mean, 0 to 1: one number, or one per channel (0.5,0.5,0.5)."
 Mean = Annotated[str | None, option("M", _MEAN, INPUT, "the model's")]
-Std = Annotated[str | None, option("S", "Standard deviation of pixels, the same way.", INPUT, "the model's")]
-_CROP = "Side of the central crop, as a fraction of the shorter side."
+Std = Annotated[str | None, option("S", "Pixel standard deviation, in the same form.", INPUT, "the model's")]
+_CROP = "Side of the centre crop, as a fraction of the image's shorter side."
 CropPct = Annotated[float | None, option("SHARE", _CROP, INPUT, "the model's")]
-_INTERPOLATION = "Of resizing: bicubic, bilinear, nearest, box, hamming, lanczos."
+_INTERPOLATION = "Resizing filter: bicubic, bilinear, nearest, box, hamming, lanczos."
 Interpolation = Annotated[str | None, option("NAME", _INTERPOLATION, INPUT, "the model's")]
-_CLASS_MAP = "Names of all classes in their order: .txt, one on each line, or .json."
+_CLASS_MAP = "Class names in the model's order: .txt with one per line, or .json."
 ClassMap = Annotated[Path | None, option("FILE", _CLASS_MAP, INPUT, "folders in natural order")]
-Device = Annotated[str, option("NAME", "Device of torch: cpu, cuda, cuda:1, mps.", RUNNING, words=completion.DEVICES)]
+Device = Annotated[str, option("NAME", "torch device: cpu, cuda, cuda:1, mps.", RUNNING, words=completion.DEVICES)]
 Dtype = Annotated[str, option("NAME", "float32, bfloat16 or float16.", RUNNING, words=DTYPES)]
-_BACKEND = "Implementation of sparse attention: auto (the CPU kernels if they can run), cpu, reference."
+_BACKEND = "Implementation of sparse attention: auto (the CPU kernels where they can run), cpu, reference."
 Backend = Annotated[str, option("NAME", _BACKEND, RUNNING, words=completion.BACKENDS)]
-_PRECISION = "What the CPU kernels store: input (the model's dtype), or bf16 for float32 models too."
+_PRECISION = "Storage dtype of the CPU kernels: input (the model's dtype), or bf16 for float32 models too."
 KernelPrecision = Annotated[str, option("NAME", _PRECISION, RUNNING, words=completion.KERNEL_PRECISIONS)]
-BatchSize = Annotated[int, option("N", "Images computed together.", RUNNING, min=1)]
-TimedBatch = Annotated[int, option("N", "Images of one timed forward pass.", RUNNING, min=1)]
-Workers = Annotated[int, option("N", "Processes that read images; 0 reads in this one.", RUNNING, min=0, max=1000)]
-Quiet = Annotated[bool, flag("--quiet -q", "Print nothing but the names of the files written, and errors.", TALK)]
-Debug = Annotated[bool, flag("--debug", "Show the traceback of an error.", TALK)]
+BatchSize = Annotated[int, option("N", "Images per forward pass.", RUNNING, min=1)]
+TimedBatch = Annotated[int, option("N", "Images per timed forward pass.", RUNNING, min=1)]
+Workers = Annotated[
+    int, option("N", "Processes that read images; 0: the main process reads them.", RUNNING, min=0, max=1000)
+]
+Quiet = Annotated[bool, flag("--quiet -q", "Print only errors and the names of written files.", TALK)]
+Debug = Annotated[bool, flag("--debug", "Show tracebacks of errors.", TALK)]
 
 # of convert
 
 _KEEP = (
-    "Fraction of keys that each query attends to, above 0 and up to 1, or dense; what it costs is spent over the heads. "
-    "Or one for each block, 0.2,dense,..."
+    "Fraction of keys that each query attends to (above 0, at most 1), or dense; calibration distributes the MACs over "
+    "the heads. A list (0.2,dense,...) has one value per block."
 )
 Keep = Annotated[str | None, option("SHARE", _KEEP, KEPT, "the recipe's, 0.1; dense with --token-keep alone")]
-_TOKEN_KEEP = "Fraction of patch tokens kept at each stage; or a rate for each block, 1,1,0.8,..."
+_TOKEN_KEEP = "Fraction of patch tokens kept at each stage, or one rate per block (1,1,0.8,...)."
 TokenKeep = Annotated[str | None, option("SHARE", _TOKEN_KEEP, KEPT, "all tokens")]
-_STAGES = "Blocks, counted from 1, after whose attention tokens are removed."
+_STAGES = "Blocks that remove tokens after their attention, counted from 1."
 TokenStages = Annotated[str | None, option("BLOCKS", _STAGES, KEPT, "by depth: 4,7,10 of 12")]
 _WAY = "How tokens are removed: merge, evit or evit-fused."
 TokenWay = Annotated[str | None, option("WAY", _WAY, KEPT, "merge", completion.WAYS)]
 _IMPORTANCE = "Token importance: fitted (predicted from the token) or attention (cls row)."
 TokenImportance = Annotated[str | None, option("KIND", _IMPORTANCE, KEPT, "fitted", completion.IMPORTANCES)]
 _MACS = (
-    "Choose keep and tokens of every block for this fraction of the dense model's MACs. Several, 0.7,0.55,0.4: one file "
-    "with a schedule for each; the first is in use."
+    "Search each block's keep and token count for this fraction of the dense model's MACs. Several (0.7,0.55,0.4) give "
+    "one file with a schedule for each; the first is the default."
 )
 TargetMacs = Annotated[str | None, option("SHARE,...", _MACS, KEPT, "none")]
-_LATENCY = "The same for fractions of its time, on this machine at batch 1."
+_LATENCY = "The same for a fraction of the dense model's time on this machine, at batch 1."
 TargetLatency = Annotated[str | None, option("SHARE,...", _LATENCY, KEPT, "none")]
-_FOR = "Where the model is to run: eager, compile, onnxruntime, openvino; the last two: fewer tokens, dense attention."
+_FOR = (
+    "Runtime to convert for: eager, compile, onnxruntime, openvino. The last two get fewer tokens and dense attention."
+)
 Runtime = Annotated[str, option("NAME", _FOR, KEPT, words=completion.RUNTIMES, names="--for")]
 Output = Annotated[Path, option("FILE", "File to write.", FILES, names="--output -o")]
 Force = Annotated[bool, flag("--force", "Overwrite another model's file.", FILES)]
@@ -131,63 +135,64 @@ _SET = "Any field of the recipe: stages.0.epochs=3 (stages count from 0). Repeat
 Assignments = Annotated[list[str] | None, option("FIELD=VALUE", _SET, LEARNING, False, names="--set")]
 _PREDICTOR = "head-lowrank or token-lowrank (the paper's)."
 Predictor = Annotated[str | None, option("NAME", _PREDICTOR, FORM, "the recipe's, head-lowrank", completion.PREDICTORS)]
-_RANK = "Coordinates of the predictor; what they cost is spent over the heads. Or one for each block."
+_RANK = "Rank of the predictor, or one per block; the MACs are distributed over the heads."
 Rank = Annotated[str | None, option("R", _RANK, FORM, "the recipe's, 16")]
-_TAIL = "What stands for dropped keys: none, mean, cells or clusters."
+_TAIL = "What represents the dropped keys: none, mean, cells or clusters."
 Tail = Annotated[str | None, option("NAME", _TAIL, FORM, "the recipe's, clusters", completion.TAILS)]
-_CELLS = "Grid of cells of the tail, rows x columns."
-Cells = Annotated[str | None, option("RxC", _CELLS, FORM, "by tokens and keep: 4x3 of 197")]
-_GRANULARITY = "token: a key set for each query; tile: one for 4x4 neighbours."
+_CELLS = "Cells of the tail: rows x columns."
+Cells = Annotated[str | None, option("RxC", _CELLS, FORM, "by tokens and keep: 4x3 at 197")]
+_GRANULARITY = "Queries that share a key set: token (one query) or tile (4x4 neighbouring queries)."
 Granularity = Annotated[str | None, option("NAME", _GRANULARITY, FORM, "token", completion.GRANULARITIES)]
-_DATA = "Folder or timm data set of images to calibrate on and to learn from."
+_DATA = "Folder or timm data set of images for calibration and training."
 TrainData = Annotated[str | None, option("DATA", _DATA, LEARNING, "built-in pictures, calibration only")]
-_VAL = "Labelled images that decide which weights are written."
-ValData = Annotated[str | None, option("DATA", _VAL, LEARNING, "a part of --data is held back")]
-CalibImages = Annotated[int | None, option("N", "Images to calibrate on.", LEARNING, "the recipe's, 128", min=1)]
-_NONFINITE = "Convert weights with NaN or infinity, which are refused otherwise."
+_VAL = "Labelled images for validation, which selects the weights to write."
+ValData = Annotated[str | None, option("DATA", _VAL, LEARNING, "held-back images of --data")]
+CalibImages = Annotated[int | None, option("N", "Number of calibration images.", LEARNING, "the recipe's, 128", min=1)]
+_NONFINITE = "Accept weights with NaN or infinity."
 AllowNonfinite = Annotated[bool, flag("--allow-nonfinite", _NONFINITE, MODEL)]
-CalibrateOnly = Annotated[bool, flag("--calibrate-only", "Closed form only, no training.", LEARNING)]
-Resume = Annotated[bool, flag("--resume", "Continue the interrupted fine-tuning of this output.", LEARNING)]
-SaveMinutes = Annotated[float, option("N", "Minutes between two saved states of a fine-tuning.", LEARNING, min=0)]
+CalibrateOnly = Annotated[bool, flag("--calibrate-only", "Calibrate in closed form, do not train.", LEARNING)]
+Resume = Annotated[bool, flag("--resume", "Continue this output's interrupted fine-tuning.", LEARNING)]
+SaveMinutes = Annotated[float, option("N", "Minutes between saved states of a fine-tuning.", LEARNING, min=0)]
 _MICRO_BATCH = "Maximum images per forward/backward pass (gradient accumulation)."
 MicroBatch = Annotated[int, option("N", _MICRO_BATCH, LEARNING, min=1)]
 Seed = Annotated[
-    int | None, option("N", "Seed of the choice of images.", LEARNING, "the recipe's, 0", min=0, max=2**63 - 1)
+    int | None, option("N", "Random seed for the choice of images.", LEARNING, "the recipe's, 0", min=0, max=2**63 - 1)
 ]
 
 # of sweep
 
-_MEASURED = "Images to measure on: labelled folder, timm data set, digits; loose images: agreement only."
+_MEASURED = "Images to measure on: folder, timm data set or digits. Without class folders: agreement only."
 SweepData = Annotated[str | None, option("DATA", _MEASURED, words=["digits"])]
-_IMAGENET = "The same: ImageNet root with val/, or its val folder; labels are required."
+_IMAGENET = "Instead of --data: ImageNet root with val/, or its val folder; labels are required."
 SweepImageNet = Annotated[str | None, option("DIR", _IMAGENET)]
-_CALIB = "Folder or data set to calibrate on; labels are not used."
+_CALIB = "Folder or data set of calibration images; labels are not used."
 CalibData = Annotated[str | None, option("DATA", _CALIB, default="built-in pictures")]
-Targets = Annotated[str, option("SHARES", "Fractions of the dense model's MACs to search a schedule for; or none.")]
-Keeps = Annotated[str, option("SHARES", "Fractions of keys to measure sparse attention at, all tokens; or none.")]
-_BUDGET = "Which schedule of a file made for several targets: 0.55; 1: dense attention, all tokens."
+Targets = Annotated[str, option("SHARES", "Fractions of the dense model's MACs to search schedules for, or none.")]
+Keeps = Annotated[str, option("SHARES", "Fractions of keys for sparse attention over all tokens, or none.")]
+_BUDGET = "Schedule to use, in a file with several: 0.55; 1: dense attention over all tokens."
 Budget = Annotated[float | None, option("SHARE", _BUDGET, MODEL, "the file's first", min=0, max=1)]
-_ADAPTIVE = "Mean cost of an image, a fraction of dense: a cheap schedule, and a dearer one again for unsure images."
+_ADAPTIVE = "Mean cost per image, as a fraction of dense: a cheap schedule for every image, then a costlier one for unsure images."
 Adaptive = Annotated[float | None, option("SHARE", _ADAPTIVE, MODEL, "one schedule", min=0, max=1)]
-_PREFIX = "Start of the names of .md, .json, .png and the folder .recipes."
+_PREFIX = "Writes PREFIX.md, .json, .png and the folder PREFIX.recipes."
 SweepOutput = Annotated[Path, option("PREFIX", _PREFIX, names="--output -o")]
-_LIMIT = "Images to measure on, drawn by --seed and spread over the classes."
+_LIMIT = "Number of images to measure on, drawn by --seed and spread over the classes."
 Limit = Annotated[int | None, option("N", _LIMIT, default="all", min=1)]
-LimitSeed = Annotated[int, option("N", "Seed of the choice of images.", min=0, max=2**63 - 1)]
-_NO_LABELS = "Do not use labels: no accuracy, only how far the models agree."
+LimitSeed = Annotated[int, option("N", "Random seed for the choice of images.", min=0, max=2**63 - 1)]
+_NO_LABELS = "Ignore labels: measure agreement instead of accuracy."
 NoLabels = Annotated[bool, flag("--no-labels", _NO_LABELS)]
-SweepCalibImages = Annotated[int | None, option("N", "Images to calibrate on.", default="128", min=1)]
-SweepSeed = Annotated[int | None, option("N", "Seed of the choice of images.", default="0", min=0, max=2**63 - 1)]
+SweepCalibImages = Annotated[int | None, option("N", "Number of calibration images.", default="128", min=1)]
+SweepSeed = Annotated[
+    int | None, option("N", "Random seed for the choice of images.", default="0", min=0, max=2**63 - 1)
+]
 
 # of show and report
 
-_LAYERS, _DRAWN = "Layers to draw keys of, counted from 1; or all.", "4 of those with sparse attention"
+_LAYERS, _DRAWN = "Layers to draw, counted from 1, or all.", "4 of those with sparse attention"
 Layers = Annotated[str | None, option("N,N,...", _LAYERS, default=_DRAWN, names="--layer")]
-_HEADS = "Heads, counted from 1; or all."
+_HEADS = "Heads to draw, counted from 1, or all."
 Heads = Annotated[str | None, option("N,N,...", _HEADS, default="at most 6", names="--head")]
 _QUERIES = (
-    "Patch whose keys are drawn: whole pixels of the image (120,80), or fractions of its sides with a point "
-    "(0.5,0.25). Repeatable."
+    "Patch to draw the keys of: pixels of the image (120,80), or fractions of width and height (0.5,0.25). Repeatable."
 )
-_MIDDLE = "the middle, and near the top left corner"
+_MIDDLE = "the middle, and one near the top left"
 Queries = Annotated[list[str] | None, option("X,Y", _QUERIES, default=_MIDDLE, names="--query")]

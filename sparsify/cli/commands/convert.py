@@ -51,7 +51,7 @@ def convert(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Turn a pretrained model into a sparse one and write it with its MACs report.
+    """Convert a pretrained model to a sparse one; write it and its MACs report.
 
     Example: sparsify convert deit_small --keep 0.1
     """

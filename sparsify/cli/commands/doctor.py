@@ -7,7 +7,7 @@ from sparsify.cli.preflight import preflight
 
 
 def doctor() -> None:
-    """Check the installation: versions, processor, CPU kernels, GPUs, cache and extras, with what to type for each.
+    """Check the installation (versions, processor, CPU kernels, GPUs, cache, extras) and print what to type for each gap.
 
     Example: sparsify doctor > machine.txt
     """

@@ -11,8 +11,8 @@ from sparsify.cli.options import flag, option
 from sparsify.errors import SparsifyError, UsageError
 
 IMAGENET = "ImageNet root with val/, its val folder, or any folder of class folders; labels are required."
-OF = "Of an exported program (.onnx, .xml, .pt2): the file that it was made from, to compare with."
-DATA = "Other images: folder, .tar, timm data set or digits. Without class folders: agreement only."
+OF = "File that an exported program (.onnx, .xml, .pt2) was made from, to compare with."
+DATA = "Instead of --imagenet: folder, .tar, timm data set or digits. Without class folders: agreement only."
 
 
 def evaluate(
@@ -23,7 +23,7 @@ def evaluate(
     limit: options.Limit = None,
     seed: options.LimitSeed = 0,
     dense: options.Dense = None,
-    of: Annotated[Path | None, option("FILE", OF, default="the one of its name beside it")] = None,
+    of: Annotated[Path | None, option("FILE", OF, default="the file of the same name beside it")] = None,
     batch_size: options.BatchSize = 32,
     img_size: options.ImgSize = None,
     budget: options.Budget = None,
@@ -43,11 +43,11 @@ def evaluate(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Top-1, top-5 and agreement of the sparse model beside its dense original, or of an exported program beside its file.
+    """Compare a sparse model with its dense original (top-1, top-5, agreement), or an exported program with its file.
 
-    Images that lie directly in a folder need no labels: agreement, KL and, of features, cosine and shared neighbours.
+    Unlabelled images (directly in a folder) give agreement and KL; for feature models cosine and shared neighbours.
 
-    Under `accelerate launch -m sparsify` or `torchrun -m sparsify` the processes share the images.
+    `accelerate launch -m sparsify` and `torchrun -m sparsify` divide the images among processes.
 
     Example: sparsify eval model.safetensors --imagenet /data/imagenet
     """

@@ -11,8 +11,8 @@ from sparsify.cli.preflight import preflight
 from sparsify.errors import UsageError
 
 ATTENTION = (
-    "Of blocks that are sparse in the file: sparse; dense (over the tokens present); auto: the faster here, dense where "
-    "nothing here runs the program, sparse where the weights were fine-tuned."
+    "Form of the file's sparse blocks: sparse; dense (over the remaining tokens); auto: the faster one on this machine, "
+    "dense if the program cannot run here, sparse if the weights were fine-tuned."
 )
 
 
@@ -28,13 +28,13 @@ def export(
     budget: options.Budget = None,
     adaptive: options.Adaptive = None,
     attention: Annotated[str, option("KIND", ATTENTION)] = "auto",
-    int8: Annotated[bool, flag("--int8", "Linear layers compute in int8 (onnx, openvino).")] = False,
+    int8: Annotated[bool, flag("--int8", "Compute linear layers in int8 (onnx, openvino).")] = False,
     no_measure: Annotated[bool, flag("--no-measure", "Do not time the program beside the dense model.")] = False,
     force: Annotated[bool, flag("--force", "Overwrite an existing file.")] = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """The model as a program that runs without sparsify, checked against the model and timed beside the dense one.
+    """Export a program that runs without sparsify, check it against the model and time it beside the dense one.
 
     Example: sparsify export model.safetensors --format onnx --dynamic-batch
     """

@@ -11,10 +11,10 @@ from sparsify.errors import SparsifyError
 
 
 def build_kernels(
-    force: Annotated[bool, flag("--force", "Compile again, also what failed before.")] = False,
-    verbose: Annotated[bool, flag("--verbose", "Show the compiler's commands and all its output.")] = False,
+    force: Annotated[bool, flag("--force", "Compile again, even after a failure.")] = False,
+    verbose: Annotated[bool, flag("--verbose", "Show the compiler's commands and output.")] = False,
 ) -> None:
-    """Compile the CPU kernels now instead of at their first use.
+    """Compile the CPU kernels now instead of at first use.
 
     Example: sparsify build-kernels --verbose
     """

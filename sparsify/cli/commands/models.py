@@ -16,10 +16,10 @@ FORMS = ("timm", "hf")
 def models(
     pattern: Annotated[str, argument("PATTERN", "Part of a name, or a pattern with *.", "all", completion.models)] = "",
     form: Annotated[
-        str, option("FORM", "Whose checkpoints: timm or hf (transformers).", words=FORMS, names="--from")
+        str, option("FORM", "Library of the checkpoints: timm or hf (transformers).", words=FORMS, names="--from")
     ] = "timm",
 ) -> None:
-    """List the models that can be converted, a name a line with where its weights come from.
+    """List the models that can be converted, one per line, with the source of their weights.
 
     Example: sparsify models 'vit_*dinov2*', sparsify models --from hf
     """

@@ -13,17 +13,19 @@ if TYPE_CHECKING:
     from sparsify.jobs.predict import Prediction
 
 IMAGES = "Image files, folders (every image below), .tar, timm data sets, digits."
-FEATURES = "Write features to --output: patch (of every patch) or pooled (of every image)."
-LIMIT = "Images to take, drawn by --seed and spread over the folders."
+FEATURES = "Write features to --output: patch (one per patch) or pooled (one per image)."
+LIMIT = "Number of images, drawn by --seed and spread over the folders."
 
 
 def predict(
     file: options.Model,
     images: Annotated[list[str], argument("IMAGE", IMAGES)],
     csv: Annotated[Path | None, option("FILE", "Write classes and probabilities as .csv.", default="printed")] = None,
-    top: Annotated[int, option("K", "Most probable classes of each image.", min=1)] = 5,
+    top: Annotated[int, option("K", "Number of most probable classes per image.", min=1)] = 5,
     features: Annotated[str | None, option("KIND", FEATURES, default="none", words=completion.FEATURES)] = None,
-    output: Annotated[Path, option("FILE", "File of --features.", names="--output -o")] = Path("features.safetensors"),
+    output: Annotated[Path, option("FILE", "File to write --features to.", names="--output -o")] = Path(
+        "features.safetensors"
+    ),
     limit: Annotated[int | None, option("N", LIMIT, default="all", min=1)] = None,
     seed: options.LimitSeed = 0,
     strict: Annotated[bool, flag("--strict", "Stop at the first image that cannot be read.")] = False,
@@ -44,10 +46,10 @@ def predict(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Classes of images with names and probabilities, or their features, by the sparse model.
+    """Predict the classes of images with probabilities, or write their features.
 
-    Features are a .safetensors file: tensor 'features', [images, patches, channels] or [images, channels]; the names of the
-    images are in its metadata.
+    --features writes a .safetensors file: the tensor 'features' of shape [images, patches, channels] or [images, channels],
+    and the image names in the metadata.
 
     Example: sparsify predict model.safetensors photos/ --csv classes.csv
     """

@@ -10,11 +10,12 @@ from sparsify.cli import completion, options, parsers
 from sparsify.cli.options import flag, option
 from sparsify.errors import UsageError
 
-COUNT_AS = "product, or paper: the authors' MHSA accounting besides."
+COUNT_AS = "product, or paper: adds the authors' count of MHSA."
 
 AGAINST = (
-    "Time dense and converted in these runtimes instead, beside the best dense way: eager, compile, onnxruntime, "
-    "openvino, onnxruntime-int8, openvino-int8, or all that can run here (int8 with --dtype bfloat16)."
+    "Instead, time the dense and the converted model in these runtimes and compare with the fastest dense one: eager, "
+    "compile, onnxruntime, openvino, onnxruntime-int8, openvino-int8, or all that can run here (int8 with --dtype "
+    "bfloat16)."
 )
 
 
@@ -32,14 +33,14 @@ def profile(
     against: Annotated[str | None, option("NAME,...", AGAINST, default="MACs, eager", words=completion.AGAINST)] = None,
     tree: Annotated[bool, flag("--tree", "Show MACs by module.")] = False,
     markdown: Annotated[Path | None, option("FILE", "Write the report as Markdown.")] = None,
-    json: Annotated[Path | None, option("FILE", "Write every figure as JSON.")] = None,
+    json: Annotated[Path | None, option("FILE", "Write all figures as JSON.")] = None,
     workers: Annotated[int, option("N", "No effect: profile reads no images.", hidden=True, min=0)] = 0,
-    no_measure: Annotated[bool, flag("--no-measure", "Theoretical figures only.")] = False,
+    no_measure: Annotated[bool, flag("--no-measure", "Count only; measure no times.")] = False,
     count_as: Annotated[str, option("NAME", COUNT_AS, words=["product", "paper"])] = "product",
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """MACs by module and measured latency, dense beside sparse.
+    """Count MACs by module and measure latency, dense beside sparse.
 
     Example: sparsify profile model.safetensors --tree
     """

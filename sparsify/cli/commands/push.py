@@ -10,18 +10,18 @@ from sparsify.cli.options import argument, flag, option
 from sparsify.cli.preflight import preflight
 from sparsify.errors import UsageError
 
-RESULTS = "Results for the card, of 'eval --results-file NAME.json'."
-TIMES = "Times for the card, of 'profile --json'."
-LICENCE = "Of the weights, if you know it better."
+RESULTS = "Results for the card, written by 'eval --results-file NAME.json'."
+TIMES = "Times for the card, written by 'profile --json'."
+LICENCE = "Licence of the weights, instead of the file's."
 FOLDER = "Write the files to FOLDER and send nothing."
 
 
 def push(
     file: options.Model,
-    repo: Annotated[str, argument("ORG/NAME", "Repository; made where there is none.")],
-    private: Annotated[bool, flag("--private", "A new repository is private.")] = False,
-    revision: Annotated[str | None, option("BRANCH", "Branch; made where there is none.", default="main")] = None,
-    message: Annotated[str | None, option("TEXT", "Of the commit.", default="names sparsify's version")] = None,
+    repo: Annotated[str, argument("ORG/NAME", "Repository; created if it does not exist.")],
+    private: Annotated[bool, flag("--private", "Make a new repository private.")] = False,
+    revision: Annotated[str | None, option("BRANCH", "Branch; created if it does not exist.", default="main")] = None,
+    message: Annotated[str | None, option("TEXT", "Commit message.", default="names sparsify's version")] = None,
     evaluation: Annotated[Path | None, option("JSON", RESULTS, names="--eval")] = None,
     timing: Annotated[Path | None, option("JSON", TIMES, names="--profile")] = None,
     licence: Annotated[str | None, option("NAME", LICENCE, None, "the file's", names="--licence --license")] = None,
@@ -31,9 +31,9 @@ def push(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Put a converted file on the hub, with its model card.
+    """Publish a converted file on the Hugging Face Hub, with a model card.
 
-    The token is huggingface_hub's: HF_TOKEN, or what 'hf auth login' stored.
+    Uses huggingface_hub's token: HF_TOKEN, or the one that 'hf auth login' stored.
 
     Example: sparsify push model.safetensors ORG/NAME --eval results.json
     """

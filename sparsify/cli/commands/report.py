@@ -11,29 +11,29 @@ from sparsify.cli.preflight import preflight
 from sparsify.errors import UsageError
 from sparsify.processes import Compute
 
-PROFILE = "What 'profile --json' wrote."
-SWEEP = "What 'sweep' wrote: its PREFIX.json, or the folder of it."
+PROFILE = "Results of 'profile --json'."
+SWEEP = "Results of 'sweep': PREFIX.json, or its folder."
 
 
 def report(
     file: options.LocalModel,
     more_images: Annotated[list[Path] | None, argument("IMAGE", "Image files, with or without --images.")] = None,
     profile: Annotated[Path | None, option("FILE.json", PROFILE, default="MACs are counted now")] = None,
-    eval_file: Annotated[Path | None, option("FILE.json", "What 'eval --results-file' wrote.", names="--eval")] = None,
+    eval_file: Annotated[Path | None, option("FILE.json", "Results of 'eval --results-file'.", names="--eval")] = None,
     sweep: Annotated[Path | None, option("FOLDER|FILE.json", SWEEP)] = None,
-    images: Annotated[list[Path] | None, option("IMAGE", "Image to draw what the model does with. Repeatable.")] = None,
+    images: Annotated[list[Path] | None, option("IMAGE", "Image to draw pictures of. Repeatable.")] = None,
     dense: options.Dense = None,
     budget: options.Budget = None,
     query: options.Queries = None,
     layer: options.Layers = None,
     head: options.Heads = None,
     device: options.Device = "cpu",
-    measure: Annotated[bool, flag("--measure", "Measure the latency now, on this machine.")] = False,
+    measure: Annotated[bool, flag("--measure", "Measure latency now, on this machine.")] = False,
     output: Annotated[Path, option("FILE", "Page to write.", names="--output -o")] = Path("report.html"),
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Write one HTML page about a file: settings, MACs, time, accuracy, a sweep and pictures. It needs no network.
+    """Write one HTML page about a file: settings, MACs, time, accuracy, a sweep and pictures.
 
     Example: sparsify report model.safetensors --eval results.json
     """

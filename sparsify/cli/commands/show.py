@@ -10,7 +10,7 @@ from sparsify.cli import options, terminal
 from sparsify.cli.options import argument, option
 from sparsify.cli.preflight import preflight
 
-DENSE_OF = "Dense original: the kept share is of its attention."
+DENSE_OF = "Dense original; attention kept is then a fraction of its attention."
 
 
 def show(
@@ -19,15 +19,15 @@ def show(
     query: options.Queries = None,
     layer: options.Layers = None,
     head: options.Heads = None,
-    dense: Annotated[str | None, option("NAME|FILE", DENSE_OF, default="of the sparse model's own")] = None,
-    output: Annotated[Path, option("FOLDER", "Folder for the PNGs.", names="--output -o")] = Path("show"),
+    dense: Annotated[str | None, option("NAME|FILE", DENSE_OF, default="the sparse model's own attention")] = None,
+    output: Annotated[Path, option("FOLDER", "Folder for the PNG files.", names="--output -o")] = Path("show"),
     img_size: options.ImgSize = None,
     budget: options.Budget = None,
     device: options.Device = "cpu",
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Draw the keys that patches attend to, the tokens that go on, and how much attention is kept.
+    """Draw the keys that patches attend to, the remaining tokens, and the fraction of attention kept.
 
     Example: sparsify show model.safetensors cat.jpg --query 120,80
     """

@@ -33,7 +33,7 @@ def sweep(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure accuracy, MACs and time of one model at several keeps and MACs targets: a table and a picture.
+    """Measure accuracy, MACs and time of one model at several keeps and MACs targets; write a table and a plot.
 
     Example: sparsify sweep deit_small --imagenet /data/imagenet --limit 1000
     """
