@@ -171,7 +171,7 @@ Targets = Annotated[str, option("SHARES", "Fractions of the dense model's MACs t
 Keeps = Annotated[str, option("SHARES", "Fractions of keys for sparse attention over all tokens, or none.")]
 _BUDGET = "Schedule to use, in a file with several: 0.55; 1: dense attention over all tokens."
 Budget = Annotated[float | None, option("SHARE", _BUDGET, MODEL, "the file's first", min=0, max=1)]
-_ADAPTIVE = "Mean cost per image, as a fraction of dense: a cheap schedule for every image, then a costlier one for unsure images."
+_ADAPTIVE = "Mean cost per image, a fraction of dense: a cheap schedule, then a costlier one for unsure images."
 Adaptive = Annotated[float | None, option("SHARE", _ADAPTIVE, MODEL, "one schedule", min=0, max=1)]
 _PREFIX = "Writes PREFIX.md, .json, .png and the folder PREFIX.recipes."
 SweepOutput = Annotated[Path, option("PREFIX", _PREFIX, names="--output -o")]
