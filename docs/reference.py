@@ -138,7 +138,7 @@ Files and recipes of the first versions have `spread_rank: true|false` instead o
 """
 
 FILE = """\
-# What a model file says of itself
+# Header of a model file
 
 {written}
 

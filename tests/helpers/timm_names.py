@@ -36,8 +36,8 @@ TOLERANCE = 1e-4
 
 MEASURED = (
     "`make bench-families`, timm 1.0.31, torch 2.15: 283 of 283 equal dense at keep=1, largest "
-    "difference of a feature or logit 4.5e-6, both predictors. Built whole on the meta device, no name converts that this "
-    "page does not list, and the other 1088 of timm's names are refused by name."
+    "difference of a feature or logit 4.5e-6, both predictors. timm's other 1088 names, built at full size on the meta "
+    "device, are all refused."
 )
 
 
@@ -155,16 +155,15 @@ def table() -> str:
     lines = [
         "# Which models convert",
         "",
-        f"Every name of timm {timm.__version__} in the modules {', '.join(hosts.MODULES)}: **{total} architectures, "
-        f"{converted} convert, {total - converted} are refused by name**. Blocks with parallel or differential attention "
-        f"are {len(exempt)} of the refused; of the other {rest}, {converted} convert ({100 * converted / rest:.0f} %).",
+        f"Of the {total} architectures in timm {timm.__version__}'s modules {', '.join(hosts.MODULES)}, **{converted} "
+        f"convert and {total - converted} are refused**; {len(exempt)} of the refused have blocks with parallel or "
+        f"differential attention. Of the other {rest}, {converted} convert ({100 * converted / rest:.0f} %). `sparsify "
+        "models` lists those of the installed timm.",
         "",
-        "`make families` writes this page. `make bench-families` builds each name small (one block, 64 channels, 4x4 "
-        "patches) and compares keep=1, through predictor, selection and sparse op, with the dense model: "
-        "within 1e-4 for every name. "
-        "`tests/models/test_every_name.py` does the same for one model of each structure, and checks every name's "
-        "classes against this "
-        "page. `sparsify models` lists what the installed timm has.",
+        "`make families` writes this page. `make bench-families` builds each architecture small (one block, 64 channels, "
+        "4x4 patches) and compares keep=1, computed by predictor, selection and sparse op, with the dense model: they "
+        "agree within 1e-4 for every name. `tests/models/test_every_name.py` does the same for one model of each "
+        "structure, and checks every name's classes against this page.",
         "",
         MEASURED,
         "",
@@ -183,27 +182,22 @@ def table() -> str:
         lines.append(f"| {reason} | {len(each)} | {', '.join(sorted(each))} |")
     lines += [
         "",
-        "Every other model of timm is refused by the name of its attention or model class, before anything "
-        "is downloaded: "
-        "windows (swin, SAM, hiera, maxvit ...), attention across channels (xcit), class attention (cait), "
-        "relative position "
-        "modules of their own (vit_relpos), convolutional hybrids (levit, mobilevit, coat ...).",
+        "All other timm models are refused before anything is downloaded, and the error names the attention or model "
+        "class: window attention (swin, SAM, hiera, maxvit ...), attention across channels (xcit), class attention (cait), "
+        "relative position modules (vit_relpos), convolutional hybrids (levit, mobilevit, coat ...).",
         "",
-        "## What differs between the families",
+        "## Differences between families",
         "",
         "| | folded into the projection | fewer tokens | another image size | CPU kernels |",
         "|---|---|---|---|---|",
         "| VisionTransformer, DeiT, hybrid | yes, without q/k norms | yes | yes | yes |",
-        "| Eva with rope (eva02, dinov3, perception encoder, vit rope, sapiens2) | no: the rotation stands "
-        "between | yes: a "
-        "merged token has the place of the one that the others went into | yes | yes |",
+        "| Eva with rope (eva02, dinov3, perception encoder, vit rope, sapiens2) | no: the rotation comes between | yes: a "
+        "merged token keeps the position of the token that the others were merged into | yes | yes |",
         "| Eva without rope | yes | yes | yes | yes |",
-        "| Beit | yes | yes: biases are those of the places that stay | yes, with the timm that has "
-        "`set_input_size` for it | no: "
-        "the position biases are a mask, which the PyTorch reference computes |",
-        "| NaFlexVit | yes, without rope | no | yes; token-lowrank predictors are tied to one | images: yes; "
-        "patches with "
-        "their masks: the reference |",
+        "| Beit | yes | yes: biases of the remaining positions | yes, if timm has `set_input_size` for it | no: the "
+        "position biases are a mask, which the PyTorch reference computes |",
+        "| NaFlexVit | yes, without rope | no | yes; token-lowrank predictors work at one size | images: yes; patches with "
+        "masks: the reference |",
         "",
     ]
     return "\n".join(lines)
