@@ -53,6 +53,6 @@ def test_two_processes_learn_what_one_learns(run, tmp_path, recipe):
             row["agreement"],
             row["weights"],
         )
-    for words in ("wrote two.safetensors", "judged on 12 images", "kept the"):
+    for words in ("wrote two.safetensors", "judged on 12 held-out images", "kept the"):
         assert (two.stdout + two.stderr).count(words) == 1, words
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["one.run", "two.run"]
