@@ -70,7 +70,7 @@ def check_folder(path: Path) -> None:
 
 def _check_writable(folder: str | Path) -> None:
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"there is no folder {folder}")
+        raise FileNotFoundError(f"the folder {folder} does not exist")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"the folder {folder} cannot be written")
 

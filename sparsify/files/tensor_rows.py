@@ -83,4 +83,4 @@ def check_replaceable(path: Path, key: str) -> None:
     except (OSError, tensors.NotWhole):
         known = False
     if not known:
-        raise BadFile(f"{path} is another file, which is not replaced: choose another {field('output')}")
+        raise BadFile(f"{path} exists and is not a features file: choose another {field('output')}")

@@ -43,7 +43,7 @@ class Files:
         start, size = self.spans[index]
         with open(self.root, "rb") as file:
             if start + size > os.fstat(file.fileno()).st_size:
-                raise ValueError("the archive ends before it does")
+                raise ValueError("the archive is cut short")
             if size > LARGEST:
                 raise ValueError(f"{size:,} bytes, at most {LARGEST:,} are read")
             file.seek(start)

@@ -132,7 +132,7 @@ def _by_name(names: Sequence[str], known: Sequence[str], place: str, what: str) 
     if len(strange) == len(names):
         return None
     if strange:
-        raise BadLabels(f"{place}: {len(strange)} {what} are no classes of the model, among them {_some(strange)}")
+        raise BadLabels(f"{place}: {len(strange)} {what} are not classes of the model, among them {_some(strange)}")
     return order
 
 

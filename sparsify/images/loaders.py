@@ -292,9 +292,7 @@ def batches_of(loader: DataLoader) -> Generator[Any, None, None]:
             raise SparsifyError(f"/dev/shm, the memory that workers share, is full: {less}") from None
         if not loader.num_workers or not (batches is None or "exited unexpectedly" in str(error)):
             raise
-        reason = (
-            one_line(error) if batches is None else "one ended before its work was done, for lack of memory perhaps"
-        )
+        reason = one_line(error) if batches is None else "one ended early, perhaps for lack of memory"
         raise SparsifyError(f"{field('workers')} {loader.num_workers}: {reason}: set fewer, or 0") from error
     finally:
         if hasattr(batches, "_shutdown_workers"):

@@ -1,4 +1,4 @@
-"""Images to fit to and images to judge by: one data set, divided by a seed; crops of images for least squares."""
+"""Images to fit to and validation images: one data set, divided by a seed; crops of images for least squares."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _held(total: int, hold_back: float, name: str) -> int:
     if not hold_back:
         return 0
     if total < 2:
-        expected = "at least 2 are expected, one to learn from and one to hold back; add images, or set hold_back to 0"
+        expected = "at least 2 are expected, one to train on and one to hold back; add images, or set hold_back to 0"
         raise BadData(f"{name} holds 1 image: {expected}")
     return min(MOST_HELD, max(1, round(hold_back * total)), total - 1)
 

@@ -175,7 +175,7 @@ def _convert(
         found = calibrated()
         sparse, config = found.model.to("cpu"), found.config
         if images.train is None:
-            listener.say(f"calibrated only: {field('data')} FOLDER gives images to learn from")
+            listener.say(f"calibrated only: {field('data')} FOLDER gives training images")
     else:
         assert output is not None
         run = RunFolder(output.beside("run"))
@@ -258,11 +258,11 @@ def _plan(
         return None
     if images.train is None:
         give, or_not = field("data"), field("calibrate_only")
-        raise UsageError(f"this recipe learns from images: give them with {give}, or calibrate only ({or_not})")
+        raise UsageError(f"this recipe trains on images: give them with {give}, or calibrate only ({or_not})")
     if isinstance(images.train, GivenImages):
         give, or_not = field("data"), field("calibrate_only")
         raise UsageError(
-            f"this recipe learns from image files, which it crops at random: give {give} a folder or a data set instead of "
+            f"this recipe trains on image files, which it crops at random: give {give} a folder or a data set instead of "
             f"tensors, or calibrate only ({or_not})"
         )
     plan = make_plan(model, recipe, TrainingData(images.train, images.val), compute, dense_sha256)
@@ -291,7 +291,7 @@ def _calibrated(
     made = Calibrated(calibration.model, calibration.config, recipe, calibrator.words, calibration.images)
     if target is None:
         if words := by_head(made.config):
-            listener.say(f"spent over the heads, means and ranges: {words}")
+            listener.say(f"distributed over the heads, means and ranges: {words}")
         return made
     made = _with_schedules(made, calibration, target, calibrator)
     for stage in made.recipe.stages:  # the schedule may remove tokens
@@ -313,7 +313,7 @@ def _with_schedules(made: Calibrated, calibration: Calibration, target: Target, 
             found = choose.for_macs(model, config, sensitivity, share, dense, target.overhead)
         else:
             found = choose.for_latency(model, config, sensitivity, share, target.batch_size, say)
-        descriptions.append(f"schedule for {found.share:.3f} of the dense model's {what}, {share:g} asked for")
+        descriptions.append(f"schedule for {found.share:.3f} of the dense model's {what}, target {share:g}")
         say(descriptions[-1].replace(" for", ":", 1))
         say("  tokens after each block  " + " ".join(str(n + prefix) for n in found.schedule.counts[1:]))
         say("  keep of each block       " + " ".join(f"{keep:g}" if keep else "dense" for keep in found.schedule.keeps))

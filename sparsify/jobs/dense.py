@@ -120,7 +120,7 @@ def _finite_moments() -> Iterator[None]:
     except torch.linalg.LinAlgError as error:
         expected = "finite weights and images, and a dtype in which they do not overflow, are expected"
         raise SparsifyError(
-            f"queries or keys of this model are not finite, so nothing can be fitted: {expected}"
+            f"queries or keys of this model are not finite, so calibration is impossible: {expected}"
         ) from error
 
 

@@ -105,7 +105,7 @@ def _read(path: Path, writer: Any) -> tuple[dict[str, str], Described, dict[str,
         _ = told["batch"], config["input_size"][2], exporting.ATTENTIONS.index(told["attention"])
         return about, Described(config, int(classes), names), told
     except Exception as error:
-        raise BadFile(f"{path} is no program that 'sparsify export' wrote: {one_line(error)}") from None
+        raise BadFile(f"{path} is not a program written by 'sparsify export': {one_line(error)}") from None
 
 
 def _file_of(path: Path, file: Path | None, about: dict[str, str]) -> Path | None:

@@ -78,7 +78,7 @@ def predictions(
     host = lead(model)
     classes = int(cast(Any, host).num_classes)
     if not classes:
-        raise UsageError(f"the model gives features, no classes: ask for them by {field('features')}")
+        raise UsageError(f"the model has no classes: get its features with {field('features')}")
     words, note = class_words(host)
     if note:
         listener.say(note)

@@ -200,7 +200,7 @@ def _choices(
             skipped[name] = f"target {target:g}: {reason}"
             calibrator.listener.say(f"left out, {skipped[name]}")
             continue
-        calibrator.listener.say(f"schedule: {found.share:.3f} of the dense model's MACs, {target:g} asked for")
+        calibrator.listener.say(f"schedule: {found.share:.3f} of the dense model's MACs, target {target:g}")
         choices.append(SweepChoice(name, target, graft.filled(model, found.config), found.schedule.damage))
     return choices, skipped
 

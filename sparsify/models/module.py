@@ -47,7 +47,7 @@ def copied(module: nn.Module) -> tuple[Source, nn.Module]:
     for attention in hosts.supported_attentions(host).values():
         _check_plain(attention, name)
     if len(devices := {str(p.device) for p in host.parameters()}) > 1:
-        raise UsageError(f"this {name} lies on {', '.join(sorted(devices))}: move it to one device first")
+        raise UsageError(f"this {name} is on {', '.join(sorted(devices))}: move it to one device first")
     # a hook would see the calibration, and what it refers to may be impossible to copy
     without: dict[int, Any] = {id(vars(m)[hooks]): OrderedDict() for m in host.modules() for hooks in _HOOKS}
     model = copy.deepcopy(host, memo=without).float().eval()

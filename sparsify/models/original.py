@@ -105,7 +105,7 @@ def load_original(
     is_file = file.suffix in CHECKPOINTS or os.path.isfile(file)
     model = _from_file(header, file) if is_file else _from_name(header, asked)
     if not header.dense_sha256:
-        say(f"{field('dense')} {asked} has the right architecture; whether it is the original, this file does not say")
+        say(f"{field('dense')} {asked} has the right architecture; the file does not record whether it is the original")
     elif checkpoint.digest_of(model) != header.dense_sha256:
         raise _not_the_original(header, asked, "its weights differ")
     if img_size is not None:

@@ -198,7 +198,7 @@ def check_host(model: nn.Module) -> None:
     """Raise `UsageError` if `model` does not support token stages."""
     if type(model) not in MODELS and not isinstance(model, TokenModel):
         without = f"convert without {field('token_keep')}"
-        raise UsageError(f"fewer tokens are not known for a {type(model).__name__}: {without}")
+        raise UsageError(f"fewer tokens are not supported for a {type(model).__name__}: {without}")
 
 
 def install(model: nn.Module, way: str, shares: Sequence[float | None], track_owners: bool) -> None:

@@ -32,7 +32,7 @@ def profile(path: Path) -> Profile:
     try:
         return Profile.from_dict(tree)
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise BadFile(f"{path} is no profile: 'sparsify profile FILE --json {path.name}' writes one") from None
+        raise BadFile(f"{path} is not a profile: 'sparsify profile FILE --json {path.name}' writes one") from None
 
 
 def times(path: Path, macs: int, params: int) -> Profile:
@@ -73,7 +73,7 @@ def sweep(path: Path) -> SweepFiles:
     file = _sweep_in(path) if path.is_dir() else path
     tree = read_json(file)
     if not _is_sweep(tree):
-        raise BadFile(f"{file} is no sweep: 'sparsify sweep NAME' writes PREFIX.json")
+        raise BadFile(f"{file} is not a sweep: 'sparsify sweep NAME' writes PREFIX.json")
     picture = file.with_suffix(".png")
     try:
         return SweepFiles(tree, picture.read_bytes() if picture.is_file() else None)

@@ -150,7 +150,7 @@ def write(sweep: Sweep, prefix: Path) -> tuple[list[Path], str]:
     try:
         contents[picture] = plot(sweep)
     except Exception as error:  # a missing font must not cost figures that took an hour
-        note = f"no picture was drawn: {one_line(error)}"
+        note = f"could not draw the plot: {one_line(error)}"
     contents[markdown] = to_markdown(sweep, name, not note)
     contents[tree] = as_dict(sweep, name)
     try:

@@ -91,7 +91,7 @@ def test_what_a_caller_gives_wrongly_is_one_line_that_names_arguments(tmp_path):
     long, output = "a" * 4000, tmp_path / "m.safetensors"
     calls = {
         "is a file, not a model name": lambda: sparsify.convert(tmp_path / "m.pth"),
-        "learns from images: give them with data, or calibrate only (calibrate_only)": lambda: sparsify.convert(
+        "trains on images: give them with data, or calibrate only (calibrate_only)": lambda: sparsify.convert(
             "digits", recipe="distill", output=output
         ),
         "give either target_macs or target_latency": lambda: sparsify.convert(

@@ -185,7 +185,7 @@ def test_other_refusals_of_a_module_name_the_reason(model):
     for given, options, words in cases:
         with pytest.raises(SparsifyError, match=rf"^[^\n]*{words}[^\n]*$"):
             sparsify.convert(given, x, **options)
-    with pytest.raises(UsageError, match="learns from image files, which it crops[^\n]*give data a folder"):
+    with pytest.raises(UsageError, match="trains on image files, which it crops[^\n]*give data a folder"):
         sparsify.convert("digits", torch.zeros(4, 3, 28, 28), recipe="distill")
 
 

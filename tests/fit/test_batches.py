@@ -322,6 +322,6 @@ def test_passes_of_a_stream_that_are_skipped_whole_are_not_read():
 
 
 def test_stream_without_images_is_an_error():
-    with pytest.raises(BadData, match="here has no images to learn from") as error:
+    with pytest.raises(BadData, match="here has no training images") as error:
         next(batches(StreamPart([], 4), name="here").from_step(0))
     one_line(error)

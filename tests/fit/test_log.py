@@ -159,7 +159,7 @@ def test_a_picture_that_fails_costs_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(training_plot, "draw", lambda *a: 1 / 0)
     with TrainingLog(tmp_path, ["a"], None, said.append) as made:
         made.write_step(row(1))
-    assert said == ["no picture was drawn (division by zero)"]
+    assert said == ["could not draw the plot (division by zero)"]
 
 
 RUNS = {  # stages with their steps, validations

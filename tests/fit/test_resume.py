@@ -197,6 +197,6 @@ def test_with_nothing_to_resume_a_run_begins(tmp_path):
 
 def test_a_damaged_state_is_one_line(unfinished):
     (unfinished.with_name("m.run") / "state.safetensors").write_bytes(b"half")
-    with pytest.raises(BadFile, match="is no saved run") as caught:
+    with pytest.raises(BadFile, match="is not a saved run") as caught:
         small_runs.convert(unfinished, recipe({}), resume=True)
     assert caught.value.for_command_line().endswith("--force")

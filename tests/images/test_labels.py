@@ -89,7 +89,7 @@ def test_names_of_the_models_classes_decide(read):
     found, note = read(12, *(f"{i}/0.png" for i in range(11)), names=by_letter)  # one class has no folder
     assert found == {f"{i}/0.png": by_letter.index(str(i)) for i in range(11)}
     assert note == "11 of 12 classes, by the names that the model has"
-    with pytest.raises(BadData, match="1 folders are no classes of the model, among them 12"):
+    with pytest.raises(BadData, match="1 folders are not classes of the model, among them 12"):
         read(12, "12/0.png", names=by_letter)
 
 
@@ -134,7 +134,7 @@ def test_names_of_the_models_classes_decide_in_a_data_set_too(monkeypatch, tmp_p
     assert labels(("dog", "cow", "ant", "bee"), 4)[0] == [2, 3, 1]
     found, note = labels(("owl", "cat", "dog"))
     assert found == [0, 1, 2] and "labels are the data set's own numbers" in note and "(owl, cat, dog)" in note
-    with pytest.raises(BadData, match="hfds/x: 1 classes are no classes of the model, among them bee"):
+    with pytest.raises(BadData, match="hfds/x: 1 classes are not classes of the model, among them bee"):
         labels(("cow", "ant", "owl"))
     with pytest.raises(BadData, match="has 3 classes, but the model has 2"):
         labels((), 2)

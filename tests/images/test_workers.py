@@ -70,7 +70,7 @@ def test_a_worker_that_dies_is_one_line(read, images, monkeypatch):
     monkeypatch.setattr(wait, "__defaults__", (0.1,))  # seconds between two looks, 5 without
     assert read() == images
     before = signal.getsignal(signal.SIGCHLD)
-    with pytest.raises(SparsifyError, match="workers 2: one ended before its work was done") as error:
+    with pytest.raises(SparsifyError, match="workers 2: one ended early") as error:
         read(fatal=True)
     assert "\n" not in str(error.value) and signal.getsignal(signal.SIGCHLD) is before
 

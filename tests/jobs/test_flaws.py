@@ -48,4 +48,4 @@ def test_of_what_judges_and_of_what_is_learnt_from(tmp_path, photographs):
     chosen = recipe(stage, stage, repair={"images": 4})
     lines = told(tmp_path / "m.safetensors", chosen, images=str(photographs), val=str(photographs))
     said = [line.partition(UNREAD)[0] for line in lines if "calibrate" not in line]
-    assert said == ["images to judge by: 1 ", "images to learn from: 2 "]
+    assert said == ["validation images: 1 ", "training images: 2 "]

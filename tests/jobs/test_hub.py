@@ -252,7 +252,7 @@ def test_measured_figures_come_with_their_conditions_and_of_this_file_only(made,
     (tmp_path / "broken.json").write_text("{")
     for option, name, message in (
         ("--eval", "other", "another file"), ("--eval", "bare", "conditions"), ("--eval", "broken", "as JSON"),
-        ("--eval", "none", "no file none.json"), ("--profile", "e", "is no profile"),
+        ("--eval", "none", "no file none.json"), ("--profile", "e", "is not a profile"),
     ):  # fmt: skip
         code, _, err = run("push", made.path, "someone/m", "--dry-run", option, f"{name}.json")
         assert code == 1 and message in err and err.count("\n") == 1

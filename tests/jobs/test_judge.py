@@ -77,7 +77,7 @@ def test_in_a_folder_of_photographs_what_judges_is_not_fitted_to(tmp_path, seen)
     judged_on = made.header.provenance["finetuned"]["judged_on"]
     assert judged_on.startswith("10 held-out images of ")
     (warning,) = (line for line in lines if line.startswith("warning"))
-    assert "10 images to judge by" in warning and "hold_back" in warning
+    assert "10 validation images" in warning and "hold_back" in warning
 
 
 @pytest.mark.parametrize("trains", [True, False])
@@ -125,4 +125,4 @@ def test_named_images_to_judge_by_that_are_learnt_from_are_a_warning(tmp_path):
     photographs(tmp_path, 30)
     (tmp_path / "link").symlink_to(tmp_path)
     plan = make_plan(model, recipe({}), TrainingData(str(tmp_path), str(tmp_path / "link")), Compute(), "")
-    assert plan.warning.startswith("warning: 30 of the images to judge by are learnt from") and "val" in plan.warning
+    assert plan.warning.startswith("warning: 30 of the validation images are also trained on") and "val" in plan.warning

@@ -177,7 +177,7 @@ def test_features_have_the_dtype_asked_for(photos, tmp_path):
 
 
 def test_a_model_of_features_has_no_classes(photos):
-    with pytest.raises(UsageError, match="gives features, no classes: ask for them by features"):
+    with pytest.raises(UsageError, match="has no classes: get its features with features"):
         predict.predictions(sparse("dinov2"), ImagePaths((str(photos),)))
 
 

@@ -199,7 +199,7 @@ def test_a_picture_that_cannot_be_drawn_costs_a_line_and_nothing_else(run, monke
     Path("sweep.png").write_text("of an earlier sweep")
     monkeypatch.setattr(report, "plot", broken)
     code, out, err = run("sweep", "digits", *FEW, "--targets", "none", "--keeps", "0.1")
-    assert code == 0 and err.count("no picture was drawn: no fonts") == 1
+    assert code == 0 and err.count("could not draw the plot: no fonts") == 1
     assert sorted(p.name for p in Path().iterdir()) == ["sweep.json", "sweep.md", "sweep.recipes"]
     assert ".png" not in Path("sweep.md").read_text()
 

@@ -192,13 +192,13 @@ def test_a_header_that_says_nothing_is_shown_and_one_of_wrong_types_is_refused(r
 
 BAD = {
     "profile of another model": (["--profile", "other.json"], 1, "another model"),
-    "no profile": (["--profile", "MADE/eval.json"], 1, "is no profile"),
+    "no profile": (["--profile", "MADE/eval.json"], 1, "is not a profile"),
     "results of another model": (["--eval", "large.json"], 1, "22.05 M"),
     "results of another file": (["--eval", "foreign.json"], 1, "another file"),
     "no results": (["--eval", "MADE/sweep.json"], 1, "sweep.json"),
     "broken JSON": (["--eval", "broken.json"], 1, "broken.json"),
     "no such file": (["--sweep", "none.json"], 1, "none.json"),
-    "no sweep": (["--sweep", "MADE/eval.json"], 1, "is no sweep"),
+    "no sweep": (["--sweep", "MADE/eval.json"], 1, "is not a sweep"),
     "no sweep in the folder": (["--sweep", "."], 1, "0 sweeps"),
     "no image": (["--images", "none.png"], 1, "none.png"),
     "measured and given": (["--measure", "--profile", "MADE/profile.json"], 2, "--measure"),

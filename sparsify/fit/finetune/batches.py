@@ -168,7 +168,7 @@ class Batches:
                 else:
                     yield number, seen - 1, image, label
             if not seen:
-                raise BadData(f"{self.name} has no images to learn from")
+                raise BadData(f"{self.name} has no training images")
             number += 1 + skip // seen  # passes that are skipped whole are not read
             skip %= seen
 

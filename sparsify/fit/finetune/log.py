@@ -106,7 +106,7 @@ class TrainingLog(contextlib.AbstractContextManager):
 
             training_plot.draw(read(self.metrics), read(self.validations), self.folder / "curve.png", self.stages)
         except Exception as error:  # the CSV files hold the figures
-            self.say(f"no picture was drawn ({one_line(error)})")
+            self.say(f"could not draw the plot ({one_line(error)})")
 
     def _open_board(self, resume_step: int | None) -> Any:
         """TensorBoard's writer, or None where there is none."""
@@ -139,7 +139,7 @@ class TrainingLog(contextlib.AbstractContextManager):
 
     def _give_up_board(self, error: Exception) -> None:
         self.board = None
-        self.say(f"nothing is written for TensorBoard ({one_line(error)}); the CSV files have it all")
+        self.say(f"no TensorBoard log ({one_line(error)}); the CSV files are complete")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

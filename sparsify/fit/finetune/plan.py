@@ -25,7 +25,7 @@ from sparsify.recipe import Recipe, Repair, Stage
 from sparsify.reports.words import publishable
 
 BATCH = 32  # images per forward pass of validation and least squares
-FEW = 50  # images to judge by, below which the choice of the weights is mostly chance
+FEW = 50  # validation images, below which the choice of the weights is mostly chance
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # a recipe's name -> accelerate's
 
 
@@ -89,10 +89,10 @@ def make_plan(model: nn.Module, recipe: Recipe, data: TrainingData, compute: Com
         check_stage(stage, recipe.sparsity, classes)
     hold_back = 0.0 if data.val is not None else recipe.hold_back
     if data.val is None and hold_back == 0:
-        raise UsageError(f"hold_back 0 leaves nothing to judge by: give {field('val')} PATH with labelled images")
+        raise UsageError(f"hold_back 0 leaves no validation images: give {field('val')} PATH with labelled images")
     unrepaired = unrepairable(model) if recipe.repair else ""
     if unrepaired and not recipe.stages:
-        raise UsageError(f"repair: {unrepaired}, and the recipe has no stages: nothing would learn")
+        raise UsageError(f"repair: {unrepaired}, and the recipe has no stages, so nothing would be trained")
     precision = resolve_precision(recipe.precision, compute.device)
     labels = any(stage.losses.classification > 0 for stage in recipe.stages)
     images = trainset(data.images, classes, labels, recipe.seed, hold_back, names=class_names(model))
@@ -194,7 +194,7 @@ def _validation_images(
         every = datasets.labelled(data.val, classes, transform, BATCH, workers, names=class_names(model))
         seen = images.fitted(getattr(every.dataset, "items", None))
         warning = (
-            f"warning: {seen} of the images to judge by are learnt from: give {field('val')} others" if seen else ""
+            f"warning: {seen} of the validation images are also trained on: give {field('val')} others" if seen else ""
         )
         described = f"the labelled images of {publishable(data.val)}"
         note = f"{field('val')}: {every.note}" if every.note else ""
@@ -210,8 +210,8 @@ def _validation_images(
 
 
 def _few(images: int | None, val: str | None) -> str:
-    """A warning of few images to judge by; '' where there are enough, or nobody knows."""
+    """A warning of few validation images; '' where there are enough, or nobody knows."""
     if images is None or images >= FEW:
         return ""
     more = f"give {field('val')} more images" if val else f"raise hold_back, or give {field('val')}"
-    return f"warning: {images} images to judge by, where about {FEW} are expected: the choice is mostly chance; {more}"
+    return f"warning: {images} validation images, but at least about {FEW} are expected: the choice is mostly chance; {more}"

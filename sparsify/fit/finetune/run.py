@@ -57,7 +57,7 @@ def finetune(
         unfold(student)
     validator = Validator(plan.validation, teacher, str(accelerator.device))
     status = RunStatus.of(validator(student), resume)
-    _say(processes.gather(plan.validation.flaws), "images to judge by", options)
+    _say(processes.gather(plan.validation.flaws), "validation images", options)
     if resume is not None:
         student.load_state_dict(resume.part("student"))
     stopped = ""
@@ -75,7 +75,7 @@ def finetune(
                 break
     parts = processes.gather([planned.batches.broken for planned in plan.stages])
     broken = {number: why for part in parts for stage in part for number, why in stage.items()}
-    _say([Flaws(len(broken), next(iter(broken.values()), ""))], "images to learn from", options)
+    _say([Flaws(len(broken), next(iter(broken.values()), ""))], "training images", options)
     if status.best_weights is not None:
         student.load_state_dict(status.best_weights)
     student.requires_grad_(True).eval()

@@ -56,13 +56,13 @@ class RunFolder:
                 raise BadFile(f"{self.path} holds an unfinished run: {choices}")
             return False, None
         if not self.unfinished:
-            say(f"nothing to resume in {self.path}: starting anew")
+            say(f"nothing to resume in {self.path}: starting from the beginning")
             return False, None
         if difference := _difference(self._identity(), json.loads(json.dumps(identity)), ""):
             advice = f"resume it as it was, or give {field('force')} instead"
             raise UsageError(f"{self.path} is another run ({difference}): {advice}")
         if not self.state.exists():
-            say(f"{self.path}: no state was saved yet, going on from its calibrated model")
+            say(f"{self.path}: no saved state yet, continuing from its calibrated model")
             return True, None
         state = saved_state.load(self.state)
         say(f"resuming {self.path} after {state.facts['done']} steps")
@@ -102,7 +102,7 @@ class RunFolder:
             return from_json(self.facts.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             problem = f"{self.facts} cannot be read ({one_line(error)})"
-            raise BadFile(f"{problem}: start anew with {field('force')}") from None
+            raise BadFile(f"{problem}: start again with {field('force')}") from None
 
     def _remove(self, *paths: Path) -> None:
         """Removes `paths` and what only an unfinished run needs."""

@@ -97,7 +97,7 @@ def load(path: Path) -> SavedState:
             raise ValueError("another format")
         return SavedState(tensors, from_json(meta["facts"]))
     except (OSError, KeyError, ValueError) as error:
-        raise BadFile(f"{path} is no saved run ({one_line(error)}): start anew with {field('force')}") from None
+        raise BadFile(f"{path} is not a saved run ({one_line(error)}): start again with {field('force')}") from None
 
 
 def pack(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

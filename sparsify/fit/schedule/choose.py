@@ -103,7 +103,7 @@ def for_latency(
         sparse = schedules.applied(model, found)
         times = timed({"dense": partial(dense, images), "sparse": partial(sparse, images)})
         share = times["sparse"].median / times["dense"].median
-        say(f"latency: {share:.3f} of dense measured, {target:g} wanted")
+        say(f"latency: {share:.3f} of dense measured, target {target:g}")
         if best is None or abs(share - target) < abs(best.share - target):
             best = FoundSchedule(found, schedule, share)
         if abs(share - target) <= TOLERANCE * target:
