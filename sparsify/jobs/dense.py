@@ -185,7 +185,7 @@ class Calibrator:
             yield from (x.to(device) for x in loader(n))
             for line in loader(n).flaws.lines() if not told else ():  # of the first whole pass; the others are alike
                 told.append(line)
-                listener.say(f"images to calibrate on: {line}")
+                listener.say(f"calibration images: {line}")
 
         return cls(draw, words, n, n if images is None else MARGINS * n, compute, listener)
 

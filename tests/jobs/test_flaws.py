@@ -11,6 +11,7 @@ from helpers.small_runs import recipe
 from sparsify.errors import as_arguments
 
 DEEP = "1 images of 16 bits or floats, scaled to 8 bits"
+KINDS = ("calibration", "training", "validation")
 UNREAD = "images could not be read and are left out; the first: "
 
 
@@ -32,20 +33,20 @@ def photographs(tmp_path) -> Path:
 def told(output: Path, chosen, **sources) -> list[str]:
     lines: list[str] = []
     small_runs.convert(output, chosen, say=lines.append, **sources)
-    return [line for line in map(as_arguments, lines) if line.startswith("images to")]
+    return [line for line in map(as_arguments, lines) if line.partition(" images: ")[0] in KINDS]
 
 
 def test_of_calibration_once_however_often_its_images_are_read(tmp_path, photographs):
     spread = {"spread_rank": True}  # reads the first of them again
     chosen = recipe(sparsity=spread, calib_images=99)
     unread, lost = told(tmp_path / "m.safetensors", chosen, images=str(photographs))
-    assert unread.startswith(f"images to calibrate on: 2 {UNREAD}") and ".png (" in unread
-    assert lost == f"images to calibrate on: {DEEP}"
+    assert unread.startswith(f"calibration images: 2 {UNREAD}") and ".png (" in unread
+    assert lost == f"calibration images: {DEEP}"
 
 
 def test_of_what_judges_and_of_what_is_learnt_from(tmp_path, photographs):
     stage = {"steps": 8, "batch_size": 4}  # two epochs
     chosen = recipe(stage, stage, repair={"images": 4})
     lines = told(tmp_path / "m.safetensors", chosen, images=str(photographs), val=str(photographs))
-    said = [line.partition(UNREAD)[0] for line in lines if "calibrate" not in line]
+    said = [line.partition(UNREAD)[0] for line in lines if not line.startswith("calibration")]
     assert said == ["validation images: 1 ", "training images: 2 "]

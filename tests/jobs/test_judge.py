@@ -115,7 +115,7 @@ def test_fewer_than_50_images_to_judge_by_are_a_warning(hold_back, warned):
     """Of 1,200 digits 48 or 50 are held back; of those that the user names, as many are expected."""
     model, data = network.build(pretrained=False), TrainingData("digits")
     plan = make_plan(model, recipe({}, hold_back=hold_back), data, Compute(), "")
-    assert plan.warning.startswith("warning: 48 images" if warned else "") and bool(plan.warning) == warned
+    assert plan.warning.startswith("warning: 48 validation images" if warned else "") and bool(plan.warning) == warned
     assert not make_plan(model, recipe({}), replace(data, val="digits"), Compute(), "").warning
 
 
