@@ -76,7 +76,7 @@ class Conversion:
     recipe: Path | None  # where one schedule was chosen
     # the sparse model, eval mode, on the CPU in float32; of a module that the caller gave see `sparsify.api.conversion`
     model: nn.Module
-    header: checkpoint.Header  # what the file says of itself, or would say
+    header: checkpoint.Header  # header of the file, also if none was written
     profile: Profile  # theoretical MACs of the schedule in use, nothing measured
     profiles: Mapping[float, Profile]  # the same of every budget of the target, from the largest
     calibration: str  # which images were used, in words
