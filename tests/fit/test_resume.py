@@ -190,7 +190,7 @@ def test_an_unfinished_run_is_not_thrown_away_unasked(unfinished, tmp_path, monk
 def test_with_nothing_to_resume_a_run_begins(tmp_path):
     said = []
     made = small_runs.convert(tmp_path / "m.safetensors", recipe({"steps": 1}), resume=True, say=said.append)
-    assert made.tuning.steps == 1 and any("nothing to resume" in line and "anew" in line for line in said)
+    assert made.tuning.steps == 1 and any("nothing to resume" in line and "from the beginning" in line for line in said)
     again = small_runs.convert(tmp_path / "m.safetensors", recipe({"steps": 1}), resume=True, say=said.append)
     assert again.tuning.steps == 1  # a finished run is nothing to resume
 
