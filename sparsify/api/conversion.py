@@ -86,7 +86,7 @@ def convert(
         predictor: head-lowrank, or token-lowrank, the paper's. This and what follows: fields of
             `sparsify.SparsityConfig` and of `sparsify.recipe.Recipe`.
         rank: coordinates of the predictor; one value, or one for each block.
-        tail: what stands for dropped keys: none, mean, cells or clusters.
+        tail: what represents the dropped keys: none, mean, cells or clusters.
         cells: grid of cells of the tail, (rows, columns).
         spread: what is spent unevenly over the heads: all, rank or none.
         granularity: token, or tile: one set of keys for neighbouring queries.

@@ -32,8 +32,8 @@ def load(
 ) -> nn.Module:
     """Load the sparse model of a file or of a hub's repository, in eval mode, for inference or further training.
 
-    For inference call it under `torch.inference_mode()` or `no_grad()`: where a gradient may be asked for, no dense
-    attention stands in, and without kernels the slow differentiable reference computes. Predictors take no gradients: a
+    For inference call it under `torch.inference_mode()` or `no_grad()`. Outside of these the slower training path runs:
+    always sparse attention, and without kernels the differentiable reference. Predictors take no gradients: a
     choice of keys has none (`convert --data` trains them).
 
     Example:
@@ -47,7 +47,7 @@ def load(
         budget: of a file made for several targets, which of them; None: the first; 1: dense attention over all tokens. A
             model of a file that was made for a target has `set_budget`, to change it between calls.
         adaptive: mean cost of an image, a fraction of the dense model's: an `Adaptive` classifier that runs a cheap
-            schedule, and a dearer one again where that is unsure (`sparsify.nn.adaptive`); its `rule` says which.
+            schedule, and a costlier one again where that is unsure (`sparsify.nn.adaptive`); its `rule` says which.
         backend: cpu or reference computes the sparse form always. auto: per attention shape whatever was measured fastest
             on this machine (about 0.3 s at the first call of a shape, then remembered on disk): the CPU kernels, or
             dense attention, unless the file's backbone was changed. From the first `model.train()` on, always sparse, in

@@ -81,7 +81,7 @@ def export_pair(
         int8: linear layers compute in int8 (False); onnx and openvino only.
 
     Returns:
-        Both programs: of the cheap schedule and of the dearer one.
+        Both programs: of the cheap schedule and of the costlier one.
 
     Raises:
         UsageError: an unknown format or attention, another ending, or an image size or budget that does not fit.

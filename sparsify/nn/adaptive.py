@@ -1,4 +1,4 @@
-"""Two schedules of one classifier, by how sure it is: a cheap one for every image, and a dearer one again for the unsure.
+"""Two schedules of one classifier: a cheap one for every image, and a costlier one again for those it is unsure of.
 
 With p the class probabilities of the cheap schedule for image i, the largest first, and t the threshold,
 
