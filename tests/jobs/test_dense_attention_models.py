@@ -175,7 +175,7 @@ def test_file_that_does_not_know_its_original_says_so(run, files):
     header = checkpoint.read_header(files / "old.safetensors")
     assert header.dense_sha256 == "" and header.backbone_changed
     code, _, err = run("eval", files / "old.safetensors", "--data", "digits", "--dense", "digits")
-    assert code == 0 and "does not say" in " ".join(err.split())
+    assert code == 0 and "does not record" in " ".join(err.split())
     with pytest.raises(BadFile, match="architecture|not the model"):
         original.load_original(header, "deit_tiny")
 

@@ -66,7 +66,7 @@ def test_batches_are_filled_up():
 def test_what_is_no_program_is_refused(made, run, tmp_path):
     for name in ("x.onnx", "x.xml", "x.pt2"):
         (tmp_path / name).write_text("no program")
-        with pytest.raises(BadFile, match="no program that"):
+        with pytest.raises(BadFile, match="is not a program written by"):
             judge.evaluate_program(tmp_path / name, "digits")
     code, _, err = run("eval", made.with_suffix(".onnx"), *DIGITS, "--dtype", "bfloat16")
     assert code == 2 and "takes float32 images" in the_error(err)
