@@ -204,10 +204,7 @@ def evaluate(
     """
     which = Which(options.pop("budget", None), options.pop("adaptive", None))
     sparse, original, changed = opened_pair(model, dense, which)
-    compute, rest = split(own_compute(sparse), options, EvaluateOptions)
-    if given := preprocessing(rest):
-        sparse = _shallow_copy(sparse)  # the caller's model keeps its own
-        given.apply(lead(sparse))
+    sparse, compute, rest = _for_images(sparse, options, EvaluateOptions)
     say, tell = rest.pop("say", None), rest.pop("progress", False)
     heard = tell if isinstance(tell, bool) else lambda step, done, total: tell(done, total) if step == "eval" else None
     use_labels = False if rest.pop("no_labels", False) else None
@@ -257,10 +254,7 @@ def predict(
         SparsifyError: no sparse model or no classifier, or images that are not there.
     """
     sparse, _, _ = opened_pair(model, None, Which(options.pop("budget", None), options.pop("adaptive", None)))
-    compute, rest = split(own_compute(sparse), options, PredictOptions)
-    if given := preprocessing(rest):
-        sparse = _shallow_copy(sparse)  # the caller's model keeps its own
-        given.apply(lead(sparse))
+    sparse, compute, rest = _for_images(sparse, options, PredictOptions)
     paths = (images,) if isinstance(images, str | Path) else tuple(images)
     with listening(rest.pop("say", None), rest.pop("progress", False)) as listener:
         shown = ImagePaths(tuple(map(str, paths)), **rest)
@@ -331,6 +325,15 @@ def sweep(
             listener=listener,
         )
         return run() if output is None else sweep_job.written(Path(output), run).sweep
+
+
+def _for_images(model: nn.Module, options: Any, keywords: type) -> tuple[nn.Module, Compute, dict[str, Any]]:
+    """The model with the preprocessing that `options` name, how it computes, and the options that are left."""
+    compute, rest = split(own_compute(model), options, keywords)
+    if given := preprocessing(rest):
+        model = _shallow_copy(model)  # the caller's model keeps its own
+        given.apply(lead(model))
+    return model, compute, rest
 
 
 def _shallow_copy(model: nn.Module) -> nn.Module:

@@ -19,8 +19,8 @@ from torch import nn
 
 from sparsify.errors import BadFile, UnsupportedModel, UsageError, field, one_line
 from sparsify.models.digits import network
-from sparsify.models.header import CLS_AND_MEAN, NORM_EPS
 from sparsify.models.names import ALIASES, DIGITS, Source, known_config, tuples
+from sparsify.models.timm_arguments import CLS_AND_MEAN, NORM_EPS
 from sparsify.nn import hosts
 from sparsify.nn.pooling import TokenAndMean
 

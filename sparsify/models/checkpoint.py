@@ -34,8 +34,9 @@ from sparsify.files.outputs import whole
 from sparsify.files.plain_json import to_json
 from sparsify.files.tensors import Entry, NotWhole, TensorFile, opened
 from sparsify.models import building, filetype
-from sparsify.models.header import FORMAT, MOST_PATCHES, RATES, SCHEDULES, SURENESS, Header, parse
+from sparsify.models.header import FORMAT, MOST_PATCHES, SCHEDULES, SURENESS, Header, parse
 from sparsify.models.licence import licence_of
+from sparsify.models.timm_arguments import RATES
 from sparsify.nn import graft, hosts, schedules
 
 MOST_COMPUTED = 1 << 30  # bytes of buffers that are computed, beyond as many as the file's tensors have

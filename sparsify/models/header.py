@@ -5,20 +5,15 @@ The schema covers all that a command reads: types, ranges and lengths. What no c
 
 from __future__ import annotations
 
-import functools
-import inspect
-import math
-import operator
-import types
-import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sparsify.config import SparsityConfig, validate
 from sparsify.errors import UsageError, brief, field
 from sparsify.files.plain_json import from_json
+from sparsify.models import timm_arguments
 from sparsify.nn.adaptive import Rule, Sureness, choose
 from sparsify.nn.schedules import DENSE, check_alike, dense_of, none_for
 
@@ -26,8 +21,6 @@ FORMAT = 1
 JSON_KEYS = ("architecture", "config", "provenance", "report")
 SCHEDULES, SURENESS = "schedules", "sureness"  # keys that only files made for a target have
 MOST_SCHEDULES, MOST_IMAGES = 16, 1 << 14
-RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "drop_path_rate")  # timm's names; they change no tensor
-NORM_EPS, CLS_AND_MEAN = "norm_eps", "cls_and_mean"  # besides timm's arguments (`building.completed`)
 MOST_JSON = 8 << 20  # characters of all JSON: names of 20,000 classes and their descriptions take 3 million
 MOST_DEPTH = 16  # a header that `convert` wrote has 6 levels
 MOST_DIGITS = 40  # characters of a number
@@ -315,7 +308,7 @@ def _sureness(trees: dict[str, Any], schedules: Mapping[float, Schedule]) -> dic
 
 def check_source(model_args: Any, pretrained_cfg: Any) -> None:
     """Raise `UsageError` where a `config.json` asks timm for more than an architecture and its preprocessing."""
-    validate(_arguments(), _tuples(model_args), "model_args")
+    validate(timm_arguments.schema(), _tuples(model_args), "model_args")
     validate(Preprocessing, _tuples(pretrained_cfg), "pretrained_cfg")
 
 
@@ -359,55 +352,3 @@ def _bound(tree: Any, levels: int) -> None:
             raise _Unreadable(f"nested more than {MOST_DEPTH} levels deep")
         for each in [*tree, *tree.values()] if isinstance(tree, dict) else tree:
             _bound(each, levels - 1)
-
-
-# ---- the arguments of timm's models ----
-
-_LEFT_OUT = {"self", "args", "kwargs", "cfg", "device", "dtype", "embed_layer", "block_fn", "mlp_layer", "attn_layer"}
-"""Of the constructors: they shape no architecture, or take a class. Arguments of `timm.create_model` (checkpoint_path,
-pretrained, cache_dir, ...) are none of a constructor."""
-_SHARES = {"patch_drop_rate", "attn_drop_rate", *RATES}
-
-
-class _Arguments(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=())
-
-    @model_validator(mode="after")
-    def _bounded(self) -> _Arguments:
-        for name in self.model_fields_set:
-            value = getattr(self, name)
-            for each in value if isinstance(value, tuple) else (value,):
-                if isinstance(each, str) and len(each) > 40:
-                    raise ValueError(f"{name}: a short word is expected")
-                if isinstance(each, int | float) and not (math.isfinite(each) and abs(each) <= 1 << 24):
-                    raise ValueError(f"{name}: a finite number up to {1 << 24} is expected")
-                if name == NORM_EPS and not 0 < (each or 1) <= 1:
-                    raise ValueError(f"{name}: a number above 0 and up to 1 is expected")
-                if name in _SHARES and not 0 <= (each or 0) < 1:
-                    raise ValueError(f"{name}: a number from 0 up to 1 is expected")
-        return self
-
-
-@functools.cache
-def _arguments() -> type[BaseModel]:
-    """The arguments that shape an architecture, with timm's own types: those of the constructors of `hosts.MODELS`."""
-    from timm.models.naflexvit import NaFlexVitCfg
-
-    from sparsify.nn import hosts
-
-    allowed: dict[str, Any] = {"use_naflex": bool | None}
-    for maker in (*hosts.MODELS, NaFlexVitCfg):
-        hints = typing.get_type_hints(maker.__init__)
-        for name in inspect.signature(maker.__init__).parameters:
-            if name not in _LEFT_OUT:
-                allowed[name] = allowed.get(name, types.NoneType) | _of_json(hints[name])
-    allowed |= {NORM_EPS: float | None, CLS_AND_MEAN: bool | None}
-    fields: dict[str, Any] = {name: (hint, None) for name, hint in allowed.items()}
-    return create_model("Arguments", __base__=_Arguments, **fields)
-
-
-def _of_json(hint: Any) -> Any:
-    """The part of a type that JSON has; a layer has a name in timm."""
-    parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    plain = [p for p in parts if p in (bool, int, float, str) or typing.get_origin(p) in (tuple, Literal)]
-    return functools.reduce(operator.or_, plain or [str])
